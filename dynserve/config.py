@@ -1,0 +1,260 @@
+"""One frozen configuration per role, built in this order: defaults, `--config` file, environment, flags.
+
+A field is declared once, with its default, its help and the environment variable that sets it; the flag is the field's
+name with dashes. Nobody else in the package reads flags or the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+
+from dynserve.errors import ConfigError
+
+Role = Literal["prefill_and_decode", "prefill", "decode"]
+ExecutorName = Literal["torch", "simulated", "trtllm"]
+RouterMode = Literal["kv", "round-robin", "random"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
+
+
+def option(default: Any, help: str, env: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "env": env})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planes:
+    """Where the shared planes are; every role has these."""
+
+    nats_url: str = option("nats://127.0.0.1:4222", "NATS server", "NATS_URL")
+    etcd_url: str = option("http://127.0.0.1:2379", "etcd server", "ETCD_URL")
+    namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
+    link_host: str = option(
+        "127.0.0.1", "address that links (frontend) and KV transfers (worker) listen on", "DYN_LINK_HOST"
+    )
+    log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontendConfig(Planes):
+    http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
+    http_port: int = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
+    link_port: int = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
+    router_mode: RouterMode = option("kv", "kv, round-robin or random", "DYN_ROUTER_MODE")
+    router_prefill_weight: float = option(
+        1.0, "cost of one prompt block to prefill, in decode blocks (kv mode)", "DYN_ROUTER_PREFILL_WEIGHT"
+    )
+    request_timeout_s: float = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
+    max_stream_bytes: int = option(
+        4 << 20, "bytes that may wait for a slow client before its request is cut", "DYN_MAX_STREAM_BYTES"
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "request_timeout_s", "max_stream_bytes")
+        _ports(self, "http_port", "link_port")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(Planes):
+    model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
+    served_model_name: str | None = option(None, "name that clients use; default: the folder's name", "DYN_MODEL_NAME")
+    disaggregation_mode: Role = option("prefill_and_decode", "prefill_and_decode, prefill or decode", "DYN_ROLE")
+    executor: ExecutorName = option("torch", "torch, simulated or trtllm", "DYN_EXECUTOR")
+    system_host: str = option("127.0.0.1", "address of /health, /live, /metrics and model files", "DYN_SYSTEM_HOST")
+    system_port: int = option(0, "its port; 0 takes a free one", "DYN_SYSTEM_PORT")
+    max_seq_len: int | None = option(None, "longest prompt + answer, in tokens; default: the model's")
+    max_batch_size: int | None = option(None, "sequences in one step")
+    max_num_tokens: int | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
+    kv_block_size: int | None = option(None, "tokens per KV block; default 32")
+    free_gpu_memory_fraction: float | None = option(None, "part of the free memory that the KV cache takes")
+    tensor_parallel_size: int = option(1, "GPUs per layer (trtllm)")
+    pipeline_parallel_size: int = option(1, "stages of layers (trtllm)")
+    max_queue: int = option(
+        1024, "requests a worker accepts beyond the running ones before it says busy", "DYN_MAX_QUEUE"
+    )
+    extra_engine_args: str | None = option(None, "YAML file with engine options")
+    override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
+    drain_timeout_s: float = option(30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S")
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "max_seq_len", "max_batch_size", "max_num_tokens", "kv_block_size", "max_queue",
+            "tensor_parallel_size", "pipeline_parallel_size", "drain_timeout_s",
+        )  # fmt: skip
+        _ports(self, "system_port")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model_path).resolve().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpConfig:
+    """`dynserve up`: a whole cluster on this machine."""
+
+    model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
+    served_model_name: str | None = option(None, "name that clients use; default: the folder's name", "DYN_MODEL_NAME")
+    prefill: int = option(2, "prefill workers")
+    decode: int = option(2, "decode workers")
+    aggregated: int = option(0, "workers that do both")
+    http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
+    http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")
+    router_mode: RouterMode = option("kv", "kv, round-robin or random", "DYN_ROUTER_MODE")
+    executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
+    extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
+    override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")
+    nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
+    etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
+    namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
+    start_timeout_s: float = option(300.0, "give up when the cluster is not ready by then")
+    log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
+
+    def __post_init__(self) -> None:
+        _positive(self, "start_timeout_s")
+        _ports(self, "http_port")
+        if min(self.prefill, self.decode, self.aggregated) < 0:
+            raise ConfigError("--prefill, --decode and --aggregated cannot be negative")
+        if (self.prefill > 0) != (self.decode > 0):
+            raise ConfigError(
+                "--prefill and --decode come in pairs: a prefill worker needs a decode worker and vice versa"
+            )
+        if self.prefill + self.aggregated == 0:
+            raise ConfigError("no workers: give --prefill and --decode, or --aggregated")
+
+
+def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
+    """Host and port of `http://host:port`, `nats://host:port` or `host:port`."""
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not parts.hostname or (port is None and parts.netloc.rsplit(":", 1)[-1] != parts.hostname):
+        raise ConfigError(f"{what} {url!r} is not an address; expected something like 127.0.0.1:{default_port}")
+    return parts.hostname, port or default_port
+
+
+Config = TypeVar("Config", FrontendConfig, WorkerConfig, UpConfig)
+
+
+def load(cls: type[Config], prog: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of one role.
+
+    Raises:
+        ConfigError: a flag, key or value is wrong; the text names it, where it came from and the nearest right one.
+        SystemExit: for `--help`.
+    """
+    options = fields(cls)
+    types = get_type_hints(cls)
+    flags = vars(_parser(prog, cls, options, types).parse_args(list(argv)))
+    values: dict[str, Any] = {}
+    if path := flags.pop("config"):
+        values |= _from_file(path, options, types)
+    for opt in options:
+        env = opt.metadata["env"]
+        if env and environ.get(env, "") != "":
+            values[opt.name] = _convert(environ[env], types[opt.name], env)
+        if flags[opt.name] is not None:
+            values[opt.name] = _convert(flags[opt.name], types[opt.name], _flag(opt.name))
+    return cls(**values)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise ConfigError(
+                f"unknown option {flag}{nearest(flag, self._option_string_actions)}; see {self.prog} --help"
+            )
+        return parsed
+
+
+def _parser(prog: str, cls: type, options: Sequence[Field[Any]], types: Mapping[str, Any]) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below as keys")
+    for opt in options:
+        parts = [opt.metadata["help"]]
+        if opt.default is not None:
+            parts.append(f"default {opt.default}")
+        if opt.metadata["env"]:
+            parts.append(f"env {opt.metadata['env']}")
+        parser.add_argument(_flag(opt.name), metavar=_meta(types[opt.name]), help="; ".join(parts).replace("%", "%%"))
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _meta(kind: Any) -> str:
+    for scalar, meta in ((int, "N"), (float, "X")):
+        if kind is scalar or scalar in get_args(kind):
+            return meta
+    return "S"
+
+
+def _from_file(path: str, options: Sequence[Field[Any]], types: Mapping[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {path}: expected keys and values, found {type(found).__name__}")
+    names = [opt.name for opt in options]
+    for key in found:
+        if key not in names:
+            raise ConfigError(f"--config {path}: unknown key {key!r}{nearest(str(key), names)}")
+    return {key: _convert(value, types[key], f"{key} in {path}") for key, value in found.items()}
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        choices = [c for c in get_args(kind) if isinstance(c, str)]
+        if choices:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}") from error
+        raise ConfigError(f"{where}: {value!r} does not fit: {str(error).lower()}") from error
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{_flag(name)} must be greater than 0, not {value}")
+
+
+def _ports(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 65535:
+            raise ConfigError(f"{_flag(name)} must be between 0 and 65535, not {getattr(config, name)}")
+
+
+def exit_with(error: ConfigError) -> NoReturn:
+    """The one place where a configuration error becomes a sentence and exit code 2."""
+    print(f"dynserve: {error}", file=sys.stderr)
+    raise SystemExit(2)

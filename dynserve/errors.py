@@ -1,0 +1,134 @@
+"""Every error that dynserve raises on purpose, and what each means to a client.
+
+DynserveError
+├── CallerError             the request is at fault; the same request will fail again
+│   ├── BadRequest          400  a field is missing, malformed or not supported
+│   ├── ContextTooLong      400  prompt and answer do not fit the model's context
+│   ├── ModelNotFound       404  no such model here
+│   └── Cancelled           499  the caller went away or withdrew the request
+├── ClusterError            the cluster could not serve it now; a retry may succeed
+│   ├── NoWorker            503  nobody serves this model at the moment
+│   ├── WorkerLost          503  the worker died or cut the link
+│   ├── TimedOut            504  a deadline passed
+│   ├── Overloaded          429  every queue is full
+│   └── Unavailable         503  a plane (NATS, etcd) or a peer cannot be reached
+├── HandoffError            a KV cache could not be moved; the decode worker prefills itself
+│   ├── HandoffMismatch          it belongs to another request, prompt or memory layout
+│   ├── HandoffGone              delivered, expired or cancelled before
+│   └── HandoffBroken            the transfer itself failed
+├── InternalError           500  our fault
+└── ConfigError             a flag, file or environment variable; printed as one sentence, exit code 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+
+class DynserveError(Exception):
+    """Root of the tree. `code` travels on the wire, `status` is the HTTP status a client sees."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"  # OpenAI's `error.type`
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message or type(self).code)
+        self.param = param
+
+
+class CallerError(DynserveError):
+    code, status, kind = "invalid_request", 400, "invalid_request_error"
+
+
+class BadRequest(CallerError):
+    pass
+
+
+class ContextTooLong(CallerError):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(CallerError):
+    code, status = "model_not_found", 404
+
+
+class Cancelled(CallerError):
+    code, status = "cancelled", 499
+
+
+class ClusterError(DynserveError):
+    code, status, retryable = "unavailable", 503, True
+
+
+class NoWorker(ClusterError):
+    code = "no_worker"
+
+
+class WorkerLost(ClusterError):
+    code = "worker_lost"
+
+
+class TimedOut(ClusterError):
+    code, status = "timeout", 504
+
+
+class Overloaded(ClusterError):
+    code, status, kind = "overloaded", 429, "rate_limit_error"
+
+
+class Unavailable(ClusterError):
+    code = "unavailable"
+
+
+class HandoffError(DynserveError):
+    code, retryable = "handoff_failed", True
+
+
+class HandoffMismatch(HandoffError):
+    code = "handoff_mismatch"
+
+
+class HandoffGone(HandoffError):
+    code = "handoff_gone"
+
+
+class HandoffBroken(HandoffError):
+    code = "handoff_broken"
+
+
+class InternalError(DynserveError):
+    pass
+
+
+class ConfigError(DynserveError):
+    code = "config"
+
+
+def _tree(root: type[DynserveError]) -> Iterator[type[DynserveError]]:
+    # parents come last, so that a code which a parent shares with a child names the parent
+    for child in root.__subclasses__():
+        yield from _tree(child)
+        yield child
+
+
+_BY_CODE: dict[str, type[DynserveError]] = {cls.code: cls for cls in _tree(DynserveError)}
+
+
+def from_wire(code: str, message: str) -> DynserveError:
+    """The error that a peer reported; an unknown code is an internal error that names it."""
+    cls = _BY_CODE.get(code)
+    return cls(message) if cls else InternalError(f"{code}: {message}")
+
+
+@contextmanager
+def translate(table: Mapping[type[BaseException], type[DynserveError]], doing: str) -> Iterator[None]:
+    """Foreign errors stop here: the first class of `table` that matches names ours; the cause is chained."""
+    try:
+        yield
+    except tuple(table) as error:
+        ours: type[DynserveError] = next(to for of, to in table.items() if isinstance(error, of))
+        raise ours(f"{doing}: {error or type(error).__name__}") from error

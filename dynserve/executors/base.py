@@ -1,0 +1,120 @@
+"""The executor's seam: what a worker asks of TensorRT-LLM, of the PyTorch engine and of the simulated one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from dynserve.config import WorkerConfig
+from dynserve.errors import ConfigError, DynserveError
+from dynserve.streams import Channel
+from dynserve.wire.events import KvEvent, Load
+from dynserve.wire.requests import GenerateRequest, Handoff, TokenLogprob
+
+
+class Output(msgspec.Struct, gc=False):
+    """What one engine step did for one request. The one with a `reason` or an `error` is the last.
+
+    `reason` is `stop` (end of turn or a stop token), `length`, or `handoff` (prefill done; `handoff` says where).
+    A stop token is not in `token_ids`: it is consumed, and named in `stop_token`.
+    """
+
+    token_ids: list[int]
+    reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    transfer_s: float = 0.0
+    handoff: Handoff | None = None
+    error: DynserveError | None = None
+
+
+Sink = Callable[[Output], None]
+KvListener = Callable[[list[KvEvent]], None]
+
+
+class Limits(NamedTuple):
+    """What an open executor can take; goes into the worker's card."""
+
+    block_size: int  # tokens per KV block
+    num_blocks: int
+    max_seq_len: int  # prompt + answer, tokens
+    max_batch_size: int
+    vocab_size: int
+
+
+class Executor(Protocol):
+    """Runs requests. All calls and callbacks happen on the event loop; none of them blocks.
+
+    Results are pushed, not pulled: an engine step ends with one call into the loop, in which each request's sink is
+    called once, so that a step of 128 sequences wakes no task. `abort` is the only cancellation: the sink is not called
+    again, blocks are freed as soon as the engine lets go of them, and a hand-off that the request left is cancelled.
+    """
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def failed(self) -> asyncio.Future[None]:
+        """Never done while the engine lives; then holds what killed it."""
+        ...
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+        """A ticket for `abort`. Raises CallerError for a request that can never run here."""
+        ...
+
+    def abort(self, ticket: int) -> None:
+        """Unknown and finished tickets are ignored."""
+        ...
+
+    def load(self) -> Load: ...
+
+    def listen_kv(self, listener: KvListener) -> None:
+        """`listener` gets every change of the prefix cache from now on, in order."""
+        ...
+
+
+async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterator[Output]:
+    """A request's outputs as an iterator, for scripts and tests; leaving it early aborts the request."""
+    outputs: Channel[Output] = Channel(bound=1 << 20)
+
+    def sink(output: Output) -> None:
+        outputs.put(output)
+        if output.reason is not None or output.error is not None:
+            outputs.close()
+
+    ticket = executor.submit(request, sink)
+    try:
+        while batch := await outputs.take():
+            for output in batch:
+                if output.error is not None:
+                    raise output.error
+                yield output
+    finally:
+        executor.abort(ticket)
+
+
+_HOMES = {"torch": "dynserve.executors.torch.executor", "simulated": "dynserve.executors.simulated"}
+
+
+def open_executor(config: WorkerConfig, instance_id: str = "local") -> AbstractAsyncContextManager[Executor]:
+    """The executor that `config.executor` names, imported now and not before.
+
+    Raises:
+        ConfigError: it is not installed, or not part of this version.
+    """
+    home = _HOMES.get(config.executor)
+    if home is None:
+        raise ConfigError(f"--executor {config.executor} is not part of this version; use {' or '.join(_HOMES)}")
+    try:
+        module = import_module(home)
+    except ImportError as error:
+        raise ConfigError(f"--executor {config.executor} needs a package that is not installed: {error}") from error
+    opened: AbstractAsyncContextManager[Executor] = module.open_executor(config, instance_id)
+    return opened

@@ -1,0 +1,241 @@
+"""`Engine`: an `Executor` made of a scheduler, a way to compute a step, and a transceiver.
+
+Two sides meet here. The *loop side* (submit, abort, deliver, transfers) runs on the event loop. The *step side* (plan,
+book) runs wherever the driver runs it: in the torch executor's thread, or on the same loop for the simulated one. The
+loop side hands commands over in a deque; the step side hands a whole step back in one call of `deliver`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import count
+from typing import NamedTuple
+
+from dynserve.errors import (
+    ContextTooLong,
+    HandoffBroken,
+    HandoffError,
+    HandoffMismatch,
+    InternalError,
+    Unavailable,
+)
+from dynserve.executors.base import KvListener, Limits, Output, Sink
+from dynserve.executors.handoff import HandoffTable
+from dynserve.executors.scheduler import Fetch, Sampled, Scheduler, Sequence, Slice, State
+from dynserve.executors.transceiver import BlockStore, Transceiver
+from dynserve.routing.hashing import sequence_hash
+from dynserve.tasks import OwnedTasks
+from dynserve.wire.events import KvEvent, Load
+from dynserve.wire.requests import GenerateRequest, Handoff
+
+log = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    outputs: list[tuple[Sequence, Output]]
+    fetches: list[Fetch]
+    events: list[KvEvent]
+
+
+class Engine:
+    """The loop side is the `Executor`; `plan` and `book` are the driver's."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        store: BlockStore,
+        *,
+        instance_id: str,
+        vocab_size: int,
+        eos: frozenset[int],
+        handoff_ttl_s: float,
+        wake: Callable[[], None],
+        chunked: bool = True,
+    ) -> None:
+        self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
+        self._loop = asyncio.get_running_loop()
+        blocks = scheduler.blocks
+        self.limits = Limits(
+            blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size
+        )
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self.handoffs = HandoffTable(instance_id, handoff_ttl_s, self._release)
+        self._chunked = chunked
+        self._tickets = count(1)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._live: dict[int, tuple[Sequence, Sink]] = {}
+        self._fetches: dict[int, asyncio.Task[HandoffError | None]] = {}
+        self._kv_listener: KvListener | None = None
+        self._load = Load(0, 0, blocks.num_blocks, blocks.num_blocks, 0)
+        self._transfers: Counter[str] = Counter()
+        self._transceiver: Transceiver | None = None
+        self._tasks: OwnedTasks | None = None
+
+    def connect(self, transceiver: Transceiver, tasks: OwnedTasks) -> None:
+        """Who moves blocks, and who owns the tasks that do."""
+        self._transceiver, self._tasks = transceiver, tasks
+
+    # the loop side
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+        if self.failed.done():
+            raise Unavailable("the engine is dead")
+        self._validate(request)
+        ticket = next(self._tickets)
+        sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._loop.time())
+        self._live[ticket] = (sequence, sink)
+        self._post(partial(self._scheduler.add, sequence))
+        return ticket
+
+    def abort(self, ticket: int) -> None:
+        if self.handoffs.cancel(ticket):
+            return
+        if (live := self._live.pop(ticket, None)) is None:
+            return
+        self._post(partial(self._abort_sequence, live[0]))
+        if (task := self._fetches.get(ticket)) is not None:
+            task.cancel()
+
+    def load(self) -> Load:
+        load = self._load
+        return Load(load.running, load.waiting, load.free_blocks, load.total_blocks, len(self.handoffs))
+
+    def counters(self) -> Mapping[str, float]:
+        return {
+            "preemptions_total": self._scheduler.preemptions,
+            **{f"handoffs_{how}_total": number for how, number in self.handoffs.ended.items()},
+            **{f"kv_transfers_{what}_total": number for what, number in self._transfers.items()},
+        }
+
+    def listen_kv(self, listener: KvListener) -> None:
+        self._kv_listener = listener
+
+    def deliver(self, result: StepResult) -> None:
+        """Everything that a step did, in one turn of the loop."""
+        if result.events and self._kv_listener is not None:
+            self._kv_listener(result.events)
+        for fetch in result.fetches:
+            self._start_fetch(fetch)
+        for sequence, output in result.outputs:
+            live = self._live.get(sequence.ticket)
+            if live is None:
+                continue  # aborted; its command frees what it holds
+            if output.reason is not None:
+                del self._live[sequence.ticket]
+                if output.reason == "handoff":
+                    output.handoff = self._open_handoff(sequence)
+            live[1](output)
+
+    def fail(self, error: BaseException) -> None:
+        """The engine is dead: everyone who waits is told, and nothing new is taken."""
+        if self.failed.done():
+            return
+        log.error("the engine died", exc_info=error)
+        self.failed.set_exception(InternalError(f"the engine died: {error!r}"))
+        self.failed.exception()  # whoever watches `failed` sees it; nobody needs to
+        live, self._live = self._live, {}
+        for _, sink in live.values():
+            sink(Output([], error=InternalError("the engine died")))
+
+    # the step side
+
+    def plan(self) -> list[Slice]:
+        """Carries out what the loop side asked for, and decides on the next step."""
+        while self._commands:
+            self._commands.popleft()()
+        work = self._scheduler.schedule(self._loop.time())
+        self._note_load()
+        return work
+
+    def book(self, work: list[Slice], sampled: list[Sampled | None]) -> StepResult:
+        outputs = self._scheduler.commit(work, sampled)
+        self._note_load()
+        return StepResult(outputs, self._scheduler.drain_fetches(), self._scheduler.blocks.drain_events())
+
+    @property
+    def has_commands(self) -> bool:
+        return bool(self._commands)
+
+    def _note_load(self) -> None:
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        running = len(scheduler.running) + len(scheduler.fetching)
+        self._load = Load(running, len(scheduler.waiting), blocks.free, blocks.num_blocks, 0)
+
+    def _abort_sequence(self, sequence: Sequence) -> None:
+        if sequence.state is not State.DONE:
+            self._scheduler.abort(sequence)
+
+    # helpers of the loop side
+
+    def _validate(self, request: GenerateRequest) -> None:
+        length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
+        if length == 0:
+            raise ContextTooLong("the prompt is empty")
+        if length >= self.limits.max_seq_len:
+            raise ContextTooLong(f"{length} tokens leave no room in a context of {self.limits.max_seq_len}")
+        if not self._chunked and length > self._scheduler.max_num_tokens:
+            raise ContextTooLong(
+                f"{length} tokens are over max_num_tokens={self._scheduler.max_num_tokens}; "
+                "set enable_chunked_prefill to take longer prompts"
+            )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake()
+
+    def _release(self, ticket: int) -> None:
+        self._post(partial(self._scheduler.release_held, ticket))
+
+    def _open_handoff(self, sequence: Sequence) -> Handoff:
+        assert self._transceiver is not None
+        blocks = sequence.blocks
+        return self.handoffs.open(
+            sequence.ticket,
+            sequence.request,
+            blocks[: -(-sequence.prompt_len // self.limits.block_size)],
+            len(blocks) * self._store.block_bytes,
+            self._transceiver.state(),
+        )
+
+    def _start_fetch(self, fetch: Fetch) -> None:
+        assert self._tasks is not None
+        ticket = fetch.sequence.ticket
+        if ticket not in self._live:  # aborted before it began
+            self._post(partial(self._scheduler.fetched, fetch.sequence, 0.0, ok=False))
+            return
+        task = self._tasks.create_task(self._fetch(fetch))
+        self._fetches[ticket] = task
+        # a task that is cancelled before its first step never runs its own clean-up
+        task.add_done_callback(partial(self._fetch_ended, fetch, self._loop.time()))
+
+    async def _fetch(self, fetch: Fetch) -> HandoffError | None:
+        """What went wrong, as a value: a task that raised would take its owner with it."""
+        request, handoff = fetch.sequence.request, fetch.sequence.request.handoff
+        assert handoff is not None and self._transceiver is not None
+        belongs = (request.id, sequence_hash(request.prompt, request.cache_salt), fetch.sequence.prompt_len)
+        if (handoff.request_id, handoff.sequence_hash, handoff.num_tokens) != belongs:
+            return HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
+        try:
+            async with asyncio.timeout(handoff.ttl_s):
+                await self._transceiver.fetch(handoff, fetch.blocks, fetch.skip)
+        except HandoffError as error:
+            return error
+        except TimeoutError:
+            return HandoffBroken(f"not done within {handoff.ttl_s} s")
+        except Exception as error:
+            log.exception("unexpected failure of a KV transfer")
+            return HandoffBroken(repr(error))
+        return None
+
+    def _fetch_ended(self, fetch: Fetch, began: float, task: asyncio.Task[HandoffError | None]) -> None:
+        del self._fetches[fetch.sequence.ticket]
+        error = None if task.cancelled() else task.result()
+        self._transfers["cancelled" if task.cancelled() else "failed" if error else "done"] += 1
+        if error is not None:
+            log.warning("request %s: %s; prefilling here instead", fetch.sequence.request.id, error)
+        ok = not task.cancelled() and error is None
+        self._post(partial(self._scheduler.fetched, fetch.sequence, self._loop.time() - began, ok=ok))

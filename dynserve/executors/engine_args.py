@@ -1,0 +1,203 @@
+"""Engine options of the torch and simulated executors, from flags, `--extra-engine-args` and `--override-engine-args`.
+
+Names are TensorRT-LLM's where it has them, so that one YAML file serves all executors. Precedence is also TensorRT-LLM's:
+the file wins over flags, the JSON object over the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dynserve.config import WorkerConfig, nearest
+from dynserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class KvCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tokens_per_block: int = 32
+    max_tokens: int | None = None
+    enable_block_reuse: bool = True
+    free_gpu_memory_fraction: float | None = None
+
+
+class CacheTransceiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    backend: str = "DEFAULT"
+    kv_transfer_timeout_ms: int = 60_000
+    max_tokens_in_buffer: int | None = None
+
+
+class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the scheduler and the two executors read. None: derived from the model."""
+
+    max_batch_size: int = 64
+    max_num_tokens: int = 2048
+    max_seq_len: int | None = None
+    enable_chunked_prefill: bool = True
+    kv_cache_config: KvCache = KvCache()
+    cache_transceiver_config: CacheTransceiver = CacheTransceiver()
+    num_blocks: int | None = None
+    # torch
+    num_threads: int | None = None
+    # simulated: milliseconds, microseconds, gigabytes per second; `speed` divides all times, 0 removes them
+    step_ms: float = 5.0
+    prefill_us_per_token: float = 50.0
+    decode_us_per_sequence: float = 20.0
+    transfer_gb_per_s: float = 10.0
+    bytes_per_token: int = 131_072
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "num_blocks", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.kv_cache_config.tokens_per_block < 1:
+            raise ValueError("kv_cache_config.tokens_per_block must be at least 1")
+        for name in ("step_ms", "prefill_us_per_token", "decode_us_per_sequence", "speed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative")
+        if self.transfer_gb_per_s <= 0:
+            raise ValueError("transfer_gb_per_s must be greater than 0")
+
+
+# Right for TensorRT-LLM, without a meaning here; a file that is shared between executors may hold them.
+_TRTLLM_ONLY = frozenset(
+    [
+        "attention_dp_config",
+        "attn_backend",
+        "backend",
+        "batch_wait_timeout_ms",
+        "cuda_graph_config",
+        "disable_overlap_scheduler",
+        "dtype",
+        "enable_attention_dp",
+        "enable_autotuner",
+        "enable_iter_perf_stats",
+        "enable_iter_req_stats",
+        "guided_decoding_backend",
+        "load_format",
+        "max_beam_width",
+        "moe_config",
+        "moe_expert_parallel_size",
+        "moe_tensor_parallel_size",
+        "pipeline_parallel_size",
+        "print_iter_log",
+        "pytorch_backend_config",
+        "return_perf_metrics",
+        "scheduler_config",
+        "skip_tokenizer_init",
+        "speculative_config",
+        "stream_interval",
+        "tensor_parallel_size",
+        "torch_compile_config",
+        "trust_remote_code",
+    ]
+)
+
+
+def engine_args(config: WorkerConfig) -> EngineArgs:
+    """The merged options.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one and where it stands), or a value that does not fit.
+    """
+    merged = _from_flags(config)
+    if config.extra_engine_args:
+        _merge(merged, _yaml(config.extra_engine_args), f"--extra-engine-args {config.extra_engine_args}")
+    if config.override_engine_args:
+        _merge(merged, _json(config.override_engine_args), "--override-engine-args")
+    try:
+        return msgspec.convert(merged, EngineArgs)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"engine options: {error}") from error
+
+
+def _from_flags(config: WorkerConfig) -> dict[str, Any]:
+    flags: dict[str, Any] = {
+        name: value
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len")
+        if (value := getattr(config, name)) is not None
+    }
+    cache = {
+        key: value
+        for key, value in (
+            ("tokens_per_block", config.kv_block_size),
+            ("free_gpu_memory_fraction", config.free_gpu_memory_fraction),
+        )
+        if value is not None
+    }
+    return flags | ({"kv_cache_config": cache} if cache else {})
+
+
+def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
+    known = EngineArgs.__struct_fields__
+    if ignored := sorted(_TRTLLM_ONLY & options.keys()):
+        log.info("%s: no meaning for this executor, left out: %s", where, ", ".join(ignored))
+    for key, value in options.items():
+        if key in _TRTLLM_ONLY:
+            continue
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), [*known, *_TRTLLM_ONLY])}")
+        if nested := {"kv_cache_config": KvCache, "cache_transceiver_config": CacheTransceiver}.get(key):
+            value = _nested(value, nested.__struct_fields__, key, where)
+            into[key] = into.get(key, {}) | value
+        else:
+            into[key] = value
+
+
+def _nested(value: Any, known: Iterable[str], key: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {key} must hold keys and values, not {value!r}")
+    for name in value:
+        if name not in known and name not in _NESTED_TRTLLM_ONLY:
+            raise ConfigError(f"{where}: unknown key {name!r} in {key}{nearest(str(name), known)}")
+    return {name: item for name, item in value.items() if name in known}
+
+
+_NESTED_TRTLLM_ONLY = frozenset(
+    [
+        "enable_partial_reuse",
+        "copy_on_partial_reuse",
+        "max_attention_window",
+        "host_cache_size",
+        "event_buffer_max_size",
+        "dtype",
+        "max_gpu_total_bytes",
+        "secondary_offload_min_priority",
+        "transceiver_runtime",
+        "kv_transfer_sender_future_timeout_ms",
+    ]
+)
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--extra-engine-args {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--extra-engine-args {path} is not YAML: {error}") from error
+    return _object(found or {}, f"--extra-engine-args {path}")
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--override-engine-args is not JSON: {error}") from error
+    return _object(found, "--override-engine-args")
+
+
+def _object(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: expected keys and values, found {type(found).__name__}")
+    return found

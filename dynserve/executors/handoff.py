@@ -1,0 +1,127 @@
+"""Hand-offs on the side that owns them: from the end of a prefill to exactly one of delivered, expired, cancelled.
+
+        ┌────────────── broken: the receiver may try again ─────┐
+        ▼                                                       │
+      OPEN ──begin: request id and sequence hash match──▶ SENDING ──▶ delivered
+        │                                                   │
+        ├──ttl over──▶ expired                              └──cancel: sending stops first──▶ cancelled
+        └──cancel────▶ cancelled
+
+Whatever the end, `release` is called once and the blocks are free. While bytes are on their way the blocks stay, whoever
+cancels: memory that is being read must not be given to another sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+
+from xxhash import xxh3_64_intdigest
+
+from dynserve.errors import HandoffGone, HandoffMismatch
+from dynserve.routing.hashing import sequence_hash
+from dynserve.wire.requests import GenerateRequest, Handoff
+
+
+class End(StrEnum):
+    DELIVERED = "delivered"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True)
+class Entry:
+    handoff: Handoff
+    ticket: int
+    blocks: list[int]
+    timer: asyncio.TimerHandle
+    stop_sending: Callable[[], object] | None = None
+    overdue: End | None = None  # asked for while sending
+
+
+class HandoffTable:
+    """All open hand-offs of one executor. `release(ticket)` frees a prefill's blocks."""
+
+    def __init__(self, owner: str, ttl_s: float, release: Callable[[int], None]) -> None:
+        self._owner, self._ttl_s, self._release = owner, ttl_s, release
+        self._open: dict[int, Entry] = {}
+        self._by_ticket: dict[int, int] = {}
+        # unique over all workers: the upper bits name the owner, the lower ones count
+        self._ids = count((xxh3_64_intdigest(owner.encode()) >> 33 << 32) | 1)
+        self.ended: Counter[End] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, ticket: int, request: GenerateRequest, blocks: list[int], num_bytes: int, state: bytes) -> Handoff:
+        handoff = Handoff(
+            id=next(self._ids),
+            owner=self._owner,
+            request_id=request.id,
+            sequence_hash=sequence_hash(request.prompt, request.cache_salt),
+            num_tokens=len(request.prompt) // 4,
+            num_bytes=num_bytes,
+            ttl_s=self._ttl_s,
+            state=state,
+        )
+        timer = asyncio.get_running_loop().call_later(self._ttl_s, self._end_or_stop, handoff.id, End.EXPIRED)
+        self._open[handoff.id] = Entry(handoff, ticket, blocks, timer)
+        self._by_ticket[ticket] = handoff.id
+        return handoff
+
+    def cancel(self, ticket: int) -> bool:
+        """False when that prefill left no open hand-off."""
+        id_ = self._by_ticket.get(ticket)
+        if id_ is not None:
+            self._end_or_stop(id_, End.CANCELLED)
+        return id_ is not None
+
+    def cancel_all(self) -> None:
+        for id_ in list(self._open):
+            self._end_or_stop(id_, End.CANCELLED)
+
+    @contextmanager
+    def sending(
+        self, id_: int, request_id: str, sequence_hash: int, stop: Callable[[], object]
+    ) -> Iterator[tuple[list[int], Callable[[], None]]]:
+        """The blocks to send, and what to call once the receiver has confirmed them. `stop` ends the sending early.
+
+        Raises:
+            HandoffGone: it has ended, never was, or is being sent to somebody.
+            HandoffMismatch: it belongs to another request or prompt.
+        """
+        entry = self._open.get(id_)
+        if entry is None:
+            raise HandoffGone(f"hand-off {id_} is not open here: delivered, expired or cancelled")
+        if entry.stop_sending is not None:
+            raise HandoffGone(f"hand-off {id_} is being sent already")
+        if (entry.handoff.request_id, entry.handoff.sequence_hash) != (request_id, sequence_hash):
+            raise HandoffMismatch(f"hand-off {id_} belongs to another request or prompt")
+        entry.stop_sending = stop
+        try:
+            yield entry.blocks, lambda: self._end(entry, End.DELIVERED)
+        finally:
+            entry.stop_sending = None
+            if entry.overdue is not None:
+                self._end(entry, entry.overdue)
+
+    def _end_or_stop(self, id_: int, how: End) -> None:
+        if (entry := self._open.get(id_)) is None:
+            return
+        if entry.stop_sending is None:
+            self._end(entry, how)
+        elif entry.overdue is None:
+            entry.overdue = how
+            entry.stop_sending()
+
+    def _end(self, entry: Entry, how: End) -> None:
+        if self._open.pop(entry.handoff.id, None) is not None:
+            del self._by_ticket[entry.ticket]
+            entry.timer.cancel()
+            self.ended[how] += 1
+            self._release(entry.ticket)

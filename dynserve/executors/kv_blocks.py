@@ -1,0 +1,153 @@
+"""The paged KV cache's book-keeping: which block holds what, who holds it, what can be reused, what goes first.
+
+A block is in exactly one of three places:
+
+    held     ref > 0: one or more sequences (or an open hand-off) use it
+    cached   ref = 0 and sealed: its content can be reused, least recently released goes first
+    blank    ref = 0 and nothing worth keeping
+
+`free` counts cached and blank together: both can be taken. A block is *sealed* when it is full and computed: from then on
+it is found by its rolling hash. Two sequences may compute the same block at once; the first to seal it names it, the
+other's copy stays private and becomes blank on release.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+
+
+class BlockManager:
+    """`num_blocks` blocks of `block_size` tokens. Single-threaded: whoever steps the engine owns it."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"need at least one block of one token, not {num_blocks} of {block_size}")
+        self.num_blocks, self.block_size, self._reuse = num_blocks, block_size, reuse
+        self._refs = [0] * num_blocks
+        self._hash: list[int | None] = [None] * num_blocks
+        self._by_hash: dict[int, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # taken from the end: low numbers first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
+        self._events: list[KvEvent] = []
+
+    @property
+    def free(self) -> int:
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that can be found by hash, held or not."""
+        return len(self._by_hash)
+
+    def overlap(self, hashes: Sequence[int]) -> int:
+        """How many leading blocks of a prompt are here. Changes nothing."""
+        count = 0
+        for hash_ in hashes:
+            if hash_ not in self._by_hash:
+                break
+            count += 1
+        return count
+
+    def can_take(self, count: int, reusing: Sequence[int] = ()) -> bool:
+        """Whether `count` blocks can be taken beside those that `acquire(reusing)` would hold. Changes nothing."""
+        woken = sum(1 for block in self._leading(reusing) if self._refs[block] == 0)
+        return self.free - woken >= count
+
+    def acquire(self, hashes: Sequence[int]) -> list[int]:
+        """Holds the leading blocks that are here, in order."""
+        blocks = self._leading(hashes)
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._cached[block]
+            self._refs[block] += 1
+        return blocks
+
+    def take(self, count: int) -> list[int]:
+        """Holds `count` empty blocks, evicting cached ones when the blank ones run out. Ask `can_take` first."""
+        if count > self.free:
+            raise RuntimeError(f"{count} blocks wanted, {self.free} free: ask can_take first")
+        blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._refs[block] = 1
+        return blocks
+
+    def seal(self, blocks: Sequence[int], hashes: Sequence[int], parent: int | None) -> None:
+        """Names full, computed blocks: a chain whose first block follows `parent`. Reusable from now on."""
+        if not self._reuse:
+            return
+        stored: list[int] = []
+        for block, hash_ in zip(blocks, hashes, strict=True):
+            if hash_ in self._by_hash:
+                self._flush_stored(stored, parent)
+                stored, parent = [], hash_
+                continue
+            self._by_hash[hash_] = block
+            self._hash[block] = hash_
+            stored.append(hash_)
+        self._flush_stored(stored, parent)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Gives the blocks back. The tail goes first when room is needed: a prefix outlives what follows it."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if self._refs[block] < 0:
+                raise RuntimeError(f"block {block} was released more often than held")
+            if self._refs[block] == 0:
+                if self._hash[block] is None:
+                    self._blank.append(block)
+                else:
+                    self._cached[block] = None
+
+    def clear(self) -> None:
+        """Forgets everything cached. Held blocks stay held, but are no longer found."""
+        for block in self._by_hash.values():
+            self._hash[block] = None
+        self._by_hash.clear()
+        self._blank.extend(self._cached)
+        self._cached.clear()
+        self._events.append(Cleared())
+
+    def drain_events(self) -> list[KvEvent]:
+        """What changed since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def check(self) -> None:
+        """Raises AssertionError when the books do not add up."""
+        held = {block for block in range(self.num_blocks) if self._refs[block] > 0}
+        blank, cached = set(self._blank), set(self._cached)
+        assert len(blank) == len(self._blank), "a block is blank twice"
+        assert not (held & blank or held & cached or blank & cached), "a block is in two places"
+        assert len(held) + len(blank) + len(cached) == self.num_blocks, "a block is lost"
+        assert {b for b in range(self.num_blocks) if self._hash[b] is not None} == set(self._by_hash.values())
+        assert all(self._hash[block] == hash_ for hash_, block in self._by_hash.items()), "a hash names the wrong block"
+        assert all(self._hash[block] is not None for block in cached), "a cached block has no name"
+        assert all(self._hash[block] is None for block in blank), "a blank block has a name"
+
+    def _leading(self, hashes: Iterable[int]) -> list[int]:
+        blocks = []
+        for hash_ in hashes:
+            block = self._by_hash.get(hash_)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        hash_ = self._hash[block]
+        assert hash_ is not None
+        del self._by_hash[hash_]
+        self._hash[block] = None
+        if self._events and isinstance(self._events[-1], Removed):
+            self._events[-1].hashes.append(hash_)
+        else:
+            self._events.append(Removed([hash_]))
+        return block
+
+    def _flush_stored(self, hashes: list[int], parent: int | None) -> None:
+        if hashes:
+            self._events.append(Stored(parent, hashes))

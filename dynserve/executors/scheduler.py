@@ -1,0 +1,307 @@
+"""Continuous batching: which tokens of which sequences the next engine step computes.
+
+A sequence's life, and what moves it on:
+
+    WAITING ──admitted──────────────▶ RUNNING ──last token──────▶ DONE
+       │  ▲                           │  │  ▲
+       │  └──preempted: no block left─┘  │  └──fetched, or fetch failed─┐
+       │                                 └──prefill done──▶ HELD ──hand-off ended──▶ DONE
+       └──admitted with a hand-off──▶ FETCHING ─────────────────────────┘
+
+Synchronous and single-threaded: whoever steps the engine owns it. `schedule` decides, the model computes, `commit` books.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from enum import Enum, auto
+from typing import NamedTuple
+
+from dynserve.executors.base import Output
+from dynserve.executors.kv_blocks import BlockManager
+from dynserve.routing.hashing import extend, next_hash, seed_for
+from dynserve.wire.requests import GenerateRequest, TokenLogprob, pack_tokens, unpack_tokens
+
+
+class State(Enum):
+    WAITING = auto()
+    FETCHING = auto()  # its KV cache is on the way from the prefill worker
+    RUNNING = auto()
+    HELD = auto()  # prefill done, blocks kept for the decode worker
+    DONE = auto()
+
+
+class Sequence:
+    """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
+
+    __slots__ = (
+        "admitted", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "prompt_len", "queue_s",
+        "request", "seed", "state", "ticket", "tokens", "transfer_s",
+    )  # fmt: skip
+
+    def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
+        self.ticket, self.request, self.arrived = ticket, request, now
+        prior = request.prior.token_ids if request.prior else []
+        self.tokens = [*unpack_tokens(request.prompt), *prior]
+        self.prompt_len = len(self.tokens) - len(prior)
+        self.eos = frozenset() if request.stop.ignore_eos else eos
+        self.seed = seed_for(request.cache_salt)
+        packed = request.prompt + pack_tokens(prior) if prior else request.prompt
+        self.hashes = extend([], packed, block_size, self.seed)
+        self.blocks: list[int] = []
+        self.computed = 0
+        self.cached_tokens = request.prior.cached_tokens if request.prior else 0
+        self.fetch = request.handoff is not None  # once; a failed or preempted fetch is computed here instead
+        self.admitted = False
+        self.state = State.WAITING
+        self.queue_s = self.transfer_s = 0.0
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+class Slice(NamedTuple):
+    """`size` tokens of one sequence from `start`; with `samples`, the last of them yields the next token."""
+
+    sequence: Sequence
+    start: int
+    size: int
+    samples: bool
+
+
+class Fetch(NamedTuple):
+    """Blocks of a hand-off to fill: the owner's block `skip + i` goes into our `blocks[i]`."""
+
+    sequence: Sequence
+    blocks: list[int]
+    skip: int
+
+
+class Sampled(NamedTuple):
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Scheduler:
+    """At most `max_batch_size` sequences and `max_num_tokens` tokens a step; first come, first served.
+
+    When blocks run out, the sequence that came last gives up its own and waits at the head of the queue; what it had
+    generated is kept, and computed again as if it were prompt (mostly from the prefix cache).
+    """
+
+    def __init__(
+        self, blocks: BlockManager, *, max_batch_size: int, max_num_tokens: int, max_seq_len: int, chunked: bool
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch_size, self.max_num_tokens, self.max_seq_len = max_batch_size, max_num_tokens, max_seq_len
+        self._chunked = chunked
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.fetching: dict[int, Sequence] = {}
+        self.held: dict[int, Sequence] = {}
+        self.preemptions = 0
+        self._fetches: list[Fetch] = []
+
+    @property
+    def idle(self) -> bool:
+        """Nothing that a step could move: what is fetched or held waits for others."""
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Takes it out wherever it is. Blocks that are being written by a fetch stay until `fetched` is called."""
+        if sequence.state is State.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.state is State.HELD:
+            del self.held[sequence.ticket]
+        elif sequence.state is State.FETCHING:
+            sequence.state = State.DONE
+            return
+        self._finish(sequence)
+
+    def fetched(self, sequence: Sequence, seconds: float, *, ok: bool) -> None:
+        """Its transfer has ended. After a failure the prompt is computed here, from what was cached."""
+        del self.fetching[sequence.ticket]
+        if sequence.state is State.DONE:  # aborted meanwhile
+            self._finish(sequence)
+            return
+        sequence.state = State.RUNNING
+        sequence.transfer_s = seconds
+        self.running.append(sequence)
+        if ok:
+            before, sequence.computed = sequence.computed, sequence.prompt_len
+            self._seal(sequence, before)
+
+    def release_held(self, ticket: int) -> None:
+        """The hand-off has ended, one way or another."""
+        if (sequence := self.held.pop(ticket, None)) is not None:
+            self._finish(sequence)
+
+    def drain_fetches(self) -> list[Fetch]:
+        fetches, self._fetches = self._fetches, []
+        return fetches
+
+    def schedule(self, now: float) -> list[Slice]:
+        """The next step's work: running sequences first, then as many waiting ones as fit."""
+        budget = self.max_num_tokens
+        work: list[Slice] = []
+        preempted = self.preemptions
+        # those that decode go before those that prefill in chunks: a long prompt must not stall the answers beside it
+        for sequence in sorted(self.running, key=_prefilling):
+            if budget == 0:
+                break
+            if sequence.state is not State.RUNNING:
+                continue  # preempted by one before it
+            count = self._share(sequence, budget)
+            if count and self._grow(sequence, sequence.computed + count):
+                work.append(self._slice(sequence, count))
+                budget -= count
+        while self.waiting and budget and len(self.running) + len(self.fetching) < self.max_batch_size:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, budget, now):
+                break
+            self.waiting.popleft()
+            if sequence.state is State.RUNNING:
+                count = self._share(sequence, budget)
+                work.append(self._slice(sequence, count))
+                budget -= count
+        if self.preemptions != preempted:
+            work = [slice_ for slice_ in work if slice_.sequence.state is State.RUNNING]
+        return work
+
+    def commit(self, work: Seq[Slice], sampled: Seq[Sampled | None]) -> list[tuple[Sequence, Output]]:
+        """Books a step. `sampled[i]` is the new token of `work[i]` where that one samples."""
+        outputs: list[tuple[Sequence, Output]] = []
+        for slice_, new in zip(work, sampled, strict=True):
+            sequence = slice_.sequence
+            before, sequence.computed = sequence.computed, slice_.start + slice_.size
+            self._seal(sequence, before)
+            if slice_.samples and new is not None:
+                outputs.append((sequence, self._advance(sequence, new)))
+        return outputs
+
+    def check(self) -> None:
+        """Raises AssertionError when a block is held by nobody, or by the wrong number of sequences."""
+        self.blocks.check()
+        holders = [*self.running, *self.fetching.values(), *self.held.values()]
+        held = {block for sequence in holders for block in sequence.blocks}
+        assert len(held) == self.blocks.num_blocks - self.blocks.free, "blocks are held by nobody"
+        assert all(sequence.state is State.RUNNING for sequence in self.running)
+        assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _share(self, sequence: Sequence, budget: int) -> int:
+        want = len(sequence.tokens) - sequence.computed
+        # Without chunks a long remainder waits for a step that it has to itself.
+        if want > budget and not self._chunked and budget < self.max_num_tokens:
+            return 0
+        return min(want, budget)
+
+    def _slice(self, sequence: Sequence, count: int) -> Slice:
+        end = sequence.computed + count
+        return Slice(sequence, sequence.computed, count, end == len(sequence.tokens))
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Blocks for `tokens` tokens, at the cost of whoever came last; False when that was the sequence itself."""
+        need = self._blocks_for(tokens) - len(sequence.blocks)
+        while need > 0 and not self.blocks.can_take(need):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if need > 0:
+            sequence.blocks += self.blocks.take(need)
+        return True
+
+    def _admit(self, sequence: Sequence, budget: int, now: float) -> bool:
+        # at least one token is always computed: it is the one that yields the next
+        reusable = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]
+        overlap = self.blocks.overlap(reusable)
+        remainder = len(sequence.tokens) - overlap * self.blocks.block_size
+        if not sequence.fetch and not self._chunked and remainder > budget < self.max_num_tokens:
+            return False
+        need = self._blocks_for(len(sequence.tokens)) - overlap
+        # one spare block while others run, or the newcomer would be preempted by the next step
+        spare = 1 if self.running else 0
+        if not self.blocks.can_take(need + spare, reusable[:overlap]):
+            return False
+        sequence.blocks = self.blocks.acquire(reusable[:overlap])
+        sequence.blocks += self.blocks.take(need)
+        sequence.computed = overlap * self.blocks.block_size
+        if not sequence.admitted:
+            sequence.admitted = True
+            sequence.queue_s = now - sequence.arrived
+            if not sequence.generated:
+                sequence.cached_tokens = sequence.computed
+        if sequence.fetch:
+            sequence.fetch = False
+            sequence.state = State.FETCHING
+            self.fetching[sequence.ticket] = sequence
+            ours = sequence.blocks[overlap : self._blocks_for(sequence.prompt_len)]
+            self._fetches.append(Fetch(sequence, ours, overlap))
+        else:
+            sequence.state = State.RUNNING
+            self.running.append(sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+
+    def _seal(self, sequence: Sequence, before: int) -> None:
+        """Names the blocks that became full between `before` and `computed` tokens."""
+        size = self.blocks.block_size
+        first, end = before // size, sequence.computed // size
+        if first == end:
+            return
+        hashes = sequence.hashes
+        while len(hashes) < end:
+            at = len(hashes) * size
+            block = pack_tokens(sequence.tokens[at : at + size])
+            hashes.append(next_hash(hashes[-1] if hashes else None, block, sequence.seed))
+        self.blocks.seal(sequence.blocks[first:end], hashes[first:end], hashes[first - 1] if first else None)
+
+    def _advance(self, sequence: Sequence, new: Sampled) -> Output:
+        stop = sequence.request.stop
+        ended = new.token_id in sequence.eos or new.token_id in stop.token_ids
+        if ended and sequence.generated >= stop.min_tokens:
+            output = Output([], "stop", None, new.token_id)
+        else:
+            sequence.tokens.append(new.token_id)
+            output = Output([new.token_id], None, None if new.logprob is None else [new.logprob])
+            if sequence.generated >= stop.max_tokens or len(sequence.tokens) >= self.max_seq_len:
+                output.reason = "length"
+            elif sequence.request.phase == "prefill":
+                output.reason = "handoff"
+        if output.reason is not None:
+            output.cached_tokens = sequence.cached_tokens
+            output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s
+            self.running.remove(sequence)
+            if output.reason == "handoff":
+                sequence.state = State.HELD
+                self.held[sequence.ticket] = sequence
+            else:
+                self._finish(sequence)
+        return output
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.state = State.DONE
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.blocks.block_size)
+
+
+def _prefilling(sequence: Sequence) -> bool:
+    return len(sequence.tokens) - sequence.computed > 1

@@ -1,0 +1,151 @@
+"""The simulated executor: the real block manager, scheduler and hand-offs; tokens made up, time from a simple model.
+
+    step = (step_ms + prefill tokens · prefill_us_per_token + decoding sequences · decode_us_per_sequence) / speed
+    KV transfer = tokens · bytes_per_token / transfer_gb_per_s / speed
+
+Tokens are a function of the prompt and the position, so that prefill and decode workers agree without moving a byte.
+All waiting goes through the event loop, so a loop with a virtual clock simulates hours in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from xxhash import xxh3_64_intdigest
+
+from dynserve.config import WorkerConfig
+from dynserve.executors.base import Executor
+from dynserve.executors.engine import Engine
+from dynserve.executors.engine_args import EngineArgs, engine_args
+from dynserve.executors.kv_blocks import BlockManager
+from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice
+from dynserve.executors.transceiver import TcpTransceivers, Transceiver, Transceivers
+from dynserve.openai.model_files import eos_token_ids, model_limits
+from dynserve.routing.hashing import sequence_hash
+from dynserve.tasks import task_group
+from dynserve.wire.requests import Handoff, TokenLogprob
+
+NUM_BLOCKS = 4096
+FIRST_TOKEN = 300  # made-up tokens stay clear of the special ones and single bytes at the start of a vocabulary
+
+
+@asynccontextmanager
+async def open_executor(
+    config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None
+) -> AsyncIterator[Executor]:
+    """Needs the model folder's tokenizer and config only; weights are not read.
+
+    Raises:
+        ConfigError: the folder or an engine option is not usable.
+    """
+    args = engine_args(config)
+    folder = Path(config.model_path)
+    vocab_size, context = model_limits(folder)
+    size = args.kv_cache_config.tokens_per_block
+    max_tokens = args.kv_cache_config.max_tokens
+    num_blocks = args.num_blocks or (-(-max_tokens // size) if max_tokens else NUM_BLOCKS)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, size, reuse=args.kv_cache_config.enable_block_reuse),
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=min(args.max_seq_len or context, num_blocks * size),
+        chunked=args.enable_chunked_prefill,
+    )
+    store = NoMemory(f"simulated:{size}", args.bytes_per_token * size)
+    eos = frozenset(eos_token_ids(folder))
+    stepper = Stepper(args, vocab_size, eos)
+    engine = Engine(
+        scheduler,
+        store,
+        instance_id=instance_id,
+        vocab_size=vocab_size,
+        eos=eos,
+        handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
+        wake=stepper.wake.set,
+        chunked=args.enable_chunked_prefill,
+    )
+    async with (
+        (transceivers or TcpTransceivers()).open(engine.handoffs, store, config.link_host) as transceiver,
+        task_group() as tasks,
+    ):
+        engine.connect(Timed(transceiver, args), tasks)
+        tasks.create_task(stepper.run(engine))
+        try:
+            yield engine
+        finally:
+            engine.handoffs.cancel_all()
+
+
+class NoMemory:
+    """A block store without bytes. `block_bytes` is what a block would weigh, for records and times."""
+
+    def __init__(self, layout: str, block_bytes: int) -> None:
+        self.layout, self.block_bytes = layout, block_bytes
+
+    def view(self, block: int) -> memoryview:
+        return memoryview(bytearray())
+
+
+class Timed:
+    """A transceiver that takes as long as the bytes would."""
+
+    def __init__(self, inner: Transceiver, args: EngineArgs) -> None:
+        self._inner = inner
+        size = args.kv_cache_config.tokens_per_block
+        self._s_per_block = (
+            size * args.bytes_per_token / (args.transfer_gb_per_s * 1e9) / args.speed if args.speed else 0
+        )
+
+    def state(self) -> bytes:
+        return self._inner.state()
+
+    async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
+        if self._s_per_block:
+            await asyncio.sleep(len(blocks) * self._s_per_block)
+        await self._inner.fetch(handoff, blocks, skip)
+
+
+class Stepper:
+    """The step loop, on the event loop."""
+
+    def __init__(self, args: EngineArgs, vocab_size: int, eos: frozenset[int]) -> None:
+        self._args, self._vocab_size = args, vocab_size
+        self._end = min(eos, default=0)
+        self.wake = asyncio.Event()
+
+    async def run(self, engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            self.wake.clear()
+            work = engine.plan()
+            # a step ends when it would have ended, however long this process takes to book it
+            due = max(due, loop.time() - self._args.step_ms / 1000) + self.seconds(work)
+            await asyncio.sleep(max(0.0, due - loop.time()) if work else 0)
+            engine.deliver(engine.book(work, [self._token(s.sequence) if s.samples else None for s in work]))
+            if not work and not engine.has_commands:
+                await self.wake.wait()
+                due = loop.time()
+
+    def seconds(self, work: list[Slice]) -> float:
+        args = self._args
+        if not args.speed or not work:
+            return 0.0
+        decoding = sum(1 for slice_ in work if slice_.size == 1)
+        prefilling = sum(slice_.size for slice_ in work if slice_.size > 1)
+        micros = args.step_ms * 1000 + prefilling * args.prefill_us_per_token + decoding * args.decode_us_per_sequence
+        return micros / 1e6 / args.speed
+
+    def _token(self, sequence: Sequence) -> Sampled:
+        """A hash of prompt and position; an end of turn after 16 to 127 tokens, by the prompt's own hash."""
+        name = sequence_hash(sequence.request.prompt, sequence.request.cache_salt)
+        position = sequence.generated
+        stop = sequence.request.stop
+        if position >= max(16 + name % 112, stop.min_tokens) and not stop.ignore_eos:
+            return Sampled(self._end)
+        span = self._vocab_size - FIRST_TOKEN
+        token = FIRST_TOKEN + xxh3_64_intdigest(position.to_bytes(4, "little"), name) % span
+        return Sampled(token, None if sequence.request.sampling.logprobs is None else TokenLogprob(token, -1.0))

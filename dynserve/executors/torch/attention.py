@@ -1,0 +1,154 @@
+"""The paged KV cache as one tensor, and attention over it: the boundary behind which a device's kernels will stand.
+
+Layout: `[blocks, layers, 2 (keys, values), block_size, kv_heads, head_dim]`. A block is contiguous over all layers, so
+that a hand-off moves it as one run of bytes straight out of, and into, this tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynserve.executors.scheduler import Slice
+
+
+class Prefill(NamedTuple):
+    """Rows `first:last` of the batch are consecutive tokens of one sequence whose KV is in `blocks` (`[n]`)."""
+
+    first: int
+    last: int
+    blocks: Tensor
+    length: int  # tokens of the sequence up to and with the last row
+    mask: Tensor | None  # [rows, length]; None when the rows are the whole sequence
+
+
+class Decode(NamedTuple):
+    """Rows `first:last` are one token each of as many sequences."""
+
+    first: int
+    last: int
+    blocks: Tensor  # [rows, most blocks]; short sequences are padded with block 0
+    mask: Tensor  # [rows, 1, 1, most blocks * block_size]
+
+
+class StepLayout(NamedTuple):
+    """One step's batch of `T` tokens: sequences that prefill first, then those that decode."""
+
+    tokens: Tensor  # [T]
+    positions: Tensor  # [T]
+    block_of: Tensor  # [T] block that each token's KV is written to
+    offset_of: Tensor  # [T] and where in the block
+    prefills: list[Prefill]
+    decode: Decode | None
+    sampling: Tensor  # rows that yield a next token
+
+
+class KvCache:
+    """Memory for `num_blocks` blocks; also the `BlockStore` of the transceiver."""
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int, num_layers: int, kv_heads: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device, model: str,
+    ) -> None:  # fmt: skip
+        shape = (num_blocks, num_layers, 2, block_size, kv_heads, head_dim)
+        self.num_blocks = num_blocks
+        self._memory = torch.empty(shape, dtype=dtype, device=device)
+        self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
+        self._device = device
+        self.block_bytes = self._memory[0].numel() * self._memory.element_size()
+        self.layout = f"{model}:{str(dtype).removeprefix('torch.')}:{num_layers}x2x{block_size}x{kv_heads}x{head_dim}"
+        # bytes of the whole cache, sliced per block; only memory of the host can be seen this way
+        self._bytes = self._memory.view(-1).view(torch.uint8).numpy().data if device.type == "cpu" else None
+
+    def view(self, block: int) -> memoryview:
+        if self._bytes is None:
+            raise RuntimeError("a KV cache on a GPU has no host view; it needs a transceiver that reads device memory")
+        return self._bytes[block * self.block_bytes : (block + 1) * self.block_bytes]
+
+    def write(self, layer: int, layout: StepLayout, keys: Tensor, values: Tensor) -> None:
+        """Stores `[T, kv_heads, head_dim]` keys and values of this step."""
+        self._memory[layout.block_of, layer, 0, layout.offset_of] = keys
+        self._memory[layout.block_of, layer, 1, layout.offset_of] = values
+
+    def attend(self, layer: int, layout: StepLayout, q: Tensor) -> Tensor:
+        """Causal attention of `[T, heads, head_dim]` queries, each over its own sequence; same shape."""
+        out = torch.empty_like(q)
+        for prefill in layout.prefills:
+            rows = slice(prefill.first, prefill.last)
+            k = self._gather(layer, 0, prefill.blocks)[: prefill.length]
+            v = self._gather(layer, 1, prefill.blocks)[: prefill.length]
+            out[rows] = F.scaled_dot_product_attention(
+                q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+                attn_mask=prefill.mask, is_causal=prefill.mask is None, enable_gqa=True,
+            )[0].transpose(0, 1)  # fmt: skip
+        if layout.decode is not None:
+            rows = slice(layout.decode.first, layout.decode.last)
+            k = self._gather(layer, 0, layout.decode.blocks)
+            v = self._gather(layer, 1, layout.decode.blocks)
+            out[rows] = F.scaled_dot_product_attention(
+                q[rows][:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.decode.mask, enable_gqa=True
+            )[:, :, 0]
+        return out
+
+    def lay_out(self, work: Sequence[Slice]) -> tuple[StepLayout, list[int]]:
+        """The tensors of a step, and for each sampling row the index in `work` that it belongs to."""
+        order = sorted(range(len(work)), key=lambda i: work[i].size == 1)
+        tokens: list[int] = []
+        positions: list[int] = []
+        block_of: list[int] = []
+        prefills: list[Prefill] = []
+        sampling: list[int] = []
+        owners: list[int] = []
+        decoding: list[Slice] = []
+        size = self._block_size
+        for i in order:
+            sequence, start, count, samples = work[i]
+            first = len(tokens)
+            end = start + count
+            tokens += sequence.tokens[start:end]
+            positions += range(start, end)
+            block_of += [sequence.blocks[position // size] for position in range(start, end)]
+            if samples:
+                sampling.append(len(tokens) - 1)
+                owners.append(i)
+            if count == 1:
+                decoding.append(work[i])
+            else:
+                blocks = torch.tensor(sequence.blocks[: -(-end // size)], device=self._device)
+                prefills.append(Prefill(first, len(tokens), blocks, end, self._chunk_mask(start, count)))
+        place = torch.tensor(positions, device=self._device)
+        layout = StepLayout(
+            torch.tensor(tokens, device=self._device),
+            place,
+            torch.tensor(block_of, device=self._device),
+            place % size,
+            prefills,
+            self._decode(decoding, len(tokens)),
+            torch.tensor(sampling, device=self._device, dtype=torch.long),
+        )
+        return layout, owners
+
+    def _decode(self, work: list[Slice], total: int) -> Decode | None:
+        if not work:
+            return None
+        counts = [slice_.start // self._block_size + 1 for slice_ in work]
+        most = max(counts)
+        tables = [s.sequence.blocks[:n] + [0] * (most - n) for s, n in zip(work, counts, strict=True)]
+        lengths = torch.tensor([slice_.start + 1 for slice_ in work], device=self._device)
+        mask = torch.arange(most * self._block_size, device=self._device) < lengths[:, None]
+        return Decode(total - len(work), total, torch.tensor(tables, device=self._device), mask[:, None, None])
+
+    def _chunk_mask(self, start: int, count: int) -> Tensor | None:
+        if start == 0:
+            return None
+        rows = torch.arange(start, start + count, device=self._device)[:, None]
+        return torch.arange(start + count, device=self._device) <= rows
+
+    def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
+        """`[..., n]` block numbers to `[..., n * block_size, kv_heads, head_dim]`."""
+        found = self._memory[:, layer, which][blocks]
+        return found.view(*blocks.shape[:-1], -1, self._kv_heads, self._head_dim)

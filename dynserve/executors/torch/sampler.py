@@ -1,0 +1,111 @@
+"""From logits to tokens. Draws depend on (seed, position) only, so a request continues the same on any worker.
+
+A generator that advances with every draw would have to travel with a hand-off, a preemption, a migration. Instead the
+uniform number of a draw is a hash of the request's seed and the number of tokens before it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from dynserve.executors.scheduler import Sampled, Sequence
+from dynserve.wire.requests import Sampling, TokenLogprob
+
+_pair = struct.Struct("<QQ").pack
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+    """One token per row of `logits` (`[S, vocab]`, float32)."""
+    best = logits.argmax(dim=-1).tolist()
+    return [
+        Sampled(token) if _plain(sequence) else _sample_one(logits[row], sequence)
+        for row, (token, sequence) in enumerate(zip(best, sequences, strict=True))
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """In [0, 1), from 53 bits of XXH3-64."""
+    return (xxh3_64_intdigest(_pair(seed & 0xFFFFFFFFFFFFFFFF, position)) >> 11) / (1 << 53)
+
+
+def _plain(sequence: Sequence) -> bool:
+    """Whether the likeliest token, untouched, is the answer."""
+    s = sequence.request.sampling
+    return (
+        s.greedy
+        and s.logprobs is None
+        and not s.logit_bias
+        and s.presence_penalty == s.frequency_penalty == 0.0
+        and s.repetition_penalty == 1.0
+        and sequence.generated >= sequence.request.stop.min_tokens
+    )
+
+
+def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
+    sampling = sequence.request.sampling
+    logits = _penalised(raw.clone(), sequence)
+    token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
+    return Sampled(token, None if sampling.logprobs is None else _logprob(raw, token, sampling.logprobs))
+
+
+def _penalised(logits: Tensor, sequence: Sequence) -> Tensor:
+    """Bias and penalties in place, and no end before `min_tokens`.
+
+    Presence and frequency count what was generated, as OpenAI defines them; repetition (CTRL, arXiv 1909.05858) counts
+    the prompt as well.
+    """
+    sampling, stop = sequence.request.sampling, sequence.request.stop
+    vocab = logits.shape[0]
+    for token, bias in sampling.logit_bias.items():
+        if 0 <= token < vocab:
+            logits[token] += bias
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+        )
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = Counter(sequence.tokens[sequence.prompt_len :])
+        if counts:
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    if sequence.generated < stop.min_tokens:
+        ends = [token for token in (*sequence.eos, *stop.token_ids) if 0 <= token < vocab]
+        logits[ends] = float("-inf")
+    return logits
+
+
+def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """Temperature, then top-k, then top-p, then min-p, then the inverse of the cumulative distribution."""
+    logits, ids = torch.sort(logits, descending=True, stable=True)
+    if sampling.top_k > 0:
+        logits = logits[: sampling.top_k]
+    p = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_p < 1.0:
+        before = p.cumsum(dim=-1) - p
+        p = torch.where(before < sampling.top_p, p, 0.0)  # the likeliest always stays: nothing is before it
+        p[0] = p[0] if p[0] > 0 else 1.0
+    if sampling.min_p > 0.0:
+        p = torch.where(p >= sampling.min_p * p[0], p, 0.0)
+    cumulative = p.double().cumsum(dim=-1)
+    at = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
+    return int(ids[min(int(at), int((p > 0).nonzero()[-1]))])
+
+
+def _logprob(raw: Tensor, token: int, top: int) -> TokenLogprob:
+    """Of the model's own distribution, before bias, penalties and temperature."""
+    logprobs = torch.log_softmax(raw, dim=-1)
+    best: list[tuple[int, float]] = []
+    if top > 0:
+        values, ids = logprobs.topk(min(top, len(logprobs)))
+        best = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[token]), best)

@@ -1,0 +1,312 @@
+"""The cache transceiver: moves the blocks of a hand-off from the prefill worker's memory into the decode worker's.
+
+`TcpTransceiver` talks over plain TCP between the two workers, straight from and into the block tensors. The interface
+is what a NIXL one will offer: an address, and `fetch`.
+
+    decode                                   prefill
+    Fetch{id, request, hash, layout} ──────▶ is it open, is it this request's, is the memory laid out alike?
+                       ◀────────────────────  Reply{error, or count and bytes per block}
+                       ◀────────────────────  the blocks, one after the other
+    one byte: all there ───────────────────▶  delivered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
+from dynserve.executors.handoff import HandoffTable
+from dynserve.tasks import OwnedTasks, task_group
+from dynserve.wire.requests import Handoff
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 2.0  # seconds
+IDLE_CONNECTIONS = 4  # kept open per peer
+IDLE_TIMEOUT = 300.0  # seconds a server keeps a connection without a fetch
+MAX_MESSAGE = 1 << 16  # bytes
+CONFIRM = b"\x06"
+
+
+class BlockStore(Protocol):
+    """The memory behind the block numbers."""
+
+    @property
+    def layout(self) -> str:
+        """Everything that must be equal on both sides: model, dtype, heads, block size."""
+        ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def view(self, block: int) -> memoryview:
+        """The block's bytes, writable, without a copy."""
+        ...
+
+
+class Transceiver(Protocol):
+    def state(self) -> bytes:
+        """What a hand-off carries so that `fetch` on another worker finds this one."""
+        ...
+
+    async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
+        """Fills our `blocks` with the hand-off's, from its block `skip` on. The caller sets the deadline.
+
+        Raises:
+            HandoffMismatch, HandoffGone, HandoffBroken: nothing can be said about the content of `blocks` then.
+        """
+        ...
+
+
+class Transceivers(Protocol):
+    def open(self, table: HandoffTable, store: BlockStore, host: str) -> AbstractAsyncContextManager[Transceiver]: ...
+
+
+class _State(msgspec.Struct, frozen=True, array_like=True):
+    address: str
+    layout: str
+
+
+class _Fetch(msgspec.Struct, frozen=True, array_like=True):
+    id: int
+    request_id: str
+    sequence_hash: int
+    layout: str
+    skip: int
+    count: int
+
+
+class _Reply(msgspec.Struct, frozen=True, array_like=True):
+    code: str = ""
+    message: str = ""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_state = msgspec.msgpack.Decoder(_State).decode
+_decode_fetch = msgspec.msgpack.Decoder(_Fetch).decode
+_decode_reply = msgspec.msgpack.Decoder(_Reply).decode
+_length = struct.Struct("<I")
+
+_BROKEN: dict[type[BaseException], Any] = {OSError: HandoffBroken, msgspec.DecodeError: HandoffBroken}
+
+
+def parse_state(state: bytes, layout: str) -> str:
+    """The address in a hand-off's state.
+
+    Raises:
+        HandoffMismatch: the other side's memory is laid out differently; the text names both layouts.
+    """
+    with translate({msgspec.DecodeError: HandoffMismatch}, "the hand-off is not one of this executor's"):
+        found = _decode_state(state)
+    if found.layout != layout:
+        raise HandoffMismatch(f"KV layouts differ: prefill has {found.layout}, decode has {layout}")
+    return found.address
+
+
+class TcpTransceivers:
+    """Opens a server on a free port of `host`, and closes all connections with the block."""
+
+    @asynccontextmanager
+    async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
+        with translate({OSError: ConfigError}, f"cannot listen for KV transfers on {host}"):
+            listener = socket.create_server((host, 0))
+        listener.setblocking(False)
+        try:
+            async with task_group() as tasks:
+                transceiver = TcpTransceiver(table, store, listener, tasks)
+                tasks.create_task(transceiver.serve())
+                try:
+                    yield transceiver
+                finally:
+                    transceiver.close()
+        finally:
+            listener.close()
+
+
+class TcpTransceiver:
+    def __init__(self, table: HandoffTable, store: BlockStore, listener: socket.socket, tasks: OwnedTasks) -> None:
+        self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
+        host, port = listener.getsockname()[:2]
+        self._state = _encode(_State(f"{host}:{port}", store.layout))
+        self._idle: dict[str, list[socket.socket]] = {}
+
+    def state(self) -> bytes:
+        return self._state
+
+    async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
+        address = parse_state(handoff.state, self._store.layout)
+        with translate(_BROKEN, f"KV transfer from {address}"):
+            sock, reused = await self._connection(address)
+            try:
+                await self._fetch_over(sock, handoff, blocks, skip)
+            except (OSError, EOFError):
+                sock.close()
+                if not reused:
+                    raise
+                # an idle connection may have been closed by the peer long ago: once more on a fresh one
+                sock = await _connect(address)
+                await self._fetch_over(sock, handoff, blocks, skip)
+            except HandoffError:
+                self._keep(address, sock)
+                raise
+            except BaseException:
+                sock.close()
+                raise
+            self._keep(address, sock)
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, _ = await loop.sock_accept(self._listener)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._tasks.create_task(self._serve_one(sock))
+
+    def close(self) -> None:
+        for sockets in self._idle.values():
+            for sock in sockets:
+                sock.close()
+        self._idle.clear()
+
+    async def _connection(self, address: str) -> tuple[socket.socket, bool]:
+        if idle := self._idle.get(address):
+            return idle.pop(), True
+        return await _connect(address), False
+
+    def _keep(self, address: str, sock: socket.socket) -> None:
+        idle = self._idle.setdefault(address, [])
+        if len(idle) < IDLE_CONNECTIONS:
+            idle.append(sock)
+        else:
+            sock.close()
+
+    async def _fetch_over(self, sock: socket.socket, handoff: Handoff, blocks: list[int], skip: int) -> None:
+        loop = asyncio.get_running_loop()
+        fetch = _Fetch(handoff.id, handoff.request_id, handoff.sequence_hash, self._store.layout, skip, len(blocks))
+        await _send_message(sock, fetch)
+        reply = _decode_reply(await _receive_message(sock))
+        if reply.code:
+            raise from_wire(reply.code, reply.message)
+        for block in blocks:
+            await _receive_into(sock, self._store.view(block))
+        await loop.sock_sendall(sock, CONFIRM)
+
+    async def _serve_one(self, sock: socket.socket) -> None:
+        """Answers fetches on one connection until the peer leaves; a broken peer costs its connection only."""
+        with sock, suppress(OSError, EOFError, msgspec.DecodeError, TimeoutError):
+            while True:
+                async with asyncio.timeout(IDLE_TIMEOUT):
+                    fetch = _decode_fetch(await _receive_message(sock))
+                await self._answer(sock, fetch)
+
+    async def _answer(self, sock: socket.socket, fetch: _Fetch) -> None:
+        try:
+            if fetch.layout != self._store.layout:
+                raise HandoffMismatch(f"KV layouts differ: prefill has {self._store.layout}, decode has {fetch.layout}")
+            stop = partial(sock.shutdown, socket.SHUT_RDWR)
+            with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
+                if fetch.skip < 0 or fetch.skip + fetch.count != len(blocks):
+                    raise HandoffMismatch(f"{fetch.skip}+{fetch.count} blocks wanted of a hand-off of {len(blocks)}")
+                await self._send_blocks(sock, blocks[fetch.skip :])
+                delivered()
+        except HandoffError as error:
+            log.warning("refused a KV transfer: %s", error)
+            await _send_message(sock, _Reply(error.code, str(error)))
+
+    async def _send_blocks(self, sock: socket.socket, blocks: list[int]) -> None:
+        loop = asyncio.get_running_loop()
+        await _send_message(sock, _Reply())
+        for block in blocks:
+            await loop.sock_sendall(sock, self._store.view(block))
+        confirmed = await loop.sock_recv(sock, 1)
+        if confirmed != CONFIRM:
+            raise EOFError("the receiver left before it confirmed")
+
+
+async def _connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _send_message(sock: socket.socket, message: _Fetch | _Reply) -> None:
+    payload = _encode(message)
+    await asyncio.get_running_loop().sock_sendall(sock, _length.pack(len(payload)) + payload)
+
+
+async def _receive_message(sock: socket.socket) -> bytes:
+    head = bytearray(4)
+    await _receive_into(sock, memoryview(head))
+    (size,) = _length.unpack(head)
+    if size > MAX_MESSAGE:
+        raise OSError(f"a message of {size} bytes; the most is {MAX_MESSAGE}")
+    body = bytearray(size)
+    await _receive_into(sock, memoryview(body))
+    return bytes(body)
+
+
+async def _receive_into(sock: socket.socket, view: memoryview) -> None:
+    loop = asyncio.get_running_loop()
+    while view:
+        received = await loop.sock_recv_into(sock, view)
+        if received == 0:
+            raise ConnectionResetError("the peer closed the connection")
+        view = view[received:]
+
+
+class MemoryTransceivers:
+    """All transceivers of one process find each other by name; blocks are copied from memory to memory."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, MemoryTransceiver] = {}
+
+    @asynccontextmanager
+    async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
+        name = f"memory:{len(self._open) + 1}"
+        self._open[name] = MemoryTransceiver(name, table, store, self._open)
+        try:
+            yield self._open[name]
+        finally:
+            self._open[name].closed = True
+
+
+class MemoryTransceiver:
+    def __init__(self, name: str, table: HandoffTable, store: BlockStore, others: dict[str, MemoryTransceiver]) -> None:
+        self._table, self._store, self._others = table, store, others
+        self._state = _encode(_State(name, store.layout))
+        self.closed = False
+
+    def state(self) -> bytes:
+        return self._state
+
+    async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
+        owner = self._others.get(parse_state(handoff.state, self._store.layout))
+        if owner is None or owner.closed:
+            raise HandoffBroken("the prefill worker is gone")
+        stopped = asyncio.Event()
+        sending = owner._table.sending(handoff.id, handoff.request_id, handoff.sequence_hash, stopped.set)
+        with sending as (theirs, delivered):
+            if skip + len(blocks) != len(theirs):
+                raise HandoffMismatch(f"{skip}+{len(blocks)} blocks wanted of a hand-off of {len(theirs)}")
+            await asyncio.sleep(0)
+            if stopped.is_set():
+                raise HandoffBroken("the owner cancelled the hand-off")
+            for block, source in zip(blocks, theirs[skip:], strict=True):
+                self._store.view(block)[:] = owner._store.view(source)
+            delivered()

@@ -1,0 +1,66 @@
+"""The small files of a model folder that others than the engine need: tokenizer, template, generation defaults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dynserve.errors import ConfigError
+
+# What a frontend needs; the first is required.
+NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def read_model_files(folder: Path) -> dict[str, bytes]:
+    """Name to content of those that are there.
+
+    Raises:
+        ConfigError: not a model folder, or one without a tokenizer.json.
+    """
+    check_model_folder(folder)
+    return {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
+
+
+def check_model_folder(folder: Path) -> None:
+    """One plain sentence for each way in which a path is not a model."""
+    if not folder.exists():
+        raise ConfigError(f"--model-path {folder} does not exist")
+    if not folder.is_dir():
+        raise ConfigError(f"--model-path {folder} is not a folder; give the folder that holds config.json")
+    for name in ("config.json", NAMES[0]):
+        if not (folder / name).is_file():
+            raise ConfigError(f"--model-path {folder} has no {name} in it")
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """End-of-turn tokens: the generation config's, else the model config's."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder / name).get("eos_token_id")
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def model_limits(folder: Path) -> tuple[int, int]:
+    """Vocabulary size and longest sequence, in tokens."""
+    config = _json(folder / "config.json")
+    try:
+        return config["vocab_size"], config["max_position_embeddings"]
+    except KeyError as error:
+        raise ConfigError(f"{folder}/config.json lacks {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}

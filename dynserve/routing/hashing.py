@@ -1,0 +1,55 @@
+"""Block hashes: the names under which KV blocks are known to workers, router and other systems.
+
+    local[i] = XXH3-64(tokens of full block i as little-endian u32)
+    seq[0]   = local[0]
+    seq[i]   = XXH3-64(seq[i-1] as LE u64 ‖ local[i] as LE u64)
+
+with seed 1337. A rolling hash (`seq`) names a block together with everything before it. The partial block at the end
+of a prompt has no hash. The scheme is the one that NVIDIA Dynamo's KV router publishes, so that indexes interoperate.
+A salt (a tenant, a LoRA) changes the seed, so that equal tokens under different salts never meet.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from xxhash import xxh3_64_intdigest
+
+SEED = 1337
+
+_pair = struct.Struct("<QQ").pack
+
+
+def seed_for(salt: str) -> int:
+    """The seed of a salt; 1337 for none."""
+    return xxh3_64_intdigest(salt.encode(), SEED) if salt else SEED
+
+
+def local_hashes(tokens: bytes, block_size: int, seed: int = SEED) -> list[int]:
+    """One hash per full block of `tokens` (u32 little-endian), each of its own tokens only."""
+    width = 4 * block_size
+    return [xxh3_64_intdigest(tokens[at : at + width], seed) for at in range(0, len(tokens) - width + 1, width)]
+
+
+def rolling_hashes(tokens: bytes, block_size: int, salt: str = "") -> list[int]:
+    """One hash per full block of `tokens`, each of the whole prefix that the block ends."""
+    return extend([], tokens, block_size, seed_for(salt))
+
+
+def extend(hashes: list[int], tokens: bytes, block_size: int, seed: int) -> list[int]:
+    """Appends the hashes of the full blocks that `hashes` does not cover yet; returns `hashes`."""
+    width = 4 * block_size
+    for at in range(width * len(hashes), len(tokens) - width + 1, width):
+        hashes.append(next_hash(hashes[-1] if hashes else None, tokens[at : at + width], seed))
+    return hashes
+
+
+def next_hash(parent: int | None, block: bytes, seed: int = SEED) -> int:
+    """The rolling hash of one full block after `parent`."""
+    local = xxh3_64_intdigest(block, seed)
+    return local if parent is None else xxh3_64_intdigest(_pair(parent, local), seed)
+
+
+def sequence_hash(tokens: bytes, salt: str = "") -> int:
+    """Names a whole prompt, partial block included: what a hand-off is checked against."""
+    return xxh3_64_intdigest(tokens, seed_for(salt))

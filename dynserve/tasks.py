@@ -1,0 +1,103 @@
+"""Tasks with owners, waiting with a reason, and the clean-up that neither forgets nor hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class OwnedTasks(asyncio.TaskGroup):
+    """A `TaskGroup` that knows its running tasks, so that its owner can end them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[asyncio.Task[Any]] = set()
+
+    def create_task(
+        self, coro: Generator[Any, None, T] | Coroutine[Any, Any, T], *, name: str | None = None, context: Any = None
+    ) -> asyncio.Task[T]:
+        task = super().create_task(coro, name=name, context=context)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[OwnedTasks]:
+    """A group whose tasks end with the block (they are background loops), and which raises a lone error as itself."""
+    try:
+        async with OwnedTasks() as group:
+            try:
+                yield group
+            finally:
+                for task in list(group.running):
+                    task.cancel()
+    except BaseExceptionGroup as group_error:
+        raise unwrapped(group_error) from group_error.__cause__
+
+
+@asynccontextmanager
+async def running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Background loops that live as long as the block; one that fails ends the block with its error."""
+    async with task_group() as group:
+        for loop in loops:
+            group.create_task(loop)
+        yield
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """A group of one is its one error, however deep."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+class Backoff:
+    """Waits that double from `first` to `most` seconds, with jitter so that processes do not march in step."""
+
+    def __init__(self, first: float = 0.1, most: float = 2.0) -> None:
+        self._first, self._most, self._next = first, most, first
+
+    def reset(self) -> None:
+        self._next = self._first
+
+    def next(self) -> float:
+        wait, self._next = self._next, min(self._most, self._next * 2)
+        return wait * random.uniform(0.75, 1.25)
+
+
+async def persist(
+    attempt: Callable[[], Awaitable[T]], *, retry_on: type[BaseException], waiting_for: str, say_every: float = 5.0
+) -> T:
+    """Tries until it works, and says every few seconds what is being waited for and since when."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    said = -say_every
+    backoff = Backoff()
+    while True:
+        try:
+            return await attempt()
+        except retry_on as error:
+            if loop.time() - began - said >= say_every:
+                said = loop.time() - began
+                log.warning("waiting for %s (%.0f s so far): %s", waiting_for, said, error)
+            await asyncio.sleep(backoff.next())
+
+
+async def within(seconds: float, coro: Awaitable[T], what: str) -> T | None:
+    """Clean-up with a bound: awaits `coro` under a deadline, and logs instead of raising when it is missed or fails."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await coro
+    except TimeoutError:
+        log.warning("%s took longer than %.1f s; gave up", what, seconds)
+    except Exception as error:
+        log.warning("%s failed: %s", what, error)
+    return None

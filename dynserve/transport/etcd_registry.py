@@ -1,0 +1,190 @@
+"""`Registry` on etcd.
+
+A key hangs on a lease of `TTL` seconds. Whatever happens to etcd, the key comes back: the loop that keeps the lease
+grants a new one and writes the key again. A watch that breaks is resumed by a fresh read and a diff; keys that the
+fresh read lacks stay in the view for `GRACE` seconds, because their owners may just be about to write them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aetcd
+from aetcd.rtypes import EventKind
+
+from dynserve.config import host_port
+from dynserve.errors import Unavailable, translate
+from dynserve.tasks import Backoff, running, within
+from dynserve.transport.base import Change, Deleted, Put, Registration
+
+log = logging.getLogger(__name__)
+
+TTL = 10  # seconds
+GRACE = TTL + 2  # seconds
+CALL_TIMEOUT = 3  # seconds, one call to etcd
+RESYNC = 15.0  # seconds of silence after which a watch is made anew: a watch can die without a word
+
+_ERRORS: dict[type[BaseException], Any] = {
+    aetcd.ClientError: Unavailable,
+    TimeoutError: Unavailable,
+    OSError: Unavailable,
+}
+_CHANNEL = {
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    "grpc.enable_http_proxy": 0,
+}
+
+
+class EtcdRegistry:
+    """One etcd server (or the one address of a cluster)."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._host, self._port = host_port(url, "ETCD_URL", 2379)
+
+    @asynccontextmanager
+    async def register(self, key: str, value: bytes) -> AsyncIterator[Registration]:
+        registration = Registration(asyncio.Event())
+        async with running(self._keep(key, value, registration)):
+            yield registration
+
+    @asynccontextmanager
+    async def watch(self, prefix: str, on_change: Callable[[Change], None]) -> AsyncIterator[None]:
+        async with running(_Watch(self, prefix, on_change).run()):
+            yield
+
+    async def _keep(self, key: str, value: bytes, registration: Registration) -> None:
+        outage = _Outage(self._url, f"to register {key.rsplit('/', 2)[-2]}")
+        while True:
+            try:
+                async with self.client() as client:
+                    with translate(_ERRORS, "etcd"):
+                        lease = await client.lease(TTL)
+                        await client.put(key.encode(), value, lease=lease)
+                    outage.over()
+                    registration.registered.set()
+                    try:
+                        await self._refresh(client, lease, key)
+                    except asyncio.CancelledError:
+                        await within(1.0, lease.revoke(), "leaving discovery")
+                        raise
+            except Unavailable as error:
+                await outage.wait(error)
+
+    async def _refresh(self, client: aetcd.Client, lease: aetcd.Lease, key: str) -> None:
+        """Until the lease is lost. An etcd that answers but has forgotten the lease says a TTL of 0."""
+        while True:
+            await asyncio.sleep(TTL / 4)
+            with translate(_ERRORS, "etcd"):
+                answer = await client.refresh_lease(lease.id)
+            if answer.TTL <= 0:
+                log.warning("etcd forgot the lease of %s; registering again", key)
+                raise Unavailable("the lease has expired")
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[aetcd.Client]:
+        """A fresh client: aetcd's own does not recover every broken watch, a new one always works."""
+        client = aetcd.Client(self._host, self._port, timeout=CALL_TIMEOUT, options=_CHANNEL)
+        try:
+            yield client
+        finally:
+            await within(1.0, client.close(), "closing the etcd connection")
+
+
+class _Watch:
+    """One view of one prefix: what was told to `on_change`, and what may have to be taken back."""
+
+    def __init__(self, registry: EtcdRegistry, prefix: str, on_change: Callable[[Change], None]) -> None:
+        self._registry, self._prefix, self._on_change = registry, prefix, on_change
+        self._known: dict[str, bytes] = {}
+        self._doubtful: dict[str, float] = {}  # key -> loop time when it goes unless it shows up
+        self._outage = _Outage(registry._url, "to discover the others")
+        self._read_once = False
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except Unavailable as error:
+                await self._outage.wait(error)
+
+    async def _follow(self) -> None:
+        async with self._registry.client() as client:
+            with translate(_ERRORS, "etcd"):
+                found = await client.get_prefix(self._prefix.encode())
+                self._reconcile({kv.key.decode(): kv.value for kv in found.kvs})
+                self._outage.over()
+                watch = await client.watch_prefix(self._prefix.encode(), start_revision=found.header.revision + 1)
+                events = aiter(watch)
+                while True:
+                    try:
+                        async with asyncio.timeout(self._patience()):
+                            event = await anext(events)
+                    except (TimeoutError, StopAsyncIteration):
+                        return  # silence, or something is due: read afresh
+                    key = event.kv.key.decode()
+                    if event.kind == EventKind.PUT:
+                        self._put(key, event.kv.value)
+                    else:
+                        self._delete(key)
+
+    def _reconcile(self, found: dict[str, bytes]) -> None:
+        now = asyncio.get_running_loop().time()
+        for key, value in found.items():
+            self._put(key, value)
+        for key in list(self._known):
+            if key not in found and now >= self._doubtful.setdefault(key, now + GRACE):
+                self._delete(key)
+
+    def _patience(self) -> float:
+        now = asyncio.get_running_loop().time()
+        return min([RESYNC, *(max(0.05, due - now) for due in self._doubtful.values())])
+
+    def _put(self, key: str, value: bytes) -> None:
+        self._doubtful.pop(key, None)
+        if self._known.get(key) != value:
+            self._known[key] = value
+            self._on_change(Put(key, value))
+
+    def _delete(self, key: str) -> None:
+        self._doubtful.pop(key, None)
+        if self._known.pop(key, None) is not None:
+            self._on_change(Deleted(key))
+
+
+class _Outage:
+    """Waits between attempts, and says what for: at once the first time, then every few seconds."""
+
+    SAY_EVERY = 5.0
+
+    def __init__(self, url: str, purpose: str) -> None:
+        self._url, self._purpose = url, purpose
+        self._began: float | None = None
+        self._said = 0.0
+        self._backoff = Backoff(0.1, 1.0)
+
+    async def wait(self, error: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._began is None:
+            self._began, self._said = now, now - self.SAY_EVERY
+        if now - self._said >= self.SAY_EVERY:
+            self._said = now
+            since = now - self._began
+            log.warning("waiting for etcd at %s %s (%.0f s so far): %s", self._url, self._purpose, since, _short(error))
+        await asyncio.sleep(self._backoff.next())
+
+    def over(self) -> None:
+        if self._began is not None:
+            log.warning("etcd at %s answers", self._url)
+        self._began = None
+        self._backoff.reset()
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("; last error")[0][:200]

@@ -1,0 +1,144 @@
+"""`Bus` on NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from dynserve.config import host_port
+from dynserve.errors import DynserveError, NoWorker, TimedOut, Unavailable, translate
+from dynserve.tasks import persist, within
+from dynserve.transport.base import Callback, Handler
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 2  # seconds, one attempt
+PING_EVERY = 5  # seconds; two missed and the connection is given up
+
+_ERRORS: dict[type[BaseException], type[DynserveError]] = {
+    nats.errors.NoRespondersError: NoWorker,
+    nats.errors.TimeoutError: TimedOut,
+    TimeoutError: TimedOut,
+    nats.errors.Error: Unavailable,
+    OSError: Unavailable,
+}
+
+
+class NatsBus:
+    """One connection, re-made by the client for as long as the process lives."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def connected(self) -> bool:
+        return self._client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        return self._client.max_payload
+
+    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
+        if not self.connected:
+            raise Unavailable("NATS is down")
+        if len(payload) > self.max_payload:
+            raise Unavailable(f"{len(payload)} bytes are over NATS's {self.max_payload}")
+        with translate(_ERRORS, f"request to {subject}"):
+            return (await self._client.request(subject, payload, timeout=timeout)).data
+
+    @asynccontextmanager
+    async def serve(self, subject: str, handler: Handler) -> AsyncIterator[None]:
+        async def answer(message: Msg) -> None:
+            await message.respond(handler(message.data))
+
+        subscription = await self._client.subscribe(subject, cb=answer)
+        await self._flush()
+        try:
+            yield
+        finally:
+            await within(1.0, subscription.unsubscribe(), f"unsubscribing from {subject}")
+
+    async def publish(self, subject: str, payload: bytes) -> None:
+        # while disconnected the client would keep it for later: events are worth nothing then
+        if self.connected and len(payload) <= self.max_payload:
+            with translate(_ERRORS, f"publish to {subject}"):
+                await self._client.publish(subject, payload)
+
+    @asynccontextmanager
+    async def subscribe(self, subject: str, callback: Callback) -> AsyncIterator[None]:
+        async def deliver(message: Msg) -> None:
+            callback(message.data)
+
+        subscription = await self._client.subscribe(subject, cb=deliver)
+        await self._flush()
+        try:
+            yield
+        finally:
+            await within(1.0, subscription.unsubscribe(), f"unsubscribing from {subject}")
+
+    async def _flush(self) -> None:
+        # until the server has answered, a subscription may not be there yet; a server that is away gets it on return
+        if self.connected:
+            with translate(_ERRORS, "NATS"):
+                await self._client.flush(timeout=CONNECT_TIMEOUT)
+
+
+@asynccontextmanager
+async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
+    """Connects, however long it takes for a server to be there, and closes with the block."""
+    said_down = False
+
+    async def disconnected() -> None:
+        nonlocal said_down
+        if not client.is_closed:
+            said_down = True
+            log.warning("NATS at %s is gone; requests take the links until it is back", url)
+
+    async def reconnected() -> None:
+        nonlocal said_down
+        if said_down:
+            said_down = False
+            log.warning("NATS at %s is back", url)
+
+    async def quiet(error: Exception) -> None:
+        log.debug("nats: %s", error)
+
+    client = Client()
+
+    async def connect() -> None:
+        with translate(_ERRORS, f"NATS at {url}"):
+            async with asyncio.timeout(CONNECT_TIMEOUT + 1):
+                await client.connect(
+                    url,
+                    name=name,
+                    connect_timeout=CONNECT_TIMEOUT,
+                    allow_reconnect=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.2,  # type: ignore[arg-type]
+                    ping_interval=PING_EVERY,
+                    disconnected_cb=disconnected,
+                    reconnected_cb=reconnected,
+                    error_cb=quiet,
+                )
+
+    async def first_connect() -> None:
+        # the client's own loop would try for ever without a word, so the first connection is probed before
+        host, port = host_port(url, "NATS_URL", 4222)
+        with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"NATS at {url}"):
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+        await connect()
+
+    await persist(first_connect, retry_on=Unavailable, waiting_for=f"NATS at {url}")
+    try:
+        yield NatsBus(client)
+    finally:
+        await within(2.0, client.close(), "closing the NATS connection")

@@ -1,0 +1,1 @@
+"""The planes' messages: frozen msgspec structs, one closed union per plane, decoders built once."""

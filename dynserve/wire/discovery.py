@@ -1,0 +1,55 @@
+"""The discovery plane: what a process says about itself in etcd, as JSON under
+
+dynserve/v1/{namespace}/instances/{role}/{instance_id}
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as one worker serves it: everything that a frontend needs and cannot guess."""
+
+    model: str
+    block_size: int
+    max_seq_len: int
+    num_blocks: int
+    max_batch_size: int
+    eos_token_ids: list[int]
+    files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
+
+
+class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
+    id: str
+    role: str  # prefill_and_decode, prefill, decode
+    epoch: int
+    host: str
+    pid: int
+    system_url: str
+    card: Card
+
+
+class FrontendInstance(msgspec.Struct, frozen=True, kw_only=True, tag="frontend"):
+    id: str
+    host: str
+    pid: int
+    link_address: str  # host:port that workers dial
+    http_url: str
+
+
+Instance = WorkerInstance | FrontendInstance
+
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Instance).decode
+
+FRONTEND = "frontend"
+
+
+def prefix(namespace: str) -> str:
+    return f"dynserve/v1/{namespace}/instances/"
+
+
+def key(namespace: str, instance: Instance) -> str:
+    role = instance.role if isinstance(instance, WorkerInstance) else FRONTEND
+    return f"{prefix(namespace)}{role}/{instance.id}"

@@ -1,0 +1,118 @@
+"""The link between one worker and one frontend: what each side says.
+
+A frame is a msgpack array of messages: everything that one side had to say in one turn of its event loop. Messages are
+arrays with a small integer in front (msgspec's array-like tagged structs): the token path is `Tokens`, one per
+sequence and engine step.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Token counts of a whole answer, over all phases, and what this phase cost (seconds)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_s: float = 0.0
+    transfer_s: float = 0.0
+
+
+# worker to frontend
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """First message of a worker. `epoch` changes with every start of the process."""
+
+    instance_id: str
+    epoch: int
+    version: int = 1
+
+
+class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
+    """New tokens of one stream and the bytes that the client reads for them (maybe none: an unfinished character)."""
+
+    stream: int
+    data: bytes
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """The stream's last message: last tokens, last bytes. With a hand-off the answer goes on at a decode worker."""
+
+    stream: int
+    data: bytes
+    token_ids: list[int]
+    reason: str
+    usage: Usage
+    handoff: Handoff | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    stream: int
+    code: str
+    message: str
+
+
+class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Acknowledges a request that came over the link."""
+
+    stream: int
+    ack: Ack
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """A part of the worker's prefix index, valid once `last` is seen; events after `event_id` apply on top."""
+
+    epoch: int
+    event_id: int
+    hashes: list[int]
+    last: bool
+
+
+class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    pass
+
+
+# frontend to worker
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    """First message of a frontend, in answer to `Hello`."""
+
+    frontend_id: str
+    version: int = 1
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """Stop the stream, and give up a hand-off that it left behind. No answer follows."""
+
+    stream: int
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """A request on the spare road: NATS is down, or the request is larger than NATS carries."""
+
+    request: GenerateRequest
+
+
+class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    pass
+
+
+class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
+    pass
+
+
+FromWorker = Hello | Tokens | Finished | Failed | SubmitReply | Snapshot | WorkerPing
+FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | FrontendPing
+
+encode_into = msgspec.msgpack.Encoder().encode_into
+decode_from_worker = msgspec.msgpack.Decoder(list[FromWorker]).decode
+decode_from_frontend = msgspec.msgpack.Decoder(list[FromFrontend]).decode

@@ -1,0 +1,1 @@
+"""The worker role: an executor on the planes."""

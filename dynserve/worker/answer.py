@@ -1,0 +1,81 @@
+"""One answer: from the executor's outputs to messages on the link. Runs once per token, so it only renders and sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dynserve.executors.base import Executor, Output
+from dynserve.openai.detokenize import Vocabulary
+from dynserve.openai.render import Renderer
+from dynserve.transport.base import Link
+from dynserve.wire.link import Failed, Finished, Tokens, Usage
+from dynserve.wire.requests import GenerateRequest
+
+
+class Answer:
+    """`ended(outcome)` is called once: `finished` or `failed`. A cancelled answer is just closed by its worker."""
+
+    def __init__(
+        self, request: GenerateRequest, link: Link, vocabulary: Vocabulary, ended: Callable[[Answer, str], None]
+    ) -> None:
+        self.request, self.link = request, link
+        self.ticket = 0  # set once the executor has taken the request
+        self._ended = ended
+        self._closed = False
+        self._renderer = Renderer(request.render, request.stop, len(request.prompt) // 4, vocabulary)
+        if request.prior is not None:
+            self._renderer.replay(request.prior)
+
+    def start(self, executor: Executor) -> None:
+        """Raises CallerError for a request that cannot run."""
+        self._executor = executor
+        self.ticket = executor.submit(self.request, self._deliver)
+
+    def close(self) -> None:
+        """Nothing more is sent. The executor drops the request, and a hand-off that it left."""
+        self._closed = True
+        self._executor.abort(self.ticket)
+
+    def _deliver(self, output: Output) -> None:
+        if self._closed:
+            return
+        stream = self.request.stream
+        if output.error is not None:
+            self.link.send(Failed(stream, output.error.code, str(output.error)))
+            self._end("failed")
+            return
+        data = self._renderer.push(output.token_ids, output.logprobs)
+        if self._renderer.stopped:
+            self._executor.abort(self.ticket)
+            self._finish(output, data, "stop")
+        elif output.reason is None:
+            self.link.send(Tokens(stream, data, output.token_ids, output.logprobs))
+        elif output.reason == "handoff":
+            self._hand_off(output, data)
+        else:
+            self._finish(output, data, output.reason)
+
+    def _finish(self, output: Output, data: bytes, reason: str) -> None:
+        if not self.request.prior:
+            self._renderer.cached_tokens = output.cached_tokens
+        last, usage = self._renderer.finish(reason, output.stop_token)
+        usage = Usage(
+            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, output.queue_s, output.transfer_s
+        )
+        self.link.send(
+            Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)
+        )
+        self._end("finished")
+
+    def _hand_off(self, output: Output, data: bytes) -> None:
+        usage = Usage(len(self.request.prompt) // 4, len(output.token_ids), output.cached_tokens, output.queue_s)
+        self.link.send(
+            Finished(
+                self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs
+            )
+        )
+        self._end("finished")
+
+    def _end(self, outcome: str) -> None:
+        self._closed = True
+        self._ended(self, outcome)

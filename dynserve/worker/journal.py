@@ -1,0 +1,51 @@
+"""The KV journal: a worker's prefix cache as numbered events, with a snapshot for whoever missed some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from dynserve.wire.events import Cleared, KvEvent, KvEvents, Removed, Stored
+from dynserve.wire.link import Snapshot
+
+SNAPSHOT_PART = 50_000  # hashes per message: under 0.5 MB
+MAX_PENDING = 10_000  # events; beyond that a snapshot is cheaper than the events
+
+
+class Journal:
+    """Numbers events from 1, mirrors what they add up to, and keeps what was not published yet."""
+
+    def __init__(self, instance_id: str, epoch: int, wake: Callable[[], None]) -> None:
+        self._instance_id, self._epoch, self._wake = instance_id, epoch, wake
+        self._hashes: dict[int, None] = {}
+        self._last_id = 0
+        self._pending: list[KvEvent] = []
+
+    def add(self, events: list[KvEvent]) -> None:
+        for event in events:
+            match event:
+                case Stored(hashes=hashes):
+                    self._hashes.update(dict.fromkeys(hashes))
+                case Removed(hashes=hashes):
+                    for hash_ in hashes:
+                        self._hashes.pop(hash_, None)
+                case Cleared():
+                    self._hashes.clear()
+        self._last_id += len(events)
+        self._pending += events
+        if len(self._pending) > MAX_PENDING:
+            self._pending.clear()  # the gap in ids makes every frontend ask for a snapshot
+        self._wake()
+
+    def take(self) -> KvEvents | None:
+        """What is to be published, as one batch."""
+        if not self._pending:
+            return None
+        events, self._pending = self._pending, []
+        return KvEvents(self._instance_id, self._epoch, self._last_id - len(events) + 1, events)
+
+    def snapshot(self) -> Iterator[Snapshot]:
+        hashes = list(self._hashes)
+        parts = range(0, max(1, len(hashes)), SNAPSHOT_PART)
+        for at in parts:
+            last = at == parts[-1]
+            yield Snapshot(self._epoch, self._last_id, hashes[at : at + SNAPSHOT_PART], last)

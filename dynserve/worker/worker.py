@@ -1,0 +1,357 @@
+"""`Worker`: takes requests from the planes, gives them to its executor, and tells the cluster what it holds.
+
+`serving_worker` opens the parts in the order in which they depend on each other; leaving closes them in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, cast
+
+import msgspec
+from tokenizers import Tokenizer
+
+from dynserve.config import WorkerConfig
+from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
+from dynserve.executors.base import Executor
+from dynserve.openai.detokenize import Vocabulary
+from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
+from dynserve.streams import Channel
+from dynserve.tasks import Backoff, OwnedTasks, task_group
+from dynserve.transport.base import Change, Link, Put
+from dynserve.transport.planes import Planes
+from dynserve.wire import discovery, events, requests
+from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
+from dynserve.wire.link import Cancel, Failed, Finished, FromFrontend, Hello, SnapshotRequest, Submit, SubmitReply, Tokens
+from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
+from dynserve.worker.answer import Answer
+from dynserve.worker.journal import Journal
+
+log = logging.getLogger(__name__)
+
+EVENTS_EVERY = 0.01  # seconds between published batches of KV events
+LOAD_EVERY = 0.5  # seconds between load reports
+WARM_UP_TIMEOUT = 120.0  # seconds
+
+
+class Worker:
+    """One executor on the planes. Requests come in through `accept` (NATS) or over a link; both end in `take`."""
+
+    def __init__(self, config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str) -> None:
+        self.config, self.executor, self._planes = config, executor, planes
+        self.id, self.epoch = instance_id, time.time_ns()
+        self.counts: Counter[str] = Counter()  # accepted, finished, failed, cancelled, refused
+        self.ready = False
+        self.draining = False
+        files = read_model_files(Path(config.model_path))
+        self.files = {digest(content): content for content in files.values()}
+        self._file_digests = {name: digest(content) for name, content in files.items()}
+        self._vocabulary = Vocabulary(Tokenizer.from_buffer(files["tokenizer.json"]))
+        self._answers: dict[tuple[str, int], Answer] = {}
+        self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
+        self._links: dict[str, Link] = {}
+        self._new_events = asyncio.Event()
+        self._journal = Journal(instance_id, self.epoch, self._new_events.set)
+        executor.listen_kv(self._journal.add)
+
+    def instance(self, system_url: str) -> WorkerInstance:
+        limits = self.executor.limits
+        card = Card(
+            model=self.config.model_name,
+            block_size=limits.block_size,
+            max_seq_len=limits.max_seq_len,
+            num_blocks=limits.num_blocks,
+            max_batch_size=limits.max_batch_size,
+            eos_token_ids=eos_token_ids(Path(self.config.model_path)),
+            files=self._file_digests,
+        )
+        return WorkerInstance(
+            id=self.id,
+            role=self.config.disaggregation_mode,
+            epoch=self.epoch,
+            host=self.config.link_host,
+            pid=os.getpid(),
+            system_url=system_url,
+            card=card,
+        )
+
+    @property
+    def subject(self) -> str:
+        return events.generate_subject(self.config.namespace, self.config.disaggregation_mode, self.id)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._answers) or self.executor.load().open_handoffs > 0
+
+    @property
+    def links(self) -> Mapping[str, Link]:
+        return self._links
+
+    # requests
+
+    def accept(self, payload: bytes) -> bytes:
+        """The request plane's handler: an acknowledgement at once, the answer over the link."""
+        try:
+            ack = self.take(requests.decode_request(payload))
+        except msgspec.DecodeError as error:
+            ack = Refused(InternalError.code, f"not a request of this version: {error}")
+        return requests.encode(ack)
+
+    def take(self, request: GenerateRequest) -> Ack:
+        """Starts the request, or says why not. Taking the same request twice is taking it once."""
+        key = (request.reply_to, request.stream)
+        if key in self._answers or key in self._handed_off:
+            return Accepted()  # it came by both roads
+        if self.draining:
+            return Draining()
+        link = self._links.get(request.reply_to)
+        if link is None:
+            return Refused(Unavailable.code, f"no link to frontend {request.reply_to}")
+        if request.model != self.config.model_name:
+            return Refused(Unavailable.code, f"this worker serves {self.config.model_name}, not {request.model}")
+        waiting = self.executor.load().waiting
+        if waiting >= self.config.max_queue or len(self._answers) >= self._most_answers:
+            return Busy(waiting)
+        answer = Answer(request, link, self._vocabulary, self._ended)
+        try:
+            answer.start(self.executor)
+        except (CallerError, ClusterError) as error:
+            self.counts["refused"] += 1
+            return Refused(error.code, str(error))
+        self._answers[key] = answer
+        self.counts["accepted"] += 1
+        return Accepted()
+
+    @property
+    def _most_answers(self) -> int:
+        return self.config.max_queue + self.executor.limits.max_batch_size
+
+    def _cancel(self, key: tuple[str, int]) -> None:
+        if (answer := self._answers.pop(key, None)) is not None:
+            answer.close()
+            self.counts["cancelled"] += 1
+        elif (answer := self._handed_off.pop(key, None)) is not None:
+            answer.close()  # frees the hand-off, if it is still there
+
+    def _ended(self, answer: Answer, outcome: str) -> None:
+        key = (answer.request.reply_to, answer.request.stream)
+        if self._answers.pop(key, None) is not None:
+            self.counts[outcome] += 1
+        if answer.request.phase == "prefill" and outcome == "finished":
+            self._handed_off[key] = answer
+
+    # links
+
+    def received(self, link: Link, messages: list[FromFrontend]) -> None:
+        frontend = next((id_ for id_, known in self._links.items() if known is link), None)
+        if frontend is None:
+            return
+        for message in messages:
+            match message:
+                case Cancel(stream=stream):
+                    self._cancel((frontend, stream))
+                case Submit(request=request):
+                    link.send(SubmitReply(request.stream, self.take(request)))
+                case SnapshotRequest():
+                    for part in self._journal.snapshot():
+                        link.send(part)
+                case _:
+                    pass  # pings and the welcome have done their work by arriving
+
+    def lost(self, link: Link, reason: str) -> None:
+        """The frontend is gone: so are those who wait for its answers."""
+        for id_, known in list(self._links.items()):
+            if known is link:
+                del self._links[id_]
+                log.info("link to frontend %s ended: %s", id_, reason)
+                for key in [key for key in (*self._answers, *self._handed_off) if key[0] == id_]:
+                    self._cancel(key)
+
+    async def keep_link(self, frontend: FrontendInstance) -> None:
+        """Dials the frontend, again and again, until cancelled."""
+        backoff = Backoff(0.05, 1.0)
+        try:
+            while True:
+                try:
+                    link = await self._planes.links.dial(frontend.link_address, self)
+                except Unavailable as error:
+                    log.debug("%s", error)
+                    await asyncio.sleep(backoff.next())
+                    continue
+                backoff.reset()
+                self._links[frontend.id] = link
+                link.send(Hello(self.id, self.epoch))
+                while not link.closed:
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(backoff.next())
+        finally:
+            if (link_ := self._links.get(frontend.id)) is not None:
+                link_.close()
+
+    # loops
+
+    async def publish_events(self) -> None:
+        config = self.config
+        subject = events.kv_subject(config.namespace, config.disaggregation_mode, self.id)
+        while True:
+            await self._new_events.wait()
+            self._new_events.clear()
+            if (batch := self._journal.take()) is not None:
+                try:
+                    await self._planes.bus.publish(subject, events.encode(batch))
+                except DynserveError as error:
+                    log.debug("%s", error)  # lost events are noticed by their ids
+            await asyncio.sleep(EVENTS_EVERY)
+
+    async def publish_load(self) -> None:
+        config = self.config
+        subject = events.load_subject(config.namespace, config.disaggregation_mode, self.id)
+        while True:
+            try:
+                await self._planes.bus.publish(subject, events.encode(events.LoadReport(self.id, self.executor.load())))
+            except DynserveError as error:
+                log.debug("%s", error)
+            await asyncio.sleep(LOAD_EVERY)
+
+    async def watch_engine(self) -> None:
+        """Ends the worker with the engine's own error."""
+        await self.executor.failed
+
+    async def warm_up(self) -> None:
+        """One short answer through this worker's own endpoint: from here on, ready means serving.
+
+        Raises:
+            ClusterError, InternalError: it did not work; the worker must not register.
+        """
+        link = _Loopback()
+        self._links[link.name] = cast(Link, link)
+        request = GenerateRequest(
+            id="warm-up",
+            stream=0,
+            reply_to=link.name,
+            model=self.config.model_name,
+            phase="aggregated",
+            prompt=requests.pack_tokens([0]),
+            sampling=requests.Sampling(temperature=0.0),
+            stop=requests.Stop(max_tokens=2, ignore_eos=True),
+            render=requests.Render(kind="completion", response_id="warm-up", model=self.config.model_name, created=0),
+            timeout_s=WARM_UP_TIMEOUT,
+            cache_salt="warm-up",
+        )
+        try:
+            async with asyncio.timeout(WARM_UP_TIMEOUT):
+                payload = requests.encode(request)
+                ack = requests.decode_ack(await self._planes.bus.request(self.subject, payload, WARM_UP_TIMEOUT))
+                if not isinstance(ack, Accepted):
+                    raise InternalError(f"the warm-up request was not accepted: {ack}")
+                await link.finished()
+        except TimeoutError:
+            raise InternalError(f"the warm-up took longer than {WARM_UP_TIMEOUT:.0f} s") from None
+        finally:
+            del self._links[link.name]
+            self.counts.clear()
+
+    async def drain(self) -> None:
+        """No new requests; those there are finish, or run into the deadline."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
+        while self.busy and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        if self.busy:
+            log.warning("%d requests did not finish within %.0f s", len(self._answers), self.config.drain_timeout_s)
+
+
+class _Loopback:
+    """A link that ends here: for the warm-up, which needs no frontend."""
+
+    def __init__(self) -> None:
+        self.name = f"self-{token_hex(4)}"
+        self.closed = False
+        self._messages: Channel[Any] = Channel(1000)
+
+    def send(self, message: Any) -> None:
+        self._messages.put(message)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self, reason: str) -> None:
+        self.closed = True
+
+    async def finished(self) -> None:
+        while True:
+            for message in await self._messages.take():
+                match message:
+                    case Finished():
+                        return
+                    case Failed(message=text):
+                        raise InternalError(f"the warm-up failed: {text}")
+                    case Tokens():
+                        pass
+
+
+class _Frontends:
+    """A link to each frontend that discovery knows."""
+
+    def __init__(self, worker: Worker, tasks: OwnedTasks) -> None:
+        self._worker, self._tasks = worker, tasks
+        self._dialling: dict[str, tuple[str, asyncio.Task[None]]] = {}
+
+    def changed(self, change: Change) -> None:
+        known = self._dialling.get(change.key)
+        if isinstance(change, Put):
+            try:
+                instance = discovery.decode(change.value)
+            except msgspec.DecodeError as error:
+                log.warning("ignoring %s in discovery: %s", change.key, error)
+                return
+            if isinstance(instance, FrontendInstance) and (known is None or known[0] != instance.link_address):
+                self._stop(change.key)
+                task = self._tasks.create_task(self._worker.keep_link(instance))
+                self._dialling[change.key] = (instance.link_address, task)
+        else:
+            self._stop(change.key)
+
+    def _stop(self, key: str) -> None:
+        if (known := self._dialling.pop(key, None)) is not None:
+            known[1].cancel()
+
+
+@asynccontextmanager
+async def serving_worker(
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
+) -> AsyncIterator[Worker]:
+    """A worker that serves: warmed up, registered, linked to every frontend. Leaving drains it first."""
+    worker = Worker(config, executor, planes, instance_id)
+    prefix = discovery.prefix(config.namespace) + discovery.FRONTEND + "/"
+    async with planes.bus.serve(worker.subject, worker.accept):
+        await worker.warm_up()
+        async with task_group() as tasks:
+            tasks.create_task(worker.publish_events())
+            tasks.create_task(worker.publish_load())
+            tasks.create_task(worker.watch_engine())
+            async with planes.registry.watch(prefix, _Frontends(worker, tasks).changed):
+                instance = worker.instance(system_url)
+                key = discovery.key(config.namespace, instance)
+                async with planes.registry.register(key, discovery.encode(instance)) as registration:
+                    await registration.registered.wait()
+                    worker.ready = True
+                    yield worker
+                    worker.draining = True
+                worker.ready = False
+                await worker.drain()
+
+
+def new_instance_id(role: str) -> str:
+    """Readable in logs and unique: `prefill-1f6c0a52b9d3`."""
+    return f"{role.replace('_', '-')}-{token_hex(6)}"
+
+
