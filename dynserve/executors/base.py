@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -15,6 +15,10 @@ from dynserve.errors import ConfigError, DynserveError
 from dynserve.streams import Channel
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest, Handoff, TokenLogprob
+
+
+if TYPE_CHECKING:
+    from dynserve.executors.transceiver import Transceivers
 
 
 class Output(msgspec.Struct, gc=False):
@@ -75,6 +79,10 @@ class Executor(Protocol):
 
     def load(self) -> Load: ...
 
+    def counters(self) -> Mapping[str, float]:
+        """For `/metrics`: whatever this executor counts, by names that end in `_total`."""
+        ...
+
     def listen_kv(self, listener: KvListener) -> None:
         """`listener` gets every change of the prefix cache from now on, in order."""
         ...
@@ -103,18 +111,26 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
 _HOMES = {"torch": "dynserve.executors.torch.executor", "simulated": "dynserve.executors.simulated"}
 
 
-def open_executor(config: WorkerConfig, instance_id: str = "local") -> AbstractAsyncContextManager[Executor]:
-    """The executor that `config.executor` names, imported now and not before.
+def open_executor(
+    config: WorkerConfig, instance_id: str = "local", transceivers: Transceivers | None = None
+) -> AbstractAsyncContextManager[Executor]:
+    """The executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process.
 
     Raises:
         ConfigError: it is not installed, or not part of this version.
     """
-    home = _HOMES.get(config.executor)
-    if home is None:
-        raise ConfigError(f"--executor {config.executor} is not part of this version; use {' or '.join(_HOMES)}")
-    try:
-        module = import_module(home)
-    except ImportError as error:
-        raise ConfigError(f"--executor {config.executor} needs a package that is not installed: {error}") from error
-    opened: AbstractAsyncContextManager[Executor] = module.open_executor(config, instance_id)
+    opened: AbstractAsyncContextManager[Executor] = executor_module(config.executor).open_executor(
+        config, instance_id, transceivers
+    )
     return opened
+
+
+def executor_module(name: str) -> Any:
+    """Imports what the executor needs, now and not before."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise ConfigError(f"--executor {name} is not part of this version; use {' or '.join(_HOMES)}")
+    try:
+        return import_module(home)
+    except ImportError as error:
+        raise ConfigError(f"--executor {name} needs a package that is not installed: {error}") from error

@@ -1,0 +1,1 @@
+"""The frontend role: OpenAI's HTTP on one side, the planes on the other."""

@@ -1,0 +1,298 @@
+"""The fleet: which workers there are, which can be reached, and who waits for what from each.
+
+A worker counts once two things are true: discovery knows it, and its link is up. The link alone decides when it is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from dynserve.errors import DynserveError, InternalError, TimedOut, Unavailable, WorkerLost, from_wire
+from dynserve.frontend.kv_feed import KvFeeds
+from dynserve.openai.prompt import Preprocessor
+from dynserve.routing.router import Router
+from dynserve.streams import Channel
+from dynserve.tasks import Backoff, OwnedTasks
+from dynserve.transport.base import Change, Link, Put
+from dynserve.transport.planes import FetchFile
+from dynserve.wire import discovery, events
+from dynserve.wire.discovery import Card, WorkerInstance
+from dynserve.wire.events import Load
+from dynserve.wire.link import (
+    Cancel, Failed, Finished, FromWorker, Hello, Snapshot, SnapshotRequest, SubmitReply, Tokens, Welcome,
+)  # fmt: skip
+from dynserve.wire.requests import Ack
+
+log = logging.getLogger(__name__)
+
+Record = Tokens | Finished
+
+
+class Reply:
+    """One stream of one worker, as the pipeline reads it."""
+
+    __slots__ = ("_timer", "ack", "channel", "peer", "stream")
+
+    def __init__(self, peer: Peer, stream: int, bound: int, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.peer, self.stream = peer, stream
+        self.channel: Channel[Record] = Channel(bound)
+        self.ack: asyncio.Future[Ack] = loop.create_future()
+        peer.replies[stream] = self
+        self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
+
+    def fail(self, error: DynserveError) -> None:
+        self.channel.close(error)
+        if not self.ack.done():
+            self.ack.set_exception(error)
+            self.ack.exception()  # it may be that nobody waits for the acknowledgement any more
+
+    def close(self) -> None:
+        """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
+        self._timer.cancel()
+        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
+            self.peer.link.send(Cancel(self.stream))
+
+
+@dataclass(slots=True)
+class Peer:
+    """One worker process."""
+
+    id: str
+    instance: WorkerInstance | None = None
+    link: Link | None = None
+    leaving: bool = False  # gone from discovery, link still up: it finishes what it has
+    load: Load | None = None
+    problem: str = ""  # why it is not routed to although it is there
+    replies: dict[int, Reply] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        return self.instance is not None and self.link is not None and not self.leaving and not self.problem
+
+    @property
+    def state(self) -> str:
+        return "draining" if self.leaving else self.problem or "ready"
+
+
+@dataclass(slots=True)
+class Model:
+    """A model that is served, as its first worker described it."""
+
+    card: Card
+    preprocessor: Preprocessor
+
+
+class Fleet:
+    """Peers by id, models by name. Also the link handler of all links."""
+
+    def __init__(
+        self, frontend_id: str, router: Router, fetch_file: FetchFile, tasks: OwnedTasks, changed: Callable[[], None]
+    ) -> None:
+        self._id, self._router, self._fetch_file, self._tasks, self._changed = (
+            frontend_id, router, fetch_file, tasks, changed,
+        )  # fmt: skip
+        self.peers: dict[str, Peer] = {}
+        self.models: dict[str, Model] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._peer_of: dict[Link, Peer] = {}
+        self.feeds = KvFeeds(router, self._ask_snapshot)
+
+    def usable(self, model: str, *roles: str) -> list[Peer]:
+        """Workers of the model in these roles that can be placed on now."""
+        return [
+            p
+            for p in self.peers.values()
+            if p.usable and p.instance is not None and p.instance.role in roles and p.instance.card.model == model
+        ]
+
+    def serves(self, model: str) -> bool:
+        """Every role that the model needs is there."""
+        if model not in self.models:
+            return False
+        if self.usable(model, "prefill_and_decode"):
+            return True
+        return bool(self.usable(model, "prefill") and self.usable(model, "decode"))
+
+    # discovery
+
+    def discovered(self, change: Change) -> None:
+        id_ = change.key.rsplit("/", 1)[-1]
+        if isinstance(change, Put):
+            try:
+                instance = discovery.decode(change.value)
+            except msgspec.DecodeError as error:
+                log.warning("ignoring %s in discovery: %s", change.key, error)
+                return
+            if isinstance(instance, WorkerInstance):
+                peer = self._peer(id_)
+                peer.instance, peer.leaving = instance, False
+                self._check(peer)
+        elif (peer_ := self.peers.get(id_)) is not None:
+            peer_.leaving = True
+            if peer_.link is None:
+                del self.peers[id_]
+        self._changed()
+
+    def load_reported(self, payload: bytes) -> None:
+        report = _decoded(events.decode_load, payload)
+        if report is not None and (peer := self.peers.get(report.instance_id)) is not None:
+            peer.load = report.load
+
+    def kv_changed(self, payload: bytes) -> None:
+        batch = _decoded(events.decode_kv, payload)
+        if batch is not None:
+            self.feeds.events(batch)
+
+    # links
+
+    def accept(self, link: Link) -> Fleet:
+        return self
+
+    def received(self, link: Link, messages: list[FromWorker]) -> None:
+        peer = self._peer_of.get(link)
+        if peer is None:
+            self._greet(link, messages)
+            return
+        for message in messages:
+            if type(message) is Tokens:
+                reply = peer.replies.get(message.stream)
+                if reply is not None and not reply.channel.put(message, len(message.data) + 32):
+                    reply.fail(SlowClient("the client does not read its answer"))
+            else:
+                self._received_other(peer, message)
+
+    def lost(self, link: Link, reason: str) -> None:
+        peer = self._peer_of.pop(link, None)
+        if peer is None or peer.link is not link:
+            return
+        log.info("worker %s is gone: %s", peer.id, reason)
+        peer.link, peer.load = None, None
+        self.feeds.left(peer.id)
+        replies, peer.replies = peer.replies, {}
+        for reply in replies.values():
+            reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
+        if peer.instance is None or peer.leaving:
+            self.peers.pop(peer.id, None)
+        self._changed()
+
+    def _received_other(self, peer: Peer, message: FromWorker) -> None:
+        match message:
+            case Finished(stream=stream):
+                if (reply := peer.replies.get(stream)) is not None:
+                    if not reply.channel.put(message, 0):
+                        reply.fail(SlowClient("the client does not read its answer"))
+                    reply.channel.close()
+                    if message.handoff is None:  # nothing is left at the worker
+                        del peer.replies[stream]
+            case Failed(stream=stream, code=code, message=text):
+                if (reply := peer.replies.pop(stream, None)) is not None:
+                    reply.fail(from_wire(code, text))
+            case SubmitReply(stream=stream, ack=ack):
+                reply = peer.replies.get(stream)
+                if reply is not None and not reply.ack.done():
+                    reply.ack.set_result(ack)
+            case Snapshot():
+                self.feeds.snapshot(peer.id, message)
+            case _:
+                pass  # a ping has done its work by arriving
+
+    def _greet(self, link: Link, messages: list[FromWorker]) -> None:
+        hello = messages[0]
+        if not isinstance(hello, Hello):
+            link.abort("did not say hello")
+            return
+        peer = self._peer(hello.instance_id)
+        if peer.link is not None:
+            old, peer.link = peer.link, None
+            peer.link = link
+            old.abort("replaced by a newer link")
+        peer.link = link
+        self._peer_of[link] = peer
+        link.send(Welcome(self._id))
+        self.feeds.joined(peer.id, hello.epoch)
+        self._changed()
+        if len(messages) > 1:
+            self.received(link, messages[1:])
+
+    def _ask_snapshot(self, worker: str) -> None:
+        peer = self.peers.get(worker)
+        if peer is not None and peer.link is not None:
+            peer.link.send(SnapshotRequest())
+
+    def _peer(self, id_: str) -> Peer:
+        peer = self.peers.get(id_)
+        if peer is None:
+            peer = self.peers[id_] = Peer(id_)
+        return peer
+
+    # models
+
+    def _check(self, peer: Peer) -> None:
+        """Compares a worker with the model it joins; the model's first worker defines it."""
+        assert peer.instance is not None
+        card = peer.instance.card
+        model = self.models.get(card.model)
+        if model is None:
+            peer.problem = "loading"
+            if card.model not in self._loading:
+                self._loading[card.model] = self._tasks.create_task(self._load(card.model))
+            return
+        peer.problem = ""
+        for what in ("block_size", "files"):
+            if getattr(card, what) != getattr(model.card, what):
+                name = "tokenizer or template" if what == "files" else what.replace("_", " ")
+                peer.problem = f"refused: its {name} differs from that of the model's other workers"
+                log.error("worker %s %s", peer.id, peer.problem)
+
+    async def _load(self, name: str) -> None:
+        """Fetches tokenizer and template from any worker of the model that answers."""
+        backoff = Backoff(0.05, 2.0)
+        try:
+            while name not in self.models:
+                waiting = [p.instance for p in self.peers.values() if p.instance and p.instance.card.model == name]
+                if not waiting:
+                    return
+                for instance in waiting:
+                    try:
+                        files = {
+                            file: await self._fetch_file(instance.system_url, digest)
+                            for file, digest in instance.card.files.items()
+                        }
+                        preprocessor = await asyncio.to_thread(Preprocessor, files)
+                    except Unavailable as error:
+                        log.warning("model %s: %s", name, error)
+                    except Exception as error:
+                        log.error("model %s: its tokenizer or template cannot be used: %s", name, error)
+                    else:
+                        self.models[name] = Model(instance.card, preprocessor)
+                        break
+                else:
+                    await asyncio.sleep(backoff.next())
+            log.info("model %s is known", name)
+            for peer in self.peers.values():
+                if peer.instance is not None and peer.instance.card.model == name:
+                    self._check(peer)
+            self._changed()
+        finally:
+            del self._loading[name]
+
+
+class SlowClient(InternalError):
+    """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
+
+    code = "slow_client"
+
+
+def _decoded(decode: Callable[[bytes], Any], payload: bytes) -> Any:
+    try:
+        return decode(payload)
+    except msgspec.DecodeError as error:
+        log.warning("ignoring an event that cannot be read: %s", error)
+        return None

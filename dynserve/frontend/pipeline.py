@@ -1,0 +1,229 @@
+"""The pipeline: a prompt goes to the workers, records come back. Placement, prefill, hand-off, decode, and what follows
+from a worker that refuses or dies before it has said anything.
+
+Ending is synchronous: cancels are queued on links, charges are given back. So it cannot be interrupted halfway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+
+import msgspec
+
+from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply
+from dynserve.metrics import FrontendMetrics
+from dynserve.routing.router import Placed, Router, Target
+from dynserve.transport.base import Bus
+from dynserve.wire import events, requests
+from dynserve.wire.link import Finished, Submit
+from dynserve.wire.requests import (
+    Accepted, Ack, Busy, Draining, GenerateRequest, Handoff, Phase, Prior, Refused, Render, Sampling, Stop,
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+ACK_TIMEOUT = 1.0  # seconds
+ATTEMPTS = 4  # placements of one phase
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, checked and tokenised."""
+
+    id: str
+    model: str
+    tokens: bytes  # u32 little-endian
+    sampling: Sampling
+    stop: Stop
+    render: Render
+    cache_salt: str = ""
+
+
+class Pipeline:
+    """What all requests of one frontend share."""
+
+    def __init__(
+        self, frontend_id: str, namespace: str, bus: Bus, fleet: Fleet, router: Router, metrics: FrontendMetrics,
+        *, timeout_s: float, max_stream_bytes: int,
+    ) -> None:  # fmt: skip
+        self.frontend_id, self.namespace, self.bus, self.fleet, self.router = frontend_id, namespace, bus, fleet, router
+        self.metrics, self.timeout_s, self.max_stream_bytes = metrics, timeout_s, max_stream_bytes
+        # streams of an earlier process with the same id must never be taken for ours
+        self.streams = count(time.time_ns() // 1000)
+
+    def model(self, name: str) -> Model | None:
+        return self.fleet.models.get(name)
+
+    @asynccontextmanager
+    async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
+        """The request runs as long as the block. Leaving it early cancels everywhere."""
+        run = Run(self, prompt)
+        self.metrics.accepted.labels(prompt.model).inc()
+        self.metrics.in_flight.labels(prompt.model).inc()
+        try:
+            yield run
+        except asyncio.CancelledError:
+            run.outcome = "cancelled"
+            raise
+        except Exception:
+            if run.outcome != "cancelled":
+                run.outcome = "failed"
+            raise
+        finally:
+            run.close()
+            self.metrics.in_flight.labels(prompt.model).dec()
+            self.metrics.ended.labels(prompt.model, run.outcome).inc()
+
+
+class Run:
+    """One request's way through the workers."""
+
+    def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
+        self._pipeline, self._prompt = pipeline, prompt
+        self._deadline = asyncio.get_running_loop().time() + pipeline.timeout_s
+        self._replies: list[Reply] = []
+        self._placed: list[Placed] = []
+        self._cancelled: DynserveError | None = None
+        self.outcome = "finished"
+        self.tokens: list[int] = []  # all that the client was given, to continue elsewhere
+
+    async def records(self) -> AsyncIterator[list[Record]]:
+        """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
+        fleet, name = self._pipeline.fleet, self._prompt.model
+        if fleet.usable(name, "prefill") and fleet.usable(name, "decode"):
+            last: Finished | None = None
+            async for burst in self._phase("prefill", ("prefill",), None, None):
+                yield burst
+                last = burst[-1] if isinstance(burst[-1], Finished) else None
+            if last is None or last.handoff is None:
+                return
+            prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
+            async for burst in self._phase("decode", ("decode",), prior, last.handoff):
+                yield burst
+        else:
+            async for burst in self._phase("aggregated", ("prefill_and_decode",), None, None):
+                yield burst
+
+    def cancel(self, error: DynserveError) -> None:
+        """The client has left: whoever waits for records gets `error`."""
+        self.outcome = "cancelled"
+        self._cancelled = error
+        for reply in self._replies:
+            reply.fail(error)
+
+    def close(self) -> None:
+        for reply in self._replies:
+            reply.close()
+        for placed in self._placed:
+            placed.charge.close()
+
+    async def _phase(
+        self, phase: Phase, roles: tuple[str, ...], prior: Prior | None, handoff: Handoff | None
+    ) -> AsyncIterator[list[Record]]:
+        """One phase, placed again on another worker as long as nothing has come from the one before."""
+        excluded: set[str] = set()
+        error: DynserveError = NoWorker(f"no {' or '.join(roles)} worker serves {self._prompt.model} at the moment")
+        for _ in range(ATTEMPTS):
+            if self._cancelled is not None:
+                raise self._cancelled
+            peers = [p for p in self._pipeline.fleet.usable(self._prompt.model, *roles) if p.id not in excluded]
+            if not peers:
+                break
+            placed, peer = self._place(phase, peers)
+            started = False
+            try:
+                reply = await self._start(phase, peer, prior, handoff)
+                while burst := await reply.channel.take():
+                    if not started:
+                        started = True
+                        placed.charge.prefilled()
+                    for record in burst:
+                        self.tokens += record.token_ids
+                    yield burst
+                    if isinstance(burst[-1], Finished):
+                        return
+                raise WorkerLost(f"worker {peer.id} ended the stream without a last word")
+            except ClusterError as failure:
+                if started or isinstance(failure, TimedOut) and not isinstance(failure, _NoAck):
+                    raise
+                error = failure
+                excluded.add(peer.id)
+                self._pipeline.metrics.replaced.inc()
+                log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, peer.id, failure)
+            finally:
+                if phase != "prefill":
+                    placed.charge.close()
+        if isinstance(error, _NoAck):
+            raise TimedOut(str(error)) from error
+        raise error
+
+    def _place(self, phase: Phase, peers: list[Peer]) -> tuple[Placed, Peer]:
+        router, prompt = self._pipeline.router, self._prompt
+        targets = [Target(p.id, p.instance.card.block_size) for p in peers if p.instance is not None]
+        if phase == "decode":
+            placed = router.place_decode(targets, len(prompt.tokens) // 4)
+        else:
+            placed = router.place(targets, prompt.tokens, prompt.cache_salt, answers=phase == "aggregated")
+        self._placed.append(placed)
+        return placed, next(p for p in peers if p.id == placed.worker)
+
+    async def _start(self, phase: Phase, peer: Peer, prior: Prior | None, handoff: Handoff | None) -> Reply:
+        """Raises ClusterError when this worker does not take it, CallerError when none would."""
+        pipeline, prompt = self._pipeline, self._prompt
+        stream = next(pipeline.streams)
+        reply = Reply(peer, stream, pipeline.max_stream_bytes, self._deadline)
+        self._replies.append(reply)
+        request = GenerateRequest(
+            id=prompt.id,
+            stream=stream,
+            reply_to=pipeline.frontend_id,
+            model=prompt.model,
+            phase=phase,
+            prompt=prompt.tokens,
+            sampling=prompt.sampling,
+            stop=prompt.stop,
+            render=prompt.render,
+            timeout_s=self._deadline - asyncio.get_running_loop().time(),
+            cache_salt=prompt.cache_salt,
+            prior=prior,
+            handoff=handoff,
+        )
+        match await self._submit(peer, request, reply):
+            case Accepted():
+                return reply
+            case Busy(waiting=waiting):
+                raise Overloaded(f"worker {peer.id} has {waiting} requests waiting")
+            case Draining():
+                raise WorkerLost(f"worker {peer.id} is leaving")
+            case Refused(code=code, message=message):
+                raise from_wire(code, message)
+
+    async def _submit(self, peer: Peer, request: GenerateRequest, reply: Reply) -> Ack:
+        """Over NATS; over the link when NATS is down, too small for it, or silent. A worker takes it once."""
+        pipeline = self._pipeline
+        assert peer.instance is not None
+        bus, payload = pipeline.bus, requests.encode(request)
+        if bus.connected and len(payload) <= bus.max_payload:
+            subject = events.generate_subject(pipeline.namespace, peer.instance.role, peer.id)
+            try:
+                return requests.decode_ack(await bus.request(subject, payload, ACK_TIMEOUT))
+            except (ClusterError, msgspec.DecodeError) as error:
+                log.info("request %s: no acknowledgement over NATS (%s); trying the link", request.id, error)
+        if peer.link is None:
+            raise WorkerLost(f"worker {peer.id} is gone")
+        pipeline.metrics.spare_road.inc()
+        peer.link.send(Submit(request))
+        try:
+            async with asyncio.timeout(ACK_TIMEOUT):
+                return await asyncio.shield(reply.ack)
+        except TimeoutError:
+            raise _NoAck(f"worker {peer.id} did not acknowledge within {ACK_TIMEOUT} s") from None
+
+
+class _NoAck(TimedOut):
+    """One worker was silent; another may not be."""

@@ -1,0 +1,1 @@
+"""The whole cluster on one machine: embedded etcd and NATS, and `dynserve up`."""

@@ -1,0 +1,84 @@
+"""What `/metrics` says, in Prometheus's format. Counted per request and read per scrape: nothing here runs per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from dynserve.worker.worker import Worker
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class FrontendMetrics:
+    """`accepted = finished + failed + cancelled + in flight`, at every moment."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ours = self._registry
+        self.accepted = Counter("dynserve_requests_accepted", "Requests placed", ["model"], registry=ours)
+        self.ended = Counter(
+            "dynserve_requests_ended", "Requests by how they ended: finished, failed, cancelled", ["model", "outcome"],
+            registry=ours,
+        )  # fmt: skip
+        self.refused = Counter("dynserve_requests_refused", "Requests answered with an error at the edge", ["code"], registry=ours)
+        self.in_flight = Gauge("dynserve_requests_in_flight", "Requests being answered", ["model"], registry=ours)
+        self.ttft = Histogram(
+            "dynserve_time_to_first_token_seconds", "From the request's body to its first token", ["model"],
+            buckets=_SECONDS, registry=ours,
+        )  # fmt: skip
+        self.duration = Histogram(
+            "dynserve_request_seconds", "From the request's body to its last byte", ["model"], buckets=_SECONDS,
+            registry=ours,
+        )  # fmt: skip
+        self.prompt_tokens = Counter("dynserve_prompt_tokens", "Tokens read", ["model"], registry=ours)
+        self.output_tokens = Counter("dynserve_output_tokens", "Tokens answered", ["model"], registry=ours)
+        self.cached_tokens = Counter("dynserve_cached_tokens", "Prompt tokens found in a KV cache", ["model"], registry=ours)
+        self.replaced = Counter("dynserve_requests_replaced", "Phases placed again after a worker was lost or full", registry=ours)
+        self.slow_clients = Counter("dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours)
+        self.spare_road = Counter("dynserve_requests_by_link", "Requests sent over the link instead of NATS", registry=ours)
+        self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
+        self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class WorkerMetrics:
+    """Reads the worker when it is asked; the worker itself only counts in plain dicts."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, get_worker: Callable[[], Worker | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_WorkerCollector(get_worker))
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _WorkerCollector(Collector):
+    def __init__(self, get_worker: Callable[[], Worker | None]) -> None:
+        self._get_worker = get_worker
+
+    def collect(self) -> Iterator[Metric]:
+        worker = self._get_worker()
+        yield GaugeMetricFamily("dynserve_worker_ready", "1 when registered", float(bool(worker and worker.ready)))
+        if worker is None:
+            return
+        requests = CounterMetricFamily("dynserve_worker_requests", "Requests by what became of them", labels=["what"])
+        for what in ("accepted", "finished", "failed", "cancelled", "refused"):
+            requests.add_metric([what], worker.counts[what])
+        yield requests
+        load = worker.executor.load()
+        for name in load.__struct_fields__:
+            yield GaugeMetricFamily(f"dynserve_worker_{name}", f"The engine's {name.replace('_', ' ')}", getattr(load, name))
+        for name, value in worker.executor.counters().items():
+            yield CounterMetricFamily(f"dynserve_worker_{name.removesuffix('_total')}", "Counted by the engine", value)

@@ -1,0 +1,82 @@
+"""What the command-line processes share: logging, signals, the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+from dynserve.errors import ConfigError, DynserveError
+
+log = logging.getLogger(__name__)
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first ends the start-up at once or asks a serving process to finish; the second kills."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self._task = asyncio.current_task()
+        self._serving = False
+
+    @property
+    def asked(self) -> bool:
+        return self._asked.is_set()
+
+    async def wait(self, *also: asyncio.Future[None]) -> None:
+        """From here on the process serves: returns when it is asked to stop, or raises what one of `also` raises."""
+        self._serving = True
+        waiting = asyncio.ensure_future(self._asked.wait())
+        try:
+            done, _ = await asyncio.wait({waiting, *also}, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                future.result()
+        finally:
+            waiting.cancel()
+
+    def signalled(self) -> None:
+        if self._asked.is_set():
+            os._exit(130)
+        self._asked.set()
+        if not self._serving and self._task is not None:
+            self._task.cancel()
+
+
+def run_process(main: Callable[[Stop], Awaitable[int | None]], log_level: str) -> None:
+    """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 (by the caller) after a wrong configuration."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "httpcore", "uvicorn", "grpc", "nats", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+    async def with_signals() -> int:
+        stop = Stop()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.signalled)
+        try:
+            return await main(stop) or 0
+        except asyncio.CancelledError:
+            if stop.asked:
+                return 0
+            raise
+
+    try:
+        code = _run(with_signals())
+    except ConfigError:
+        raise
+    except DynserveError as error:
+        log.error("%s", error)
+        code = 1
+    raise SystemExit(code)
+
+
+def _run(coro: Awaitable[int]) -> int:
+    import uvloop
+
+    result: int = uvloop.run(coro)
+    return result

@@ -1,0 +1,56 @@
+"""`python -m dynserve.worker`: one worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+from dynserve.config import WorkerConfig, exit_with, load
+from dynserve.errors import ConfigError
+from dynserve.executors.base import executor_module, open_executor
+from dynserve.http import bind, serving, url_of
+from dynserve.openai.model_files import check_model_folder
+from dynserve.process import Stop, run_process
+from dynserve.transport.planes import open_planes
+from dynserve.worker.system import system_app
+from dynserve.worker.worker import Worker, new_instance_id, serving_worker
+
+log = logging.getLogger("dynserve.worker")
+
+
+async def run(config: WorkerConfig, stop: Stop) -> None:
+    check_model_folder(Path(config.model_path))
+    instance_id = new_instance_id(config.disaggregation_mode)
+    worker: Worker | None = None
+    async with AsyncExitStack() as stack:
+        sock = bind(config.system_host, config.system_port, "--system-port")
+        system_url = url_of(sock)
+        await stack.enter_async_context(serving(system_app(lambda: worker), sock))
+        # torch takes a second to import: that second is there while the planes are waited for
+        importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
+        planes = await stack.enter_async_context(open_planes(config, instance_id))
+        await importing
+        executor = await stack.enter_async_context(open_executor(config, instance_id))
+        serving_it = serving_worker(config, executor, planes, instance_id, system_url)
+        worker = await stack.enter_async_context(serving_it)
+        log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
+        await stop.wait(executor.failed)
+        log.info("%s leaves: finishing what it has", instance_id)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = load(WorkerConfig, "python -m dynserve.worker", arguments)
+        run_process(partial(run, config), config.log_level)
+    except ConfigError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()
