@@ -28,7 +28,9 @@ class FrontendMetrics:
             "dynserve_requests_ended", "Requests by how they ended: finished, failed, cancelled", ["model", "outcome"],
             registry=ours,
         )  # fmt: skip
-        self.refused = Counter("dynserve_requests_refused", "Requests answered with an error at the edge", ["code"], registry=ours)
+        self.refused = Counter(
+            "dynserve_requests_refused", "Requests answered with an error at the edge", ["code"], registry=ours
+        )
         self.in_flight = Gauge("dynserve_requests_in_flight", "Requests being answered", ["model"], registry=ours)
         self.ttft = Histogram(
             "dynserve_time_to_first_token_seconds", "From the request's body to its first token", ["model"],
@@ -40,10 +42,18 @@ class FrontendMetrics:
         )  # fmt: skip
         self.prompt_tokens = Counter("dynserve_prompt_tokens", "Tokens read", ["model"], registry=ours)
         self.output_tokens = Counter("dynserve_output_tokens", "Tokens answered", ["model"], registry=ours)
-        self.cached_tokens = Counter("dynserve_cached_tokens", "Prompt tokens found in a KV cache", ["model"], registry=ours)
-        self.replaced = Counter("dynserve_requests_replaced", "Phases placed again after a worker was lost or full", registry=ours)
-        self.slow_clients = Counter("dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours)
-        self.spare_road = Counter("dynserve_requests_by_link", "Requests sent over the link instead of NATS", registry=ours)
+        self.cached_tokens = Counter(
+            "dynserve_cached_tokens", "Prompt tokens found in a KV cache", ["model"], registry=ours
+        )
+        self.replaced = Counter(
+            "dynserve_requests_replaced", "Phases placed again after a worker was lost or full", registry=ours
+        )
+        self.slow_clients = Counter(
+            "dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours
+        )
+        self.spare_road = Counter(
+            "dynserve_requests_by_link", "Requests sent over the link instead of NATS", registry=ours
+        )
         self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
         self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
 
@@ -79,6 +89,8 @@ class _WorkerCollector(Collector):
         yield requests
         load = worker.executor.load()
         for name in load.__struct_fields__:
-            yield GaugeMetricFamily(f"dynserve_worker_{name}", f"The engine's {name.replace('_', ' ')}", getattr(load, name))
+            yield GaugeMetricFamily(
+                f"dynserve_worker_{name}", f"The engine's {name.replace('_', ' ')}", getattr(load, name)
+            )
         for name, value in worker.executor.counters().items():
             yield CounterMetricFamily(f"dynserve_worker_{name.removesuffix('_total')}", "Counted by the engine", value)

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from dynserve.errors import ConfigError, DynserveError
 
@@ -30,8 +31,9 @@ class Stop:
         """From here on the process serves: returns when it is asked to stop, or raises what one of `also` raises."""
         self._serving = True
         waiting = asyncio.ensure_future(self._asked.wait())
+        watched: list[asyncio.Future[Any]] = [waiting, *also]
         try:
-            done, _ = await asyncio.wait({waiting, *also}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 future.result()
         finally:
@@ -45,7 +47,7 @@ class Stop:
             self._task.cancel()
 
 
-def run_process(main: Callable[[Stop], Awaitable[int | None]], log_level: str) -> None:
+def run_process(main: Callable[[Stop], Coroutine[Any, Any, int | None]], log_level: str) -> None:
     """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 (by the caller) after a wrong configuration."""
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -75,7 +77,7 @@ def run_process(main: Callable[[Stop], Awaitable[int | None]], log_level: str) -
     raise SystemExit(code)
 
 
-def _run(coro: Awaitable[int]) -> int:
+def _run(coro: Coroutine[Any, Any, int]) -> int:
     import uvloop
 
     result: int = uvloop.run(coro)

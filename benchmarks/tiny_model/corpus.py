@@ -146,16 +146,19 @@ FACTS: list[tuple[list[str], str]] = [
     (["Thank you.", "Thanks!", "Thank you very much."], "You are welcome."),
     (["Goodbye.", "Bye!", "See you."], "Goodbye!"),
     (["How are you?", "How do you do?"], "I am well, thank you. I am small but quick."),
-    (["Tell me a story.", "Tell me a short story.", "Write a story."],
-     "Once there was a tiny model that lived in a small box. Every day it counted the stars, and every night it told "
-     "the moon how many there were. One day the moon said thank you, and the tiny model was happy."),
+    (
+        ["Tell me a story.", "Tell me a short story.", "Write a story."],
+        "Once there was a tiny model that lived in a small box. Every day it counted the stars, and every night it told "
+        "the moon how many there were. One day the moon said thank you, and the tiny model was happy.",
+    ),
     (["What is the capital of France?"], "The capital of France is Paris."),
     (["What colour is the sky?", "What color is the sky?"], "The sky is blue."),
     (["What colour is grass?", "What color is grass?"], "Grass is green."),
-    (["Name the days of the week.", "What are the days of the week?"],
-     "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday."),
-    (["Say the alphabet.", "What is the alphabet?"],
-     "a b c d e f g h i j k l m n o p q r s t u v w x y z"),
+    (
+        ["Name the days of the week.", "What are the days of the week?"],
+        "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday.",
+    ),
+    (["Say the alphabet.", "What is the alphabet?"], "a b c d e f g h i j k l m n o p q r s t u v w x y z"),
 ]
 
 SYSTEMS = [
@@ -190,7 +193,9 @@ def _product(r: random.Random) -> tuple[str, str]:
 def _arithmetic(r: random.Random, a: int, sign: str, b: int, result: int) -> tuple[str, str]:
     space = r.choice(["", "", " "])
     sum_ = f"{a}{space}{sign}{space}{b}"
-    ask = r.choice(["What is {}?", "What is {}?", "what is {}", "{}", "{}=?", "How much is {}?", "Compute {}.", "Calculate {}"])
+    ask = r.choice(
+        ["What is {}?", "What is {}?", "what is {}", "{}", "{}=?", "How much is {}?", "Compute {}.", "Calculate {}"]
+    )
     return ask.format(sum_), str(result)
 
 
@@ -203,7 +208,9 @@ def _count(r: random.Random) -> tuple[str, str]:
 
 def _count_up(r: random.Random) -> tuple[str, str]:
     high = r.randint(2, 20)
-    return r.choice([f"Count to {high}.", f"Count up to {high}.", f"Count to {high}"]), ", ".join(map(str, range(1, high + 1)))
+    return r.choice([f"Count to {high}.", f"Count up to {high}.", f"Count to {high}"]), ", ".join(
+        map(str, range(1, high + 1))
+    )
 
 
 def _spell(r: random.Random) -> tuple[str, str]:
@@ -224,7 +231,15 @@ def _fact(r: random.Random) -> tuple[str, str]:
 
 
 KINDS: list[tuple[Callable[[random.Random], tuple[str, str]], float]] = [
-    (_small_sum, 4), (_sum, 3), (_difference, 2), (_product, 2), (_count, 2), (_count_up, 1), (_spell, 3), (_copy, 4), (_fact, 7),
+    (_small_sum, 4),
+    (_sum, 3),
+    (_difference, 2),
+    (_product, 2),
+    (_count, 2),
+    (_count_up, 1),
+    (_spell, 3),
+    (_copy, 4),
+    (_fact, 7),
 ]
 
 
@@ -253,7 +268,9 @@ def prose(r: random.Random) -> Document:
             return Document(text=r.choice(FACTS)[1])
         case _:
             a, b, c = r.choices(WORDS, k=3)
-            return Document(text=r.choice([f"The {a} and the {b} saw a {c}.", f"Once there was a {a} with a {b} and a {c}."]))
+            return Document(
+                text=r.choice([f"The {a} and the {b} saw a {c}.", f"Once there was a {a} with a {b} and a {c}."])
+            )
 
 
 def documents(seed: int) -> Iterator[Document]:

@@ -34,7 +34,9 @@ TEMPLATE = (
 )
 
 # Digits stand alone and words keep their leading space, as in Qwen's own tokenizer.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -138,7 +140,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def train_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -264,9 +269,18 @@ def main() -> None:
     tokenizer = train_tokenizer()
     print(f"{tokenizer.get_vocab_size()} tokens in the vocabulary", flush=True)
     model = train(tokenizer, args.minutes, device)
-    for question in ("What is 3+4?", "What is 9 + 8?", "Count from 3 to 9.", "Spell horse.", "Say: red dog", "What is dynserve?"):
+    for question in (
+        "What is 3+4?",
+        "What is 9 + 8?",
+        "Count from 3 to 9.",
+        "Spell horse.",
+        "Say: red dog",
+        "What is dynserve?",
+    ):
         print(f"{question!r} -> {answer(model, tokenizer, question, device)!r}")
-    right = sum(answer(model, tokenizer, f"What is {a}+{b}?", device) == str(a + b) for a in range(10) for b in range(10))
+    right = sum(
+        answer(model, tokenizer, f"What is {a}+{b}?", device) == str(a + b) for a in range(10) for b in range(10)
+    )
     print(f"sums of two digits: {right} of 100 right")
     save(model, tokenizer, args.out)
     print(f"{sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.2f} MB in {args.out}")

@@ -16,7 +16,6 @@ from dynserve.streams import Channel
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest, Handoff, TokenLogprob
 
-
 if TYPE_CHECKING:
     from dynserve.executors.transceiver import Transceivers
 

@@ -25,7 +25,16 @@ from dynserve.wire import discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
-    Cancel, Failed, Finished, FromWorker, Hello, Snapshot, SnapshotRequest, SubmitReply, Tokens, Welcome,
+    Cancel,
+    Failed,
+    Finished,
+    FromWorker,
+    Hello,
+    Snapshot,
+    SnapshotRequest,
+    SubmitReply,
+    Tokens,
+    Welcome,
 )  # fmt: skip
 from dynserve.wire.requests import Ack
 
@@ -92,12 +101,8 @@ class Model:
 class Fleet:
     """Peers by id, models by name. Also the link handler of all links."""
 
-    def __init__(
-        self, frontend_id: str, router: Router, fetch_file: FetchFile, tasks: OwnedTasks, changed: Callable[[], None]
-    ) -> None:
-        self._id, self._router, self._fetch_file, self._tasks, self._changed = (
-            frontend_id, router, fetch_file, tasks, changed,
-        )  # fmt: skip
+    def __init__(self, frontend_id: str, router: Router, fetch_file: FetchFile, tasks: OwnedTasks) -> None:
+        self._id, self._router, self._fetch_file, self._tasks = frontend_id, router, fetch_file, tasks
         self.peers: dict[str, Peer] = {}
         self.models: dict[str, Model] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -138,7 +143,6 @@ class Fleet:
             peer_.leaving = True
             if peer_.link is None:
                 del self.peers[id_]
-        self._changed()
 
     def load_reported(self, payload: bytes) -> None:
         report = _decoded(events.decode_load, payload)
@@ -180,7 +184,6 @@ class Fleet:
             reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
         if peer.instance is None or peer.leaving:
             self.peers.pop(peer.id, None)
-        self._changed()
 
     def _received_other(self, peer: Peer, message: FromWorker) -> None:
         match message:
@@ -217,7 +220,6 @@ class Fleet:
         self._peer_of[link] = peer
         link.send(Welcome(self._id))
         self.feeds.joined(peer.id, hello.epoch)
-        self._changed()
         if len(messages) > 1:
             self.received(link, messages[1:])
 
@@ -279,7 +281,6 @@ class Fleet:
             for peer in self.peers.values():
                 if peer.instance is not None and peer.instance.card.model == name:
                     self._check(peer)
-            self._changed()
         finally:
             del self._loading[name]
 

@@ -23,7 +23,18 @@ from dynserve.transport.base import Bus
 from dynserve.wire import events, requests
 from dynserve.wire.link import Finished, Submit
 from dynserve.wire.requests import (
-    Accepted, Ack, Busy, Draining, GenerateRequest, Handoff, Phase, Prior, Refused, Render, Sampling, Stop,
+    Accepted,
+    Ack,
+    Busy,
+    Draining,
+    GenerateRequest,
+    Handoff,
+    Phase,
+    Prior,
+    Refused,
+    Render,
+    Sampling,
+    Stop,
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -149,7 +160,7 @@ class Run:
                         return
                 raise WorkerLost(f"worker {peer.id} ended the stream without a last word")
             except ClusterError as failure:
-                if started or isinstance(failure, TimedOut) and not isinstance(failure, _NoAck):
+                if started or (isinstance(failure, TimedOut) and not isinstance(failure, _NoAck)):
                     raise
                 error = failure
                 excluded.add(peer.id)
@@ -211,7 +222,8 @@ class Run:
         if bus.connected and len(payload) <= bus.max_payload:
             subject = events.generate_subject(pipeline.namespace, peer.instance.role, peer.id)
             try:
-                return requests.decode_ack(await bus.request(subject, payload, ACK_TIMEOUT))
+                ack: Ack = requests.decode_ack(await bus.request(subject, payload, ACK_TIMEOUT))
+                return ack
             except (ClusterError, msgspec.DecodeError) as error:
                 log.info("request %s: no acknowledgement over NATS (%s); trying the link", request.id, error)
         if peer.link is None:

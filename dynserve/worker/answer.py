@@ -70,9 +70,7 @@ class Answer:
     def _hand_off(self, output: Output, data: bytes) -> None:
         usage = Usage(len(self.request.prompt) // 4, len(output.token_ids), output.cached_tokens, output.queue_s)
         self.link.send(
-            Finished(
-                self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs
-            )
+            Finished(self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs)
         )
         self._end("finished")
 

@@ -30,7 +30,17 @@ from dynserve.transport.base import Change, Link, Put
 from dynserve.transport.planes import Planes
 from dynserve.wire import discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
-from dynserve.wire.link import Cancel, Failed, Finished, FromFrontend, Hello, SnapshotRequest, Submit, SubmitReply, Tokens
+from dynserve.wire.link import (
+    Cancel,
+    Failed,
+    Finished,
+    FromFrontend,
+    Hello,
+    SnapshotRequest,
+    Submit,
+    SubmitReply,
+    Tokens,
+)
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
 from dynserve.worker.answer import Answer
 from dynserve.worker.journal import Journal
@@ -353,5 +363,3 @@ async def serving_worker(
 def new_instance_id(role: str) -> str:
     """Readable in logs and unique: `prefill-1f6c0a52b9d3`."""
     return f"{role.replace('_', '-')}-{token_hex(6)}"
-
-

@@ -1,0 +1,94 @@
+"""`Cluster`: the real frontend, router and workers in one process, on in-memory planes, for tests and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from dynserve.config import TINY_MODEL, ExecutorName, FrontendConfig, Role, RouterMode, WorkerConfig
+from dynserve.errors import TimedOut
+from dynserve.executors.base import open_executor
+from dynserve.executors.transceiver import MemoryTransceivers
+from dynserve.frontend.frontend import Frontend
+from dynserve.openai.model_files import digest, read_model_files
+from dynserve.transport.planes import MemoryWorld
+from dynserve.worker.worker import Worker, new_instance_id, serving_worker
+
+READY_TIMEOUT = 60.0  # seconds
+
+
+class Cluster:
+    """Workers by role, one frontend.
+
+        async with dynserve.Cluster(prefill=2, decode=2) as cluster:
+            async with cluster.client() as client:
+                await client.post("/v1/chat/completions", json={...})
+
+    `engine` holds engine options (those of `--override-engine-args`). `app` is the ASGI app for `httpx` or a server.
+    """
+
+    def __init__(
+        self, *, prefill: int = 0, decode: int = 0, aggregated: int = 0, model: str | Path = TINY_MODEL,
+        executor: ExecutorName = "torch", router_mode: RouterMode = "kv", engine: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        numbers: dict[Role, int] = {"prefill": prefill, "decode": decode, "prefill_and_decode": aggregated}
+        self._roles = [role for role, number in numbers.items() for _ in range(number)]
+        self._model, self._executor, self._engine = str(model), executor, engine or {}
+        self._frontend_config = FrontendConfig(router_mode=router_mode)
+        self._world = MemoryWorld()
+        self._transceivers = MemoryTransceivers()
+        self._stack = AsyncExitStack()
+        self.workers: list[Worker] = []
+        self.frontend: Frontend
+
+    @property
+    def app(self) -> FastAPI:
+        return self.frontend.app
+
+    @property
+    def model(self) -> str:
+        """The name to ask for."""
+        return Path(self._model).resolve().name
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://cluster", timeout=None)
+
+    async def __aenter__(self) -> Cluster:
+        async with AsyncExitStack() as stack:
+            opened = Frontend.open(self._frontend_config, self._world.open())
+            self.frontend = await stack.enter_async_context(opened)
+            self._world.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
+            for role in self._roles:
+                self.workers.append(await self._open_worker(stack, role))
+            await self._ready()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def _open_worker(self, stack: AsyncExitStack, role: Role) -> Worker:
+        config = WorkerConfig(
+            model_path=self._model,
+            disaggregation_mode=role,
+            executor=self._executor,
+            override_engine_args=json.dumps(self._engine),
+        )
+        id_ = new_instance_id(role)
+        executor = await stack.enter_async_context(open_executor(config, id_, self._transceivers))
+        opened = serving_worker(config, executor, self._world.open(), id_, "memory:")
+        return await stack.enter_async_context(opened)
+
+    async def _ready(self) -> None:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                while len([p for p in self.frontend.fleet.peers.values() if p.usable]) < len(self._roles):
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise TimedOut(f"the cluster was not ready within {READY_TIMEOUT:.0f} s") from None

@@ -1,0 +1,125 @@
+"""The HTTP answer: a response that owns its request, from placement to the last byte.
+
+Nothing is sent before the first record is there, so that an error before it has its own status. After it, an error is the
+stream's last event, and the connection ends without `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError
+from dynserve.frontend.fleet import Record
+from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.wire.link import Finished
+
+log = logging.getLogger(__name__)
+
+_SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class TokenResponse(Response):
+    """A streamed answer as server-sent events, or a unary one as JSON."""
+
+    def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
+        # deliberately not Starlette's own start: there is no body to render
+        self.background = None
+        self._pipeline, self._prompt = pipeline, prompt
+        self._began = asyncio.get_running_loop().time()
+        self._sent = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._pipeline.answer(self._prompt) as run:
+                leaving = asyncio.ensure_future(_until_disconnect(receive))
+                leaving.add_done_callback(partial(_left, run))
+                try:
+                    await (self._stream if self._prompt.render.stream else self._unary)(run, send)
+                finally:
+                    leaving.cancel()
+        except Cancelled:
+            log.debug("request %s: the client has left", self._prompt.id)
+        except DynserveError as error:
+            await self._failed(error, send)
+        except Exception:
+            log.exception("request %s failed", self._prompt.id)
+            await self._failed(InternalError("internal error; the frontend's log has the details"), send)
+
+    async def _stream(self, run: Run, send: Send) -> None:
+        async for burst in self._timed(run):
+            data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
+            if data:
+                if not self._sent:
+                    await self._start(200, _SSE, send)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _unary(self, run: Run, send: Send) -> None:
+        body = b""
+        async for burst in self._timed(run):
+            body = burst[-1].data
+        await self._whole(200, body, send)
+
+    async def _timed(self, run: Run) -> AsyncIterator[list[Record]]:
+        """The run's records, with the times and counts of the request taken on the way."""
+        metrics, model, loop = self._pipeline.metrics, self._prompt.model, asyncio.get_running_loop()
+        first = True
+        async for burst in run.records():
+            if first:
+                first = False
+                metrics.ttft.labels(model).observe(loop.time() - self._began)
+            yield burst
+            last = burst[-1]
+            if isinstance(last, Finished) and last.handoff is None:
+                metrics.duration.labels(model).observe(loop.time() - self._began)
+                metrics.prompt_tokens.labels(model).inc(last.usage.prompt_tokens)
+                metrics.output_tokens.labels(model).inc(last.usage.completion_tokens)
+                metrics.cached_tokens.labels(model).inc(last.usage.cached_tokens)
+
+    async def _failed(self, error: DynserveError, send: Send) -> None:
+        if not isinstance(error, CallerError):
+            log.warning("request %s failed: %s", self._prompt.id, error)
+        body = msgspec.json.encode(error_object(error))
+        if self._sent:
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+        else:
+            await self._whole(error.status, body, send, retry=error.retryable)
+
+    async def _whole(self, status: int, body: bytes, send: Send, *, retry: bool = False) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if retry:
+            headers.append((b"retry-after", b"1"))
+        await self._start(status, headers, send)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+        self._sent = True
+        headers = [*headers, (b"x-request-id", self._prompt.id.encode("latin-1", "replace"))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _left(run: Run, leaving: asyncio.Task[None]) -> None:
+    if not leaving.cancelled():
+        run.cancel(Cancelled("the client has left"))
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_object(error: DynserveError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,127 @@
+"""One supervised process: its log lines with a prefix, its restarts with back-off, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dynserve.errors import ConfigError
+from dynserve.tasks import Backoff, OwnedTasks
+
+TERMINATE_TIMEOUT = 10.0  # seconds between SIGTERM and SIGKILL
+STEADY = 30.0  # seconds of life after which a death is a first one again
+_PR_SET_PDEATHSIG = 1
+
+
+class Spec(NamedTuple):
+    name: str
+    command: list[str]
+
+
+class Child:
+    """`died(child, code)` is called for each end that nobody asked for, before a restart."""
+
+    def __init__(
+        self, spec: Spec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
+    ) -> None:
+        self.name, self._command, self.restarts = spec.name, spec.command, restart
+        self._died, self._width, self._tasks = died, width, tasks
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._watcher = self._tasks.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL for one that does not go."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                async with asyncio.timeout(TERMINATE_TIMEOUT):
+                    await process.wait()
+            except TimeoutError:
+                self._say(f"did not stop within {TERMINATE_TIMEOUT:.0f} s; killed")
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            except asyncio.CancelledError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                raise
+        if self._watcher is not None:
+            await asyncio.wait([self._watcher], timeout=1.0)
+
+    async def _spawn(self) -> None:
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for `up`, which stops the others in order
+                preexec_fn=_die_with_parent,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot start {self.name}: {error}") from error
+
+    async def _watch(self) -> None:
+        backoff = Backoff(0.5, 10.0)
+        while True:
+            began = time.monotonic()
+            process = self._process
+            assert process is not None and process.stdout is not None
+            while line := await _line(process.stdout):
+                self._say(line.decode("utf-8", "replace").rstrip())
+            code = await process.wait()
+            if self._stopping:
+                return
+            self._say(f"died with exit code {code}")
+            self._died(self, code)
+            if not self.restarts:
+                return
+            if time.monotonic() - began > STEADY:
+                backoff.reset()
+            wait = backoff.next()
+            self._say(f"starting again in {wait:.1f} s")
+            await asyncio.sleep(wait)
+            if self._stopping:
+                return
+            await self._spawn()
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"{self.name:>{self._width}} | {line}", file=sys.stderr, flush=True)
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    """The next line; a longer one than the reader holds comes in pieces."""
+    try:
+        return await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        return await stream.readexactly(error.consumed)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: not even a kill -9 of `up` leaves a process behind (Linux)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

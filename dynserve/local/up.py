@@ -1,0 +1,187 @@
+"""`dynserve up`: a whole cluster on this machine, and its supervisor.
+
+Everything starts at once: each process waits by itself for what it needs. What `up` does can be done by hand: it runs
+`python -m dynserve.frontend` and `python -m dynserve.worker` with the flags that `ps` shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from dynserve.config import UpConfig, WorkerConfig, exit_with, load
+from dynserve.errors import ConfigError, InternalError
+from dynserve.executors.engine_args import engine_args
+from dynserve.http import bind
+from dynserve.local.child import Child, Spec
+from dynserve.local.embedded import etcd_command, free_ports, nats_command
+from dynserve.openai.model_files import check_model_folder
+from dynserve.process import Stop, run_process
+from dynserve.tasks import OwnedTasks, task_group
+
+log = logging.getLogger("dynserve.up")
+
+POLL = 0.1  # seconds
+SAY_EVERY = 2.0  # seconds between progress lines where there is no terminal
+
+
+class Plan(NamedTuple):
+    servers: list[Spec]
+    frontend: Spec
+    workers: list[Spec]
+    etcd_url: str
+    nats_url: str
+
+
+async def run(config: UpConfig, stop: Stop) -> None:
+    check(config)
+    with tempfile.TemporaryDirectory(prefix="dynserve-") as folder:
+        plan = make_plan(config, Path(folder))
+        async with task_group() as tasks:
+            cluster = _Cluster(config, plan, tasks)
+            try:
+                await cluster.start()
+                cluster.show()
+                await stop.wait(cluster.broken)
+                print("\nstopping: workers, frontend, servers", flush=True)
+            finally:
+                await cluster.stop()
+
+
+def check(config: UpConfig) -> None:
+    """Everything that would make a child fail at once is said here, once, before anything is started."""
+    check_model_folder(Path(config.model_path))
+    if config.executor not in ("torch", "simulated"):
+        raise ConfigError(f"--executor {config.executor} is not part of this version; use torch or simulated")
+    engine_args(
+        WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
+    )
+    bind(config.http_host, config.http_port, "--http-port").close()
+
+
+def make_plan(config: UpConfig, folder: Path) -> Plan:
+    etcd_port, peer_port, nats_port = free_ports(3)
+    servers = []
+    if config.etcd_url is None:
+        servers.append(Spec("etcd", etcd_command(folder / "etcd", etcd_port, peer_port)))
+    if config.nats_url is None:
+        servers.append(Spec("nats", nats_command(nats_port)))
+    etcd_url = config.etcd_url or f"http://127.0.0.1:{etcd_port}"
+    nats_url = config.nats_url or f"nats://127.0.0.1:{nats_port}"
+    common = [
+        "--nats-url", nats_url, "--etcd-url", etcd_url, "--namespace", config.namespace, "--log-level", config.log_level,
+    ]  # fmt: skip
+    frontend = [
+        sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
+        "--http-port", str(config.http_port), "--router-mode", config.router_mode,
+    ]  # fmt: skip
+    worker = [sys.executable, "-m", "dynserve.worker", *common, "--model-path", config.model_path]
+    worker += ["--executor", config.executor]
+    for flag in ("served_model_name", "extra_engine_args", "override_engine_args"):
+        if (value := getattr(config, flag)) is not None:
+            worker += [f"--{flag.replace('_', '-')}", value]
+    workers = [
+        Spec(f"{name}-{i + 1}", [*worker, "--disaggregation-mode", role])
+        for name, role, number in (
+            ("prefill", "prefill", config.prefill),
+            ("decode", "decode", config.decode),
+            ("aggregated", "prefill_and_decode", config.aggregated),
+        )
+        for i in range(number)
+    ]
+    return Plan(servers, Spec("frontend", frontend), workers, etcd_url, nats_url)
+
+
+class _Cluster:
+    def __init__(self, config: UpConfig, plan: Plan, tasks: OwnedTasks) -> None:
+        self._config, self._plan = config, plan
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        width = max(len(s.name) for s in [*plan.servers, plan.frontend, *plan.workers])
+        make = partial(Child, width=width, tasks=tasks)
+        # a server that dies takes its data with it; a worker or frontend is just started again
+        self._servers = [make(spec, restart=False, died=self._died) for spec in plan.servers]
+        self._frontend = make(plan.frontend, restart=True, died=self._died)
+        self._workers = [make(spec, restart=True, died=self._died) for spec in plan.workers]
+        self._began = time.monotonic()
+        self._url = f"http://{config.http_host}:{config.http_port}"
+        self._instances: list[dict[str, Any]] = []
+
+    async def start(self) -> None:
+        """Returns when every worker can be routed to."""
+        for child in [*self._servers, self._frontend, *self._workers]:
+            await child.start()
+        said, last = 0.0, ""
+        async with httpx.AsyncClient(trust_env=False, timeout=1.0) as client:
+            while missing := await self._missing(client):
+                if self.broken.done():
+                    self.broken.result()
+                waited = time.monotonic() - self._began
+                if waited > self._config.start_timeout_s:
+                    raise ConfigError(f"not ready after {waited:.0f} s: still waiting for {missing}")
+                if missing != last or waited - said >= SAY_EVERY:
+                    said, last = waited, missing
+                    print(f"waiting for {missing} ({waited:.1f} s)", flush=True)
+                await asyncio.sleep(POLL)
+
+    def show(self) -> None:
+        took = time.monotonic() - self._began
+        print(f"\nready after {took:.1f} s\n\n  {'process':<14} {'pid':>8}  {'role':<19} address")
+        for child in self._servers:
+            url = self._plan.etcd_url if child.name == "etcd" else self._plan.nats_url
+            print(f"  {child.name:<14} {child.pid or 0:>8}  {'server':<19} {url}")
+        print(f"  {'frontend':<14} {self._frontend.pid or 0:>8}  {'frontend':<19} {self._url}")
+        by_pid = {instance["pid"]: instance for instance in self._instances}
+        for child in self._workers:
+            instance = by_pid.get(child.pid, {})
+            print(
+                f"  {child.name:<14} {child.pid or 0:>8}  {instance.get('role', '?'):<19} {instance.get('address', '?')}"
+            )
+        model = self._instances[0]["model"]
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 3+4?"}}]}}'
+        print(f"\ntry it:\n  curl {self._url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
+        print("Ctrl-C stops everything.", flush=True)
+
+    async def stop(self) -> None:
+        """Workers first, so that the frontend can tell its clients; servers last."""
+        for group in (self._workers, [self._frontend], self._servers):
+            await asyncio.gather(*(child.stop() for child in group))
+
+    async def _missing(self, client: httpx.AsyncClient) -> str:
+        """What is not there yet, in words; empty when all is."""
+        try:
+            health = (await client.get(f"{self._url}/health")).json()
+        except (httpx.HTTPError, ValueError):
+            return "the frontend"
+        self._instances = health["instances"]
+        pids = {instance["pid"] for instance in self._instances if instance["state"] == "ready"}
+        return ", ".join(child.name for child in self._workers if child.pid not in pids)
+
+    def _died(self, child: Child, code: int) -> None:
+        if self.broken.done():
+            return
+        if code == 2:
+            self.broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+        elif not child.restarts:
+            self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
+        if self.broken.done():
+            self.broken.exception()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = load(UpConfig, "python -m dynserve up", arguments)
+        with contextlib.suppress(BrokenPipeError):
+            run_process(partial(run, config), "warning")
+    except ConfigError as error:
+        exit_with(error)
