@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynserve.config import FrontendConfig, UpConfig, WorkerConfig, host_port, load
+from dynserve.errors import ConfigError
+
+
+def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("http_port: 1\nlink_port: 1\nrouter_mode: random\n")
+    environ = {"DYN_HTTP_PORT": "2", "DYN_LINK_PORT": "2"}
+    config = load(FrontendConfig, "p", ["--config", str(file), "--http-port", "3"], environ)
+    assert (config.http_port, config.link_port, config.router_mode) == (3, 2, "random")
+
+
+def test_the_guides_environment_is_understood() -> None:
+    environ = {"DYN_ROUTER_MODE": "kv", "NATS_URL": "nats://n:1", "ETCD_URL": "http://e:2"}
+    config = load(FrontendConfig, "p", [], environ)
+    assert (config.router_mode, config.nats_url, config.etcd_url) == ("kv", "nats://n:1", "http://e:2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model-pth", "x"], r"unknown option --model-pth \(did you mean --model-path\?\)"),
+        (["--disaggregation-mode", "both"], "'both' is not one of prefill_and_decode, prefill, decode"),
+        (["--max-batch-size", "many"], "--max-batch-size: 'many' does not fit"),
+        (["--max-seq-len", "0"], "--max-seq-len must be greater than 0"),
+        (["--system-port", "70000"], "--system-port must be between 0 and 65535"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file"),
+    ],
+)
+def test_a_wrong_worker_option_is_named_with_the_right_one(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(WorkerConfig, "p", argv, {})
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("http_prt: 1\n")
+    with pytest.raises(ConfigError, match="unknown key 'http_prt' .did you mean http_port"):
+        load(FrontendConfig, "p", ["--config", str(file)], {})
+
+
+def test_prefill_without_decode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="come in pairs"):
+        load(UpConfig, "p", ["--prefill", "1", "--decode", "0"], {})
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(WorkerConfig, "p", ["--help"], {})
+    text = capsys.readouterr().out
+    assert "--disaggregation-mode" in text and "DYN_ROLE" in text
+
+
+def test_addresses_come_with_and_without_a_scheme() -> None:
+    assert host_port("http://a:1", "x", 9) == host_port("a:1", "x", 9) == ("a", 1)
+    assert host_port("nats://a", "x", 9) == ("a", 9)
+    with pytest.raises(ConfigError, match="ETCD_URL"):
+        host_port("http://a:port", "ETCD_URL", 9)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynserve.wire import discovery, events, link, requests
+from tests.conftest import make_request
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=50)
+
+
+@given(TOKENS)
+def test_packed_tokens_unpack_to_themselves(token_ids: list[int]) -> None:
+    assert requests.unpack_tokens(requests.pack_tokens(token_ids)) == token_ids
+
+
+@given(TOKENS, st.binary(max_size=50), st.integers(0, 2**63))
+def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, stream: int) -> None:
+    handoff = requests.Handoff(
+        id=stream, owner="p", request_id="r", sequence_hash=2**64 - 1, num_tokens=1, num_bytes=2, ttl_s=1.5, state=data
+    )
+    sent = [
+        link.Tokens(stream, data, token_ids, [requests.TokenLogprob(1, -0.5, [(2, -1.0)])]),
+        link.Finished(stream, data, token_ids, "stop", link.Usage(1, 2, 3), handoff),
+        link.Failed(stream, "code", "text"),
+        link.SubmitReply(stream, requests.Busy(3)),
+        link.Snapshot(1, 2, token_ids, True),
+    ]
+    frame = bytearray()
+    link.encode_into(sent, frame, 0)
+    assert link.decode_from_worker(frame) == sent
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes) -> None:
+    for decode in (link.decode_from_worker, link.decode_from_frontend, requests.decode_request, events.decode_kv, discovery.decode):
+        try:
+            decode(data)
+        except msgspec.DecodeError:
+            pass
+
+
+def test_a_request_survives_the_wire() -> None:
+    request = make_request([1, 2, 3], prior=requests.Prior([4], [requests.TokenLogprob(4, -1.0)], 2), cache_salt="s")
+    assert requests.decode_request(requests.encode(request)) == request
+
+
+def test_an_unknown_tag_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        link.decode_from_worker(msgspec.msgpack.encode([[99, 1]]))
