@@ -90,10 +90,13 @@ class Executor(Protocol):
 async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterator[Output]:
     """A request's outputs as an iterator, for scripts and tests; leaving it early aborts the request."""
     outputs: Channel[Output] = Channel(bound=1 << 20)
+    done = False
 
     def sink(output: Output) -> None:
+        nonlocal done
         outputs.put(output)
         if output.reason is not None or output.error is not None:
+            done = True  # a hand-off may be left, and is its taker's now
             outputs.close()
 
     ticket = executor.submit(request, sink)
@@ -104,7 +107,8 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
                     raise output.error
                 yield output
     finally:
-        executor.abort(ticket)
+        if not done:
+            executor.abort(ticket)
 
 
 _HOMES = {"torch": "dynserve.executors.torch.executor", "simulated": "dynserve.executors.simulated"}

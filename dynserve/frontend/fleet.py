@@ -83,7 +83,11 @@ class Peer:
 
     @property
     def usable(self) -> bool:
-        return self.instance is not None and self.link is not None and not self.leaving and not self.problem
+        return self.instance is not None and self.linked and not self.leaving and not self.problem
+
+    @property
+    def linked(self) -> bool:
+        return self.link is not None and not self.link.closed
 
     @property
     def state(self) -> str:

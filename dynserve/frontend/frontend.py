@@ -93,7 +93,7 @@ class Frontend:
                     else {n: getattr(peer.load, n) for n in peer.load.__struct_fields__},
                 }
                 for peer in self.fleet.peers.values()
-                if peer.instance is not None and peer.link is not None
+                if peer.instance is not None and peer.linked
             ],
         }
 

@@ -39,10 +39,11 @@ class Renderer:
         return self._stops is not None and self._stops.matched
 
     def replay(self, prior: Prior) -> None:
-        """Goes through what an earlier worker already rendered."""
+        """Goes through what an earlier worker already rendered, one token at a time as it did: what was held back then
+        is held back now."""
         self.cached_tokens = prior.cached_tokens
-        if prior.token_ids:
-            self.push(prior.token_ids, prior.logprobs or None)
+        for i, token_id in enumerate(prior.token_ids):
+            self.push([token_id], prior.logprobs[i : i + 1] or None)
 
     def push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
         if self.stopped:

@@ -1,0 +1,204 @@
+"""The whole of dynserve in one process: what a request meets when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from dynserve import Cluster
+from dynserve.transport.memory import MemoryLink
+from tests.conftest import MODEL, until
+
+ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]}
+
+
+def cluster(**how: Any) -> Cluster:
+    return Cluster(**({"prefill": 2, "decode": 2, "executor": "simulated", "engine": {"speed": 0}} | how))
+
+
+def text_of(response: httpx.Response) -> str:
+    lines = [line[6:] for line in response.text.split("\n\n") if line.startswith("data: {")]
+    return "".join(c["delta"].get("content") or "" for line in lines for c in json.loads(line)["choices"])
+
+
+async def nothing_is_left(c: Cluster) -> None:
+    """Every block free, no hand-off open, nothing charged, and the counters add up."""
+    for worker in c.workers:
+        await until(lambda w=worker: w.executor.load().free_blocks == w.executor.load().total_blocks)  # type: ignore[misc]
+        assert worker.executor.load().open_handoffs == 0
+        counts = worker.counts
+        assert counts["accepted"] == counts["finished"] + counts["failed"] + counts["cancelled"]
+    for peer in c.frontend.fleet.peers.values():
+        account = c.frontend.router.ledger.account(peer.id)
+        assert (account.prefill_tokens, account.decode_blocks, account.requests) == (0, 0, 0)
+        assert not peer.replies
+
+
+async def test_the_tiny_model_adds_through_prefill_and_decode() -> None:
+    async with Cluster(prefill=1, decode=1) as c, c.client() as client:
+        unary = (await client.post("/v1/chat/completions", json=ASK)).json()
+        assert unary["choices"][0]["message"]["content"] == "7"
+        assert unary["choices"][0]["finish_reason"] == "stop"
+        streamed = await client.post("/v1/chat/completions", json=ASK | {"stream": True})
+        assert text_of(streamed) == "7" and streamed.text.endswith("data: [DONE]\n\n")
+        assert c.workers[1].executor.counters()["kv_transfers_done_total"] == 2
+        await nothing_is_left(c)
+
+
+async def test_aggregated_workers_serve_when_there_are_no_pairs() -> None:
+    async with Cluster(aggregated=1) as c, c.client() as client:
+        body = (await client.post("/v1/completions", json={"model": MODEL, "prompt": "one, two, three,", "max_tokens": 6})).json()
+        assert body["choices"][0]["text"].startswith(" four")
+        await nothing_is_left(c)
+
+
+async def test_a_stop_string_at_the_first_token_needs_no_decode_worker() -> None:
+    async with Cluster(prefill=1, decode=1) as c, c.client() as client:
+        body = (await client.post("/v1/chat/completions", json=ASK | {"stop": "7"})).json()
+        assert body["choices"][0]["message"]["content"] == "" and body["choices"][0]["finish_reason"] == "stop"
+        await nothing_is_left(c)
+        assert not c.workers[1].counts["accepted"]
+
+
+async def test_the_second_ask_is_routed_to_the_cache_and_says_so() -> None:
+    async with cluster() as c, c.client() as client:
+        ask = {"model": MODEL, "prompt": [300 + i % 50 for i in range(200)], "max_tokens": 4, "ignore_eos": True}
+        first = (await client.post("/v1/completions", json=ask)).json()
+        await until(lambda: len(c.frontend.router.index) > 0)
+        second = (await client.post("/v1/completions", json=ask)).json()
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+        assert first["choices"] == second["choices"]
+
+
+async def test_a_client_that_leaves_frees_everything() -> None:
+    async with cluster(engine={"step_ms": 5, "prefill_us_per_token": 0}) as c:
+        app, left = c.app, asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not sent:
+                sent.append(1)
+                return {"type": "http.request", "body": json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            bodies.append(message)
+            if len(bodies) > 4:
+                left.set()
+
+        sent, bodies = list[int](), list[Any]()
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 1), "root_path": ""}  # fmt: skip
+        async with asyncio.timeout(10):
+            await app(scope, receive, send)
+        await nothing_is_left(c)
+        assert sum(w.counts["cancelled"] for w in c.workers) == 1
+
+
+async def test_requests_cross_the_link_when_the_bus_is_down_or_too_small() -> None:
+    async with cluster() as c, c.client() as client:
+        bus = c._world.planes.bus
+        bus.connected = False
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        bus.connected, bus.max_payload = True, 10
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        await nothing_is_left(c)
+
+
+async def test_a_prefill_worker_that_dies_before_it_answers_is_replaced_unseen() -> None:
+    async with cluster(engine={"step_ms": 200}) as c, c.client() as client:
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=ASK | {"max_tokens": 2}))
+        await until(lambda: any(p.replies for p in c.frontend.fleet.peers.values()))
+        (busy,) = [p for p in c.frontend.fleet.peers.values() if p.replies]
+        assert busy.link is not None
+        busy.link.abort("power failure")
+        assert (await asking).status_code == 200
+        await nothing_is_left(c)
+
+
+async def test_a_decode_worker_that_dies_mid_stream_ends_it_with_an_error_and_no_done() -> None:
+    async with cluster(engine={"step_ms": 20}) as c, c.client() as client:
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True}))
+        decoding = [w for w in c.workers if w.config.disaggregation_mode == "decode"]
+        await until(lambda: any(w.executor.load().running for w in decoding))
+        await asyncio.sleep(0.1)
+        (busy,) = [p for p in c.frontend.fleet.peers.values() if p.replies and p.instance and p.instance.role == "decode"]
+        assert busy.link is not None
+        busy.link.abort("power failure")
+        text = (await asking).text
+        assert '"code":"worker_lost"' in text and "[DONE]" not in text
+        await nothing_is_left(c)
+
+
+async def test_a_worker_whose_link_breaks_leaves_routing_and_comes_back_by_itself() -> None:
+    async with cluster() as c, c.client() as client:
+        peer = next(p for p in c.frontend.fleet.peers.values() if p.instance and p.instance.role == "decode")
+        assert isinstance(peer.link, MemoryLink)
+        peer.link.abort("gone")
+        assert peer.id not in [i["id"] for i in c.frontend.health()["instances"]]
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        await until(lambda: peer.usable)  # it dials again
+
+
+async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
+    async with cluster(engine={"step_ms": 1, "prefill_us_per_token": 5, "num_blocks": 400}) as c, c.client() as client:
+        prompts = [[300 + (i * j) % 1500 for j in range(1 + (i * 37) % 300)] for i in range(500)]
+        gate = asyncio.Semaphore(48)
+        outcomes: list[str] = []
+
+        async def one(i: int) -> None:
+            async with gate:
+                ask = {"model": MODEL, "prompt": prompts[i], "max_tokens": 1 + i % 30, "stream": bool(i % 2), "ignore_eos": True}
+                asking = asyncio.create_task(client.post("/v1/completions", json=ask))
+                if i % 3 == 0:
+                    await asyncio.sleep((i % 17) * 0.002)
+                    asking.cancel()
+                await asyncio.wait([asking])
+                outcomes.append("cancelled" if asking.cancelled() else str(asking.result().status_code))
+
+        await asyncio.gather(*(one(i) for i in range(500)))
+        assert set(outcomes) <= {"200", "cancelled"} and outcomes.count("cancelled") > 50
+        await nothing_is_left(c)
+        page = c.frontend.metrics_page().decode()
+        assert f'dynserve_requests_in_flight{{model="{MODEL}"}} 0.0' in page
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400, "invalid_request"),
+        ("POST", "/v1/chat/completions", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}', 404, "model_not_found"),
+        ("POST", "/v1/completions", json.dumps({"model": MODEL, "prompt": [5] * 9000}).encode(), 400, "context_length_exceeded"),
+        ("GET", "/v1/nothing", b"", 404, "invalid_request"),
+        ("GET", "/v1/completions", b"", 405, "invalid_request"),
+        ("POST", "/v1/completions", b" " * (33 << 20), 413, "body_too_large"),
+    ],
+)
+async def test_every_error_is_openais_object(method: str, path: str, body: bytes, status: int, code: str) -> None:
+    async with cluster(prefill=1, decode=1) as c, c.client() as client:
+        response = await client.request(method, path, content=body)
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == code
+
+
+async def test_a_request_id_is_echoed_and_models_and_schema_are_served() -> None:
+    async with cluster(prefill=1, decode=1) as c, c.client() as client:
+        response = await client.post("/v1/chat/completions", json=ASK, headers={"x-request-id": "mine-1"})
+        assert response.headers["x-request-id"] == "mine-1"
+        assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == [MODEL]
+        assert (await client.get("/live")).status_code == (await client.get("/docs")).status_code == 200
+        schema = (await client.get("/openapi.json")).json()["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+        assert "messages" in schema["content"]["application/json"]["schema"]["properties"]
+
+
+async def test_without_a_decode_worker_the_model_is_not_served() -> None:
+    async with cluster(prefill=1, decode=0) as c, c.client() as client:
+        await until(lambda: bool(c.frontend.fleet.models))
+        response = await client.post("/v1/chat/completions", json=ASK)
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert (await client.get("/v1/models")).json()["data"] == []
+        assert (await client.get("/health")).status_code == 503

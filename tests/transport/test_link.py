@@ -1,0 +1,153 @@
+"""The contract of links, over TCP and in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dynserve.errors import ConfigError, Unavailable
+from dynserve.transport import link as link_module
+from dynserve.transport.base import Link, Links
+from dynserve.transport.link import TcpLinks
+from dynserve.transport.memory import MemoryLink, MemoryLinks
+from dynserve.wire.link import Cancel, FrontendPing, Hello, Tokens, WorkerPing
+from tests.conftest import until
+
+
+class End:
+    """Records what a side hears."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.bursts: list[list[Any]] = []
+        self.reasons: list[str] = []
+
+    def accept(self, link: Link) -> End:
+        self.links.append(link)
+        return self
+
+    def received(self, link: Link, messages: list[Any]) -> None:
+        said = [m for m in messages if not isinstance(m, WorkerPing | FrontendPing)]
+        if said:
+            self.bursts.append(said)
+
+    def lost(self, link: Link, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@pytest.fixture(params=["tcp", "memory"])
+def links(request: pytest.FixtureRequest) -> Links:
+    return TcpLinks() if request.param == "tcp" else MemoryLinks()
+
+
+async def test_messages_go_both_ways_in_order(links: Links) -> None:
+    frontend, worker = End(), End()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        link.send(Hello("w", 1))
+        await until(lambda: frontend.bursts == [[Hello("w", 1)]])
+        frontend.links[0].send(Cancel(5))
+        await until(lambda: worker.bursts == [[Cancel(5)]])
+        link.close()
+
+
+async def test_what_is_said_in_one_turn_of_the_loop_is_one_frame(links: Links) -> None:
+    frontend, worker = End(), End()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        for i in range(100):
+            link.send(Tokens(i, b"x" * 1000, [i]))
+        await until(lambda: len(frontend.bursts) == 1)
+        assert [m.stream for m in frontend.bursts[0]] == list(range(100))
+        link.close()
+
+
+async def test_closing_sends_what_was_said_and_both_sides_hear_of_the_end_once(links: Links) -> None:
+    frontend, worker = End(), End()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        await until(lambda: bool(frontend.links))
+        link.send(Hello("w", 1))
+        link.close()
+        link.close()
+        link.send(Hello("w", 2))
+        await until(lambda: len(frontend.reasons) == len(worker.reasons) == 1)
+        assert frontend.bursts == [[Hello("w", 1)]] and link.closed
+
+
+async def test_closing_the_listener_ends_its_links(links: Links) -> None:
+    frontend, worker = End(), End()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        await links.dial(address, worker)
+        await until(lambda: bool(frontend.links))
+    await until(lambda: len(worker.reasons) == 1)
+
+
+async def test_dialling_nobody_fails_with_the_address(links: Links) -> None:
+    with pytest.raises(Unavailable, match="127.0.0.1:1"):
+        await links.dial("127.0.0.1:1", End())
+
+
+async def test_a_silent_peer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(link_module, "SILENCE", 0.1)
+    frontend, worker, links = End(), End(), MemoryLinks()
+    async with links.listen("", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        assert isinstance(link, MemoryLink)
+        link.silence()
+        await until(lambda: bool(frontend.reasons))
+        assert "silent" in frontend.reasons[0]
+
+
+async def test_a_live_peer_that_says_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(link_module, "SILENCE", 0.1)
+    frontend, worker, links = End(), End(), TcpLinks()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        await asyncio.sleep(0.3)
+        assert not link.closed and not frontend.reasons
+        link.close()
+
+
+@pytest.mark.parametrize("nonsense", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1", b"\x02\x00\x00\x00\x91\x90"])
+async def test_a_peer_that_talks_nonsense_is_dropped(nonsense: bytes) -> None:
+    frontend = End()
+    async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(nonsense)
+        try:
+            await reader.read()
+        except ConnectionResetError:
+            pass
+        writer.close()
+        await until(lambda: len(frontend.reasons) == 1)
+        assert "sent" in frontend.reasons[0]
+
+
+async def test_frames_may_arrive_in_any_pieces() -> None:
+    frontend = End()
+    async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
+        host, port = address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        frame = bytearray(4)
+        link_module.wire.encode_into([Hello("w", 1)], frame, 4)
+        frame[:4] = (len(frame) - 4).to_bytes(4, "little")
+        for i in range(len(frame) * 2):
+            writer.write((bytes(frame) * 2)[i : i + 1])
+            await writer.drain()
+            await asyncio.sleep(0)
+        await until(lambda: len(frontend.bursts) == 2)
+        writer.close()
+        await until(lambda: bool(frontend.reasons))
+
+
+async def test_a_taken_port_is_a_configuration_error() -> None:
+    async with TcpLinks().listen("127.0.0.1", 0, End().accept) as address:
+        with pytest.raises(ConfigError, match="cannot listen"):
+            async with TcpLinks().listen("127.0.0.1", int(address.split(":")[1]), End().accept):
+                pass
