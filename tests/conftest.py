@@ -130,11 +130,15 @@ class Deployment:
             if len(ready) == workers:
                 return ready
             if time.monotonic() > deadline:
-                raise AssertionError(f"{len(ready)} of {workers} workers\n" + "\n".join(p.output() for p in self.processes))
+                raise AssertionError(
+                    f"{len(ready)} of {workers} workers\n" + "\n".join(p.output() for p in self.processes)
+                )
             time.sleep(0.05)
 
     def worker_health(self) -> list[dict[str, Any]]:
-        return [httpx.get(f"{i['address']}/health", timeout=5, trust_env=False).json() for i in self.health()["instances"]]
+        return [
+            httpx.get(f"{i['address']}/health", timeout=5, trust_env=False).json() for i in self.health()["instances"]
+        ]
 
     def stop(self) -> None:
         for process in self.processes:
@@ -178,7 +182,9 @@ def make_request(token_ids: list[int], **changes: Any) -> GenerateRequest:
     fields: dict[str, Any] = {
         "id": "request", "stream": 1, "reply_to": "nobody", "model": MODEL, "phase": "aggregated", "timeout_s": 10.0,
     }  # fmt: skip
-    return GenerateRequest(prompt=pack_tokens(token_ids), sampling=sampling, stop=stop, render=render, **(fields | changes))
+    return GenerateRequest(
+        prompt=pack_tokens(token_ids), sampling=sampling, stop=stop, render=render, **(fields | changes)
+    )
 
 
 async def until(condition: Any, seconds: float = 10) -> None:

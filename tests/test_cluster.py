@@ -51,7 +51,9 @@ async def test_the_tiny_model_adds_through_prefill_and_decode() -> None:
 
 async def test_aggregated_workers_serve_when_there_are_no_pairs() -> None:
     async with Cluster(aggregated=1) as c, c.client() as client:
-        body = (await client.post("/v1/completions", json={"model": MODEL, "prompt": "one, two, three,", "max_tokens": 6})).json()
+        body = (
+            await client.post("/v1/completions", json={"model": MODEL, "prompt": "one, two, three,", "max_tokens": 6})
+        ).json()
         assert body["choices"][0]["text"].startswith(" four")
         await nothing_is_left(c)
 
@@ -82,7 +84,10 @@ async def test_a_client_that_leaves_frees_everything() -> None:
         async def receive() -> dict[str, Any]:
             if not sent:
                 sent.append(1)
-                return {"type": "http.request", "body": json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()}
+                return {
+                    "type": "http.request",
+                    "body": json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode(),
+                }
             await left.wait()
             return {"type": "http.disconnect"}
 
@@ -122,11 +127,15 @@ async def test_a_prefill_worker_that_dies_before_it_answers_is_replaced_unseen()
 
 async def test_a_decode_worker_that_dies_mid_stream_ends_it_with_an_error_and_no_done() -> None:
     async with cluster(engine={"step_ms": 20}) as c, c.client() as client:
-        asking = asyncio.create_task(client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True}))
+        asking = asyncio.create_task(
+            client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
+        )
         decoding = [w for w in c.workers if w.config.disaggregation_mode == "decode"]
         await until(lambda: any(w.executor.load().running for w in decoding))
         await asyncio.sleep(0.1)
-        (busy,) = [p for p in c.frontend.fleet.peers.values() if p.replies and p.instance and p.instance.role == "decode"]
+        (busy,) = [
+            p for p in c.frontend.fleet.peers.values() if p.replies and p.instance and p.instance.role == "decode"
+        ]
         assert busy.link is not None
         busy.link.abort("power failure")
         text = (await asking).text
@@ -152,7 +161,13 @@ async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
 
         async def one(i: int) -> None:
             async with gate:
-                ask = {"model": MODEL, "prompt": prompts[i], "max_tokens": 1 + i % 30, "stream": bool(i % 2), "ignore_eos": True}
+                ask = {
+                    "model": MODEL,
+                    "prompt": prompts[i],
+                    "max_tokens": 1 + i % 30,
+                    "stream": bool(i % 2),
+                    "ignore_eos": True,
+                }
                 asking = asyncio.create_task(client.post("/v1/completions", json=ask))
                 if i % 3 == 0:
                     await asyncio.sleep((i % 17) * 0.002)
@@ -171,8 +186,20 @@ async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
     ("method", "path", "body", "status", "code"),
     [
         ("POST", "/v1/chat/completions", b"{", 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}', 404, "model_not_found"),
-        ("POST", "/v1/completions", json.dumps({"model": MODEL, "prompt": [5] * 9000}).encode(), 400, "context_length_exceeded"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}',
+            404,
+            "model_not_found",
+        ),
+        (
+            "POST",
+            "/v1/completions",
+            json.dumps({"model": MODEL, "prompt": [5] * 9000}).encode(),
+            400,
+            "context_length_exceeded",
+        ),
         ("GET", "/v1/nothing", b"", 404, "invalid_request"),
         ("GET", "/v1/completions", b"", 405, "invalid_request"),
         ("POST", "/v1/completions", b" " * (33 << 20), 413, "body_too_large"),

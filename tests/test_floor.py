@@ -13,7 +13,10 @@ from dynserve.tasks import persist, running, task_group, within
 
 
 def every_error(root: type[DynserveError] = DynserveError) -> list[type[DynserveError]]:
-    return [root, *(e for child in root.__subclasses__() if child.__module__ == errors.__name__ for e in every_error(child))]
+    return [
+        root,
+        *(e for child in root.__subclasses__() if child.__module__ == errors.__name__ for e in every_error(child)),
+    ]
 
 
 def test_every_error_survives_the_wire_under_its_own_code() -> None:
@@ -29,7 +32,10 @@ def test_an_unknown_code_becomes_an_internal_error_that_names_it() -> None:
 
 
 def test_translate_takes_the_first_class_that_matches_and_chains_the_cause() -> None:
-    with pytest.raises(TimedOut, match="asking: late") as caught, translate({TimeoutError: TimedOut, OSError: Unavailable}, "asking"):
+    with (
+        pytest.raises(TimedOut, match="asking: late") as caught,
+        translate({TimeoutError: TimedOut, OSError: Unavailable}, "asking"),
+    ):
         raise TimeoutError("late")
     assert isinstance(caught.value.__cause__, TimeoutError)
 

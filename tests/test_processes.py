@@ -32,7 +32,9 @@ def ask(prompt: list[int], max_tokens: int = 24, **more: Any) -> dict[str, Any]:
 def golden_text(case: dict[str, Any]) -> str:
     from tokenizers import Tokenizer
 
-    text: str = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json")).decode(case["answer"], skip_special_tokens=False)
+    text: str = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json")).decode(
+        case["answer"], skip_special_tokens=False
+    )
     return text
 
 
@@ -92,7 +94,9 @@ async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> Non
     assert found[:50] == [golden_text(case) for case in GOLDEN]
     assert found[50:] == roomy
     pages = [httpx.get(f"{i['address']}/metrics", trust_env=False).text for i in deployment.health()["instances"]]
-    lines = [line for page in pages for line in page.splitlines() if line.startswith("dynserve_worker_preemptions_total")]
+    lines = [
+        line for page in pages for line in page.splitlines() if line.startswith("dynserve_worker_preemptions_total")
+    ]
     assert sum(float(line.split()[-1]) for line in lines) > 0
     assert_all_free(deployment)
     deployment.stop()
@@ -128,7 +132,12 @@ async def test_the_openai_sdk_chats_and_completes_streamed_and_not(disaggregated
         chunks = [
             chunk
             async for chunk in await client.chat.completions.create(
-                model=MODEL, messages=CHAT, stream=True, logprobs=True, top_logprobs=2, stream_options={"include_usage": True}
+                model=MODEL,
+                messages=CHAT,
+                stream=True,
+                logprobs=True,
+                top_logprobs=2,
+                stream_options={"include_usage": True},
             )
         ]
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "7"
@@ -144,14 +153,19 @@ async def test_the_openai_sdk_chats_and_completes_streamed_and_not(disaggregated
 def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_on(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.frontend()
-    workers = [deployment.worker(role, "--executor", "simulated", engine={"speed": 0}) for role in ("prefill", "decode", "decode")]
+    workers = [
+        deployment.worker(role, "--executor", "simulated", engine={"speed": 0})
+        for role in ("prefill", "decode", "decode")
+    ]
     deployment.wait_for(3)
     workers[2].kill(signal.SIGKILL)
     began = time.monotonic()
     while len(deployment.health()["instances"]) == 3:
         assert time.monotonic() - began < 3
         time.sleep(0.02)
-    answer = httpx.post(f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False)
+    answer = httpx.post(
+        f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False
+    )
     assert answer.status_code == 200
     # a stopped process says nothing, and does not close its sockets either
     workers[1].kill(signal.SIGSTOP)
@@ -198,7 +212,12 @@ def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, order: tuple
             starters[part]()
             time.sleep(0.1)
         deployment.wait_for(1, seconds=20)
-        answer = httpx.post(f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False)
+        answer = httpx.post(
+            f"{deployment.base}/v1/chat/completions",
+            json={"model": MODEL, "messages": CHAT},
+            timeout=10,
+            trust_env=False,
+        )
         assert answer.status_code == 200
     finally:
         deployment.stop()
@@ -232,9 +251,13 @@ def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
         ("frontend", ["--router-mode", "magic"], "'magic' is not one of kv, round-robin, random"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence_and_exit_code_2(servers: tuple[str, str], module: str, flags: list[str], message: str) -> None:
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(
+    servers: tuple[str, str], module: str, flags: list[str], message: str
+) -> None:
     planes = ["--etcd-url", servers[0], "--nats-url", servers[1]]
-    done = subprocess.run([sys.executable, "-m", f"dynserve.{module}", *planes, *flags], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-m", f"dynserve.{module}", *planes, *flags], capture_output=True, text=True, timeout=30
+    )
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -244,5 +267,3 @@ def test_importing_dynserve_brings_neither_torch_nor_fastapi() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
     code = "import sys, dynserve.frontend.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
-
-

@@ -115,7 +115,9 @@ def test_what_cannot_work_is_one_sentence_and_exit_code_2(flags: list[str], mess
 def test_a_taken_port_is_one_sentence_and_exit_code_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = subprocess.run([sys.executable, "-m", "dynserve", "up", "--http-port", port], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [sys.executable, "-m", "dynserve", "up", "--http-port", port], capture_output=True, text=True, timeout=30
+        )
     assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
@@ -132,5 +134,3 @@ def test_a_missing_binary_is_one_sentence_and_exit_code_2(monkeypatch: pytest.Mo
 def test_an_unknown_command_names_the_right_one() -> None:
     done = subprocess.run([sys.executable, "-m", "dynserve", "worke"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "did you mean worker?" in done.stderr
-
-

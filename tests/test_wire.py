@@ -35,7 +35,13 @@ def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, 
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes) -> None:
-    for decode in (link.decode_from_worker, link.decode_from_frontend, requests.decode_request, events.decode_kv, discovery.decode):
+    for decode in (
+        link.decode_from_worker,
+        link.decode_from_frontend,
+        requests.decode_request,
+        events.decode_kv,
+        discovery.decode,
+    ):
         try:
             decode(data)
         except msgspec.DecodeError:

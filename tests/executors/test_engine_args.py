@@ -16,9 +16,13 @@ def test_the_json_object_wins_over_the_file_and_the_file_over_flags(tmp_path: Pa
     file.write_text("max_batch_size: 2\nmax_num_tokens: 2\nkv_cache_config: {enable_block_reuse: false}\n")
     args = engine_args(
         WorkerConfig(
-            max_batch_size=1, max_num_tokens=1, max_seq_len=1, kv_block_size=16, extra_engine_args=str(file),
+            max_batch_size=1,
+            max_num_tokens=1,
+            max_seq_len=1,
+            kv_block_size=16,
+            extra_engine_args=str(file),
             override_engine_args='{"max_num_tokens": 3}',
-        )  # fmt: skip
+        )
     )
     assert (args.max_batch_size, args.max_num_tokens, args.max_seq_len) == (2, 3, 1)
     assert (args.kv_cache_config.tokens_per_block, args.kv_cache_config.enable_block_reuse) == (16, False)

@@ -220,7 +220,9 @@ def make_checkpoint(folder: Path, family: str) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_each_family_agrees_with_the_plain_forward_pass(torch_opened: Opener, tmp_path: Path, family: str) -> None:
+async def test_each_family_agrees_with_the_plain_forward_pass(
+    torch_opened: Opener, tmp_path: Path, family: str
+) -> None:
     folder = make_checkpoint(tmp_path / family, family)
     executor = await torch_opened(folder, max_num_tokens=20)
     prompt = [(i * 37) % 2048 for i in range(45)]

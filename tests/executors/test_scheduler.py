@@ -11,7 +11,9 @@ from tests.conftest import make_request
 
 
 def scheduler(num_blocks: int = 16, *, batch: int = 4, tokens: int = 64, chunked: bool = True) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, 4), max_batch_size=batch, max_num_tokens=tokens, max_seq_len=60, chunked=chunked)
+    return Scheduler(
+        BlockManager(num_blocks, 4), max_batch_size=batch, max_num_tokens=tokens, max_seq_len=60, chunked=chunked
+    )
 
 
 def sequence(ticket: int, length: int, answer: int = 4, phase: str = "aggregated", base: int = 0) -> Sequence:

@@ -36,7 +36,11 @@ def main() -> None:
         at += length
         with torch.no_grad():
             out = model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, length), max_new_tokens=ANSWER, do_sample=False, eos_token_id=None
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, length),
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                eos_token_id=None,
             )
         cases.append({"prompt": prompt, "answer": out[0, length:].tolist()})
     (HERE / "tiny_model.json").write_text("\n".join(["[", ",\n".join(json.dumps(c) for c in cases), "]"]) + "\n")

@@ -26,7 +26,11 @@ def test_a_chat_is_rendered_by_the_models_template() -> None:
 
 
 def test_content_parts_and_the_developer_role_are_the_same_as_their_plain_forms() -> None:
-    parts = chat(messages=[{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]}])
+    parts = chat(
+        messages=[
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]}
+        ]
+    )
     plain = chat(messages=[{"role": "system", "content": "Be brief"}])
     assert parts.prompt_ids(PREPROCESSOR) == plain.prompt_ids(PREPROCESSOR)
 

@@ -16,7 +16,15 @@ from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
-TEXTS = ["plain words", "naïve café", "你好，世界", "👩‍👩‍👧‍👦 family 🇩🇪", "é combining", "a\u0301\u0323b", "mixed 混合 🙂 text"]
+TEXTS = [
+    "plain words",
+    "naïve café",
+    "你好，世界",
+    "👩‍👩‍👧‍👦 family 🇩🇪",
+    "é combining",
+    "a\u0301\u0323b",
+    "mixed 混合 🙂 text",
+]
 
 
 def render(kind: str = "chat", **changes: Any) -> Render:

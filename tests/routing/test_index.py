@@ -7,7 +7,11 @@ from dynserve.routing.index import PrefixIndex
 
 WORKERS = ["a", "b", "c"]
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["store", "remove", "clear", "drop"]), st.sampled_from(WORKERS), st.lists(st.integers(0, 9), max_size=6)),
+    st.tuples(
+        st.sampled_from(["store", "remove", "clear", "drop"]),
+        st.sampled_from(WORKERS),
+        st.lists(st.integers(0, 9), max_size=6),
+    ),
     max_size=60,
 )
 

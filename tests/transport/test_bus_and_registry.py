@@ -97,7 +97,9 @@ async def test_keys_outside_the_prefix_are_not_seen(registry: Registry) -> None:
 # only the real ones
 
 
-async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported_and_found_again(tmp_path: Path) -> None:
+async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported_and_found_again(
+    tmp_path: Path,
+) -> None:
     server = Server("nats", tmp_path)
 
     async def start_later() -> None:
@@ -126,7 +128,9 @@ async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported
     server.kill()
 
 
-async def test_an_etcd_that_dies_and_forgets_everything_changes_no_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_etcd_that_dies_and_forgets_everything_changes_no_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(etcd_registry, "TTL", 2)
     first = Server("etcd", tmp_path / "one")
     (tmp_path / "one").mkdir()
