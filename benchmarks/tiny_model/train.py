@@ -229,7 +229,9 @@ def save(model: Qwen2, tokenizer: Tokenizer, out: Path) -> None:
     end, turn_end = tokenizer.token_to_id(END), tokenizer.token_to_id(TURN_END)
     dump = lambda name, value: (out / name).write_text(json.dumps(value, indent=2) + "\n")  # noqa: E731
     dump("config.json", CONFIG | {"bos_token_id": end, "eos_token_id": turn_end})
-    dump("generation_config.json", {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end})
+    # greedy unless a request says otherwise: a model this small should not gamble
+    generation = {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end, "do_sample": False}
+    dump("generation_config.json", generation)
     dump(
         "tokenizer_config.json",
         {
