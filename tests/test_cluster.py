@@ -10,8 +10,11 @@ import httpx
 import pytest
 
 from dynserve import Cluster
+from dynserve.transport.base import Deleted
 from dynserve.transport.memory import MemoryLink
-from tests.conftest import MODEL, until
+from dynserve.wire.link import Hello
+from dynserve.wire.requests import Accepted
+from tests.conftest import MODEL, make_request, until
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]}
 
@@ -180,6 +183,82 @@ async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
         await nothing_is_left(c)
         page = c.frontend.metrics_page().decode()
         assert f'dynserve_requests_in_flight{{model="{MODEL}"}} 0.0' in page
+
+
+async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> None:
+    async with cluster(prefill=0, decode=0, aggregated=1, engine={"step_ms": 20}) as c, c.client() as client:
+        asking = asyncio.create_task(
+            client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
+        )
+        await until(lambda: bool(c.workers[0].executor.load().running))
+        await asyncio.sleep(0.1)
+        worker, links = c.workers[0], c._world.planes.links
+        link = await links.dial(next(iter(links._listeners)), worker)
+        link.send(Hello(worker.id, worker.epoch, c.frontend.id))
+        async with asyncio.timeout(5):
+            assert '"code":"worker_lost"' in (await asking).text
+
+
+async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None:
+    async with cluster(prefill=1, decode=1) as c:
+        links = c._world.planes.links
+        link = await links.dial(next(iter(links._listeners)), c.workers[0])
+        link.send(Hello(c.workers[0].id, 1, "frontend-of-yesterday"))
+        await until(lambda: link.closed)
+        assert len([i for i in c.frontend.health()["instances"] if i["state"] == "ready"]) == 2
+
+
+async def test_answers_of_one_token_leave_nothing_on_the_prefill_worker() -> None:
+    async with cluster(prefill=1, decode=1) as c, c.client() as client:
+        for _ in range(5):
+            assert (await client.post("/v1/chat/completions", json=ASK | {"max_tokens": 1})).status_code == 200
+        await nothing_is_left(c)
+        assert not c.workers[0]._answers and not c.workers[0]._handed_off
+
+
+async def test_a_request_that_comes_again_after_its_end_is_not_run_again() -> None:
+    async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
+        worker = c.workers[0]
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        reply_to, stream = list(worker._done)[-1]
+        late = make_request([1, 2], reply_to=reply_to, stream=stream)
+        assert isinstance(worker.take(late), Accepted)
+        assert worker.counts["accepted"] == 1 and not worker._answers
+
+
+async def test_a_client_that_does_not_read_is_cut_and_frees_everything() -> None:
+    async with cluster(engine={"step_ms": 1, "prefill_us_per_token": 0, "decode_us_per_sequence": 0}) as c:
+        c.frontend.pipeline.max_stream_bytes = 4000
+        body = json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()
+        sent, bodies = list[int](), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            if not sent:
+                sent.append(1)
+                return {"type": "http.request", "body": body}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            bodies.append(message)
+            if len(bodies) > 4:
+                await asyncio.Event().wait()  # a full socket
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 1), "root_path": ""}  # fmt: skip
+        async with asyncio.timeout(10):
+            await c.app(scope, receive, send)
+        await nothing_is_left(c)
+        assert b"dynserve_slow_clients_cut_total 1.0" in c.frontend.metrics_page()
+
+
+async def test_a_models_definition_goes_with_its_last_worker() -> None:
+    async with cluster(prefill=1, decode=1) as c:
+        fleet = c.frontend.fleet
+        for peer in list(fleet.peers.values()):
+            fleet.discovered(Deleted(f"x/{peer.id}"))
+            assert peer.link is not None
+            fleet.lost(peer.link, "test")
+        assert fleet.models == {} and fleet.peers == {}
 
 
 @pytest.mark.parametrize(

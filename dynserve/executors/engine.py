@@ -128,7 +128,11 @@ class Engine:
                 del self._live[sequence.ticket]
                 if output.reason == "handoff":
                     output.handoff = self._open_handoff(sequence)
-            live[1](output)
+            try:
+                live[1](output)
+            except Exception:  # one request's fault must not cost the others of the step their tokens
+                log.exception("request %s: its output could not be delivered", sequence.request.id)
+                self.abort(sequence.ticket)
 
     def fail(self, error: BaseException) -> None:
         """The engine is dead: everyone who waits is told, and nothing new is taken."""

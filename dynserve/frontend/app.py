@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from dynserve.errors import BadRequest, DynserveError, InternalError, ModelNotFound, NoWorker
+from dynserve.errors import (
+    BadRequest,
+    Cancelled,
+    DynserveError,
+    InternalError,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    TimedOut,
+)
 from dynserve.frontend.pipeline import Prompt
 from dynserve.frontend.response import TokenResponse, error_object
+from dynserve.openai.prompt import Preprocessor
 from dynserve.openai.protocol import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from dynserve.wire.requests import pack_tokens
 
@@ -27,6 +38,8 @@ log = logging.getLogger(__name__)
 
 INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
 MAX_BODY = 32 << 20  # bytes
+MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
+EDGE_TIMEOUT = 60.0  # seconds for the body to arrive, and for a prompt to be tokenised
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -53,7 +66,7 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
         if not frontend.fleet.serves(asked.model):
             raise NoWorker(f"no worker serves {asked.model} at the moment")
         if asked.prompt_size() > INLINE_CHARACTERS:
-            ids = await asyncio.get_running_loop().run_in_executor(pool, asked.prompt_ids, model.preprocessor)
+            ids = await tokenise(asked, model.preprocessor)
         else:
             ids = asked.prompt_ids(model.preprocessor)
         logprobs = asked.wanted_logprobs()
@@ -68,6 +81,21 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
             cache_salt=asked.cache_salt or "",
         )
         return TokenResponse(frontend.pipeline, prompt)
+
+    waiting = 0
+
+    async def tokenise(asked: ChatRequest | CompletionRequest, preprocessor: Preprocessor) -> list[int]:
+        nonlocal waiting
+        if waiting >= MAX_TOKENISING:
+            raise Overloaded(f"{waiting} long prompts are being tokenised; try again soon")
+        waiting += 1
+        try:
+            async with asyncio.timeout(EDGE_TIMEOUT):
+                return await asyncio.get_running_loop().run_in_executor(pool, asked.prompt_ids, preprocessor)
+        except TimeoutError:
+            raise TimedOut(f"the prompt was not tokenised within {EDGE_TIMEOUT:.0f} s") from None
+        finally:
+            waiting -= 1
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -111,11 +139,17 @@ async def _body(request: Request) -> bytes:
     """Raises BadRequest for a body over the limit, before all of it is read."""
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise BodyTooLarge(f"the body is larger than {MAX_BODY >> 20} MiB")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(EDGE_TIMEOUT):
+            async for part in request.stream():
+                size += len(part)
+                if size > MAX_BODY:
+                    raise BodyTooLarge(f"the body is larger than {MAX_BODY >> 20} MiB")
+                parts.append(part)
+    except TimeoutError:
+        raise BadRequest(f"the body did not arrive within {EDGE_TIMEOUT:.0f} s") from None
+    except ClientDisconnect:
+        raise Cancelled("the client left before its request was complete") from None
     return b"".join(parts)
 
 

@@ -46,17 +46,25 @@ Record = Tokens | Finished
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
-    __slots__ = ("_timer", "ack", "channel", "peer", "stream")
+    __slots__ = ("_cut", "_timer", "ack", "channel", "peer", "stream")
 
-    def __init__(self, peer: Peer, stream: int, bound: int, deadline: float) -> None:
+    def __init__(self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        self.peer, self.stream = peer, stream
+        self.peer, self.stream, self._cut = peer, stream, cut
         self.channel: Channel[Record] = Channel(bound)
         self.ack: asyncio.Future[Ack] = loop.create_future()
         peer.replies[stream] = self
         self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
 
+    def put(self, record: Record, size: int) -> None:
+        """For the client; one who does not read is cut here, so that its answer does not fill the frontend."""
+        if not self.channel.put(record, size):
+            self.fail(SlowClient("the client does not read its answer"))
+            self._cut()
+
     def fail(self, error: DynserveError) -> None:
+        """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
+        self._drop()
         self.channel.close(error)
         if not self.ack.done():
             self.ack.set_exception(error)
@@ -65,6 +73,9 @@ class Reply:
     def close(self) -> None:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
         self._timer.cancel()
+        self._drop()
+
+    def _drop(self) -> None:
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(Cancel(self.stream))
 
@@ -146,7 +157,7 @@ class Fleet:
         elif (peer_ := self.peers.get(id_)) is not None:
             peer_.leaving = True
             if peer_.link is None:
-                del self.peers[id_]
+                self._forget(peer_)
 
     def load_reported(self, payload: bytes) -> None:
         report = _decoded(events.decode_load, payload)
@@ -171,8 +182,8 @@ class Fleet:
         for message in messages:
             if type(message) is Tokens:
                 reply = peer.replies.get(message.stream)
-                if reply is not None and not reply.channel.put(message, len(message.data) + 32):
-                    reply.fail(SlowClient("the client does not read its answer"))
+                if reply is not None:
+                    reply.put(message, len(message.data) + 32)
             else:
                 self._received_other(peer, message)
 
@@ -183,21 +194,19 @@ class Fleet:
         log.info("worker %s is gone: %s", peer.id, reason)
         peer.link, peer.load = None, None
         self.feeds.left(peer.id)
-        replies, peer.replies = peer.replies, {}
-        for reply in replies.values():
+        for reply in list(peer.replies.values()):
             reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
         if peer.instance is None or peer.leaving:
-            self.peers.pop(peer.id, None)
+            self._forget(peer)
 
     def _received_other(self, peer: Peer, message: FromWorker) -> None:
         match message:
             case Finished(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
-                    if not reply.channel.put(message, 0):
-                        reply.fail(SlowClient("the client does not read its answer"))
-                    reply.channel.close()
                     if message.handoff is None:  # nothing is left at the worker
                         del peer.replies[stream]
+                    reply.put(message, 0)
+                    reply.channel.close()
             case Failed(stream=stream, code=code, message=text):
                 if (reply := peer.replies.pop(stream, None)) is not None:
                     reply.fail(from_wire(code, text))
@@ -215,11 +224,14 @@ class Fleet:
         if not isinstance(hello, Hello):
             link.abort("did not say hello")
             return
-        peer = self._peer(hello.instance_id)
-        if peer.link is not None:
-            old, peer.link = peer.link, None
-            peer.link = link
+        if hello.frontend_id != self._id:  # it knows an earlier process that listened on this port
+            link.abort(f"looked for {hello.frontend_id}, found {self._id}")
+            return
+        known = self.peers.get(hello.instance_id)
+        if known is not None and (old := known.link) is not None:
+            self.lost(old, "replaced by a newer link")  # the worker has dropped what it had for the old one
             old.abort("replaced by a newer link")
+        peer = self._peer(hello.instance_id)
         peer.link = link
         self._peer_of[link] = peer
         link.send(Welcome(self._id))
@@ -237,6 +249,14 @@ class Fleet:
         if peer is None:
             peer = self.peers[id_] = Peer(id_)
         return peer
+
+    def _forget(self, peer: Peer) -> None:
+        """The last worker of a model takes the model's definition along: the next may bring another template."""
+        self.peers.pop(peer.id, None)
+        if peer.instance is not None:
+            name = peer.instance.card.model
+            if not any(p.instance is not None and p.instance.card.model == name for p in self.peers.values()):
+                self.models.pop(name, None)
 
     # models
 

@@ -96,10 +96,11 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
         self._pipeline, self._prompt = pipeline, prompt
-        self._deadline = asyncio.get_running_loop().time() + pipeline.timeout_s
+        self.deadline = asyncio.get_running_loop().time() + pipeline.timeout_s
         self._replies: list[Reply] = []
         self._placed: list[Placed] = []
         self._cancelled: DynserveError | None = None
+        self._scope: asyncio.Timeout | None = None
         self.outcome = "finished"
         self.tokens: list[int] = []  # all that the client was given, to continue elsewhere
 
@@ -126,6 +127,15 @@ class Run:
         self._cancelled = error
         for reply in self._replies:
             reply.fail(error)
+
+    def limit(self, scope: asyncio.Timeout) -> None:
+        """What ends the sending to a client who does not read."""
+        self._scope = scope
+
+    def _cut(self) -> None:
+        self._pipeline.metrics.slow_clients.inc()
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
 
     def close(self) -> None:
         for reply in self._replies:
@@ -163,6 +173,7 @@ class Run:
                 if started or (isinstance(failure, TimedOut) and not isinstance(failure, _NoAck)):
                     raise
                 error = failure
+                placed.charge.close()
                 excluded.add(peer.id)
                 self._pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, peer.id, failure)
@@ -187,7 +198,7 @@ class Run:
         """Raises ClusterError when this worker does not take it, CallerError when none would."""
         pipeline, prompt = self._pipeline, self._prompt
         stream = next(pipeline.streams)
-        reply = Reply(peer, stream, pipeline.max_stream_bytes, self._deadline)
+        reply = Reply(peer, stream, pipeline.max_stream_bytes, self.deadline, self._cut)
         self._replies.append(reply)
         request = GenerateRequest(
             id=prompt.id,
@@ -199,14 +210,23 @@ class Run:
             sampling=prompt.sampling,
             stop=prompt.stop,
             render=prompt.render,
-            timeout_s=self._deadline - asyncio.get_running_loop().time(),
+            timeout_s=self.deadline - asyncio.get_running_loop().time(),
             cache_salt=prompt.cache_salt,
             prior=prior,
             handoff=handoff,
         )
-        match await self._submit(peer, request, reply):
+        try:
+            self._raise_unless_accepted(peer, await self._submit(peer, request, reply))
+        except DynserveError:
+            reply.close()  # a worker that was only slow must not begin later
+            raise
+        return reply
+
+    @staticmethod
+    def _raise_unless_accepted(peer: Peer, ack: Ack) -> None:
+        match ack:
             case Accepted():
-                return reply
+                pass
             case Busy(waiting=waiting):
                 raise Overloaded(f"worker {peer.id} has {waiting} requests waiting")
             case Draining():

@@ -7,6 +7,7 @@ stream's last event, and the connection ends without `[DONE]`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
@@ -16,12 +17,14 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError
+from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.wire.link import Finished
 
 log = logging.getLogger(__name__)
+
+LAST_WORD = 1.0  # seconds that an error event may take to be sent
 
 _SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -46,7 +49,13 @@ class TokenResponse(Response):
                 leaving = asyncio.ensure_future(_until_disconnect(receive))
                 leaving.add_done_callback(partial(_left, run))
                 try:
-                    await (self._stream if self._prompt.render.stream else self._unary)(run, send)
+                    # sending waits for the client, so it has the request's own deadline, and ends early when the
+                    # client reads so little that its answer piles up
+                    async with asyncio.timeout_at(run.deadline) as limit:
+                        run.limit(limit)
+                        await (self._stream if self._prompt.render.stream else self._unary)(run, send)
+                except TimeoutError:
+                    raise TimedOut("the client did not read its answer in time") from None
                 finally:
                     leaving.cancel()
         except Cancelled:
@@ -92,10 +101,12 @@ class TokenResponse(Response):
         if not isinstance(error, CallerError):
             log.warning("request %s failed: %s", self._prompt.id, error)
         body = msgspec.json.encode(error_object(error))
-        if self._sent:
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
-        else:
-            await self._whole(error.status, body, send, retry=error.retryable)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD):
+                if self._sent:
+                    await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+                else:
+                    await self._whole(error.status, body, send, retry=error.retryable)
 
     async def _whole(self, status: int, body: bytes, send: Send, *, retry: bool = False) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

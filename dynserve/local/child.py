@@ -15,7 +15,7 @@ from typing import NamedTuple
 from dynserve.errors import ConfigError
 from dynserve.tasks import Backoff, OwnedTasks
 
-TERMINATE_TIMEOUT = 10.0  # seconds between SIGTERM and SIGKILL
+TERMINATE_TIMEOUT = 35.0  # seconds between SIGTERM and SIGKILL: more than a worker's drain_timeout_s
 STEADY = 30.0  # seconds of life after which a death is a first one again
 _PR_SET_PDEATHSIG = 1
 
@@ -104,6 +104,8 @@ class Child:
             if self._stopping:
                 return
             await self._spawn()
+            if self._stopping and self._process is not None:  # asked to stop while it was starting
+                self._process.terminate()
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):

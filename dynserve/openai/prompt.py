@@ -33,18 +33,19 @@ class Preprocessor:
         self._template = _environment().from_string(source) if source else None
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation with the opening of the assistant's turn.
 
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
         """
+        ours = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self._special}
+        if taken := sorted(ours.keys() & (variables or {}).keys() - {"add_generation_prompt", "documents"}):
+            raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special, **variables
-            )
+            text = self._template.render(ours | dict(variables or {}))
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise BadRequest(f"the model's chat template refused these messages: {error}", param="messages") from error
         return self.tokenize(text, special=False)

@@ -16,6 +16,8 @@ from dynserve.openai.prompt import Preprocessor
 from dynserve.wire.requests import Render, Sampling, Stop
 
 MAX_STOPS = 16
+MAX_INT = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 R = TypeVar("R", bound="Common")
 
 
@@ -62,19 +64,19 @@ class Common(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     ignore_eos: bool = False
     n: int | None = None
     cache_salt: str | None = None
@@ -167,14 +169,14 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
 
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def prompt_ids(self, preprocessor: Preprocessor) -> list[int]:
         messages = [message.for_template() for message in self.messages]
-        return preprocessor.chat(messages, **(self.chat_template_kwargs or {}))
+        return preprocessor.chat(messages, self.chat_template_kwargs)
 
     def prompt_size(self) -> int:
         """Characters, roughly: what decides whether tokenising is worth a thread."""

@@ -26,10 +26,11 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message of a worker. `epoch` changes with every start of the process."""
+    """First message of a worker. `epoch` changes with every start of the process; `frontend_id` is whom it looks for."""
 
     instance_id: str
     epoch: int
+    frontend_id: str = ""
     version: int = 1
 
 

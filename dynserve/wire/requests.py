@@ -29,7 +29,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        # below this, dividing by the temperature overflows; the likeliest token is certain long before
+        return self.temperature < 1e-5 or self.top_k == 1
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

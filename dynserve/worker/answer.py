@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 
+from dynserve.errors import InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.render import Renderer
@@ -11,9 +14,11 @@ from dynserve.transport.base import Link
 from dynserve.wire.link import Failed, Finished, Tokens, Usage
 from dynserve.wire.requests import GenerateRequest
 
+log = logging.getLogger(__name__)
+
 
 class Answer:
-    """`ended(outcome)` is called once: `finished` or `failed`. A cancelled answer is just closed by its worker."""
+    """`ended(outcome)` is called once: `finished`, `handed off` or `failed`. A cancelled answer is just closed."""
 
     def __init__(
         self, request: GenerateRequest, link: Link, vocabulary: Vocabulary, ended: Callable[[Answer, str], None]
@@ -30,15 +35,31 @@ class Answer:
         """Raises CallerError for a request that cannot run."""
         self._executor = executor
         self.ticket = executor.submit(self.request, self._deliver)
+        self._timer = asyncio.get_running_loop().call_later(self.request.timeout_s, self._overdue)
 
     def close(self) -> None:
         """Nothing more is sent. The executor drops the request, and a hand-off that it left."""
         self._closed = True
+        self._timer.cancel()
         self._executor.abort(self.ticket)
+
+    def _overdue(self) -> None:
+        self._executor.abort(self.ticket)
+        self.link.send(Failed(self.request.stream, TimedOut.code, "the request took longer than its time limit"))
+        self._end("failed")
 
     def _deliver(self, output: Output) -> None:
         if self._closed:
             return
+        try:
+            self._send(output)
+        except Exception as error:
+            log.exception("request %s cannot be rendered", self.request.id)
+            self._executor.abort(self.ticket)
+            self.link.send(Failed(self.request.stream, InternalError.code, f"rendering failed: {error!r}"))
+            self._end("failed")
+
+    def _send(self, output: Output) -> None:
         stream = self.request.stream
         if output.error is not None:
             self.link.send(Failed(stream, output.error.code, str(output.error)))
@@ -72,8 +93,9 @@ class Answer:
         self.link.send(
             Finished(self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs)
         )
-        self._end("finished")
+        self._end("handed off")
 
     def _end(self, outcome: str) -> None:
         self._closed = True
+        self._timer.cancel()
         self._ended(self, outcome)

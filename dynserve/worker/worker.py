@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.5  # seconds between load reports
 WARM_UP_TIMEOUT = 120.0  # seconds
+MAX_DONE = 20_000  # ended requests that a late copy is compared with
 
 
 class Worker:
@@ -67,6 +68,7 @@ class Worker:
         self._vocabulary = Vocabulary(Tokenizer.from_buffer(files["tokenizer.json"]))
         self._answers: dict[tuple[str, int], Answer] = {}
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
+        self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
         self._links: dict[str, Link] = {}
         self._new_events = asyncio.Event()
         self._journal = Journal(instance_id, self.epoch, self._new_events.set)
@@ -118,8 +120,8 @@ class Worker:
     def take(self, request: GenerateRequest) -> Ack:
         """Starts the request, or says why not. Taking the same request twice is taking it once."""
         key = (request.reply_to, request.stream)
-        if key in self._answers or key in self._handed_off:
-            return Accepted()  # it came by both roads
+        if key in self._answers or key in self._handed_off or key in self._done:
+            return Accepted()  # it came by both roads, maybe long after it was cancelled
         if self.draining:
             return Draining()
         link = self._links.get(request.reply_to)
@@ -150,13 +152,21 @@ class Worker:
             self.counts["cancelled"] += 1
         elif (answer := self._handed_off.pop(key, None)) is not None:
             answer.close()  # frees the hand-off, if it is still there
+        self._note_done(key)
 
     def _ended(self, answer: Answer, outcome: str) -> None:
         key = (answer.request.reply_to, answer.request.stream)
         if self._answers.pop(key, None) is not None:
-            self.counts[outcome] += 1
-        if answer.request.phase == "prefill" and outcome == "finished":
+            self.counts["finished" if outcome == "handed off" else outcome] += 1
+        if outcome == "handed off":
             self._handed_off[key] = answer
+        else:
+            self._note_done(key)
+
+    def _note_done(self, key: tuple[str, int]) -> None:
+        self._done[key] = None
+        if len(self._done) > MAX_DONE:
+            del self._done[next(iter(self._done))]
 
     # links
 
@@ -198,7 +208,7 @@ class Worker:
                     continue
                 backoff.reset()
                 self._links[frontend.id] = link
-                link.send(Hello(self.id, self.epoch))
+                link.send(Hello(self.id, self.epoch, frontend.id))
                 while not link.closed:
                     await asyncio.sleep(0.1)
                 await asyncio.sleep(backoff.next())

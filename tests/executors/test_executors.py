@@ -293,6 +293,8 @@ async def test_draws_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))
     draws = [draw(logits, Sampling(seed=3), position) for position in range(4000)]
     assert [draws.count(i) / 4000 for i in range(3)] == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
+    assert draw(logits, Sampling(temperature=1e-38), 1) == 1  # the division overflows
+    assert Sampling(temperature=1e-40).greedy
     assert {draw(logits, Sampling(seed=3, top_k=2), p) for p in range(200)} == {1, 2}
     assert {draw(logits, Sampling(seed=3, top_p=0.5), p) for p in range(200)} == {1}
     assert {draw(logits, Sampling(seed=3, min_p=0.4), p) for p in range(200)} == {1, 2}

@@ -56,11 +56,19 @@ def test_a_template_can_refuse_messages_but_not_reach_out() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format is not supported yet"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
     ],
 )
 def test_a_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         chat(**changes)
+
+
+def test_template_variables_cannot_replace_the_messages() -> None:
+    with pytest.raises(BadRequest, match="cannot set messages"):
+        chat(chat_template_kwargs={"messages": []}).prompt_ids(PREPROCESSOR)
+    chat(chat_template_kwargs={"enable_thinking": False}).prompt_ids(PREPROCESSOR)
 
 
 def test_a_body_that_is_no_json_is_a_bad_request() -> None:

@@ -90,6 +90,8 @@ def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
     if sampling.top_k > 0:
         logits = logits[: sampling.top_k]
     p = torch.softmax(logits / sampling.temperature, dim=-1)
+    if not torch.isfinite(p[0]):  # a bias or penalty took the logits out of range: the likeliest is still the likeliest
+        return int(ids[0])
     if sampling.top_p < 1.0:
         before = p.cumsum(dim=-1) - p
         p = torch.where(before < sampling.top_p, p, 0.0)  # the likeliest always stays: nothing is before it
