@@ -267,3 +267,41 @@ def test_importing_dynserve_brings_neither_torch_nor_fastapi() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
     code = "import sys, dynserve.frontend.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+
+
+def test_requests_are_answered_while_nats_and_etcd_are_dead_and_newcomers_are_found_afterwards(
+    deploy: Any, tmp_path: Path
+) -> None:
+    etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
+    etcd.start()
+    nats.start()
+    deployment: Deployment = deploy(etcd.url, nats.url)
+    engine = {"speed": 0}
+    deployment.frontend()
+    for role in ("prefill", "decode"):
+        deployment.worker(role, "--executor", "simulated", engine=engine)
+    deployment.wait_for(2)
+
+    def answered() -> bool:
+        body = {"model": MODEL, "messages": CHAT}
+        return (
+            httpx.post(f"{deployment.base}/v1/chat/completions", json=body, timeout=10, trust_env=False).status_code
+            == 200
+        )
+
+    try:
+        nats.kill()
+        assert all(answered() for _ in range(5))
+        etcd.kill()
+        assert all(answered() for _ in range(5))
+        late = deployment.worker("decode", "--executor", "simulated", engine=engine)
+        time.sleep(2)
+        assert answered() and late.alive()
+        nats.start()
+        etcd.start()
+        deployment.wait_for(3)
+        assert answered()
+    finally:
+        deployment.stop()
+        etcd.kill()
+        nats.kill()
