@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dynserve import Cluster
-from dynserve.transport.base import Deleted
+from dynserve.transport.base import Deleted, Put
 from dynserve.transport.memory import MemoryLink
 from dynserve.wire.link import Hello
 from dynserve.wire.requests import Accepted
@@ -197,6 +197,20 @@ async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> N
         link.send(Hello(worker.id, worker.epoch, c.frontend.id))
         async with asyncio.timeout(5):
             assert '"code":"worker_lost"' in (await asking).text
+
+
+async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
+    async with cluster(prefill=1, decode=1) as c, c.client() as client:
+        registry = c._world.planes.registry
+        ((key, value),) = ((k, v) for k, v in registry._entries.items() if "/frontend/" in k)
+        links = [peer.link for peer in c.frontend.fleet.peers.values()]
+        registry._tell(Deleted(key))
+        await asyncio.sleep(0.3)
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        registry._tell(Put(key, value))
+        await asyncio.sleep(0.3)
+        assert [peer.link for peer in c.frontend.fleet.peers.values()] == links
+        assert not any(link is None or link.closed for link in links)
 
 
 async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None:

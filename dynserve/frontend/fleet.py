@@ -145,11 +145,7 @@ class Fleet:
     def discovered(self, change: Change) -> None:
         id_ = change.key.rsplit("/", 1)[-1]
         if isinstance(change, Put):
-            try:
-                instance = discovery.decode(change.value)
-            except msgspec.DecodeError as error:
-                log.warning("ignoring %s in discovery: %s", change.key, error)
-                return
+            instance = discovery.parse(change.key, change.value)
             if isinstance(instance, WorkerInstance):
                 peer = self._peer(id_)
                 peer.instance, peer.leaving = instance, False

@@ -134,19 +134,45 @@ class StopStrings:
         return 0
 
 
-class _Chat:
-    def __init__(self, render: Render) -> None:
-        head = f'{{"id":{_quoted(render.response_id)},"object":"chat.completion.chunk","created":{render.created},'
+class _Format:
+    """What chat and completion answers share: everything that is constant for a request is made here, once."""
+
+    kind = ""
+
+    def __init__(self, render: Render, kind_of_chunk: str) -> None:
+        head = f'{{"id":{_quoted(render.response_id)},"object":"{kind_of_chunk}","created":{render.created},'
         head += f'"model":{_quoted(render.model)},"choices":['
-        self._null_usage = b',"usage":null' if render.usage else b""
-        self._head = b"data: " + head.encode()
-        self._content = self._head + b'{"index":0,"delta":{"content":'
-        self._open_end = b',"finish_reason":null}]' + self._null_usage + b"}\n\n"
-        self._plain_end = b'},"logprobs":null' + self._open_end
         self._render = render
-        self.first = (
-            self._head + b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null' + self._open_end
+        self._head = b"data: " + head.encode()
+        null_usage = b',"usage":null' if render.usage else b""
+        self._end = b"}]" + null_usage + b"}\n\n"
+        self._open_end = b',"finish_reason":null' + self._end
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._head + b'],"usage":' + _json(usage_object(usage)) + b"}\n\n"
+
+    def _body(self, choice: dict[str, Any], usage: Usage) -> bytes:
+        return _json(
+            {
+                "id": self._render.response_id,
+                "object": self.kind,
+                "created": self._render.created,
+                "model": self._render.model,
+                "choices": [choice],
+                "usage": usage_object(usage),
+            }
         )
+
+
+class _Chat(_Format):
+    kind = "chat.completion"
+
+    def __init__(self, render: Render) -> None:
+        super().__init__(render, "chat.completion.chunk")
+        self._content = self._head + b'{"index":0,"delta":{"content":'
+        self._plain_end = b'},"logprobs":null' + self._open_end
+        role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null'
+        self.first = self._head + role + self._open_end
 
     def chunk(self, text: str, logprobs: list[dict[str, Any]] | None) -> bytes:
         if logprobs is None:
@@ -155,11 +181,8 @@ class _Chat:
 
     def last(self, reason: str, logprobs: list[dict[str, Any]] | None) -> bytes:
         entries = _json({"content": logprobs}) if logprobs else b"null"
-        end = b',"finish_reason":' + _json(reason) + b"}]" + self._null_usage + b"}\n\n"
+        end = b',"finish_reason":' + _json(reason) + self._end
         return self._head + b'{"index":0,"delta":{},"logprobs":' + entries + end
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + _json(usage_object(usage)) + b"}\n\n"
 
     def body(self, text: str, logprobs: list[dict[str, Any]] | None, reason: str, usage: Usage) -> bytes:
         choice = {
@@ -168,7 +191,7 @@ class _Chat:
             "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
             "finish_reason": reason,
         }
-        return _body(self._render, "chat.completion", choice, usage)
+        return self._body(choice, usage)
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         top = [self._one(id_, logprob, vocabulary) for id_, logprob in entry.top[: self._render.logprobs or 0]]
@@ -180,34 +203,28 @@ class _Chat:
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
-class _Completion:
+class _Completion(_Format):
+    kind = "text_completion"
+    first = b""
+
     def __init__(self, render: Render) -> None:
-        head = f'{{"id":{_quoted(render.response_id)},"object":"text_completion","created":{render.created},'
-        head += f'"model":{_quoted(render.model)},"choices":['
-        self._null_usage = b',"usage":null' if render.usage else b""
-        self._head = b"data: " + head.encode()
+        super().__init__(render, "text_completion")
         self._text = self._head + b'{"index":0,"text":'
-        self._end = b',"finish_reason":null}]' + self._null_usage + b"}\n\n"
-        self._render = render
         self._offset = 0
-        self.first = b""
 
     def chunk(self, text: str, logprobs: list[dict[str, Any]] | None) -> bytes:
         entries = b"null" if logprobs is None else _json(self._columns(logprobs))
-        return self._text + _json(text) + b',"logprobs":' + entries + self._end
+        return self._text + _json(text) + b',"logprobs":' + entries + self._open_end
 
     def last(self, reason: str, logprobs: list[dict[str, Any]] | None) -> bytes:
         entries = _json(self._columns(logprobs)) if logprobs else b"null"
-        end = b',"finish_reason":' + _json(reason) + b"}]" + self._null_usage + b"}\n\n"
+        end = b',"finish_reason":' + _json(reason) + self._end
         return self._text + b'"","logprobs":' + entries + end
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + _json(usage_object(usage)) + b"}\n\n"
 
     def body(self, text: str, logprobs: list[dict[str, Any]] | None, reason: str, usage: Usage) -> bytes:
         columns = None if logprobs is None else self._columns(logprobs)
         choice = {"index": 0, "text": text, "logprobs": columns, "finish_reason": reason}
-        return _body(self._render, "text_completion", choice, usage)
+        return self._body(choice, usage)
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         top = {vocabulary.token_text(id_): max(lp, -9999.0) for id_, lp in entry.top[: self._render.logprobs or 0]}
@@ -232,19 +249,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
-
-
-def _body(render: Render, kind: str, choice: dict[str, Any], usage: Usage) -> bytes:
-    return _json(
-        {
-            "id": render.response_id,
-            "object": kind,
-            "created": render.created,
-            "model": render.model,
-            "choices": [choice],
-            "usage": usage_object(usage),
-        }
-    )
 
 
 def _quoted(text: str) -> str:

@@ -5,7 +5,11 @@ dynserve/v1/{namespace}/instances/{role}/{instance_id}
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
+
+log = logging.getLogger(__name__)
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +48,16 @@ encode = msgspec.json.Encoder().encode
 decode = msgspec.json.Decoder(Instance).decode
 
 FRONTEND = "frontend"
+
+
+def parse(key: str, value: bytes) -> Instance | None:
+    """None, with a warning, for what no version of ours has written."""
+    try:
+        instance: Instance = decode(value)
+    except msgspec.DecodeError as error:
+        log.warning("ignoring %s in discovery: %s", key, error)
+        return None
+    return instance
 
 
 def prefix(namespace: str) -> str:

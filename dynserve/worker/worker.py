@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
@@ -26,7 +27,7 @@ from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
 from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks, task_group
-from dynserve.transport.base import Change, Link, Put
+from dynserve.transport.base import Change, Deleted, Link
 from dynserve.transport.planes import Planes
 from dynserve.wire import discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
@@ -195,11 +196,11 @@ class Worker:
                 for key in [key for key in (*self._answers, *self._handed_off) if key[0] == id_]:
                     self._cancel(key)
 
-    async def keep_link(self, frontend: FrontendInstance) -> None:
-        """Dials the frontend, again and again, until cancelled."""
-        backoff = Backoff(0.05, 1.0)
+    async def keep_link(self, dial: Dial) -> None:
+        """Dials the frontend, again and again, while that is wanted."""
+        frontend, backoff = dial.frontend, Backoff(0.05, 1.0)
         try:
-            while True:
+            while dial.wanted:
                 try:
                     link = await self._planes.links.dial(frontend.link_address, self)
                 except Unavailable as error:
@@ -318,31 +319,40 @@ class _Loopback:
                         pass
 
 
+@dataclass(slots=True)
+class Dial:
+    """The intent to be linked to one frontend."""
+
+    frontend: FrontendInstance
+    wanted: bool = True
+    task: asyncio.Task[None] | None = None
+
+
 class _Frontends:
-    """A link to each frontend that discovery knows."""
+    """A link to each frontend that discovery knows. One that leaves discovery keeps its link for as long as that holds:
+    its registration may have been lost, and its streams must not be lost with it."""
 
     def __init__(self, worker: Worker, tasks: OwnedTasks) -> None:
         self._worker, self._tasks = worker, tasks
-        self._dialling: dict[str, tuple[str, asyncio.Task[None]]] = {}
+        self._dials: dict[str, Dial] = {}
 
     def changed(self, change: Change) -> None:
-        known = self._dialling.get(change.key)
-        if isinstance(change, Put):
-            try:
-                instance = discovery.decode(change.value)
-            except msgspec.DecodeError as error:
-                log.warning("ignoring %s in discovery: %s", change.key, error)
+        known = self._dials.get(change.key)
+        if isinstance(change, Deleted):
+            if known is not None:
+                known.wanted = False
+            return
+        instance = discovery.parse(change.key, change.value)
+        if not isinstance(instance, FrontendInstance):
+            return
+        if known is not None and known.task is not None and not known.task.done():
+            if known.frontend.link_address == instance.link_address:
+                known.wanted = True
                 return
-            if isinstance(instance, FrontendInstance) and (known is None or known[0] != instance.link_address):
-                self._stop(change.key)
-                task = self._tasks.create_task(self._worker.keep_link(instance))
-                self._dialling[change.key] = (instance.link_address, task)
-        else:
-            self._stop(change.key)
-
-    def _stop(self, key: str) -> None:
-        if (known := self._dialling.pop(key, None)) is not None:
-            known[1].cancel()
+            known.task.cancel()
+        self._dials = {key: dial for key, dial in self._dials.items() if dial.task is not None and not dial.task.done()}
+        dial = self._dials[change.key] = Dial(instance)
+        dial.task = self._tasks.create_task(self._worker.keep_link(dial))
 
 
 @asynccontextmanager
