@@ -171,7 +171,7 @@ def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_
     workers[1].kill(signal.SIGSTOP)
     began = time.monotonic()
     while len(deployment.health()["instances"]) == 2:
-        assert time.monotonic() - began < 4.5
+        assert time.monotonic() - began < 4
         time.sleep(0.02)
     workers[1].kill(signal.SIGCONT)
     deployment.wait_for(2)

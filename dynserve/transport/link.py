@@ -23,7 +23,7 @@ from dynserve.transport.base import Link, LinkHandler
 from dynserve.wire import link as wire
 from dynserve.wire.link import FromFrontend, FromWorker
 
-HEARTBEAT = 1.0  # seconds between pings
+HEARTBEAT = 0.5  # seconds between pings, and between looks at how long the peer has been silent
 SILENCE = 3.0  # seconds without a byte after which the peer is gone
 MAX_FRAME = 64 << 20  # bytes; a longer frame is a broken or hostile peer
 MAX_UNSENT = 64 << 20  # bytes
