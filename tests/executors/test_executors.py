@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from dynserve.config import TINY_MODEL, WorkerConfig
 from dynserve.errors import ConfigError, ContextTooLong
 from dynserve.executors.base import Executor, Output, generate, open_executor
+from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.model import ModelConfig
 from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.wire.events import KvEvent, Stored
@@ -179,6 +180,18 @@ def test_the_plain_forward_pass_agrees_with_hugging_face() -> None:
     reference = Reference(TINY_MODEL)
     for case in GOLDEN[:6]:
         assert reference.greedy(case["prompt"], 8) == case["answer"][:8]
+
+
+def test_a_new_kv_cache_holds_no_garbage_of_earlier_memory() -> None:
+    for _ in range(5):
+        torch.full(
+            (8, 2, 2, 32, 2, 8), float("nan")
+        )  # freed at once: the next allocation of its size may get its memory
+        cache = KvCache(
+            num_blocks=8, block_size=32, num_layers=2, kv_heads=2, head_dim=8, dtype=torch.float32,
+            device=torch.device("cpu"), model="m",
+        )  # fmt: skip
+        assert not any(any(cache.view(block)) for block in range(8))
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -56,7 +56,8 @@ class KvCache:
     ) -> None:  # fmt: skip
         shape = (num_blocks, num_layers, 2, block_size, kv_heads, head_dim)
         self.num_blocks = num_blocks
-        self._memory = torch.empty(shape, dtype=dtype, device=device)
+        # zeros, not empty: padding is masked to a weight of 0, and 0 times a NaN found in old memory is a NaN
+        self._memory = torch.zeros(shape, dtype=dtype, device=device)
         self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
         self._device = device
         self.block_bytes = self._memory[0].numel() * self._memory.element_size()
