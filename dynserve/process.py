@@ -7,9 +7,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
+import uvloop
+
+from dynserve.config import Config, exit_with, load
 from dynserve.errors import ConfigError, DynserveError
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,21 @@ class Stop:
             self._task.cancel()
 
 
-def run_process(main: Callable[[Stop], Coroutine[Any, Any, int | None]], log_level: str) -> None:
+def run_role(
+    config: type[Config],
+    prog: str,
+    run: Callable[[Config, Stop], Coroutine[Any, Any, None]],
+    argv: Sequence[str] | None,
+) -> NoReturn:
+    """A role's whole `main`: flags to configuration, configuration to a running process, its end to an exit code."""
+    try:
+        made = load(config, prog, sys.argv[1:] if argv is None else argv)
+        run_process(partial(run, made), made.log_level)
+    except ConfigError as error:
+        exit_with(error)
+
+
+def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: str) -> NoReturn:
     """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 (by the caller) after a wrong configuration."""
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -55,30 +73,23 @@ def run_process(main: Callable[[Stop], Coroutine[Any, Any, int | None]], log_lev
     for noisy in ("httpx", "httpcore", "uvicorn", "grpc", "nats", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
 
-    async def with_signals() -> int:
+    async def with_signals() -> None:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.signalled)
         try:
-            return await main(stop) or 0
+            await main(stop)
         except asyncio.CancelledError:
-            if stop.asked:
-                return 0
-            raise
+            if not stop.asked:
+                raise
 
+    code = 0
     try:
-        code = _run(with_signals())
+        uvloop.run(with_signals())
     except ConfigError:
         raise
     except DynserveError as error:
         log.error("%s", error)
         code = 1
     raise SystemExit(code)
-
-
-def _run(coro: Coroutine[Any, Any, int]) -> int:
-    import uvloop
-
-    result: int = uvloop.run(coro)
-    return result

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from functools import partial
 
-from dynserve.config import FrontendConfig, exit_with, load
-from dynserve.errors import ConfigError
+from dynserve.config import FrontendConfig
 from dynserve.frontend.frontend import Frontend
 from dynserve.http import bind, serving, url_of
-from dynserve.process import Stop, run_process
+from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
 
 log = logging.getLogger("dynserve.frontend")
@@ -31,12 +28,7 @@ async def run(config: FrontendConfig, stop: Stop) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = load(FrontendConfig, "python -m dynserve.frontend", arguments)
-        run_process(partial(run, config), config.log_level)
-    except ConfigError as error:
-        exit_with(error)
+    run_role(FrontendConfig, "python -m dynserve.frontend", run, argv)
 
 
 if __name__ == "__main__":

@@ -173,13 +173,11 @@ class Run:
                 if started or (isinstance(failure, TimedOut) and not isinstance(failure, _NoAck)):
                     raise
                 error = failure
-                placed.charge.close()
                 excluded.add(peer.id)
                 self._pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, peer.id, failure)
             finally:
-                if phase != "prefill":
-                    placed.charge.close()
+                placed.charge.close()
         if isinstance(error, _NoAck):
             raise TimedOut(str(error)) from error
         raise error

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 
-from dynserve.config import WorkerConfig, exit_with, load
-from dynserve.errors import ConfigError
+from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
 from dynserve.http import bind, serving, url_of
 from dynserve.openai.model_files import check_model_folder
-from dynserve.process import Stop, run_process
+from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
 from dynserve.worker.system import system_app
 from dynserve.worker.worker import Worker, new_instance_id, serving_worker
@@ -44,12 +41,7 @@ async def run(config: WorkerConfig, stop: Stop) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = load(WorkerConfig, "python -m dynserve.worker", arguments)
-        run_process(partial(run, config), config.log_level)
-    except ConfigError as error:
-        exit_with(error)
+    run_role(WorkerConfig, "python -m dynserve.worker", run, argv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from dynserve.errors import InternalError, TimedOut
+from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.render import Renderer
@@ -44,9 +44,7 @@ class Answer:
         self._executor.abort(self.ticket)
 
     def _overdue(self) -> None:
-        self._executor.abort(self.ticket)
-        self.link.send(Failed(self.request.stream, TimedOut.code, "the request took longer than its time limit"))
-        self._end("failed")
+        self._fail(TimedOut("the request took longer than its time limit"))
 
     def _deliver(self, output: Output) -> None:
         if self._closed:
@@ -55,22 +53,18 @@ class Answer:
             self._send(output)
         except Exception as error:
             log.exception("request %s cannot be rendered", self.request.id)
-            self._executor.abort(self.ticket)
-            self.link.send(Failed(self.request.stream, InternalError.code, f"rendering failed: {error!r}"))
-            self._end("failed")
+            self._fail(InternalError(f"rendering failed: {error!r}"))
 
     def _send(self, output: Output) -> None:
-        stream = self.request.stream
         if output.error is not None:
-            self.link.send(Failed(stream, output.error.code, str(output.error)))
-            self._end("failed")
+            self._fail(output.error)
             return
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)
             self._finish(output, data, "stop")
         elif output.reason is None:
-            self.link.send(Tokens(stream, data, output.token_ids, output.logprobs))
+            self.link.send(Tokens(self.request.stream, data, output.token_ids, output.logprobs))
         elif output.reason == "handoff":
             self._hand_off(output, data)
         else:
@@ -94,6 +88,11 @@ class Answer:
             Finished(self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs)
         )
         self._end("handed off")
+
+    def _fail(self, error: DynserveError) -> None:
+        self._executor.abort(self.ticket)
+        self.link.send(Failed(self.request.stream, error.code, str(error)))
+        self._end("failed")
 
     def _end(self, outcome: str) -> None:
         self._closed = True
