@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,32 @@ class Cluster:
             async with cluster.client() as client:
                 await client.post("/v1/chat/completions", json={...})
 
-    `engine` holds engine options (those of `--override-engine-args`). `app` is the ASGI app for `httpx` or a server.
+    `engine` holds engine options (those of `--override-engine-args`), `options` the fields of `FrontendConfig`.
+    `app` is the ASGI app for `httpx` or a server. `seed` makes draws among equals repeatable, as a simulation under
+    `dynserve.clock` wants it.
     """
 
     def __init__(
         self, *, prefill: int = 0, decode: int = 0, aggregated: int = 0, model: str | Path = TINY_MODEL,
         executor: ExecutorName = "torch", router_mode: RouterMode = "kv", engine: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None, frontends: int = 1, seed: int | None = None,
     ) -> None:  # fmt: skip
         numbers: dict[Role, int] = {"prefill": prefill, "decode": decode, "prefill_and_decode": aggregated}
         self._roles = [role for role, number in numbers.items() for _ in range(number)]
         self._model, self._executor, self._engine = str(model), executor, engine or {}
-        self._frontend_config = FrontendConfig(router_mode=router_mode)
+        self._frontend_config = FrontendConfig(**({"router_mode": router_mode} | (options or {})))
+        self._rng = random.Random(seed)
         self._world = MemoryWorld()
         self._transceivers = MemoryTransceivers()
         self._stack = AsyncExitStack()
+        self._count = frontends
         self.workers: list[Worker] = []
-        self.frontend: Frontend
+        self.frontends: list[Frontend] = []
+
+    @property
+    def frontend(self) -> Frontend:
+        """The first one."""
+        return self.frontends[0]
 
     @property
     def app(self) -> FastAPI:
@@ -61,8 +72,9 @@ class Cluster:
 
     async def __aenter__(self) -> Cluster:
         async with AsyncExitStack() as stack:
-            opened = Frontend.open(self._frontend_config, self._world.open())
-            self.frontend = await stack.enter_async_context(opened)
+            for _ in range(self._count):
+                opened = Frontend.open(self._frontend_config, self._world.open(), rng=self._rng)
+                self.frontends.append(await stack.enter_async_context(opened))
             self._world.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
             for role in self._roles:
                 self.workers.append(await self._open_worker(stack, role))
@@ -88,7 +100,8 @@ class Cluster:
     async def _ready(self) -> None:
         try:
             async with asyncio.timeout(READY_TIMEOUT):
-                while len([p for p in self.frontend.fleet.peers.values() if p.usable]) < len(self._roles):
-                    await asyncio.sleep(0.005)
+                for frontend in self.frontends:
+                    while sum(peer.usable for peer in frontend.fleet.peers.values()) < len(self._roles):
+                        await asyncio.sleep(0.005)
         except TimeoutError:
             raise TimedOut(f"the cluster was not ready within {READY_TIMEOUT:.0f} s") from None

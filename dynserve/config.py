@@ -22,7 +22,7 @@ from dynserve.errors import ConfigError
 
 Role = Literal["prefill_and_decode", "prefill", "decode"]
 ExecutorName = Literal["torch", "simulated", "trtllm"]
-RouterMode = Literal["kv", "round-robin", "random"]
+RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
@@ -50,17 +50,60 @@ class FrontendConfig(Planes):
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
     http_port: int = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
     link_port: int = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
-    router_mode: RouterMode = option("kv", "kv, round-robin or random", "DYN_ROUTER_MODE")
+    router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
+    router_policy: str | None = option(None, "a policy of your own, package.module:Class", "DYN_ROUTER_POLICY")
     router_prefill_weight: float = option(
-        1.0, "cost of one prompt block to prefill, in decode blocks (kv mode)", "DYN_ROUTER_PREFILL_WEIGHT"
+        1.0, "kv: one prompt block to prefill, in decode blocks", "DYN_ROUTER_PREFILL_WEIGHT"
     )
+    router_overlap_weight: float = option(
+        2.0, "kv: one block to compute anew, in blocks that only wait to be computed", "DYN_ROUTER_OVERLAP_WEIGHT"
+    )
+    router_transfer_weight: float = option(
+        0.1, "kv: one block to move to a decode worker, in decode blocks", "DYN_ROUTER_TRANSFER_WEIGHT"
+    )
+    router_herd_factor: float = option(
+        2.0, "kv: a cache attracts until its wait is so many times the shortest", "DYN_ROUTER_HERD_FACTOR"
+    )
+    router_temperature: float = option(
+        0.0, "kv: 0 takes the cheapest worker, more draws cheaper ones more often", "DYN_ROUTER_TEMPERATURE"
+    )
+    router_slow_start_s: float = option(10.0, "a fresh worker's share grows for so long", "DYN_ROUTER_SLOW_START_S")
+    router_session_ttl_s: float = option(
+        300.0, "how long x-dynserve-session keeps to its workers unused", "DYN_ROUTER_SESSION_TTL_S"
+    )
+    router_assume_ttl_s: float = option(
+        120.0, "how long a prompt is assumed cached by a worker without KV events", "DYN_ROUTER_ASSUME_TTL_S"
+    )
+    router_index_bytes: int = option(1 << 30, "most memory of the prefix index", "DYN_ROUTER_INDEX_BYTES")
+    local_prefill_tokens: int = option(
+        0, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
+    )
+    busy_prefill_tokens: int = option(
+        1 << 20, "a worker is over its threshold with more tokens waiting", "DYN_BUSY_PREFILL_TOKENS"
+    )
+    busy_kv_fraction: float = option(
+        1.0, "or when its answers take more than this part of its KV blocks", "DYN_BUSY_KV_FRACTION"
+    )
+    max_queued: int = option(
+        1024, "requests per model that wait while all workers are over their thresholds", "DYN_MAX_QUEUED"
+    )
+    max_queued_s: float = option(30.0, "and how long each of them", "DYN_MAX_QUEUED_S")
     request_timeout_s: float = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
     max_stream_bytes: int = option(
         4 << 20, "bytes that may wait for a slow client before its request is cut", "DYN_MAX_STREAM_BYTES"
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "request_timeout_s", "max_stream_bytes")
+        _positive(
+            self, "request_timeout_s", "max_stream_bytes", "router_index_bytes", "router_session_ttl_s",
+            "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s",
+        )  # fmt: skip
+        _not_negative(
+            self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
+            "router_slow_start_s", "local_prefill_tokens", "max_queued",
+        )  # fmt: skip
+        if self.router_herd_factor < 1:
+            raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
         _ports(self, "http_port", "link_port")
 
 
@@ -84,6 +127,7 @@ class WorkerConfig(Planes):
     )
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
+    kv_events: bool = option(True, "tell frontends what the KV cache holds; false: they assume it", "DYN_KV_EVENTS")
     drain_timeout_s: float = option(30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S")
 
     def __post_init__(self) -> None:
@@ -109,7 +153,7 @@ class UpConfig:
     aggregated: int = option(0, "workers that do both")
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
     http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")
-    router_mode: RouterMode = option("kv", "kv, round-robin or random", "DYN_ROUTER_MODE")
+    router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
     executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
     extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
     override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")
@@ -246,6 +290,12 @@ def _positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{_flag(name)} must be greater than 0, not {value}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{_flag(name)} cannot be negative: {getattr(config, name)}")
 
 
 def _ports(config: Any, *names: str) -> None:

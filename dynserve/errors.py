@@ -34,6 +34,7 @@ class DynserveError(Exception):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"  # OpenAI's `error.type`
     retryable: ClassVar[bool] = False
+    retry_after: int = 1  # seconds, for those that are
 
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
         super().__init__(message or type(self).code)

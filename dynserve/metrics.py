@@ -55,6 +55,29 @@ class FrontendMetrics:
             "dynserve_requests_by_link", "Requests sent over the link instead of NATS", registry=ours
         )
         self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
+        self.local_prefills = Counter(
+            "dynserve_local_prefills", "Requests prefilled on the decode worker, without a hand-off", registry=ours
+        )
+        self.queued = Histogram(
+            "dynserve_queue_seconds", "Wait of requests that found all workers busy", ["model"], buckets=_SECONDS,
+            registry=ours,
+        )  # fmt: skip
+        self.queue_length = Gauge("dynserve_queue_length", "Requests that wait now", ["model"], registry=ours)
+        self.frontends = Gauge(
+            "dynserve_frontends", "Frontends that share their placements, this one too", registry=ours
+        )
+        self.index_state = Gauge(
+            "dynserve_index_state", "1 for the state that a worker's index is in", ["worker", "state"], registry=ours
+        )
+        self.index_bytes = Gauge("dynserve_index_bytes", "Memory of the prefix index, estimated", registry=ours)
+        self.index_evicted = Gauge(
+            "dynserve_index_evicted_blocks", "Blocks that left the index for want of room, so far", registry=ours
+        )
+        self.resyncs = Gauge("dynserve_index_resyncs", "Snapshots asked for, so far", registry=ours)
+        self.prediction_ratio = Gauge(
+            "dynserve_cached_tokens_predicted_ratio", "Predicted cached tokens per reported one, lately", ["worker"],
+            registry=ours,
+        )  # fmt: skip
         self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
 
     def render(self) -> bytes:

@@ -35,9 +35,11 @@ async def nothing_is_left(c: Cluster) -> None:
         assert worker.executor.load().open_handoffs == 0
         counts = worker.counts
         assert counts["accepted"] == counts["finished"] + counts["failed"] + counts["cancelled"]
+    c.frontend.router.ledger.check()
+    assert len(c.frontend.router.pending) == 0
     for peer in c.frontend.fleet.peers.values():
-        account = c.frontend.router.ledger.account(peer.id)
-        assert (account.prefill_tokens, account.decode_blocks, account.requests) == (0, 0, 0)
+        own = c.frontend.router.ledger.account(peer.id).own
+        assert (own.prefill_tokens, own.decode_tokens, own.requests) == (0, 0, 0)
         assert not peer.replies
 
 

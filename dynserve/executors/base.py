@@ -34,6 +34,7 @@ class Output(msgspec.Struct, gc=False):
     cached_tokens: int = 0
     queue_s: float = 0.0
     transfer_s: float = 0.0
+    prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
 

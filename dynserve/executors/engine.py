@@ -102,7 +102,9 @@ class Engine:
 
     def load(self) -> Load:
         load = self._load
-        return Load(load.running, load.waiting, load.free_blocks, load.total_blocks, len(self.handoffs))
+        return Load(
+            load.running, load.waiting, load.free_blocks, load.total_blocks, len(self.handoffs), load.begun_tokens
+        )
 
     def counters(self) -> Mapping[str, float]:
         return {
@@ -155,8 +157,11 @@ class Engine:
         self._note_load()
         return work
 
-    def book(self, work: list[Slice], sampled: list[Sampled | None]) -> StepResult:
-        outputs = self._scheduler.commit(work, sampled)
+    def most_steps(self, work: list[Slice], most: int) -> int:
+        return self._scheduler.most_steps(work, most)
+
+    def book(self, work: list[Slice], sampled: list[list[Sampled]]) -> StepResult:
+        outputs = self._scheduler.commit(work, sampled, self._loop.time())
         self._note_load()
         return StepResult(outputs, self._scheduler.drain_fetches(), self._scheduler.blocks.drain_events())
 
@@ -167,7 +172,8 @@ class Engine:
     def _note_load(self) -> None:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
         running = len(scheduler.running) + len(scheduler.fetching)
-        self._load = Load(running, len(scheduler.waiting), blocks.free, blocks.num_blocks, 0)
+        waiting = len(scheduler.waiting)
+        self._load = Load(running, waiting, blocks.free, blocks.num_blocks, 0, scheduler.begun_tokens)
 
     def _abort_sequence(self, sequence: Sequence) -> None:
         if sequence.state is not State.DONE:

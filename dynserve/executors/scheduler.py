@@ -36,8 +36,8 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "admitted", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "prompt_len", "queue_s",
-        "request", "seed", "state", "ticket", "tokens", "transfer_s",
+        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "memo",
+        "prefill_s", "prompt_len", "queue_s", "request", "seed", "state", "ticket", "tokens", "transfer_s",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
@@ -55,7 +55,8 @@ class Sequence:
         self.fetch = request.handoff is not None  # once; a failed or preempted fetch is computed here instead
         self.admitted = False
         self.state = State.WAITING
-        self.queue_s = self.transfer_s = 0.0
+        self.queue_s = self.transfer_s = self.prefill_s = self.admitted_at = 0.0
+        self.memo: int | None = None  # the driver's own
 
     @property
     def generated(self) -> int:
@@ -108,6 +109,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing that a step could move: what is fetched or held waits for others."""
         return not self.waiting and not self.running
+
+    @property
+    def begun_tokens(self) -> int:
+        """Computed already, of prompts that are not done."""
+        return sum(s.computed - s.cached_tokens for s in self.running if not s.generated)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -175,15 +181,30 @@ class Scheduler:
             work = [slice_ for slice_ in work if slice_.sequence.state is State.RUNNING]
         return work
 
-    def commit(self, work: Seq[Slice], sampled: Seq[Sampled | None]) -> list[tuple[Sequence, Output]]:
-        """Books a step. `sampled[i]` is the new token of `work[i]` where that one samples."""
+    def most_steps(self, work: Seq[Slice], most: int) -> int:
+        """How many steps like `work`, all of it decoding, can be booked at once: as many as there are blocks for."""
+        while most > 1 and not self.blocks.can_take(sum(self._lacking(s.sequence, most) for s in work)):
+            most //= 2
+        return most
+
+    def commit(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]], now: float = 0.0) -> list[tuple[Sequence, Output]]:
+        """Books a step that ended `now`. `sampled[i]` is the new token of `work[i]` where that one samples, or the tokens
+        of as many steps as `most_steps` allowed: only the last may end its sequence."""
         outputs: list[tuple[Sequence, Output]] = []
         for slice_, new in zip(work, sampled, strict=True):
-            sequence = slice_.sequence
-            before, sequence.computed = sequence.computed, slice_.start + slice_.size
+            sequence, more = slice_.sequence, max(0, len(new) - 1)
+            if more:
+                sequence.blocks += self.blocks.take(self._lacking(sequence, len(new)))
+                sequence.tokens += [token.token_id for token in new[:-1]]
+            before, sequence.computed = sequence.computed, slice_.start + slice_.size + more
             self._seal(sequence, before)
-            if slice_.samples and new is not None:
-                outputs.append((sequence, self._advance(sequence, new)))
+            if slice_.samples and new:
+                if not sequence.generated:
+                    sequence.prefill_s = now - sequence.admitted_at
+                output = self._advance(sequence, new[-1])
+                if more:
+                    output.token_ids = [*(token.token_id for token in new[:-1]), *output.token_ids]
+                outputs.append((sequence, output))
         return outputs
 
     def check(self) -> None:
@@ -235,6 +256,7 @@ class Scheduler:
         sequence.computed = overlap * self.blocks.block_size
         if not sequence.admitted:
             sequence.admitted = True
+            sequence.admitted_at = now
             sequence.queue_s = now - sequence.arrived
             if not sequence.generated:
                 sequence.cached_tokens = sequence.computed
@@ -286,6 +308,7 @@ class Scheduler:
         if output.reason is not None:
             output.cached_tokens = sequence.cached_tokens
             output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s
+            output.prefill_s = sequence.prefill_s
             self.running.remove(sequence)
             if output.reason == "handoff":
                 sequence.state = State.HELD
@@ -298,6 +321,10 @@ class Scheduler:
         sequence.state = State.DONE
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
+
+    def _lacking(self, sequence: Sequence, steps: int) -> int:
+        """Blocks that it needs beside its own to decode for `steps` more."""
+        return max(0, self._blocks_for(sequence.computed + steps) - len(sequence.blocks))
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.blocks.block_size)

@@ -1,20 +1,21 @@
 """The simulated executor: the real block manager, scheduler and hand-offs; tokens made up, time from a simple model.
 
-    step = (step_ms + prefill tokens · prefill_us_per_token + decoding sequences · decode_us_per_sequence) / speed
+    step = (step_ms + prefill tokens · prefill_us_per_token + decoding sequences · decode_us_per_sequence
+            + their tokens in thousands · decode_us_per_ktoken) / speed
     KV transfer = tokens · bytes_per_token / transfer_gb_per_s / speed
 
 Tokens are a function of the prompt and the position, so that prefill and decode workers agree without moving a byte.
-All waiting goes through the event loop, so a loop with a virtual clock simulates hours in seconds.
+All waiting goes through the event loop, so a loop with a virtual clock simulates hours in seconds; `leap` lets it take many
+steps of nothing but decoding at once, which changes no time and no token, only how many come in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-
-from xxhash import xxh3_64_intdigest
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import Executor
@@ -122,30 +123,79 @@ class Stepper:
         while True:
             self.wake.clear()
             work = engine.plan()
+            if not work:
+                engine.deliver(engine.book(work, []))
+                if engine.has_commands:
+                    await asyncio.sleep(0)
+                else:
+                    await self.wake.wait()
+                    due = loop.time()
+                continue
             # a step ends when it would have ended, however long this process takes to book it
-            due = max(due, loop.time() - self._args.step_ms / 1000) + self.seconds(work)
-            await asyncio.sleep(max(0.0, due - loop.time()) if work else 0)
-            engine.deliver(engine.book(work, [self._token(s.sequence) if s.samples else None for s in work]))
-            if not work and not engine.has_commands:
-                await self.wake.wait()
-                due = loop.time()
+            began, seconds = max(due, loop.time() - self._args.step_ms / 1000), self.seconds(work)
+            steps = self._steps(engine, work) if seconds else 1
+            if steps > 1:
+                steps = await self._until_woken(began, seconds, steps)
+            due = began + steps * seconds
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            tokens = [self._tokens(s.sequence, steps) if s.samples else [] for s in work]
+            engine.deliver(engine.book(work, tokens))
 
     def seconds(self, work: list[Slice]) -> float:
         args = self._args
-        if not args.speed or not work:
+        if not args.speed:
             return 0.0
-        decoding = sum(1 for slice_ in work if slice_.size == 1)
+        decoding = [slice_.start for slice_ in work if slice_.size == 1]
         prefilling = sum(slice_.size for slice_ in work if slice_.size > 1)
-        micros = args.step_ms * 1000 + prefilling * args.prefill_us_per_token + decoding * args.decode_us_per_sequence
+        micros = args.step_ms * 1000 + prefilling * args.prefill_us_per_token
+        micros += len(decoding) * args.decode_us_per_sequence + sum(decoding) / 1000 * args.decode_us_per_ktoken
         return micros / 1e6 / args.speed
 
-    def _token(self, sequence: Sequence) -> Sampled:
-        """A hash of prompt and position; an end of turn after 16 to 127 tokens, by the prompt's own hash."""
-        name = sequence_hash(sequence.request.prompt, sequence.request.cache_salt)
+    def _steps(self, engine: Engine, work: list[Slice]) -> int:
+        """How many steps can be taken at once: as long as all only decode, none ends, and there are blocks."""
+        most = self._args.leap
+        for slice_ in work:
+            request = slice_.sequence.request
+            if slice_.size > 1 or request.phase == "prefill" or request.stop.strings or request.stop.token_ids:
+                return 1
+            if request.sampling.logprobs is not None:
+                return 1
+            most = min(most, self._until_end(slice_.sequence))
+        return engine.most_steps(work, most)
+
+    async def _until_woken(self, began: float, seconds: float, steps: int) -> int:
+        """Steps that are done, or begun, when somebody wants something of the engine; at most `steps`."""
+        try:
+            async with asyncio.timeout_at(began + steps * seconds):
+                await self.wake.wait()
+        except TimeoutError:
+            return steps
+        passed = asyncio.get_running_loop().time() - began
+        return min(steps, max(1, math.ceil(passed / seconds - 1e-9)))
+
+    def _until_end(self, sequence: Sequence) -> int:
+        """Steps up to and with the one that ends the sequence, context length aside."""
+        stop, position = sequence.request.stop, sequence.generated
+        left = stop.max_tokens - position
+        return left if stop.ignore_eos else min(left, self._answer_length(sequence) - position + 1)
+
+    def _answer_length(self, sequence: Sequence) -> int:
+        """16 to 127 tokens, by the prompt's own hash; then comes the end of the turn."""
+        return max(16 + self._name(sequence) % 112, sequence.request.stop.min_tokens)
+
+    def _tokens(self, sequence: Sequence, count: int) -> list[Sampled]:
+        """A function of prompt and position."""
         position = sequence.generated
-        stop = sequence.request.stop
-        if position >= max(16 + name % 112, stop.min_tokens) and not stop.ignore_eos:
-            return Sampled(self._end)
-        span = self._vocab_size - FIRST_TOKEN
-        token = FIRST_TOKEN + xxh3_64_intdigest(position.to_bytes(4, "little"), name) % span
-        return Sampled(token, None if sequence.request.sampling.logprobs is None else TokenLogprob(token, -1.0))
+        if not sequence.request.stop.ignore_eos and position >= self._answer_length(sequence):
+            return [Sampled(self._end)]
+        name, span = self._name(sequence), self._vocab_size - FIRST_TOKEN
+        ids = [FIRST_TOKEN + (name + at * 2_654_435_761 >> 4) % span for at in range(position, position + count)]
+        if sequence.request.sampling.logprobs is None:
+            return [Sampled(id_) for id_ in ids]
+        return [Sampled(id_, TokenLogprob(id_, -1.0)) for id_ in ids]
+
+    @staticmethod
+    def _name(sequence: Sequence) -> int:
+        if sequence.memo is None:
+            sequence.memo = sequence_hash(sequence.request.prompt, sequence.request.cache_salt)
+        return sequence.memo

@@ -25,6 +25,7 @@ from dynserve.errors import (
     Overloaded,
     TimedOut,
 )
+from dynserve.frontend.decisions import KEPT
 from dynserve.frontend.pipeline import Prompt
 from dynserve.frontend.response import TokenResponse, error_object
 from dynserve.openai.prompt import Preprocessor
@@ -40,6 +41,8 @@ INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would 
 MAX_BODY = 32 << 20  # bytes
 MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
 EDGE_TIMEOUT = 60.0  # seconds for the body to arrive, and for a prompt to be tokenised
+MAX_SESSION = 256  # characters
+MAX_PRIORITY = 1_000
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -79,6 +82,7 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
             stop=asked.stops(len(ids), model.card.max_seq_len, default_tokens),
             render=asked.render(kind, logprobs),
             cache_salt=asked.cache_salt or "",
+            **_wishes(request, asked.priority),
         )
         return TokenResponse(frontend.pipeline, prompt)
 
@@ -102,6 +106,13 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
         served = [name for name in frontend.fleet.models if frontend.fleet.serves(name)]
         return {"object": "list", "data": [_model_object(frontend, name) for name in served]}
 
+    @app.get("/v1/requests/{request_id}/why")
+    async def why(request_id: str) -> dict[str, Any]:
+        decision = frontend.pipeline.decisions.get(request_id)
+        if decision is None:
+            raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
+        return decision.told()
+
     @app.get("/health")
     async def health() -> JSONResponse:
         body = frontend.health()
@@ -121,7 +132,7 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(DynserveError)
     async def ours(request: Request, error: DynserveError) -> JSONResponse:
-        headers = {"retry-after": "1"} if error.retryable else None
+        headers = {"retry-after": str(error.retry_after)} if error.retryable else None
         return JSONResponse(error_object(error), error.status, headers=headers)
 
     @app.exception_handler(HTTPException)
@@ -155,6 +166,30 @@ async def _body(request: Request) -> bytes:
 
 class BodyTooLarge(BadRequest):
     code, status = "body_too_large", 413
+
+
+class NoSuchRequest(BadRequest):
+    code, status = "request_not_found", 404
+
+
+def _wishes(request: Request, priority: int | None) -> dict[str, Any]:
+    """What the headers say of how the request is to be routed; the body's `priority` wins over the header's."""
+    headers = request.headers
+    if priority is None and (given := headers.get("x-dynserve-priority")):
+        try:
+            priority = int(given)
+        except ValueError:
+            raise BadRequest(f"x-dynserve-priority: {given!r} is not a whole number") from None
+    session = headers.get("x-dynserve-session", "")
+    if len(session) > MAX_SESSION:
+        raise BadRequest(f"x-dynserve-session is longer than {MAX_SESSION} characters")
+    named = headers.get("x-dynserve-instance", "")
+    return {
+        "priority": max(-MAX_PRIORITY, min(MAX_PRIORITY, priority or 0)),
+        "session": session,
+        "instances": tuple(name for part in named.split(",") if (name := part.strip())),
+        "explain": headers.get("x-dynserve-explain", "") in ("1", "true"),
+    }
 
 
 def _body_of(model: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import msgspec
 
 from dynserve.errors import DynserveError, InternalError, TimedOut, Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
+from dynserve.openai.parity import difference, parity
 from dynserve.openai.prompt import Preprocessor
-from dynserve.routing.router import Router
+from dynserve.routing.router import Router, Target
 from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks
 from dynserve.transport.base import Change, Link, Put
@@ -90,11 +91,12 @@ class Peer:
     leaving: bool = False  # gone from discovery, link still up: it finishes what it has
     load: Load | None = None
     problem: str = ""  # why it is not routed to although it is there
+    target: Target | None = None  # what the router knows it by, while it is linked, described and without a problem
     replies: dict[int, Reply] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
-        return self.instance is not None and self.linked and not self.leaving and not self.problem
+        return self.target is not None and self.linked and not self.leaving and not self.problem
 
     @property
     def linked(self) -> bool:
@@ -111,6 +113,7 @@ class Model:
 
     card: Card
     preprocessor: Preprocessor
+    parity: dict[str, str]  # what this frontend makes of the probes
 
 
 class Fleet:
@@ -122,28 +125,46 @@ class Fleet:
         self.models: dict[str, Model] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._peer_of: dict[Link, Peer] = {}
-        self.feeds = KvFeeds(router, self._ask_snapshot)
+        self._pools: dict[tuple[str, str], list[Target]] = {}  # until something about a peer changes
+        self._clock = asyncio.get_running_loop().time
+        self.feeds = KvFeeds(router, self._ask_snapshot, self._clock)
+        self.changed: Callable[[], None] = lambda: None  # called when a worker can be placed on that could not before
 
-    def usable(self, model: str, *roles: str) -> list[Peer]:
-        """Workers of the model in these roles that can be placed on now."""
-        return [
-            p
-            for p in self.peers.values()
-            if p.usable and p.instance is not None and p.instance.role in roles and p.instance.card.model == model
-        ]
+    def targets(self, model: str, role: str) -> list[Target]:
+        """Workers of the model in this role that can be placed on now. The list must not be changed."""
+        found = self._pools.get((model, role))
+        if found is None:
+            found = self._pools[model, role] = [
+                p.target
+                for p in self.peers.values()
+                if p.usable and p.target and p.instance and (p.instance.role, p.instance.card.model) == (role, model)
+            ]
+        return found
 
     def serves(self, model: str) -> bool:
         """Every role that the model needs is there."""
         if model not in self.models:
             return False
-        if self.usable(model, "prefill_and_decode"):
+        if self.targets(model, "prefill_and_decode"):
             return True
-        return bool(self.usable(model, "prefill") and self.usable(model, "decode"))
+        return bool(self.targets(model, "prefill") and self.targets(model, "decode"))
+
+    def has_room(self, model: str) -> bool:
+        """Whether a request could be placed on workers that are under their thresholds. True where there are none: then
+        it is not load that is in the way."""
+        has_room = self._router.has_room
+        prefill, decode = self.targets(model, "prefill"), self.targets(model, "decode")
+        if prefill and decode:
+            return any(has_room(t, "prefill") for t in prefill) and any(has_room(t, "decode") for t in decode)
+        both = self.targets(model, "prefill_and_decode")
+        return not both or any(has_room(t, "aggregated") for t in both)
 
     # discovery
 
     def discovered(self, change: Change) -> None:
+        """A worker's entry came, changed or went; those of frontends are not ours."""
         id_ = change.key.rsplit("/", 1)[-1]
+        self._pools.clear()
         if isinstance(change, Put):
             instance = discovery.parse(change.key, change.value)
             if isinstance(instance, WorkerInstance):
@@ -159,6 +180,9 @@ class Fleet:
         report = _decoded(events.decode_load, payload)
         if report is not None and (peer := self.peers.get(report.instance_id)) is not None:
             peer.load = report.load
+            self.feeds.reported(peer.id, report.epoch, report.event_id)
+            if peer.target is not None:
+                self._router.ledger.reported(peer.id, report.load, peer.target.block_size)
 
     def kv_changed(self, payload: bytes) -> None:
         batch = _decoded(events.decode_kv, payload)
@@ -188,7 +212,8 @@ class Fleet:
         if peer is None or peer.link is not link:
             return
         log.info("worker %s is gone: %s", peer.id, reason)
-        peer.link, peer.load = None, None
+        self._pools.clear()
+        peer.link, peer.load, peer.target = None, None, None
         self.feeds.left(peer.id)
         for reply in list(peer.replies.values()):
             reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
@@ -232,6 +257,7 @@ class Fleet:
         self._peer_of[link] = peer
         link.send(Welcome(self._id))
         self.feeds.joined(peer.id, hello.epoch)
+        self._let_in(peer)
         if len(messages) > 1:
             self.received(link, messages[1:])
 
@@ -257,7 +283,8 @@ class Fleet:
     # models
 
     def _check(self, peer: Peer) -> None:
-        """Compares a worker with the model it joins; the model's first worker defines it."""
+        """Compares a worker with the model it joins: the model's first worker defines the block size, the files that this
+        frontend has define what text means."""
         assert peer.instance is not None
         card = peer.instance.card
         model = self.models.get(card.model)
@@ -266,12 +293,22 @@ class Fleet:
             if card.model not in self._loading:
                 self._loading[card.model] = self._tasks.create_task(self._load(card.model))
             return
-        peer.problem = ""
-        for what in ("block_size", "files"):
-            if getattr(card, what) != getattr(model.card, what):
-                name = "tokenizer or template" if what == "files" else what.replace("_", " ")
-                peer.problem = f"refused: its {name} differs from that of the model's other workers"
-                log.error("worker %s %s", peer.id, peer.problem)
+        cause = difference(card.parity, model.parity)
+        if cause is None and card.files != model.card.files:
+            cause = f"its {_differing(card.files, model.card.files)} differs from that of the model's other workers"
+        peer.problem = f"refused: {cause}" if cause else ""
+        if cause:
+            log.error("worker %s %s", peer.id, peer.problem)
+        self._let_in(peer)
+
+    def _let_in(self, peer: Peer) -> None:
+        """Makes the peer a target once it is linked, described and without a problem."""
+        self._pools.clear()
+        if peer.target is None and peer.instance is not None and peer.linked and not peer.problem:
+            card, now = peer.instance.card, self._clock()
+            peer.target = self._router.join(peer.id, card.block_size, card.num_blocks, now, events=card.kv_events)
+            self.feeds.placeable(peer.target)
+            self.changed()
 
     async def _load(self, name: str) -> None:
         """Fetches tokenizer and template from any worker of the model that answers."""
@@ -293,7 +330,8 @@ class Fleet:
                     except Exception as error:
                         log.error("model %s: its tokenizer or template cannot be used: %s", name, error)
                     else:
-                        self.models[name] = Model(instance.card, preprocessor)
+                        ours = await asyncio.to_thread(parity, preprocessor, instance.card.block_size)
+                        self.models[name] = Model(instance.card, preprocessor, ours)
                         break
                 else:
                     await asyncio.sleep(backoff.next())
@@ -309,6 +347,11 @@ class SlowClient(InternalError):
     """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
 
     code = "slow_client"
+
+
+def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Names of the files that are not the same."""
+    return ", ".join(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))
 
 
 def _decoded(decode: Callable[[bytes], Any], payload: bytes) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,14 @@ from typing import Any
 from fastapi import FastAPI
 
 from dynserve.config import FrontendConfig
+from dynserve.frontend.admission import Admission
 from dynserve.frontend.app import make_app
-from dynserve.frontend.fleet import Fleet
+from dynserve.frontend.fleet import Fleet, Peer
 from dynserve.frontend.pipeline import Pipeline
+from dynserve.frontend.sharing import Sharing, frontends
 from dynserve.metrics import FrontendMetrics
-from dynserve.routing.router import Router
+from dynserve.routing.policy import IndexState, Weights
+from dynserve.routing.router import Router, RouterOptions
 from dynserve.tasks import task_group
 from dynserve.transport.base import Registration
 from dynserve.transport.planes import Planes
@@ -25,6 +30,28 @@ from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
 
 TOKENISER_THREADS = 2
+LOOK_EVERY = 1.0  # seconds between looks at what nobody reports: expired assumptions, an index that has room again
+
+
+def router_options(config: FrontendConfig) -> RouterOptions:
+    return RouterOptions(
+        mode=config.router_mode,
+        policy=config.router_policy,
+        weights=Weights(
+            prefill=config.router_prefill_weight,
+            overlap=config.router_overlap_weight,
+            transfer=config.router_transfer_weight,
+            herd=config.router_herd_factor,
+            temperature=config.router_temperature,
+        ),
+        slow_start_s=config.router_slow_start_s,
+        session_ttl_s=config.router_session_ttl_s,
+        assume_ttl_s=config.router_assume_ttl_s,
+        index_bytes=config.router_index_bytes,
+        local_prefill_tokens=config.local_prefill_tokens,
+        busy_prefill_tokens=config.busy_prefill_tokens,
+        busy_kv_fraction=config.busy_kv_fraction,
+    )
 
 
 class Frontend:
@@ -36,37 +63,62 @@ class Frontend:
         self.started_at = time.time()
         self._planes = planes
         self._registration: Registration | None = None
+        self.sharing = Sharing(id_, config.namespace, planes.bus, router.ledger)
+        self.admission = Admission(config.max_queued, config.max_queued_s, fleet.has_room)
         self.pipeline = Pipeline(
-            id_, config.namespace, planes.bus, fleet, router, self.metrics,
+            id_, config.namespace, planes.bus, fleet, router, self.metrics, self.admission,
             timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
         )  # fmt: skip
+        fleet.changed = self.admission.look
+        router.ledger.listeners.append(lambda _: self.admission.look())
         self.app: FastAPI
 
     @staticmethod
     @asynccontextmanager
-    async def open(config: FrontendConfig, planes: Planes, http_url: str = "") -> AsyncIterator[Frontend]:
-        """Listens for links, follows discovery and events, and registers. Does not wait for etcd or for workers."""
+    async def open(
+        config: FrontendConfig, planes: Planes, http_url: str = "", rng: random.Random | None = None
+    ) -> AsyncIterator[Frontend]:
+        """Listens for links, follows discovery and events, and registers. Does not wait for etcd or for workers. `rng`
+        draws among equals; a seeded one makes a simulation repeatable.
+
+        Raises:
+            ConfigError: the link port is taken, or `router_policy` names no policy.
+        """
         id_ = f"frontend-{token_hex(6)}"
-        router = Router(config.router_mode, prefill_weight=config.router_prefill_weight)
-        prefix, every = discovery.prefix(config.namespace), (config.namespace, "*", "*")
+        router = Router(router_options(config), rng)
+        namespace, prefix, every = config.namespace, discovery.prefix(config.namespace), (config.namespace, "*", "*")
         with ThreadPoolExecutor(TOKENISER_THREADS, "tokenise") as pool:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
                 frontend = Frontend(config, planes, id_, fleet, router)
                 frontend.app = make_app(frontend, pool)
+                tasks.create_task(frontend.sharing.publish())
+                tasks.create_task(frontend._look())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
                     planes.bus.subscribe(events.load_subject(*every), fleet.load_reported),
+                    planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend.sharing.received),
                     planes.registry.watch(prefix, fleet.discovered),
+                    planes.registry.watch(frontends(namespace), frontend.sharing.discovered),
                 ):
                     instance = FrontendInstance(
                         id=id_, host=config.http_host, pid=os.getpid(), link_address=address, http_url=http_url
                     )
-                    key = discovery.key(config.namespace, instance)
+                    key = discovery.key(namespace, instance)
                     async with planes.registry.register(key, discovery.encode(instance)) as registration:
                         frontend._registration = registration
                         yield frontend
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            self.router.expire(loop.time())
+            self.fleet.feeds.look()
+            self.admission.look()
+            for worker in [w for w in self.pipeline.predictions.ratios() if w not in self.fleet.peers]:
+                self.pipeline.predictions.forget(worker)
 
     def health(self) -> dict[str, Any]:
         """`instances` lists workers whose link is up, and says of each whether it is routed to."""
@@ -78,28 +130,51 @@ class Frontend:
             "models": models,
             "router_mode": self.config.router_mode,
             "planes": {"nats": self._planes.bus.connected, "registered": registered},
+            "queued": {model: len(queue) for model, queue in self.admission.queues.items()},
             "instances": [
-                {
-                    "id": peer.id,
-                    "role": peer.instance.role,
-                    "model": peer.instance.card.model,
-                    "address": peer.instance.system_url,
-                    "pid": peer.instance.pid,
-                    "state": peer.state,
-                    "index": "exact" if self.fleet.feeds.exact(peer.id) else "degraded",
-                    "cached_blocks": self.router.index.blocks(peer.id),
-                    "load": None
-                    if peer.load is None
-                    else {n: getattr(peer.load, n) for n in peer.load.__struct_fields__},
-                }
-                for peer in self.fleet.peers.values()
-                if peer.instance is not None and peer.linked
+                self._told(peer) for peer in self.fleet.peers.values() if peer.instance is not None and peer.linked
             ],
+        }
+
+    def _told(self, peer: Peer) -> dict[str, Any]:
+        assert peer.instance is not None
+        account = self.router.ledger.account(peer.id)
+        load = peer.load
+        return {
+            "id": peer.id,
+            "role": peer.instance.role,
+            "model": peer.instance.card.model,
+            "address": peer.instance.system_url,
+            "pid": peer.instance.pid,
+            "state": peer.state,
+            "index": peer.target.index if peer.target is not None else IndexState.DEGRADED,
+            "cached_blocks": self.router.index.blocks(peer.id),
+            "warnings": ["CACHE_PREDICTION_DRIFT"] if self.pipeline.predictions.drifting(peer.id) else [],
+            "load": None if load is None else {name: getattr(load, name) for name in load.__struct_fields__},
+            "placed": {
+                "requests": account.requests,
+                "prefill_tokens": account.prefill_tokens,
+                "decode_tokens": account.decode_tokens,
+            },
         }
 
     def metrics_page(self) -> bytes:
         for role in ("prefill", "decode", "prefill_and_decode"):
             usable = [p for p in self.fleet.peers.values() if p.usable and p.instance and p.instance.role == role]
             self.metrics.instances.labels(role).set(len(usable))
-        self.metrics.index_blocks.set(len(self.router.index))
-        return self.metrics.render()
+        metrics, router = self.metrics, self.router
+        metrics.index_blocks.set(len(router.index))
+        metrics.index_bytes.set(router.index.num_bytes)
+        metrics.index_evicted.set(router.index.evicted)
+        metrics.resyncs.set(self.fleet.feeds.resyncs)
+        metrics.frontends.set(1 + self.sharing.others)
+        for gauge in (metrics.index_state, metrics.prediction_ratio, metrics.queue_length):
+            gauge.clear()
+        for target in router.targets.values():
+            for state in IndexState:
+                metrics.index_state.labels(target.worker, state).set(target.index is state)
+        for worker, ratio in self.pipeline.predictions.ratios().items():
+            metrics.prediction_ratio.labels(worker).set(ratio)
+        for model, queue in self.admission.queues.items():
+            metrics.queue_length.labels(model).set(len(queue))
+        return metrics.render()

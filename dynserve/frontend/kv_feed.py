@@ -1,7 +1,8 @@
 """The KV feed: what workers say of their caches, in order and without gaps, or known to be neither.
 
 Events carry consecutive ids per worker and start (epoch). Whatever does not follow is answered with a wish for a
-snapshot; until that is in, the worker's index is DEGRADED: it may lack blocks, or name some that are gone.
+snapshot; until that is in, the worker's index is DEGRADED: it may lack blocks, or name some that are gone. Load reports
+name the last event that was published, so that a loss is also noticed when nothing follows it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynserve.routing.router import Router
+from dynserve.routing.policy import IndexState
+from dynserve.routing.router import Router, Target
 from dynserve.wire.events import Cleared, KvEvents, Stored
 from dynserve.wire.link import Snapshot
 
@@ -21,6 +23,7 @@ class _Feed:
     epoch: int
     next_id: int = 0
     exact: bool = False
+    suspected: int = -1  # an event id that a load report named and that was not here then
     held: list[KvEvents] = field(default_factory=list)
     parts: list[list[int]] = field(default_factory=list)
 
@@ -28,20 +31,51 @@ class _Feed:
 class KvFeeds:
     """Applies events to the router's index. `ask(worker)` sends a snapshot request over the worker's link."""
 
-    def __init__(self, router: Router, ask: Callable[[str], None]) -> None:
-        self._router, self._ask = router, ask
+    def __init__(self, router: Router, ask: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._router, self._ask, self._clock = router, ask, clock
         self._feeds: dict[str, _Feed] = {}
+        self.resyncs = 0
 
     def exact(self, worker: str) -> bool:
-        return worker in self._feeds and self._feeds[worker].exact
+        return worker in self._feeds and self._feeds[worker].exact and worker not in self._router.index.degraded
 
     def joined(self, worker: str, epoch: int) -> None:
         """Its link is up: from here on its cache can be known."""
         self._resync(worker, epoch)
 
+    def placeable(self, target: Target) -> None:
+        """It has become a target: its state is told there from now on. One without events needs no feed."""
+        if target.index is IndexState.APPROX:
+            self._feeds.pop(target.worker, None)
+            self._router.index.clear(target.worker)
+        else:
+            self._tell(target.worker)
+
     def left(self, worker: str) -> None:
         self._feeds.pop(worker, None)
         self._router.forget(worker)
+
+    def reported(self, worker: str, epoch: int, event_id: int) -> None:
+        """A load report names the last event published before it. Reports and events may overtake each other, so it takes
+        a second report to call an event lost."""
+        feed = self._feeds.get(worker)
+        if feed is None or not feed.exact or epoch != feed.epoch:
+            return
+        if feed.next_id <= feed.suspected:
+            self._resync(worker, epoch)
+        elif event_id >= feed.next_id:
+            feed.suspected = event_id
+        else:
+            self._tell(worker)
+
+    def look(self) -> None:
+        """To be called every few seconds: an index that lost entries for want of room is made whole once there is some."""
+        index = self._router.index
+        for worker in list(index.degraded):
+            if (feed := self._feeds.get(worker)) is not None and len(index) < index.capacity * 3 // 4:
+                self._resync(worker, feed.epoch)
+            else:
+                self._tell(worker)
 
     def events(self, batch: KvEvents) -> None:
         feed = self._feeds.get(batch.instance_id)
@@ -68,7 +102,8 @@ class KvFeeds:
             return
         self._router.apply(worker, [Cleared(), *(Stored(None, hashes) for hashes in feed.parts)])
         held, feed.held, feed.parts = feed.held, [], []
-        feed.next_id, feed.exact = part.event_id + 1, True
+        feed.next_id, feed.exact, feed.suspected = part.event_id + 1, True, -1
+        self._tell(worker)
         for batch in held:
             self.events(batch)
 
@@ -78,8 +113,19 @@ class KvFeeds:
             return False
         self._router.apply(worker, batch.events[feed.next_id - batch.first_id :])
         feed.next_id = max(feed.next_id, batch.first_id + len(batch.events))
+        self._tell(worker)
         return True
 
     def _resync(self, worker: str, epoch: int) -> None:
         self._feeds[worker] = _Feed(epoch)
+        self.resyncs += 1
+        self._tell(worker)
         self._ask(worker)
+
+    def _tell(self, worker: str) -> None:
+        target = self._router.targets.get(worker)
+        if target is not None and target.index is not IndexState.APPROX:
+            if self.exact(worker):
+                target.index, target.heard = IndexState.EXACT, self._clock()
+            else:
+                target.index = IndexState.DEGRADED

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
 import msgspec
 
 from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.frontend.admission import Admission, Waiting
+from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
 from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply
 from dynserve.metrics import FrontendMetrics
-from dynserve.routing.router import Placed, Router, Target
+from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
 from dynserve.wire import events, requests
 from dynserve.wire.link import Finished, Submit
@@ -53,6 +55,10 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     stop: Stop
     render: Render
     cache_salt: str = ""
+    priority: int = 0  # higher ones leave the frontend's queue first
+    session: str = ""
+    instances: tuple[str, ...] = ()
+    explain: bool = False
 
 
 class Pipeline:
@@ -60,10 +66,12 @@ class Pipeline:
 
     def __init__(
         self, frontend_id: str, namespace: str, bus: Bus, fleet: Fleet, router: Router, metrics: FrontendMetrics,
-        *, timeout_s: float, max_stream_bytes: int,
+        admission: Admission, *, timeout_s: float, max_stream_bytes: int,
     ) -> None:  # fmt: skip
         self.frontend_id, self.namespace, self.bus, self.fleet, self.router = frontend_id, namespace, bus, fleet, router
-        self.metrics, self.timeout_s, self.max_stream_bytes = metrics, timeout_s, max_stream_bytes
+        self.metrics, self.admission = metrics, admission
+        self.timeout_s, self.max_stream_bytes = timeout_s, max_stream_bytes
+        self.decisions, self.predictions = DecisionLog(), Predictions()
         # streams of an earlier process with the same id must never be taken for ours
         self.streams = count(time.time_ns() // 1000)
 
@@ -74,6 +82,7 @@ class Pipeline:
     async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
         """The request runs as long as the block. Leaving it early cancels everywhere."""
         run = Run(self, prompt)
+        self.decisions.add(run.decision)
         self.metrics.accepted.labels(prompt.model).inc()
         self.metrics.in_flight.labels(prompt.model).inc()
         try:
@@ -96,7 +105,12 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
         self._pipeline, self._prompt = pipeline, prompt
-        self.deadline = asyncio.get_running_loop().time() + pipeline.timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self.began = self._clock()
+        self.deadline = self.began + pipeline.timeout_s
+        self.decision = Decision(prompt.id, prompt.model, len(prompt.tokens) // 4, self.began)
+        self._ask = Ask(prompt.tokens, prompt.cache_salt, session=prompt.session, instances=prompt.instances)
+        self._waiting: Waiting | None = None
         self._replies: list[Reply] = []
         self._placed: list[Placed] = []
         self._cancelled: DynserveError | None = None
@@ -106,25 +120,47 @@ class Run:
 
     async def records(self) -> AsyncIterator[list[Record]]:
         """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
-        fleet, name = self._pipeline.fleet, self._prompt.model
-        if fleet.usable(name, "prefill") and fleet.usable(name, "decode"):
-            last: Finished | None = None
-            async for burst in self._phase("prefill", ("prefill",), None, None):
+        pipeline, model = self._pipeline, self._prompt.model
+        await self._enter()
+        decoders = pipeline.fleet.targets(model, "decode")
+        if not decoders or not pipeline.fleet.targets(model, "prefill"):
+            async for burst in self._phase("aggregated", "prefill_and_decode", None, None):
                 yield burst
-                last = burst[-1] if isinstance(burst[-1], Finished) else None
-            if last is None or last.handoff is None:
-                return
-            prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
-            async for burst in self._phase("decode", ("decode",), prior, last.handoff):
+            return
+        if local := pipeline.router.local(self._ask, decoders):
+            pipeline.metrics.local_prefills.inc()
+            async for burst in self._phase("aggregated", "decode", None, None, first=local):
                 yield burst
-        else:
-            async for burst in self._phase("aggregated", ("prefill_and_decode",), None, None):
-                yield burst
+            return
+        last: Finished | None = None
+        async for burst in self._phase("prefill", "prefill", None, None):
+            yield burst
+            last = burst[-1] if isinstance(burst[-1], Finished) else None
+        if last is None or last.handoff is None:
+            return
+        prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
+        async for burst in self._phase("decode", "decode", prior, last.handoff):
+            yield burst
+
+    async def _enter(self) -> None:
+        """Waits for its turn while all workers are over their thresholds."""
+        queue = self._pipeline.admission.queue(self._prompt.model)
+        self._waiting = queue.enter(self._prompt.priority)
+        if self._waiting is not None:
+            began = self._clock()
+            try:
+                await queue.wait(self._waiting, self.deadline)
+            finally:
+                self._waiting = None
+                self.decision.queued_s = self._clock() - began
+                self._pipeline.metrics.queued.labels(self._prompt.model).observe(self.decision.queued_s)
 
     def cancel(self, error: DynserveError) -> None:
         """The client has left: whoever waits for records gets `error`."""
         self.outcome = "cancelled"
         self._cancelled = error
+        if self._waiting is not None:
+            self._waiting.fail(error)
         for reply in self._replies:
             reply.fail(error)
 
@@ -141,56 +177,66 @@ class Run:
         for reply in self._replies:
             reply.close()
         for placed in self._placed:
-            placed.charge.close()
+            placed.close()
+        self.decision.outcome, self.decision.ended = self.outcome, self._clock()
 
     async def _phase(
-        self, phase: Phase, roles: tuple[str, ...], prior: Prior | None, handoff: Handoff | None
+        self, phase: Phase, role: str, prior: Prior | None, handoff: Handoff | None, first: Sequence[Target] = ()
     ) -> AsyncIterator[list[Record]]:
-        """One phase, placed again on another worker as long as nothing has come from the one before."""
+        """One phase, placed again on another worker as long as nothing has come from the one before. `first`: the only
+        workers for the first placement."""
+        pipeline, model = self._pipeline, self._prompt.model
         excluded: set[str] = set()
-        error: DynserveError = NoWorker(f"no {' or '.join(roles)} worker serves {self._prompt.model} at the moment")
+        error: DynserveError = NoWorker(f"no {role} worker serves {model} at the moment")
         for _ in range(ATTEMPTS):
             if self._cancelled is not None:
                 raise self._cancelled
-            peers = [p for p in self._pipeline.fleet.usable(self._prompt.model, *roles) if p.id not in excluded]
-            if not peers:
+            targets = first or [t for t in pipeline.fleet.targets(model, role) if t.worker not in excluded]
+            if not targets:
                 break
-            placed, peer = self._place(phase, peers)
+            placed = pipeline.router.place(
+                self._ask, phase, targets, self._clock(), why="local prefill" if first else ""
+            )
+            first = ()
+            placement = self.decision.placed(placed)
+            self._placed.append(placed)
             started = False
             try:
-                reply = await self._start(phase, peer, prior, handoff)
+                reply = await self._start(phase, pipeline.fleet.peers[placed.worker], prior, handoff)
                 while burst := await reply.channel.take():
                     if not started:
                         started = True
-                        placed.charge.prefilled()
+                        placed.prefilled()
                     for record in burst:
                         self.tokens += record.token_ids
-                    yield burst
-                    if isinstance(burst[-1], Finished):
+                        placed.grew(len(record.token_ids))
+                    last = burst[-1]
+                    if isinstance(last, Finished):
+                        self._note_end(placed, placement, last)
+                        yield burst
                         return
-                raise WorkerLost(f"worker {peer.id} ended the stream without a last word")
+                    yield burst
+                raise WorkerLost(f"worker {placed.worker} ended the stream without a last word")
             except ClusterError as failure:
+                placement.failure = failure.code
                 if started or (isinstance(failure, TimedOut) and not isinstance(failure, _NoAck)):
                     raise
                 error = failure
-                excluded.add(peer.id)
-                self._pipeline.metrics.replaced.inc()
-                log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, peer.id, failure)
+                excluded.add(placed.worker)
+                pipeline.metrics.replaced.inc()
+                log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)
             finally:
-                placed.charge.close()
+                placed.close()
         if isinstance(error, _NoAck):
             raise TimedOut(str(error)) from error
         raise error
 
-    def _place(self, phase: Phase, peers: list[Peer]) -> tuple[Placed, Peer]:
-        router, prompt = self._pipeline.router, self._prompt
-        targets = [Target(p.id, p.instance.card.block_size) for p in peers if p.instance is not None]
-        if phase == "decode":
-            placed = router.place_decode(targets, len(prompt.tokens) // 4)
-        else:
-            placed = router.place(targets, prompt.tokens, prompt.cache_salt, answers=phase == "aggregated")
-        self._placed.append(placed)
-        return placed, next(p for p in peers if p.id == placed.worker)
+    def _note_end(self, placed: Placed, placement: Placement, last: Finished) -> None:
+        """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""
+        placed.close()
+        placement.usage = last.usage
+        if placed.cached_tokens is not None:
+            self._pipeline.predictions.note(placed.worker, placed.cached_tokens, last.usage.cached_tokens)
 
     async def _start(self, phase: Phase, peer: Peer, prior: Prior | None, handoff: Handoff | None) -> Reply:
         """Raises ClusterError when this worker does not take it, CallerError when none would."""

@@ -73,13 +73,15 @@ class TokenResponse(Response):
                 if not self._sent:
                     await self._start(200, _SSE, send)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        last = b": explain " + run.decision.header() + b"\n\n" if self._prompt.explain else b""
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""
         async for burst in self._timed(run):
             body = burst[-1].data
-        await self._whole(200, body, send)
+        explained = [(b"x-dynserve-explain", run.decision.header())] if self._prompt.explain else []
+        await self._whole(200, body, send, explained)
 
     async def _timed(self, run: Run) -> AsyncIterator[list[Record]]:
         """The run's records, with the times and counts of the request taken on the way."""
@@ -88,7 +90,8 @@ class TokenResponse(Response):
         async for burst in run.records():
             if first:
                 first = False
-                metrics.ttft.labels(model).observe(loop.time() - self._began)
+                run.decision.ttft_s = loop.time() - self._began
+                metrics.ttft.labels(model).observe(run.decision.ttft_s)
             yield burst
             last = burst[-1]
             if isinstance(last, Finished) and last.handoff is None:
@@ -106,12 +109,11 @@ class TokenResponse(Response):
                 if self._sent:
                     await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
                 else:
-                    await self._whole(error.status, body, send, retry=error.retryable)
+                    retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
+                    await self._whole(error.status, body, send, retry)
 
-    async def _whole(self, status: int, body: bytes, send: Send, *, retry: bool = False) -> None:
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if retry:
-            headers.append((b"retry-after", b"1"))
+    async def _whole(self, status: int, body: bytes, send: Send, more: list[tuple[bytes, bytes]]) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
         await self._start(status, headers, send)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -39,16 +39,19 @@ class Preprocessor:
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
         """
+        return self.tokenize(self.render(messages, variables), special=False)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The text that `chat` tokenises; raises what `chat` raises."""
         ours = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self._special}
         if taken := sorted(ours.keys() & (variables or {}).keys() - {"add_generation_prompt", "documents"}):
             raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._template.render(ours | dict(variables or {}))
+            return self._template.render(ours | dict(variables or {}))
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise BadRequest(f"the model's chat template refused these messages: {error}", param="messages") from error
-        return self.tokenize(text, special=False)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""

@@ -80,6 +80,7 @@ class Common(BaseModel):
     ignore_eos: bool = False
     n: int | None = None
     cache_salt: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
 
     def sampling(self, defaults: Sampling, logprobs: int | None) -> Sampling:
         """A request's own fields over the model's defaults. A seed is drawn here, so that every worker has the same."""

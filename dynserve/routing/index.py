@@ -1,100 +1,219 @@
 """The prefix index: which worker holds which blocks.
 
 One dict from rolling hash to an int used as a set of workers (bit i: the worker in slot i). A rolling hash names its
-whole prefix, so the longest match of every worker falls out of one walk along the prompt's hashes.
+whole prefix, so the longest match of every worker falls out of one pass over the prompt's hashes: the sets of a prefix's
+blocks, AND-ed together, only ever shrink, and where they shrink is found by bisection.
+
+A worker that clears its cache or leaves gives up its slot at once, and nothing else happens: bits of given-up slots are
+masked out of every answer, and wiped in small portions while the index is written to. So a worker with a million blocks
+leaves in a microsecond, and no set of blocks is kept per worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
+from operator import and_
+
+CHUNK = 64  # blocks looked up between two questions whether anybody is left
+WIPED_AT_ONCE = 4096  # entries that one call of `store` or `remove` cleans of given-up slots
+EVICTED_SHARE = 32  # one part in this many goes when the budget is reached
+KEY_BYTES = sys.getsizeof(1 << 63)
+TABLE_BYTES = 120  # CPython's dict: 4 to 6 slots of 4 bytes and up to 4 entries of 24 for each used one after it grew
 
 
 class PrefixIndex:
-    """Keyed by worker id. Questions change nothing; `store`, `remove`, `clear` and `drop` do."""
+    """Keyed by worker id. Questions change nothing that an answer shows; `store`, `remove`, `clear` and `drop` do.
 
-    def __init__(self) -> None:
-        self._holders: dict[int, int] = {}
+    `max_bytes` bounds the index: when it is reached, the blocks that were least recently stored or matched go, and every
+    worker that loses one is put into `degraded`, for its feed to know.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        self._max_bytes = max_bytes
+        self.evicted = 0  # blocks that went for want of room
+        self.degraded: set[str] = set()
+        self._holders: dict[int, int] = {}  # least recently stored or matched first, once the budget is near
         self._slots: dict[str, int] = {}
         self._workers: dict[int, str] = {}
-        self._held: dict[str, set[int]] = {}  # per worker, so that its removal is exact
+        self._counts: dict[str, int] = {}
+        self._live = 0  # bits of the slots in use
+        self._given_up = 0  # bits of slots whose entries are not wiped yet
+        self._wiping: Iterator[int] | None = None
+        self._wiping_bits = 0
 
     def __len__(self) -> int:
-        """Distinct blocks known."""
+        """Distinct blocks known, and those of workers that left which are not wiped yet."""
         return len(self._holders)
 
+    @property
+    def num_bytes(self) -> int:
+        """The table, its keys, and a value of its own for each entry (an overestimate where only one worker holds it)."""
+        return sys.getsizeof(self._holders) + len(self._holders) * (KEY_BYTES + self._value_bytes)
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that fit into the budget however the dict grows: a table just made has 120 bytes per entry at worst."""
+        return self._max_bytes // (TABLE_BYTES + KEY_BYTES + self._value_bytes)
+
+    @property
+    def _value_bytes(self) -> int:
+        return 24 + 4 * ((self._live | self._given_up).bit_length() // 30 + 1)
+
     def blocks(self, worker: str) -> int:
-        return len(self._held.get(worker, ()))
+        return self._counts.get(worker, 0)
 
     def overlap(self, hashes: Sequence[int]) -> dict[str, int]:
         """Leading blocks that each worker holds; workers without any are left out."""
         found: dict[str, int] = {}
-        alive = -1
-        for depth, hash_ in enumerate(hashes):
-            holders = self._holders.get(hash_, 0) & alive
-            if depth and holders != alive:
-                self._note(found, alive & ~holders, depth)
-            alive = holders
+        alive, get = self._live, self._holders.get
+        for at in range(0, len(hashes), CHUNK):
+            # sets[k]: who holds everything up to block at + k, exclusive
+            sets = list(accumulate([get(h, 0) for h in hashes[at : at + CHUNK]], and_, initial=alive))
+            same = 0
+            while sets[-1] != alive:
+                differs = len(sets) - 1
+                while differs - same > 1:
+                    middle = (same + differs) // 2
+                    if sets[middle] == alive:
+                        same = middle
+                    else:
+                        differs = middle
+                self._note(found, alive & ~sets[differs], at + differs - 1)
+                alive, same = sets[differs], differs
             if not alive:
-                return found
-        if hashes:
-            self._note(found, alive, len(hashes))
+                break
+        self._note(found, alive, len(hashes))
+        if found and self._near_budget:
+            self._touch(hashes[: max(found.values())])
         return found
 
     def store(self, worker: str, hashes: Iterable[int]) -> None:
-        bit = 1 << self._slot(worker)
-        held = self._held[worker]
+        slot = self._slots.get(worker)
+        if slot is None:
+            slot = self._take_slot(worker)
+        bit, live, holders, new = 1 << slot, self._live, self._holders, 0
         for hash_ in hashes:
-            self._holders[hash_] = self._holders.get(hash_, 0) | bit
-            held.add(hash_)
+            known = holders.get(hash_)
+            if known is None:
+                holders[hash_] = bit  # one int object for all blocks that only this worker holds
+                new += 1
+            elif not known & bit:
+                holders[hash_] = known & live | bit
+                new += 1
+        self._counts[worker] += new
+        self.tidy()
+        if len(holders) > self.capacity:
+            self._evict()
 
     def remove(self, worker: str, hashes: Iterable[int]) -> None:
         """Blocks that the worker did not hold are ignored."""
-        if worker not in self._slots:
+        slot = self._slots.get(worker)
+        if slot is None:
             return
-        held = self._held[worker]
+        bit, live, holders, gone = 1 << slot, self._live, self._holders, 0
         for hash_ in hashes:
-            if hash_ in held:
-                held.remove(hash_)
-                self._unset(hash_, 1 << self._slots[worker])
+            known = holders.get(hash_, 0)
+            if known & bit:
+                gone += 1
+                if left := known & live & ~bit:
+                    holders[hash_] = left
+                else:
+                    del holders[hash_]
+        self._counts[worker] -= gone
+        self.tidy()
 
     def clear(self, worker: str) -> None:
         """The worker holds nothing any more."""
         if worker in self._slots:
-            bit = 1 << self._slots[worker]
-            for hash_ in self._held[worker]:
-                self._unset(hash_, bit)
-            self._held[worker].clear()
+            self.drop(worker)
+            self._take_slot(worker)
 
     def drop(self, worker: str) -> None:
-        """The worker is gone; its slot is free for another."""
-        if worker in self._slots:
-            self.clear(worker)
-            del self._workers[self._slots.pop(worker)], self._held[worker]
+        """The worker is gone."""
+        slot = self._slots.pop(worker, None)
+        self.degraded.discard(worker)
+        if slot is not None:
+            del self._workers[slot]
+            if self._counts.pop(worker):
+                self._given_up |= 1 << slot
+            self._live &= ~(1 << slot)
+
+    def tidy(self) -> None:
+        """Wipes a portion of what workers left behind. `store` and `remove` do the same; this is for quiet times."""
+        if self._given_up:
+            self._wipe()
 
     def check(self) -> None:
-        """Raises AssertionError when the two sides of the book differ."""
-        expected: dict[int, int] = {}
-        for worker, held in self._held.items():
-            for hash_ in held:
-                expected[hash_] = expected.get(hash_, 0) | 1 << self._slots[worker]
-        assert expected == self._holders
+        """Raises AssertionError when the books do not add up."""
+        counts = dict.fromkeys(self._slots, 0)
+        for bits in self._holders.values():
+            assert bits, "an entry that nobody holds"
+            assert not bits & ~(self._live | self._given_up | self._wiping_bits), "a bit of no slot"
+            for slot in _bits(bits & self._live):
+                counts[self._workers[slot]] += 1
+        assert counts == self._counts
         assert {slot: worker for worker, slot in self._slots.items()} == self._workers
+        assert sum(1 << slot for slot in self._workers) == self._live
+        assert not self._live & (self._given_up | self._wiping_bits), "a slot is in use and given up"
 
-    def _slot(self, worker: str) -> int:
-        slot = self._slots.get(worker)
-        if slot is None:
-            slot = next(i for i in range(len(self._workers) + 1) if i not in self._workers)
-            self._slots[worker], self._workers[slot], self._held[worker] = slot, worker, set()
+    def _take_slot(self, worker: str) -> int:
+        taken = self._live | self._given_up | self._wiping_bits
+        slot = (~taken & (taken + 1)).bit_length() - 1  # the lowest bit that is free
+        self._slots[worker], self._workers[slot], self._counts[worker] = slot, worker, 0
+        self._live |= 1 << slot
         return slot
 
-    def _unset(self, hash_: int, bit: int) -> None:
-        if left := self._holders[hash_] & ~bit:
-            self._holders[hash_] = left
-        else:
-            del self._holders[hash_]
+    def _wipe(self) -> None:
+        """A portion of the entries loses its given-up bits. A slot can be taken again once all have."""
+        if self._wiping is None:
+            self._wiping, self._wiping_bits = iter(list(self._holders)), self._given_up
+        holders, keep = self._holders, ~self._wiping_bits
+        portion = list(islice(self._wiping, WIPED_AT_ONCE))
+        for hash_ in portion:
+            bits = holders.get(hash_, 0)
+            if bits & ~keep:
+                if left := bits & keep:
+                    holders[hash_] = left
+                else:
+                    del holders[hash_]
+        if len(portion) < WIPED_AT_ONCE:
+            self._given_up &= ~self._wiping_bits
+            self._wiping, self._wiping_bits = None, 0
 
-    def _note(self, found: dict[str, int], slots: int, depth: int) -> None:
-        while slots:
-            low = slots & -slots
-            found[self._workers[low.bit_length() - 1]] = depth
-            slots ^= low
+    @property
+    def _near_budget(self) -> bool:
+        return len(self._holders) * 4 > self.capacity * 3
+
+    def _touch(self, hashes: Sequence[int]) -> None:
+        """Matched blocks go to the safe end, the first block last: a prefix outlives what follows it."""
+        holders = self._holders
+        for hash_ in reversed(hashes):
+            if (bits := holders.pop(hash_, None)) is not None:
+                holders[hash_] = bits
+
+    def _evict(self) -> None:
+        """The least recently stored or matched entries go, a portion at a time."""
+        gone = len(self._holders) - self.capacity + self.capacity // EVICTED_SHARE
+        lost = 0
+        for hash_ in list(islice(self._holders, gone)):
+            bits = self._holders.pop(hash_) & self._live
+            lost |= bits
+            for slot in _bits(bits):
+                self._counts[self._workers[slot]] -= 1
+        self.evicted += gone
+        self.degraded.update(self._workers[slot] for slot in _bits(lost))
+
+    def _note(self, found: dict[str, int], bits: int, depth: int) -> None:
+        for slot in _bits(bits):
+            if depth:
+                found[self._workers[slot]] = depth
+
+
+def _bits(bits: int) -> Iterator[int]:
+    """Numbers of the bits that are set, lowest first."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low

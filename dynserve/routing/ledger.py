@@ -1,66 +1,173 @@
-"""The load ledger: what every worker has been given and not yet finished, by this frontend's own books."""
+"""The load ledger: what every worker has been given and not yet finished.
+
+Three sources, one account per worker:
+
+    own       charges of this frontend: from placement to the last byte, exact
+    others    what other frontends say of their own charges (whole sums: the next message replaces a lost one)
+    reported  what the worker says of itself: progress on prompts that it has begun, and load that nobody accounts for
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dynserve.wire.events import Load, Share
 
 
 @dataclass(slots=True)
-class Account:
-    """One worker's open work."""
+class Sums:
+    """Open work on one worker."""
 
-    prefill_tokens: int = 0  # placed and not yet prefilled
-    decode_blocks: int = 0  # held by requests that are being answered
+    prefill_tokens: int = 0  # to be computed; those expected in its cache are not counted
+    decode_tokens: int = 0  # prompt and answer so far of requests that are being answered
     requests: int = 0
 
 
 @dataclass(slots=True)
-class Charge:
-    """One request's part in one worker's account. Both give-backs happen once, in any order, however often called."""
+class Account:
+    """One worker's open work, as this frontend knows it."""
 
-    account: Account
-    prefill_tokens: int
-    decode_blocks: int
-    open: bool = True
+    own: Sums = field(default_factory=Sums)
+    others: Sums = field(default_factory=Sums)
+    begun_tokens: int = 0  # reported: computed already, of prompts that are not done
+    unseen_tokens: int = 0  # reported: held by requests that no frontend accounts for
+    suspected: bool = False  # the last report had more requests than the books; twice in a row is no coincidence
+
+    @property
+    def prefill_tokens(self) -> int:
+        return max(0, self.own.prefill_tokens + self.others.prefill_tokens - self.begun_tokens)
+
+    @property
+    def decode_tokens(self) -> int:
+        return self.own.decode_tokens + self.others.decode_tokens + self.unseen_tokens
+
+    @property
+    def requests(self) -> int:
+        return self.own.requests + self.others.requests
+
+
+class Charge:
+    """One request's part in one worker's account. Everything is given back once, in any order, however often called."""
+
+    __slots__ = ("_account", "_changed", "_open", "decode_tokens", "prefill_tokens", "worker")
+
+    def __init__(
+        self, worker: str, account: Account, changed: Callable[[str], None], prefill_tokens: int, decode_tokens: int
+    ) -> None:
+        self.worker, self.prefill_tokens, self.decode_tokens = worker, prefill_tokens, decode_tokens
+        self._account, self._changed, self._open = account, changed, True
+        account.own.prefill_tokens += prefill_tokens
+        account.own.decode_tokens += decode_tokens
+        account.own.requests += 1
+        changed(worker)
 
     def prefilled(self) -> None:
-        self.account.prefill_tokens -= self.prefill_tokens
-        self.prefill_tokens = 0
+        """Its first token is there."""
+        if self.prefill_tokens:
+            self._account.own.prefill_tokens -= self.prefill_tokens
+            self._account.begun_tokens = max(0, self._account.begun_tokens - self.prefill_tokens)
+            self.prefill_tokens = 0
+            self._changed(self.worker)
+
+    def grew(self, tokens: int) -> None:
+        """Runs for every burst of tokens; nobody is told."""
+        if self._open and self.decode_tokens:
+            self.decode_tokens += tokens
+            self._account.own.decode_tokens += tokens
 
     def close(self) -> None:
-        self.prefilled()
-        if self.open:
-            self.open = False
-            self.account.decode_blocks -= self.decode_blocks
-            self.account.requests -= 1
+        if self._open:
+            self._open = False
+            self._account.own.prefill_tokens -= self.prefill_tokens
+            self._account.own.decode_tokens -= self.decode_tokens
+            self._account.own.requests -= 1
+            self._changed(self.worker)
 
 
 class Ledger:
-    """Accounts by worker id."""
+    """Accounts by worker id. `listeners` hear of every change of this frontend's own charges."""
 
     def __init__(self) -> None:
+        self.listeners: list[Callable[[str], None]] = []
         self._accounts: dict[str, Account] = {}
+        self._shared: dict[str, dict[str, Sums]] = {}  # by frontend, by worker
 
     def account(self, worker: str) -> Account:
         found = self._accounts.get(worker)
         if found is None:
             found = self._accounts[worker] = Account()
+            for shares in self._shared.values():
+                if worker in shares:
+                    _add(found.others, shares[worker], 1)
         return found
 
-    def charge(self, worker: str, *, prefill_tokens: int = 0, decode_blocks: int = 0) -> Charge:
-        account = self.account(worker)
-        account.prefill_tokens += prefill_tokens
-        account.decode_blocks += decode_blocks
-        account.requests += 1
-        return Charge(account, prefill_tokens, decode_blocks)
+    def charge(self, worker: str, *, prefill_tokens: int = 0, decode_tokens: int = 0) -> Charge:
+        return Charge(worker, self.account(worker), self._changed, prefill_tokens, decode_tokens)
 
     def drop(self, worker: str) -> None:
         """Open charges of the worker keep their own account, so closing them later is safe."""
         self._accounts.pop(worker, None)
 
+    # other frontends
+
+    def shares(self, workers: Iterable[str] | None = None) -> list[Share]:
+        """This frontend's own charges, for the others: of these workers, or of all that have any."""
+        if workers is None:
+            workers = [worker for worker, account in self._accounts.items() if account.own.requests]
+        sums = [(worker, self.account(worker).own) for worker in workers]
+        return [Share(worker, own.prefill_tokens, own.decode_tokens, own.requests) for worker, own in sums]
+
+    def shared(self, frontend: str, shares: Iterable[Share], *, all_of_them: bool) -> None:
+        """Another frontend's charges replace what it said before: of the workers it names, or of all."""
+        known = self._shared.setdefault(frontend, {})
+        if all_of_them:
+            self._take_back(known)
+            known.clear()
+        for share in shares:
+            others = self.account(share.worker).others
+            if (before := known.get(share.worker)) is not None:
+                _add(others, before, -1)
+            sums = known[share.worker] = Sums(share.prefill_tokens, share.decode_tokens, share.requests)
+            _add(others, sums, 1)
+
+    def forget(self, frontend: str) -> None:
+        """Another frontend is gone, and its requests with it."""
+        self._take_back(self._shared.pop(frontend, {}))
+
+    def _take_back(self, shares: dict[str, Sums]) -> None:
+        for worker, sums in shares.items():
+            if worker in self._accounts:
+                _add(self._accounts[worker].others, sums, -1)
+
+    # workers' own reports
+
+    def reported(self, worker: str, load: Load, block_size: int) -> None:
+        """Corrects drift. Only what cannot be a race with a placement on its way is believed: progress on prompts, and
+        requests beyond the books in two reports in a row."""
+        account = self.account(worker)
+        account.begun_tokens = min(load.begun_tokens, account.own.prefill_tokens + account.others.prefill_tokens)
+        excess = load.running + load.waiting - account.requests
+        account.unseen_tokens = 0
+        if excess > 0 and account.suspected:
+            held = (load.total_blocks - load.free_blocks) * block_size
+            account.unseen_tokens = max(0, held - account.own.decode_tokens - account.others.decode_tokens)
+        account.suspected = excess > 0
+
     def check(self) -> None:
         """Raises AssertionError when something was given back that was never taken."""
         for worker, account in self._accounts.items():
-            assert account.prefill_tokens >= 0, worker
-            assert account.decode_blocks >= 0, worker
-            assert account.requests >= 0, worker
+            for sums in (account.own, account.others):
+                assert sums.prefill_tokens >= 0, worker
+                assert sums.decode_tokens >= 0, worker
+                assert sums.requests >= 0, worker
+
+    def _changed(self, worker: str) -> None:
+        for listener in self.listeners:
+            listener(worker)
+
+
+def _add(into: Sums, sums: Sums, sign: int) -> None:
+    into.prefill_tokens += sign * sums.prefill_tokens
+    into.decode_tokens += sign * sums.decode_tokens
+    into.requests += sign * sums.requests

@@ -1,87 +1,144 @@
-"""`Router`: where a request goes, and why. Synchronous; it knows workers by id and nothing of how they are reached."""
+"""`Router`: where a request goes, and why. Synchronous; it knows workers by id and nothing of how they are reached.
+
+Times are seconds of whatever clock the caller has; the router has none of its own.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from dynserve.config import RouterMode
 from dynserve.errors import NoWorker
+from dynserve.routing.assumed import Assumed, Pending
 from dynserve.routing.hashing import rolling_hashes
 from dynserve.routing.index import PrefixIndex
-from dynserve.routing.ledger import Charge, Ledger
-from dynserve.routing.policy import Candidate, Choice, Policy, make_policy
+from dynserve.routing.ledger import Account, Charge, Ledger
+from dynserve.routing.policy import Asked, Candidate, Choice, IndexState, Phase, Policy, Weights, policy_maker
+from dynserve.routing.sessions import Sessions
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
 
+SLOWEST = 0.1  # part of its speed that a worker is trusted with in its first moment
 
-class Target(NamedTuple):
-    """A worker that could take the request."""
+
+class RouterOptions(NamedTuple):
+    """`FrontendConfig` has one flag for each."""
+
+    mode: RouterMode = "kv"
+    policy: str | None = None  # package.module:Class, instead of a mode
+    weights: Weights = Weights()
+    slow_start_s: float = 10.0
+    session_ttl_s: float = 300.0
+    assume_ttl_s: float = 120.0
+    index_bytes: int = 1 << 30
+    local_prefill_tokens: int = 0  # at most so many uncached tokens are prefilled on the decode worker; 0: never
+    busy_prefill_tokens: int = 1 << 20  # a worker with more of them waiting is over its threshold
+    busy_kv_fraction: float = 1.0  # and so is one whose answers take more than this part of its blocks
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """A worker that requests can be placed on. `Router.join` makes it; its owner keeps `index` and `heard` up to date."""
 
     worker: str
     block_size: int
+    num_blocks: int
+    since: float  # when it joined
+    account: Account
+    index: IndexState
+    heard: float  # when its cache was last heard of
+
+
+class Ask:
+    """One request as the router needs it. Its hashes are made once, when the first policy wants them."""
+
+    __slots__ = ("_hashes", "_size", "instances", "prompt", "salt", "session")
+
+    def __init__(self, prompt: bytes, salt: str = "", *, session: str = "", instances: tuple[str, ...] = ()) -> None:
+        self.prompt, self.salt, self.session, self.instances = prompt, salt, session, instances
+        self._hashes: list[int] = []
+        self._size = 0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) // 4
+
+    def hashes(self, block_size: int) -> list[int]:
+        if self._size != block_size:
+            self._hashes, self._size = rolling_hashes(self.prompt, block_size, self.salt), block_size
+        return self._hashes
 
 
 class Reason(NamedTuple):
     """All that a choice was made of."""
 
+    phase: Phase
+    why: str  # the policy's class, or `session`, or `local prefill`
     candidates: Sequence[Candidate]
-    costs: list[float]
+    costs: list[float]  # empty where no costs were compared
     prompt_blocks: int
 
 
-class Placed(NamedTuple):
-    """One phase of a request on one worker. `charge` must be closed when the phase has ended, however it ended."""
+class Placed:
+    """One phase of a request on one worker. Must be closed when the phase has ended, however it ended."""
 
-    worker: str
-    overlap: int  # blocks that are expected to be cached there
-    charge: Charge
-    reason: Reason
+    __slots__ = ("_charge", "_hashes", "_pending", "cached_tokens", "reason", "worker")
+
+    def __init__(
+        self, charge: Charge, cached_tokens: int | None, reason: Reason, pending: Pending, hashes: Sequence[int]
+    ) -> None:
+        self.worker, self.cached_tokens, self.reason = charge.worker, cached_tokens, reason
+        self._charge, self._pending, self._hashes = charge, pending, hashes
+        if hashes:
+            pending.add(charge.worker, hashes)
+
+    def prefilled(self) -> None:
+        """Its first token is there, and its blocks are known or soon will be."""
+        self._charge.prefilled()
+        if self._hashes:
+            self._pending.discard(self.worker, self._hashes)
+            self._hashes = ()
+
+    def grew(self, tokens: int) -> None:
+        self._charge.grew(tokens)
+
+    def close(self) -> None:
+        self.prefilled()
+        self._charge.close()
 
 
 class Router:
     """Prefix index, load ledger and policies: one for prefill (and aggregated) workers, one for decode workers."""
 
-    def __init__(
-        self, mode: RouterMode = "kv", *, prefill_weight: float = 1.0, rng: random.Random | None = None
-    ) -> None:
-        rng = rng or random.Random()
-        self.mode = mode
-        self.index = PrefixIndex()
+    def __init__(self, options: RouterOptions = RouterOptions(), rng: random.Random | None = None) -> None:  # noqa: B008
+        self.options = options
+        make = policy_maker(options.mode, options.policy, options.weights, rng or random.Random())
+        self.policy: Policy = make()  # for phases that read the prompt
+        self.decode_policy: Policy = make()
+        self.index = PrefixIndex(options.index_bytes)
         self.ledger = Ledger()
-        self._first: Policy = make_policy(mode, prefill_weight, rng)
-        self._decode: Policy = make_policy(mode, prefill_weight, rng)
+        self.sessions = Sessions(options.session_ttl_s)
+        self.targets: dict[str, Target] = {}
+        self.pending = Pending()
+        self._assumed = Assumed(self.index, options.assume_ttl_s)
 
-    def place(self, targets: Sequence[Target], prompt: bytes, salt: str = "", *, answers: bool = True) -> Placed:
-        """For the phase that reads the prompt: by overlap and load. `answers`: the same worker decodes as well.
+    # workers
 
-        Raises:
-            NoWorker: there are no targets.
-        """
-        size = self._block_size(targets)
-        prompt_tokens = len(prompt) // 4
-        blocks = -(-prompt_tokens // size)
-        overlaps = self.index.overlap(rolling_hashes(prompt, size, salt)) if self._first.uses_overlap else {}
-        choice, reason = self._choose(self._first, targets, overlaps, blocks)
-        overlap = choice.candidate.overlap
-        charge = self.ledger.charge(
-            choice.candidate.worker,
-            prefill_tokens=max(0, prompt_tokens - overlap * size),
-            decode_blocks=blocks if answers else 0,
-        )
-        return Placed(choice.candidate.worker, overlap, charge, reason)
+    def join(self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True) -> Target:
+        """From now on the worker can be placed on. `events`: it tells what its cache holds."""
+        state = IndexState.DEGRADED if events else IndexState.APPROX
+        target = Target(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
+        self.targets[worker] = target
+        return target
 
-    def place_decode(self, targets: Sequence[Target], prompt_tokens: int) -> Placed:
-        """For the phase that answers: by load alone, the cache comes with the hand-off.
-
-        Raises:
-            NoWorker: there are no targets.
-        """
-        size = self._block_size(targets)
-        blocks = -(-prompt_tokens // size)
-        choice, reason = self._choose(self._decode, targets, {}, 0)
-        charge = self.ledger.charge(choice.candidate.worker, decode_blocks=blocks)
-        return Placed(choice.candidate.worker, 0, charge, reason)
+    def forget(self, worker: str) -> None:
+        """The worker is gone."""
+        self.targets.pop(worker, None)
+        self.index.drop(worker)
+        self._assumed.forget(worker)
+        self.ledger.drop(worker)
 
     def apply(self, worker: str, events: Iterable[KvEvent]) -> None:
         """What the worker says of its cache."""
@@ -94,26 +151,98 @@ class Router:
                 case Cleared():
                     self.index.clear(worker)
 
-    def forget(self, worker: str) -> None:
-        """The worker is gone."""
-        self.index.drop(worker)
-        self.ledger.drop(worker)
+    def expire(self, now: float) -> None:
+        """To be called every few seconds."""
+        self._assumed.expire(now)
+        self.index.tidy()
 
-    def _choose(
-        self, policy: Policy, targets: Sequence[Target], overlaps: dict[str, int], prompt_blocks: int
-    ) -> tuple[Choice, Reason]:
-        candidates = []
-        for worker, size in targets:
-            account = self.ledger.account(worker)
-            waiting = account.prefill_tokens / size
-            candidates.append(
-                Candidate(worker, overlaps.get(worker, 0), waiting, account.decode_blocks, account.requests)
-            )
-        choice = policy.choose(candidates, prompt_blocks)
-        return choice, Reason(candidates, choice.costs, prompt_blocks)
+    # requests
 
-    @staticmethod
-    def _block_size(targets: Sequence[Target]) -> int:
+    def has_room(self, target: Target, phase: Phase) -> bool:
+        """Whether the worker is under the thresholds of this phase."""
+        account = target.account
+        if phase != "decode" and account.prefill_tokens > self.options.busy_prefill_tokens:
+            return False
+        if phase == "prefill":
+            return True
+        return account.decode_tokens <= self.options.busy_kv_fraction * target.num_blocks * target.block_size
+
+    def local(self, ask: Ask, targets: Sequence[Target]) -> list[Target]:
+        """Decode workers that may prefill this prompt themselves, without a hand-off: those that lack so little of it, and
+        have so little such work open, that their answers hardly notice. None unless `local_prefill_tokens` is set."""
+        limit = self.options.local_prefill_tokens
+        if not limit or not targets:
+            return []
+        size = targets[0].block_size
+        overlaps = self.index.overlap(ask.hashes(size)) if ask.tokens > limit else {}
+        return [
+            t
+            for t in targets
+            if t.account.prefill_tokens + ask.tokens - overlaps.get(t.worker, 0) * size <= limit
+            and self.has_room(t, "decode")
+        ]
+
+    def place(self, ask: Ask, phase: Phase, targets: Sequence[Target], now: float, *, why: str = "") -> Placed:
+        """One phase on one of `targets`. `why` overrides what the record says of who chose.
+
+        Raises:
+            NoWorker: there are no targets. A policy may raise errors of its own.
+        """
         if not targets:
             raise NoWorker("no worker to place the request on")
-        return targets[0].block_size
+        policy = self.decode_policy if phase == "decode" else self.policy
+        size, tokens = targets[0].block_size, ask.tokens
+        looks = getattr(policy, "uses_overlap", False)
+        hashes = ask.hashes(size)[: (tokens - 1) // size] if looks else ()
+        overlaps = self.index.overlap(hashes) if hashes else {}
+        if hashes and phase != "decode":
+            self.pending.extend(overlaps, hashes)
+        candidates = self._candidates(targets, phase, overlaps, now)
+        asked = Asked(phase, -(-tokens // size), ask.session, ask.instances)
+        choice, chosen_by = self._choose(policy, asked, candidates, now)
+        worker = choice.candidate.worker
+        cached = overlaps.get(worker, 0) * size
+        charge = self.ledger.charge(
+            worker,
+            prefill_tokens=tokens - cached if phase != "decode" else 0,
+            decode_tokens=tokens if phase != "prefill" else 0,
+        )
+        if looks and self.targets[worker].index is IndexState.APPROX:
+            self._assumed.sent(worker, ask.hashes(size), self.targets[worker].num_blocks, now)
+            hashes = ()
+        reason = Reason(phase, why or chosen_by, candidates, choice.costs, asked.prompt_blocks)
+        if phase == "decode":
+            return Placed(charge, None, reason, self.pending, ())
+        return Placed(charge, cached if looks else None, reason, self.pending, hashes)
+
+    def _candidates(
+        self, targets: Sequence[Target], phase: Phase, overlaps: dict[str, int], now: float
+    ) -> list[Candidate]:
+        """Those under their thresholds; all of them when none is."""
+        roomy = [t for t in targets if self.has_room(t, phase)] or targets
+        size, slow = targets[0].block_size, self.options.slow_start_s
+        candidates = []
+        for t in roomy:
+            age, account = now - t.since, t.account
+            candidates.append(
+                Candidate(
+                    t.worker,
+                    overlaps.get(t.worker, 0),
+                    account.prefill_tokens / size,
+                    account.decode_tokens / size,
+                    account.requests,
+                    1.0 if age >= slow else max(SLOWEST, age / slow),
+                    t.index,
+                    now - t.heard,
+                )
+            )
+        return candidates
+
+    def _choose(self, policy: Policy, asked: Asked, candidates: list[Candidate], now: float) -> tuple[Choice, str]:
+        if not asked.session:
+            return policy.choose(asked, candidates), type(policy).__name__
+        known = self.sessions.worker(asked.session, asked.phase, now)
+        found = next((c for c in candidates if c.worker == known), None)
+        choice = Choice(found, []) if found is not None else policy.choose(asked, candidates)
+        self.sessions.went(asked.session, asked.phase, choice.candidate.worker, now)
+        return choice, "session" if found is not None else type(policy).__name__

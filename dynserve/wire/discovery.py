@@ -22,6 +22,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int
     eos_token_ids: list[int]
     files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
+    kv_events: bool = True  # it tells what its cache holds
+    parity: dict[str, str] = {}  # how it understands text: stage -> digest (openai/parity.py)
 
 
 class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):

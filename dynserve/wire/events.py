@@ -1,4 +1,7 @@
-"""The event plane: what a worker's KV cache holds, and how busy it is. Events may be lost; ids make that noticeable."""
+"""The event plane: what workers' KV caches hold, how busy they are, and what frontends have placed on them.
+
+Messages may be lost: KV events have ids that make it noticeable, the others are whole sums that the next one replaces.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +46,39 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     free_blocks: int = 0
     total_blocks: int = 0
     open_handoffs: int = 0
+    begun_tokens: int = 0  # computed already, of prompts that are not done; those found in the cache are not counted
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """`event_id` is the last KV event that was published before: a frontend that lacks it has missed some."""
+
     instance_id: str
     load: Load
+    epoch: int = 0
+    event_id: int = 0
+
+
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """What one frontend has placed on one worker and not seen ended."""
+
+    worker: str
+    prefill_tokens: int
+    decode_tokens: int
+    requests: int
+
+
+class Shares(msgspec.Struct, frozen=True, array_like=True):
+    """A frontend's own charges, as sums: those that changed, or (`whole`) all that it has."""
+
+    frontend_id: str
+    whole: bool
+    shares: list[Share]
 
 
 encode = msgspec.msgpack.Encoder().encode
 decode_kv = msgspec.msgpack.Decoder(KvEvents).decode
 decode_load = msgspec.msgpack.Decoder(LoadReport).decode
+decode_shares = msgspec.msgpack.Decoder(Shares).decode
 
 
 def kv_subject(namespace: str, role: str, instance_id: str) -> str:
@@ -61,6 +87,10 @@ def kv_subject(namespace: str, role: str, instance_id: str) -> str:
 
 def load_subject(namespace: str, role: str, instance_id: str) -> str:
     return f"dyn.{namespace}.{role}.{instance_id}.load"
+
+
+def placed_subject(namespace: str, frontend_id: str) -> str:
+    return f"dyn.{namespace}.frontend.{frontend_id}.placed"
 
 
 def generate_subject(namespace: str, role: str, instance_id: str) -> str:

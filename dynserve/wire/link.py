@@ -20,6 +20,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     queue_s: float = 0.0
     transfer_s: float = 0.0
+    prefill_s: float = 0.0  # from leaving the queue to the first token
 
 
 # worker to frontend

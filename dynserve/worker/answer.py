@@ -74,16 +74,16 @@ class Answer:
         if not self.request.prior:
             self._renderer.cached_tokens = output.cached_tokens
         last, usage = self._renderer.finish(reason, output.stop_token)
-        usage = Usage(
-            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, output.queue_s, output.transfer_s
-        )
+        counted = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        usage = Usage(*counted, output.queue_s, output.transfer_s, output.prefill_s)
         self.link.send(
             Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)
         )
         self._end("finished")
 
     def _hand_off(self, output: Output, data: bytes) -> None:
-        usage = Usage(len(self.request.prompt) // 4, len(output.token_ids), output.cached_tokens, output.queue_s)
+        counted = (len(self.request.prompt) // 4, len(output.token_ids), output.cached_tokens)
+        usage = Usage(*counted, output.queue_s, 0.0, output.prefill_s)
         self.link.send(
             Finished(self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs)
         )

@@ -9,6 +9,7 @@ from dynserve.wire.link import Snapshot
 
 SNAPSHOT_PART = 50_000  # hashes per message: under 0.5 MB
 MAX_PENDING = 10_000  # events; beyond that a snapshot is cheaper than the events
+MAX_BATCH = 2_000  # events per message: under NATS's megabyte unless prompts are enormous (then a snapshot heals it)
 
 
 class Journal:
@@ -36,12 +37,18 @@ class Journal:
             self._pending.clear()  # the gap in ids makes every frontend ask for a snapshot
         self._wake()
 
+    @property
+    def published(self) -> int:
+        """The last event that was taken."""
+        return self._last_id - len(self._pending)
+
     def take(self) -> KvEvents | None:
-        """What is to be published, as one batch."""
+        """What is to be published next, as one batch."""
         if not self._pending:
             return None
-        events, self._pending = self._pending, []
-        return KvEvents(self._instance_id, self._epoch, self._last_id - len(events) + 1, events)
+        first = self.published + 1
+        events, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
+        return KvEvents(self._instance_id, self._epoch, first, events)
 
     def snapshot(self) -> Iterator[Snapshot]:
         hashes = list(self._hashes)

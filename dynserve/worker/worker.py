@@ -12,19 +12,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
 
 import msgspec
-from tokenizers import Tokenizer
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
+from dynserve.openai.parity import parity
+from dynserve.openai.prompt import Preprocessor
 from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks, task_group
 from dynserve.transport.base import Change, Deleted, Link
@@ -49,7 +50,8 @@ from dynserve.worker.journal import Journal
 log = logging.getLogger(__name__)
 
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
-LOAD_EVERY = 0.5  # seconds between load reports
+LOAD_EVERY = 0.1  # seconds between load reports while the load changes
+LOAD_AT_LEAST_EVERY = 0.5  # seconds
 WARM_UP_TIMEOUT = 120.0  # seconds
 MAX_DONE = 20_000  # ended requests that a late copy is compared with
 
@@ -66,14 +68,18 @@ class Worker:
         files = read_model_files(Path(config.model_path))
         self.files = {digest(content): content for content in files.values()}
         self._file_digests = {name: digest(content) for name, content in files.items()}
-        self._vocabulary = Vocabulary(Tokenizer.from_buffer(files["tokenizer.json"]))
+        preprocessor = Preprocessor(files)
+        self._parity = parity(preprocessor, executor.limits.block_size)
+        self._vocabulary = Vocabulary(preprocessor.tokenizer)
         self._answers: dict[tuple[str, int], Answer] = {}
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
         self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
         self._links: dict[str, Link] = {}
+        self._dials: dict[str, Dial] = {}
         self._new_events = asyncio.Event()
         self._journal = Journal(instance_id, self.epoch, self._new_events.set)
-        executor.listen_kv(self._journal.add)
+        if config.kv_events:
+            executor.listen_kv(self._journal.add)
 
     def instance(self, system_url: str) -> WorkerInstance:
         limits = self.executor.limits
@@ -85,6 +91,8 @@ class Worker:
             max_batch_size=limits.max_batch_size,
             eos_token_ids=eos_token_ids(Path(self.config.model_path)),
             files=self._file_digests,
+            kv_events=self.config.kv_events,
+            parity=self._parity,
         )
         return WorkerInstance(
             id=self.id,
@@ -193,6 +201,8 @@ class Worker:
             if known is link:
                 del self._links[id_]
                 log.info("link to frontend %s ended: %s", id_, reason)
+                if (dial := self._dials.pop(id_, None)) is not None:
+                    dial.lost.set()
                 for key in [key for key in (*self._answers, *self._handed_off) if key[0] == id_]:
                     self._cancel(key)
 
@@ -209,9 +219,11 @@ class Worker:
                     continue
                 backoff.reset()
                 self._links[frontend.id] = link
+                self._dials[frontend.id] = dial
                 link.send(Hello(self.id, self.epoch, frontend.id))
-                while not link.closed:
-                    await asyncio.sleep(0.1)
+                dial.lost.clear()
+                if not link.closed:
+                    await dial.lost.wait()
                 await asyncio.sleep(backoff.next())
         finally:
             if (link_ := self._links.get(frontend.id)) is not None:
@@ -225,22 +237,28 @@ class Worker:
         while True:
             await self._new_events.wait()
             self._new_events.clear()
-            if (batch := self._journal.take()) is not None:
-                try:
-                    await self._planes.bus.publish(subject, events.encode(batch))
-                except DynserveError as error:
-                    log.debug("%s", error)  # lost events are noticed by their ids
+            while (batch := self._journal.take()) is not None:
+                await self._publish(subject, events.encode(batch))  # lost events are noticed by their ids
             await asyncio.sleep(EVENTS_EVERY)
 
     async def publish_load(self) -> None:
-        config = self.config
+        config, loop = self.config, asyncio.get_running_loop()
         subject = events.load_subject(config.namespace, config.disaggregation_mode, self.id)
+        said: events.Load | None = None
+        due = 0.0
         while True:
-            try:
-                await self._planes.bus.publish(subject, events.encode(events.LoadReport(self.id, self.executor.load())))
-            except DynserveError as error:
-                log.debug("%s", error)
+            load = self.executor.load()
+            if load != said or loop.time() >= due:
+                said, due = load, loop.time() + LOAD_AT_LEAST_EVERY
+                report = events.LoadReport(self.id, load, self.epoch, self._journal.published)
+                await self._publish(subject, events.encode(report))
             await asyncio.sleep(LOAD_EVERY)
+
+    async def _publish(self, subject: str, payload: bytes) -> None:
+        try:
+            await self._planes.bus.publish(subject, payload)
+        except DynserveError as error:
+            log.debug("%s", error)
 
     async def watch_engine(self) -> None:
         """Ends the worker with the engine's own error."""
@@ -326,6 +344,7 @@ class Dial:
     frontend: FrontendInstance
     wanted: bool = True
     task: asyncio.Task[None] | None = None
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class _Frontends:

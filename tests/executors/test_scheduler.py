@@ -23,7 +23,7 @@ def sequence(ticket: int, length: int, answer: int = 4, phase: str = "aggregated
 
 def step(s: Scheduler, token: int = 7) -> list[tuple[int, str | None]]:
     work = s.schedule(0.0)
-    outputs = s.commit(work, [Sampled(token) if slice_.samples else None for slice_ in work])
+    outputs = s.commit(work, [[Sampled(token)] if slice_.samples else [] for slice_ in work])
     s.check()
     return [(seq.ticket, output.reason) for seq, output in outputs]
 
@@ -40,7 +40,7 @@ def test_an_end_token_stops_and_is_not_part_of_the_answer() -> None:
     one = sequence(1, 4)
     s.add(one)
     work = s.schedule(0.0)
-    ((_, output),) = s.commit(work, [Sampled(999)])
+    ((_, output),) = s.commit(work, [[Sampled(999)]])
     assert (output.reason, output.token_ids, output.stop_token) == ("stop", [], 999)
 
 

@@ -12,9 +12,9 @@ class World:
     """One worker's journal and one frontend's feed."""
 
     def __init__(self) -> None:
-        self.router = Router("kv")
+        self.router = Router()
         self.asked = 0
-        self.feeds = KvFeeds(self.router, self.ask)
+        self.feeds = KvFeeds(self.router, self.ask, lambda: 0.0)
         self.start(1)
 
     def start(self, epoch: int) -> None:

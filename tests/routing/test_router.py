@@ -1,19 +1,30 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from dynserve.errors import NoWorker
 from dynserve.routing.hashing import local_hashes, rolling_hashes
-from dynserve.routing.ledger import Ledger
-from dynserve.routing.policy import Candidate, Kv
-from dynserve.routing.router import Router, Target
+from dynserve.routing.policy import IndexState, Weights
+from dynserve.routing.router import Ask, Placed, Router, RouterOptions
 from dynserve.wire.events import Cleared, Removed, Stored
 from dynserve.wire.requests import pack_tokens
 
 PROMPT = pack_tokens(list(range(128)))
-TARGETS = [Target("a", 32), Target("b", 32)]
+
+
+def make_router(workers: str = "ab", **options: Any) -> Router:
+    """Workers that joined long ago, with 1000 blocks of 32 tokens each."""
+    router = Router(RouterOptions(**options), random.Random(1))
+    for worker in workers:
+        router.join(worker, 32, 1000, -1000.0).index = IndexState.EXACT
+    return router
+
+
+def place(router: Router, prompt: bytes = PROMPT, phase: Any = "prefill", now: float = 0.0, **ask: Any) -> Placed:
+    return router.place(Ask(prompt, **ask), phase, list(router.targets.values()), now)
 
 
 def test_hashes_are_those_of_the_published_vector() -> None:
@@ -31,21 +42,22 @@ def test_equal_tokens_under_different_salts_never_meet() -> None:
 
 
 def test_kv_mode_sends_a_prompt_where_its_prefix_is() -> None:
-    router = Router("kv")
+    router = make_router()
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32))])
-    placed = router.place(TARGETS, PROMPT)
-    assert (placed.worker, placed.overlap) == ("b", 4)
+    placed = place(router)
+    # one token is always computed, so the last block of a prompt of full blocks is never counted on
+    assert (placed.worker, placed.cached_tokens) == ("b", 96)
 
 
 def test_kv_mode_leaves_a_prefix_for_a_worker_that_is_far_less_busy() -> None:
-    router = Router("kv")
+    router = make_router()
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32))])
-    router.ledger.charge("b", decode_blocks=100)
-    assert router.place(TARGETS, PROMPT).worker == "a"
+    router.ledger.charge("b", decode_tokens=3200)
+    assert place(router, phase="aggregated").worker == "a"
 
 
 def test_removed_and_cleared_blocks_no_longer_attract() -> None:
-    router, hashes = Router("kv"), rolling_hashes(PROMPT, 32)
+    router, hashes = make_router(), rolling_hashes(PROMPT, 32)
     router.apply("b", [Stored(None, hashes), Removed(hashes[1:2])])
     assert router.index.overlap(hashes) == {"b": 1}
     router.apply("b", [Cleared()])
@@ -53,51 +65,107 @@ def test_removed_and_cleared_blocks_no_longer_attract() -> None:
 
 
 def test_the_reason_holds_every_candidates_terms() -> None:
-    placed = Router("kv").place(TARGETS, PROMPT)
-    assert [c.worker for c in placed.reason.candidates] == ["a", "b"]
-    assert placed.reason.costs == [4.0, 4.0]
-    assert placed.reason.prompt_blocks == 4
+    reason = place(make_router()).reason
+    assert [c.worker for c in reason.candidates] == ["a", "b"]
+    assert reason.costs == [8.0, 8.0]  # four blocks to compute, at twice the weight of waiting
+    assert (reason.prompt_blocks, reason.why, reason.phase) == (4, "Kv", "prefill")
 
 
-def test_a_charge_is_given_back_whole_however_it_ends() -> None:
-    router = Router("kv")
-    first, second = router.place(TARGETS, PROMPT), router.place_decode(TARGETS, 128)
-    first.charge.prefilled()
-    first.charge.close()
-    first.charge.close()
-    second.charge.close()
+def test_a_placement_is_given_back_whole_however_it_ends() -> None:
+    router = make_router()
+    first, second, third = place(router), place(router, phase="decode"), place(router, phase="aggregated")
+    first.prefilled()
+    second.grew(100)
+    third.grew(7)
+    for placed in (first, second, third):
+        placed.close()
+        placed.close()
+        placed.grew(5)
     router.ledger.check()
-    for target in TARGETS:
-        account = router.ledger.account(target.worker)
-        assert (account.prefill_tokens, account.decode_blocks, account.requests) == (0, 0, 0)
+    for target in router.targets.values():
+        own = target.account.own
+        assert (own.prefill_tokens, own.decode_tokens, own.requests) == (0, 0, 0)
+    assert len(router.pending) == 0
 
 
-def test_closing_a_charge_after_its_worker_is_gone_is_safe() -> None:
-    ledger = Ledger()
-    charge = ledger.charge("a", prefill_tokens=5, decode_blocks=1)
-    ledger.drop("a")
-    charge.close()
-    assert ledger.account("a").requests == 0
+def test_prompts_on_their_way_attract_those_that_share_their_prefix() -> None:
+    router = make_router(weights=Weights(overlap=8.0, herd=10.0))
+    shared = list(range(1024))
+    first = place(router, pack_tokens([*shared, 1]))
+    second = place(router, pack_tokens([*shared, 2]))
+    assert second.worker == first.worker and second.cached_tokens == 1024
+    first.close()
+    second.close()
+    assert place(router, pack_tokens([*shared, 3])).cached_tokens == 0  # it ended without a stored block
 
 
-def test_ties_do_not_always_go_to_the_same_worker() -> None:
-    policy = Kv(rng=random.Random(1))
-    candidates = [Candidate(name, 0, 0, 0, 0) for name in "abc"]
-    assert {policy.choose(candidates, 1).candidate.worker for _ in range(50)} == {"a", "b", "c"}
-
-
-@pytest.mark.parametrize("mode", ["round-robin", "random"])
-def test_the_simple_modes_reach_every_worker(mode: str) -> None:
-    router = Router(mode, rng=random.Random(1))  # type: ignore[arg-type]
-    assert {router.place(TARGETS, PROMPT).worker for _ in range(20)} == {"a", "b"}
+@pytest.mark.parametrize("mode", ["round-robin", "random", "least-loaded", "power-of-two"])
+def test_the_blind_modes_reach_every_worker(mode: str) -> None:
+    router = make_router(mode=mode)
+    assert {place(router).worker for _ in range(20)} == {"a", "b"}
 
 
 def test_round_robin_takes_turns() -> None:
-    router = Router("round-robin")
-    workers = [router.place(TARGETS, PROMPT).worker for _ in range(4)]
+    router = make_router(mode="round-robin")
+    workers = [place(router).worker for _ in range(4)]
     assert workers[0] == workers[2] != workers[1] == workers[3]
 
 
 def test_without_workers_placement_says_so() -> None:
     with pytest.raises(NoWorker):
-        Router("kv").place([], PROMPT)
+        make_router("").place(Ask(PROMPT), "prefill", [], 0.0)
+
+
+def test_a_session_goes_where_it_went_until_it_is_forgotten() -> None:
+    router = make_router("abcdef", mode="random", session_ttl_s=10.0)
+    first = place(router, session="s").worker
+    again = [place(router, session="s", now=float(i)) for i in range(9)]
+    assert {p.worker for p in again} == {first} and {p.reason.why for p in again} == {"session"}
+    assert {place(router, session="s", now=100.0 * i).worker for i in range(1, 30)} != {first}
+
+
+def test_a_session_leaves_a_worker_that_is_over_its_threshold() -> None:
+    router = make_router(mode="least-loaded", busy_prefill_tokens=1000)
+    first = place(router, session="s").worker
+    router.ledger.charge(first, prefill_tokens=2000)
+    assert place(router, session="s").worker != first
+
+
+def test_workers_over_their_threshold_are_candidates_only_when_all_are() -> None:
+    router = make_router(mode="random", busy_prefill_tokens=1000)
+    router.ledger.charge("a", prefill_tokens=2000)
+    assert {place(router).worker for _ in range(5)} == {"b"}
+    router.ledger.charge("b", prefill_tokens=2000)
+    assert {place(router).worker for _ in range(30)} == {"a", "b"}
+
+
+def test_a_worker_without_events_is_assumed_to_have_what_it_was_sent_for_a_while() -> None:
+    router = Router(RouterOptions(assume_ttl_s=60.0))
+    target = router.join("a", 32, 10, -1000.0, events=False)
+    assert target.index is IndexState.APPROX
+    assert place(router).cached_tokens == 0
+    assert place(router, now=30.0).cached_tokens == 96
+    router.expire(100.0)
+    assert place(router, now=100.0).cached_tokens == 0
+    place(router, pack_tokens(list(range(1000, 1320))), now=101.0)  # as many blocks as it has
+    assert router.index.blocks("a") == 10
+    assert place(router, now=102.0).cached_tokens == 0
+
+
+def test_a_short_remainder_may_be_prefilled_on_a_decode_worker_that_has_the_rest() -> None:
+    router = make_router(local_prefill_tokens=64)
+    targets, ask = list(router.targets.values()), Ask(PROMPT)
+    assert router.local(ask, targets) == []
+    router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32)[:3])])
+    assert [t.worker for t in router.local(ask, targets)] == ["b"]
+    router.ledger.charge("b", prefill_tokens=40)  # with these it would be over 64 at once
+    assert router.local(ask, targets) == []
+    assert make_router().local(ask, targets) == []
+
+
+def test_a_fresh_worker_takes_its_share_slowly() -> None:
+    router = make_router("a", slow_start_s=10.0)
+    router.join("new", 32, 1000, 0.0)
+    router.ledger.charge("a", prefill_tokens=128)
+    assert place(router, now=0.5).worker == "a"
+    assert place(router, now=10.0).worker == "new"

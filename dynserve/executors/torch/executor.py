@@ -146,12 +146,12 @@ class Stepper:
         if not work and not engine.has_commands:
             self.wake.wait()
 
-    def compute(self, work: list[Slice]) -> list[Sampled | None]:
+    def compute(self, work: list[Slice]) -> list[list[Sampled]]:
         layout, owners = self._cache.lay_out(work)
         logits = self._model.forward(self._cache, layout)
-        sampled: list[Sampled | None] = [None] * len(work)
+        sampled: list[list[Sampled]] = [[] for _ in work]
         for owner, new in zip(owners, sample(logits, [work[i].sequence for i in owners]), strict=True):
-            sampled[owner] = new
+            sampled[owner] = [new]
         return sampled
 
     def _deliver(self, engine: Engine, result: StepResult) -> None:

@@ -1,0 +1,140 @@
+"""Admission: requests wait here, in order of priority, while every worker is over its threshold.
+
+The queue is bounded in length and each wait in time. Who cannot be let in, or does not get in, is told when to come back:
+the time that those ahead will take at the pace of the last admissions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections.abc import Callable
+from itertools import count
+
+from dynserve.errors import DynserveError, Overloaded
+
+PACE_MEMORY = 0.9  # weight of the past in the mean time between admissions
+MOST_RETRY_AFTER = 60  # seconds
+
+
+class Waiting:
+    """One request in the queue. Higher priorities come first, equal ones in order of arrival."""
+
+    __slots__ = ("future", "key")
+
+    def __init__(self, priority: int, number: int) -> None:
+        self.key = (-priority, number)
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def __lt__(self, other: Waiting) -> bool:
+        return self.key < other.key
+
+    def fail(self, error: DynserveError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Queue:
+    """The queue of one model. `has_room()` says whether one more request could be placed now."""
+
+    def __init__(self, model: str, most: int, most_s: float, has_room: Callable[[], bool]) -> None:
+        self._model, self._most, self._most_s, self._has_room = model, most, most_s, has_room
+        self._heap: list[Waiting] = []
+        self._numbers = count()
+        self._pace: float | None = None  # seconds between admissions from the queue
+        self._last = 0.0
+        self._looking = False
+
+    def __len__(self) -> int:
+        return sum(not waiting.future.done() for waiting in self._heap)
+
+    def enter(self, priority: int) -> Waiting | None:
+        """None: there is room, go ahead. Otherwise a place in the queue, for `wait`.
+
+        Raises:
+            Overloaded: the queue is full of requests of at least this priority.
+        """
+        if not len(self) and self._has_room():
+            return None
+        if len(self) >= self._most:
+            self._make_place(priority)
+        waiting = Waiting(priority, next(self._numbers))
+        heapq.heappush(self._heap, waiting)
+        return waiting
+
+    async def wait(self, waiting: Waiting, deadline: float) -> None:
+        """Returns when it is this request's turn. The caller places it before it awaits anything else.
+
+        Raises:
+            Overloaded: it was not within the time that a request may wait, or one of higher priority took the place.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + self._most_s)):
+                await waiting.future
+        except TimeoutError:
+            raise self._overloaded(f"all workers of {self._model} stayed busy for {self._most_s:.0f} s") from None
+        finally:
+            waiting.future.cancel()
+            self._tidy()
+
+    def look(self) -> None:
+        """Something was given back, or a worker came: once, in the next turn of the loop, those who fit are let in."""
+        if self._heap and not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._let_in)
+
+    def _let_in(self) -> None:
+        """One at a time: each is charged to its worker before the next is looked at."""
+        self._looking = False
+        self._tidy()
+        if self._heap and self._has_room():
+            heapq.heappop(self._heap).future.set_result(None)
+            self._note_pace()
+            if self._heap:
+                # two turns later the one that was let in has been placed
+                asyncio.get_running_loop().call_soon(self.look)
+
+    def _make_place(self, priority: int) -> None:
+        last = max((w for w in self._heap if not w.future.done()), default=None)
+        if last is None or -last.key[0] >= priority:
+            raise self._overloaded(f"all workers of {self._model} are busy and {len(self)} requests wait")
+        last.fail(self._overloaded(f"all workers of {self._model} are busy, and a request of higher priority came"))
+
+    def _tidy(self) -> None:
+        while self._heap and self._heap[0].future.done():
+            heapq.heappop(self._heap)
+        if len(self._heap) > 2 * self._most + 16:
+            self._heap = [w for w in self._heap if not w.future.done()]
+            heapq.heapify(self._heap)
+
+    def _note_pace(self) -> None:
+        now = asyncio.get_running_loop().time()
+        gap, self._last = now - self._last, now
+        if gap < MOST_RETRY_AFTER:  # else it is the first of a busy time
+            self._pace = gap if self._pace is None else PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * gap
+
+    def _overloaded(self, message: str) -> Overloaded:
+        error = Overloaded(message)
+        ahead = (len(self) + 1) * (self._pace if self._pace is not None else 1.0)
+        error.retry_after = max(1, min(MOST_RETRY_AFTER, math.ceil(ahead)))
+        return error
+
+
+class Admission:
+    """Queues by model. `has_room(model)` asks the fleet."""
+
+    def __init__(self, most: int, most_s: float, has_room: Callable[[str], bool]) -> None:
+        self._most, self._most_s, self._has_room = most, most_s, has_room
+        self.queues: dict[str, Queue] = {}
+
+    def queue(self, model: str) -> Queue:
+        found = self.queues.get(model)
+        if found is None:
+            found = self.queues[model] = Queue(model, self._most, self._most_s, lambda: self._has_room(model))
+        return found
+
+    def look(self) -> None:
+        for queue in self.queues.values():
+            queue.look()

@@ -1,0 +1,205 @@
+"""Decisions: why each of the latest requests went where it went, and what became of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dynserve.routing.policy import Candidate
+from dynserve.routing.router import Placed, Reason
+from dynserve.wire.link import Usage
+
+log = logging.getLogger(__name__)
+
+KEPT = 10_000  # requests
+MOST_CANDIDATES = 64  # of one placement; the cheapest stay
+IN_HEADER = 8  # candidates of one placement in the response header, where proxies allow 8 kB
+
+DRIFT = 0.25  # share by which predicted and reported cached tokens may differ
+DRIFT_TOKENS = 2_000  # predicted or reported, before a ratio means anything
+MEMORY = 0.98  # weight of the past in the running sums, per request
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_candidates = msgspec.msgpack.Decoder(list[Candidate]).decode
+
+
+@dataclass(slots=True)
+class Placement:
+    """One placement of one phase, and its end as far as it came. Candidates are packed: there are many of these."""
+
+    phase: str
+    why: str
+    worker: str
+    prompt_blocks: int
+    predicted: int | None  # cached tokens; None where the policy did not look
+    margin: float | None
+    runner_up: str | None
+    packed: bytes
+    costs: list[float]
+    omitted: int
+    usage: Usage | None = None  # what the worker said at the end of the phase
+    failure: str = ""
+
+    @staticmethod
+    def of(placed: Placed) -> Placement:
+        reason, worker = placed.reason, placed.worker
+        candidates, costs = _cheapest(reason)
+        others = [(cost, c.worker) for c, cost in zip(candidates, costs, strict=False) if c.worker != worker]
+        own = next((cost for c, cost in zip(candidates, costs, strict=False) if c.worker == worker), None)
+        margin, runner_up = None, None
+        if others and own is not None:
+            least, runner_up = min(others)
+            margin = least - own
+        return Placement(
+            reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens, margin, runner_up,
+            _encode(candidates), costs, len(reason.candidates) - len(candidates),
+        )  # fmt: skip
+
+    def told(self, most: int) -> dict[str, Any]:
+        candidates = _decode_candidates(self.packed)
+        shown = [
+            {
+                "worker": c.worker, "overlap_blocks": c.overlap, "waiting_prefill_blocks": round(c.waiting_prefill, 2),
+                "decode_blocks": round(c.decode_blocks, 2), "requests": c.requests, "ramp": round(c.ramp, 2),
+                "cost": _number(self.costs[i]) if self.costs else None, "index": c.index,
+                "index_age_s": round(c.index_age_s, 3),
+            }
+            for i, c in enumerate(candidates[:most])
+        ]  # fmt: skip
+        told: dict[str, Any] = {
+            "phase": self.phase, "why": self.why, "worker": self.worker, "runner_up": self.runner_up,
+            "margin": _number(self.margin), "prompt_blocks": self.prompt_blocks,
+            "predicted_cached_tokens": self.predicted, "candidates": shown,
+        }  # fmt: skip
+        if omitted := self.omitted + len(candidates) - len(shown):
+            told["candidates_omitted"] = omitted
+        if self.usage is not None:
+            told["reported"] = {
+                "cached_tokens": self.usage.cached_tokens, "queue_s": round(self.usage.queue_s, 6),
+                "prefill_s": round(self.usage.prefill_s, 6), "transfer_s": round(self.usage.transfer_s, 6),
+            }  # fmt: skip
+        if self.failure:
+            told["failure"] = self.failure
+        return told
+
+
+class Decision:
+    """One request. Filled while it runs; `told` at any time."""
+
+    __slots__ = (
+        "began",
+        "ended",
+        "model",
+        "outcome",
+        "placements",
+        "prompt_tokens",
+        "queued_s",
+        "request_id",
+        "ttft_s",
+    )
+
+    def __init__(self, request_id: str, model: str, prompt_tokens: int, began: float) -> None:
+        self.request_id, self.model, self.prompt_tokens, self.began = request_id, model, prompt_tokens, began
+        self.placements: list[Placement] = []
+        self.outcome = "running"
+        self.queued_s = 0.0  # in the frontend's own queue
+        self.ttft_s: float | None = None
+        self.ended: float | None = None
+
+    def placed(self, placed: Placed) -> Placement:
+        placement = Placement.of(placed)
+        self.placements.append(placement)
+        return placement
+
+    def told(self, most: int = MOST_CANDIDATES) -> dict[str, Any]:
+        return {
+            "request_id": self.request_id, "model": self.model, "prompt_tokens": self.prompt_tokens,
+            "outcome": self.outcome, "queued_s": round(self.queued_s, 6),
+            "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
+            "duration_s": None if self.ended is None else round(self.ended - self.began, 6),
+            "placements": [placement.told(most) for placement in self.placements],
+        }  # fmt: skip
+
+    def header(self) -> bytes:
+        return msgspec.json.encode(self.told(IN_HEADER))
+
+
+class DecisionLog:
+    """The latest `kept` decisions by request id; of equal ids the latest."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._kept = kept
+        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._decisions)
+
+    def add(self, decision: Decision) -> None:
+        self._decisions[decision.request_id] = decision
+        self._decisions.move_to_end(decision.request_id)
+        if len(self._decisions) > self._kept:
+            self._decisions.popitem(last=False)
+
+    def get(self, request_id: str) -> Decision | None:
+        return self._decisions.get(request_id)
+
+
+@dataclass(slots=True)
+class _Sums:
+    predicted: float = 0.0
+    reported: float = 0.0
+    drifting: bool = False
+
+
+class Predictions:
+    """Predicted against reported cached tokens per worker, over roughly its last fifty requests."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+
+    def ratios(self) -> dict[str, float]:
+        """Predicted per reported token; 1 where there is nothing to compare yet."""
+        return {worker: _ratio(sums) for worker, sums in self._sums.items()}
+
+    def drifting(self, worker: str) -> bool:
+        return worker in self._sums and self._sums[worker].drifting
+
+    def note(self, worker: str, predicted: int, reported: int) -> None:
+        sums = self._sums.setdefault(worker, _Sums())
+        sums.predicted = MEMORY * sums.predicted + predicted
+        sums.reported = MEMORY * sums.reported + reported
+        drifting = max(sums.predicted, sums.reported) > DRIFT_TOKENS and abs(_ratio(sums) - 1) > DRIFT
+        if drifting and not sums.drifting:
+            log.warning(
+                "CACHE_PREDICTION_DRIFT: of worker %s the index predicts %.0f cached tokens where it reports %.0f; "
+                "its KV events, evictions or another user of its cache are not seen here",
+                worker, sums.predicted, sums.reported,
+            )  # fmt: skip
+        sums.drifting = drifting
+
+    def forget(self, worker: str) -> None:
+        self._sums.pop(worker, None)
+
+
+def _ratio(sums: _Sums) -> float:
+    # a few tokens on both sides, so that nothing predicted and little reported is no drift
+    return (sums.predicted + 100) / (sums.reported + 100)
+
+
+def _cheapest(reason: Reason) -> tuple[Sequence[Candidate], list[float]]:
+    if len(reason.candidates) <= MOST_CANDIDATES:
+        return reason.candidates, reason.costs
+    if not reason.costs:
+        return reason.candidates[:MOST_CANDIDATES], []
+    order = sorted(range(len(reason.costs)), key=reason.costs.__getitem__)[:MOST_CANDIDATES]
+    return [reason.candidates[i] for i in order], [reason.costs[i] for i in order]
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no infinity: a candidate that was left out has no cost."""
+    return None if value is None or value in (float("inf"), float("-inf")) else round(value, 3)

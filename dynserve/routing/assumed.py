@@ -1,0 +1,86 @@
+"""What the router assumes about caches without having been told.
+
+`Pending`: prompts on their way. Until a prompt is computed and its blocks are reported, the worker that computes it is
+where others with the same prefix should go. Kept at every `STRIDE`-th block, which makes it cheap and exact enough.
+
+`Assumed`: workers that send no events (`APPROX`). What was sent there is taken to be there, for a while and up to the
+worker's capacity, least recently used first out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from dynserve.routing.index import PrefixIndex
+
+STRIDE = 8  # blocks
+
+
+class Pending:
+    """Prompts that are being computed, by worker."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, dict[str, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add(self, worker: str, hashes: Sequence[int]) -> None:
+        for hash_ in hashes[STRIDE - 1 :: STRIDE]:
+            workers = self._counts.setdefault(hash_, {})
+            workers[worker] = workers.get(worker, 0) + 1
+
+    def discard(self, worker: str, hashes: Sequence[int]) -> None:
+        """Once for each `add`."""
+        for hash_ in hashes[STRIDE - 1 :: STRIDE]:
+            workers = self._counts[hash_]
+            workers[worker] -= 1
+            if not workers[worker]:
+                del workers[worker]
+                if not workers:
+                    del self._counts[hash_]
+
+    def extend(self, found: dict[str, int], hashes: Sequence[int]) -> None:
+        """Raises the overlaps in `found` to what will be there: the prompts that contain a block contain all before it."""
+        if not self._counts:
+            return
+        for at in range(STRIDE - 1, len(hashes), STRIDE):
+            workers = self._counts.get(hashes[at])
+            if workers is None:
+                return
+            for worker in workers:
+                if found.get(worker, 0) <= at:
+                    found[worker] = at + 1
+
+
+class Assumed:
+    """Puts what was sent into the index, and takes it out again by time and capacity."""
+
+    def __init__(self, index: PrefixIndex, ttl_s: float) -> None:
+        self._index, self._ttl_s = index, ttl_s
+        self._sent: dict[str, OrderedDict[int, float]] = {}  # hash -> when it ends; least recently used first
+
+    def sent(self, worker: str, hashes: Sequence[int], capacity: int, now: float) -> None:
+        """A prompt of these blocks goes to a worker with room for `capacity`."""
+        sent = self._sent.setdefault(worker, OrderedDict())
+        self._index.store(worker, hashes)
+        for hash_ in reversed(hashes):  # a prefix outlives what follows it
+            sent[hash_] = now + self._ttl_s
+            sent.move_to_end(hash_)
+        gone = []
+        while sent and (len(sent) > capacity or next(iter(sent.values())) < now):
+            gone.append(sent.popitem(last=False)[0])
+        self._index.remove(worker, gone)
+
+    def forget(self, worker: str) -> None:
+        self._sent.pop(worker, None)
+
+    def expire(self, now: float) -> None:
+        """To be called now and then, for workers that nothing is sent to any more."""
+        for worker, sent in self._sent.items():
+            gone = []
+            while sent and next(iter(sent.values())) < now:
+                gone.append(sent.popitem(last=False)[0])
+            if gone:
+                self._index.remove(worker, gone)
