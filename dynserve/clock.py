@@ -44,6 +44,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._thread_done)
         return future
 
+    async def shutdown_default_executor(self, *timeout: Any) -> None:
+        self.threads += 1  # the joining of the pool's threads is one
+        try:
+            await super().shutdown_default_executor(*timeout)
+        finally:
+            self.threads -= 1
+
     def _thread_done(self, future: asyncio.Future[Any]) -> None:
         self.threads -= 1
 
