@@ -1,0 +1,406 @@
+"""Replays request traces against a cluster of simulated workers in this process, on a virtual clock, and compares policies.
+
+    python benchmarks/replay.py --traces DIR [--trace mooncake ...] [--load 0.5 0.8 1.1] [--policy kv round-robin ...]
+    python benchmarks/replay.py --traces DIR --sweep          which weights the policy `kv` should have
+
+Frontend, router, planes, workers, scheduler and block managers are the real ones; only the engine's arithmetic and the
+passing of time are made up: an 8B model with 8 KV heads on one 80 GB GPU per worker (20,000 prefill tokens/s, decode
+steps of 5 ms + 20 us per sequence + 40 us per thousand tokens of context, 480,000 tokens of KV cache, 50 GB/s between GPUs).
+
+Load 1 is the rate of calls at which either pool would be busy all the time if nothing that could be reused were ever
+computed twice: no placement sustains more. A policy is a router mode, `package.module:Class`, `oracle` (`kv` that reads
+the workers' caches and progress instead of being told), or a mode with options: `kv:overlap=4,local=256`.
+
+The SLO of the goodput column: first token within 2 s, and then 25 tokens/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import traces
+from traces import Call, Demand, Trace
+
+from dynserve import Cluster, clock
+from dynserve.errors import DynserveError
+from dynserve.executors.engine import Engine
+from dynserve.executors.engine_args import EngineArgs
+from dynserve.frontend.pipeline import Prompt
+from dynserve.routing.policy import Asked, Candidate, Choice, Kv
+from dynserve.wire.requests import Render, Sampling, Stop
+
+ENGINE = {
+    "leap": 64, "max_seq_len": 262_144, "max_batch_size": 256, "max_num_tokens": 8192, "prefill_us_per_token": 50.0,
+    "step_ms": 5.0, "decode_us_per_sequence": 20.0, "decode_us_per_ktoken": 40.0, "transfer_gb_per_s": 50.0,
+    "bytes_per_token": 131_072, "cache_transceiver_config": {"kv_transfer_timeout_ms": 3_600_000},
+}  # fmt: skip
+ENGINE_ARGS = msgspec.convert(ENGINE, EngineArgs)
+KV_TOKENS = 480_000
+SLO_TTFT, SLO_ITL = 2.0, 0.04  # seconds
+OPTIONS = {
+    "overlap": "router_overlap_weight", "prefill": "router_prefill_weight", "transfer": "router_transfer_weight",
+    "herd": "router_herd_factor", "temperature": "router_temperature", "local": "local_prefill_tokens",
+}  # fmt: skip
+
+
+class Answered(NamedTuple):
+    """One call's end."""
+
+    at: float
+    ttft: float
+    total: float
+    output: int
+    prompt: int
+    cached: int
+
+
+class Result(NamedTuple):
+    """One run."""
+
+    trace: str
+    policy: str
+    load: float
+    seed: int
+    rate: float  # calls per second
+    reusable: float  # share of prompt tokens that one cache without end would have had
+    calls: list[Answered]
+    failed: int
+    imbalance: float  # most prefilled tokens of a worker by the mean
+    busy: float  # part of the measured time that the prefill pool was computing
+    wall_s: float
+
+
+class Job(NamedTuple):
+    folder: Path
+    trace: str
+    policy: str
+    load: float
+    seed: int
+    calls: int
+    pairs: int
+    speedup: float | None
+
+
+class Oracle:
+    """`Kv` with the truth: what each worker's block manager holds, and how far its engine is with each prompt."""
+
+    uses_overlap = True
+
+    def __init__(self, inner: Kv, engines: dict[str, Engine], pending_of: Any) -> None:
+        self._inner, self._engines, self._pending_of = inner, engines, pending_of
+        self.hashes: list[int] = []
+
+    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+        for c in candidates:
+            scheduler = self._engines[c.worker]._scheduler
+            c.overlap = max(scheduler.blocks.overlap(self.hashes), self._pending_of(c.worker, self.hashes))
+            c.waiting_prefill = (
+                sum(
+                    max(
+                        0,
+                        len(s.tokens)
+                        - max(s.computed, scheduler.blocks.overlap(s.hashes) * scheduler.blocks.block_size),
+                    )
+                    for s in (*scheduler.waiting, *scheduler.running)
+                    if not s.generated
+                )
+                / scheduler.blocks.block_size
+            )
+        return self._inner.choose(asked, candidates)
+
+
+def run(job: Job) -> Result:
+    logging.getLogger("dynserve").setLevel(logging.ERROR)
+    began = time.perf_counter()
+    trace = traces.load(job.folder, job.trace, job.calls, job.seed)
+    wanted = traces.demand(trace)
+    rate = job.load * saturation(wanted, job.pairs)
+    if job.speedup is not None:
+        rate = job.speedup * (len(trace.calls) - 1) / max(call.at for call in trace.calls)
+    trace, begin, end = traces.at_rate(trace, rate, job.seed)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # some gigabytes of cycles at most, and each collection walks all requests in flight
+    try:
+        calls, failed, imbalance = clock.run(replay(trace, job))
+        calls = [call for call in calls if begin <= call.at <= end]
+    finally:
+        gc.enable()
+    return Result(
+        job.trace, job.policy, job.load, job.seed, rate, wanted.reusable, calls, failed, imbalance, _busy(calls, job.pairs),
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _busy(calls: list[Answered], pairs: int) -> float:
+    computed = sum(call.prompt - call.cached for call in calls) * ENGINE_ARGS.prefill_us_per_token / 1e6
+    return computed / pairs / (max(call.at for call in calls) - min(call.at for call in calls))
+
+
+def saturation(wanted: Demand, pairs: int) -> float:
+    """Calls per second at which one of the two pools is always busy, however well they are placed."""
+    engine = ENGINE_ARGS
+    prefill_s = wanted.new_tokens * engine.prefill_us_per_token / 1e6
+    prefill_s += math.ceil(wanted.new_tokens / engine.max_num_tokens) * engine.step_ms / 1e3
+    batch = min(engine.max_batch_size, KV_TOKENS / wanted.context_tokens)
+    step_s = engine.step_ms / 1e3 + batch / 1e6 * (
+        engine.decode_us_per_sequence + wanted.context_tokens / 1000 * engine.decode_us_per_ktoken
+    )
+    return pairs * min(1 / prefill_s, batch / step_s / wanted.output_tokens)
+
+
+async def replay(trace: Trace, job: Job) -> tuple[list[Answered], int, float]:
+    mode, _, rest = job.policy.partition(":")
+    options: dict[str, Any] = {"request_timeout_s": 1e6, "max_queued": 1_000_000, "max_queued_s": 1e6}
+    if "." in mode:
+        options["router_policy"] = job.policy
+    else:
+        options["router_mode"] = "kv" if mode == "oracle" else mode
+        options |= {OPTIONS[k]: float(v) if k != "local" else int(v) for k, v in _pairs(rest)}
+    engine = ENGINE | {
+        "num_blocks": KV_TOKENS // trace.block_size, "kv_cache_config": {"tokens_per_block": trace.block_size},
+    }  # fmt: skip
+    cluster = Cluster(
+        prefill=job.pairs, decode=job.pairs, executor="simulated", engine=engine, options=options, seed=job.seed
+    )
+    async with cluster:
+        await asyncio.sleep(20)  # past the slow start
+        if mode == "oracle":
+            _make_oracle(cluster)
+        answered, failed = await _drive(trace, cluster)
+        computed = Counter({w.id: 0 for w in cluster.workers if w.config.disaggregation_mode == "prefill"})
+        for decision in cluster.frontend.pipeline.decisions._decisions.values():
+            for placement in decision.placements:
+                if placement.phase == "prefill" and placement.usage is not None:
+                    computed[placement.worker] += decision.prompt_tokens - placement.usage.cached_tokens
+        return answered, failed, max(computed.values()) / max(1.0, statistics.mean(computed.values()))
+
+
+def _pairs(rest: str) -> Iterable[tuple[str, str]]:
+    for part in rest.split(","):
+        if part:
+            key, _, value = part.partition("=")
+            if key not in OPTIONS:
+                raise SystemExit(f"unknown option {key!r} of a policy; there are {', '.join(OPTIONS)}")
+            yield key, value
+
+
+def _make_oracle(cluster: Cluster) -> None:
+    router = cluster.frontend.router
+    engines = {worker.id: worker.executor for worker in cluster.workers}
+    assert isinstance(router.policy, Kv)
+
+    def pending_of(worker: str, hashes: Sequence[int]) -> int:
+        found: dict[str, int] = {}
+        router.pending.extend(found, hashes)
+        return found.get(worker, 0)
+
+    oracle = Oracle(router.policy, engines, pending_of)  # type: ignore[arg-type]
+    router.policy = oracle
+    place = router.place
+
+    def placing(ask: Any, phase: Any, targets: Any, now: float, *, why: str = "") -> Any:
+        if phase != "decode":
+            size = targets[0].block_size
+            oracle.hashes = ask.hashes(size)[: (ask.tokens - 1) // size]
+        return place(ask, phase, targets, now, why=why)
+
+    router.place = placing  # type: ignore[method-assign]
+
+
+async def _drive(trace: Trace, cluster: Cluster) -> tuple[list[Answered], int]:
+    loop, pipeline = asyncio.get_running_loop(), cluster.frontend.pipeline
+    pipeline.decisions._kept = len(trace.calls) + 1
+    start = loop.time()
+    done = [asyncio.Event() for _ in trace.calls]
+    answered: list[Answered] = []
+    failed = 0
+
+    async def one(number: int, call: Call) -> None:
+        nonlocal failed
+        await asyncio.sleep(start + call.at - loop.time())
+        if call.after is not None:
+            await done[call.after].wait()
+        tokens = call.prompt()
+        began, first, last = loop.time(), 0.0, None
+        prompt = Prompt(
+            id=str(number), model=cluster.model, tokens=tokens, sampling=Sampling(temperature=0.0),
+            stop=Stop(max_tokens=call.output, ignore_eos=True),
+            render=Render(kind="completion", response_id="r", model=cluster.model, created=0),
+        )  # fmt: skip
+        try:
+            async with pipeline.answer(prompt) as run:
+                async for burst in run.records():
+                    first = first or loop.time() - began
+                    last = burst[-1]
+            usage: Any = last.usage  # type: ignore[union-attr]
+            answered.append(
+                Answered(began - start, first, loop.time() - began, call.output, len(tokens) // 4, usage.cached_tokens)
+            )
+        except DynserveError:
+            failed += 1
+        finally:
+            done[number].set()
+
+    async with asyncio.TaskGroup() as group:
+        for number, call in enumerate(trace.calls):
+            group.create_task(one(number, call))
+    return sorted(answered), failed
+
+
+# tables
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def figures(result: Result) -> dict[str, float]:
+    calls = result.calls
+    ttft, total = [c.ttft for c in calls], [c.total for c in calls]
+    itl = [(c.total - c.ttft) / (c.output - 1) for c in calls if c.output > 1]
+    good = sum(c.ttft <= SLO_TTFT and c.total - c.ttft <= SLO_ITL * max(1, c.output - 1) for c in calls)
+    return {
+        "hit": 100 * sum(c.cached for c in calls) / sum(c.prompt for c in calls),
+        "ttft50": quantile(ttft, 0.5), "ttft90": quantile(ttft, 0.9), "ttft99": quantile(ttft, 0.99),
+        "e2e50": quantile(total, 0.5), "e2e90": quantile(total, 0.9), "e2e99": quantile(total, 0.99),
+        "itl50": 1000 * quantile(itl, 0.5), "itl99": 1000 * quantile(itl, 0.99),
+        "good": 100 * good / len(calls), "imbalance": result.imbalance, "busy": 100 * result.busy, "failed": float(result.failed),
+    }  # fmt: skip
+
+
+HEAD = (
+    "trace     load policy                  hit%  reuse%   TTFT p50    p90    p99 s   E2E p50    p90    p99 s"
+    "   ITL p50  p99 ms  good%  busy%  imbal fail"
+)
+
+
+def table(results: list[Result]) -> str:
+    lines = [HEAD]
+    for trace, load, policy in sorted({(r.trace, r.load, r.policy) for r in results}):
+        same = [r for r in results if (r.trace, r.load, r.policy) == (trace, load, policy)]
+        found = [figures(r) for r in same]
+        f = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        reuse = 100 * statistics.median(r.reusable for r in same)
+        lines.append(
+            f"{trace:<9} {load:>4.1f} {policy:<22} {f['hit']:>5.1f}  {reuse:>5.1f}   "
+            f"{f['ttft50']:>8.3f} {f['ttft90']:>6.2f} {f['ttft99']:>6.2f}    {f['e2e50']:>7.2f} {f['e2e90']:>6.1f} {f['e2e99']:>6.1f}"
+            f"   {f['itl50']:>9.2f} {f['itl99']:>7.1f}  {f['good']:>5.1f}  {f['busy']:>5.1f}  {f['imbalance']:>5.2f} {f['failed']:>4.0f}"
+        )
+    return "\n".join(lines)
+
+
+def factors(results: list[Result], ours: str) -> str:
+    """How many times the TTFT of `ours` the others' is, per seed; the median and the range."""
+    lines = [f"TTFT of the others by that of {ours}: median of the seeds (least to most)"]
+    by = {(r.trace, r.load, r.policy, r.seed): figures(r) for r in results}
+    for trace, load, policy in sorted({(r.trace, r.load, r.policy) for r in results if r.policy != ours}):
+        pairs = [
+            (by[trace, load, policy, seed], by[trace, load, ours, seed])
+            for seed in sorted({r.seed for r in results})
+            if (trace, load, policy, seed) in by and (trace, load, ours, seed) in by
+        ]
+        cells = []
+        for key in ("ttft50", "ttft99", "e2e50"):
+            found = sorted(other[key] / mine[key] for other, mine in pairs)
+            cells.append(f"{key} {statistics.median(found):7.2f} ({found[0]:.2f} to {found[-1]:.2f})")
+        hits = statistics.median(mine["hit"] - other["hit"] for other, mine in pairs)
+        lines.append(
+            f"{trace:<9} {load:>4.1f} {policy:<22} {'   '.join(cells)}   hit rate of {ours} {hits:+.1f} points"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """TTFT over time, a line per policy, a panel per trace and load; the first seed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install 'dynserve[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(r.trace, r.load) for r in results})
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(10, 2.6 * len(panels)), squeeze=False)
+    for (trace, load), axis in zip(panels, axes[:, 0], strict=True):
+        seed = min(r.seed for r in results)
+        for result in [r for r in results if (r.trace, r.load, r.seed) == (trace, load, seed)]:
+            bins: dict[int, list[float]] = {}
+            width = max(1.0, result.calls[-1].at / 60)
+            for call in result.calls:
+                bins.setdefault(int(call.at / width), []).append(call.ttft)
+            times = sorted(bins)
+            axis.plot([t * width for t in times], [statistics.median(bins[t]) for t in times], label=result.policy)
+        axis.set(title=f"{trace}, load {load}", ylabel="TTFT, s", yscale="log")
+        axis.legend(fontsize=7)
+    axes[-1, 0].set_xlabel("virtual seconds")
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+SWEEP = [
+    *(f"kv:overlap={o},herd={h}" for o in (0.5, 1, 2, 4, 8) for h in (1.5, 2, 4, 1000)),
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--traces", type=Path, required=True, help="folder of the trace files (benchmarks/traces.py)")
+    parser.add_argument("--trace", nargs="+", default=list(traces.NAMES), choices=traces.NAMES)
+    parser.add_argument("--load", nargs="+", type=float, default=[0.5, 0.8, 1.1], help="parts of saturation")
+    parser.add_argument("--speedup", type=float, help="instead of a load: the trace's own pace times this")
+    parser.add_argument("--policy", nargs="+", default=["kv", "round-robin", "least-loaded", "oracle"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--calls", type=int, default=4000, help="of each run, about")
+    parser.add_argument("--pairs", type=int, default=8, help="prefill workers, and as many decode workers")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plot", type=Path, help="where to write TTFT over time, per policy (needs the bench extra)")
+    parser.add_argument("--sweep", action="store_true", help="a grid of weights instead of --policy")
+    parser.add_argument("--against", default=None, help="the policy that the factors are for; default: the first")
+    options = parser.parse_args()
+    policies = SWEEP if options.sweep else options.policy
+    jobs = [
+        Job(options.traces, trace, policy, load, seed, options.calls, options.pairs, options.speedup)
+        for trace in options.trace
+        for load in (options.load if options.speedup is None else [0.0])
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for policy in policies
+    ]
+    results = []
+    for trace in options.trace:
+        traces.load(options.traces, trace, options.calls, 0)  # what is read and tokenised here, all runs inherit
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("fork"), max_tasks_per_child=None) as pool:
+        for i, result in enumerate(pool.map(run, jobs), 1):
+            results.append(result)
+            f = figures(result)
+            print(
+                f"{i}/{len(jobs)} {result.trace} load {result.load} {result.policy} seed {result.seed}: {result.rate:.1f} calls/s, "
+                f"hit {f['hit']:.1f} %, TTFT p50 {f['ttft50']:.3f} p99 {f['ttft99']:.2f} s ({result.wall_s:.0f} s)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    print(table(results))
+    print()
+    print(factors(results, options.against or policies[0]))
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
