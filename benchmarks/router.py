@@ -112,7 +112,9 @@ def main() -> None:
     print(
         f"{TOKENS} tokens a prompt, blocks of {BLOCK}, {blocks:,} blocks indexed, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n"
     )
-    print("workers   placement us (median)   hashing of it   store M blocks/s (median)   remove M blocks/s   bytes/block")
+    print(
+        "workers   placement us (median)   hashing of it   store M blocks/s (median)   remove M blocks/s   bytes/block"
+    )
     found: dict[str, float] = {}
     for workers in (8, 64, 1024):
         r = random.Random(1)

@@ -77,7 +77,7 @@ class Cluster:
                 self.frontends.append(await stack.enter_async_context(opened))
             self._world.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
             for role in self._roles:
-                self.workers.append(await self._open_worker(stack, role))
+                await self._open_worker(stack, role)
             await self._ready()
             self._stack = stack.pop_all()
         return self
@@ -85,17 +85,28 @@ class Cluster:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
-    async def _open_worker(self, stack: AsyncExitStack, role: Role) -> Worker:
-        config = WorkerConfig(
-            model_path=self._model,
-            disaggregation_mode=role,
-            executor=self._executor,
-            override_engine_args=json.dumps(self._engine),
-        )
+    async def add_worker(self, role: Role, *, model: str | Path | None = None, **changes: Any) -> Worker:
+        """One more, for as long as the cluster lives. `changes` are fields of `WorkerConfig`; `model` is another folder for
+        the model's name. Does not wait until the frontend has taken it in: it may have reasons not to."""
+        folder = Path(model) if model is not None else Path(self._model)
+        self._world.files |= {digest(c): c for c in read_model_files(folder).values()}
+        return await self._open_worker(self._stack, role, model_path=str(folder), **changes)
+
+    async def _open_worker(self, stack: AsyncExitStack, role: Role, **changes: Any) -> Worker:
+        options: dict[str, Any] = {
+            "model_path": self._model,
+            "served_model_name": self.model,
+            "disaggregation_mode": role,
+            "executor": self._executor,
+            "override_engine_args": json.dumps(self._engine),
+        }
+        config = WorkerConfig(**(options | changes))
         id_ = new_instance_id(role)
         executor = await stack.enter_async_context(open_executor(config, id_, self._transceivers))
         opened = serving_worker(config, executor, self._world.open(), id_, "memory:")
-        return await stack.enter_async_context(opened)
+        worker = await stack.enter_async_context(opened)
+        self.workers.append(worker)
+        return worker
 
     async def _ready(self) -> None:
         try:

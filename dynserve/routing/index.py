@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, islice, repeat
 from operator import and_
 
 CHUNK = 64  # blocks looked up between two questions whether anybody is left
@@ -67,10 +67,10 @@ class PrefixIndex:
     def overlap(self, hashes: Sequence[int]) -> dict[str, int]:
         """Leading blocks that each worker holds; workers without any are left out."""
         found: dict[str, int] = {}
-        alive, get = self._live, self._holders.get
+        alive, get, none = self._live, self._holders.get, repeat(0)
         for at in range(0, len(hashes), CHUNK):
             # sets[k]: who holds everything up to block at + k, exclusive
-            sets = list(accumulate([get(h, 0) for h in hashes[at : at + CHUNK]], and_, initial=alive))
+            sets = list(accumulate(map(get, hashes[at : at + CHUNK], none), and_, initial=alive))
             same = 0
             while sets[-1] != alive:
                 differs = len(sets) - 1

@@ -26,25 +26,23 @@ class Sums:
 
 @dataclass(slots=True)
 class Account:
-    """One worker's open work, as this frontend knows it."""
+    """One worker's open work, as this frontend knows it. The three sums are read for every candidate of every placement:
+    they are kept, not computed."""
 
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    requests: int = 0
     own: Sums = field(default_factory=Sums)
     others: Sums = field(default_factory=Sums)
     begun_tokens: int = 0  # reported: computed already, of prompts that are not done
     unseen_tokens: int = 0  # reported: held by requests that no frontend accounts for
     suspected: bool = False  # the last report had more requests than the books; twice in a row is no coincidence
 
-    @property
-    def prefill_tokens(self) -> int:
-        return max(0, self.own.prefill_tokens + self.others.prefill_tokens - self.begun_tokens)
-
-    @property
-    def decode_tokens(self) -> int:
-        return self.own.decode_tokens + self.others.decode_tokens + self.unseen_tokens
-
-    @property
-    def requests(self) -> int:
-        return self.own.requests + self.others.requests
+    def sum_up(self) -> None:
+        own, others = self.own, self.others
+        self.prefill_tokens = max(0, own.prefill_tokens + others.prefill_tokens - self.begun_tokens)
+        self.decode_tokens = own.decode_tokens + others.decode_tokens + self.unseen_tokens
+        self.requests = own.requests + others.requests
 
 
 class Charge:
@@ -60,6 +58,7 @@ class Charge:
         account.own.prefill_tokens += prefill_tokens
         account.own.decode_tokens += decode_tokens
         account.own.requests += 1
+        account.sum_up()
         changed(worker)
 
     def prefilled(self) -> None:
@@ -68,6 +67,7 @@ class Charge:
             self._account.own.prefill_tokens -= self.prefill_tokens
             self._account.begun_tokens = max(0, self._account.begun_tokens - self.prefill_tokens)
             self.prefill_tokens = 0
+            self._account.sum_up()
             self._changed(self.worker)
 
     def grew(self, tokens: int) -> None:
@@ -75,6 +75,7 @@ class Charge:
         if self._open and self.decode_tokens:
             self.decode_tokens += tokens
             self._account.own.decode_tokens += tokens
+            self._account.decode_tokens += tokens
 
     def close(self) -> None:
         if self._open:
@@ -82,6 +83,7 @@ class Charge:
             self._account.own.prefill_tokens -= self.prefill_tokens
             self._account.own.decode_tokens -= self.decode_tokens
             self._account.own.requests -= 1
+            self._account.sum_up()
             self._changed(self.worker)
 
 
@@ -99,7 +101,7 @@ class Ledger:
             found = self._accounts[worker] = Account()
             for shares in self._shared.values():
                 if worker in shares:
-                    _add(found.others, shares[worker], 1)
+                    _add(found, shares[worker], 1)
         return found
 
     def charge(self, worker: str, *, prefill_tokens: int = 0, decode_tokens: int = 0) -> Charge:
@@ -125,11 +127,11 @@ class Ledger:
             self._take_back(known)
             known.clear()
         for share in shares:
-            others = self.account(share.worker).others
+            account = self.account(share.worker)
             if (before := known.get(share.worker)) is not None:
-                _add(others, before, -1)
+                _add(account, before, -1)
             sums = known[share.worker] = Sums(share.prefill_tokens, share.decode_tokens, share.requests)
-            _add(others, sums, 1)
+            _add(account, sums, 1)
 
     def forget(self, frontend: str) -> None:
         """Another frontend is gone, and its requests with it."""
@@ -138,7 +140,7 @@ class Ledger:
     def _take_back(self, shares: dict[str, Sums]) -> None:
         for worker, sums in shares.items():
             if worker in self._accounts:
-                _add(self._accounts[worker].others, sums, -1)
+                _add(self._accounts[worker], sums, -1)
 
     # workers' own reports
 
@@ -153,6 +155,7 @@ class Ledger:
             held = (load.total_blocks - load.free_blocks) * block_size
             account.unseen_tokens = max(0, held - account.own.decode_tokens - account.others.decode_tokens)
         account.suspected = excess > 0
+        account.sum_up()
 
     def check(self) -> None:
         """Raises AssertionError when something was given back that was never taken."""
@@ -167,7 +170,8 @@ class Ledger:
             listener(worker)
 
 
-def _add(into: Sums, sums: Sums, sign: int) -> None:
-    into.prefill_tokens += sign * sums.prefill_tokens
-    into.decode_tokens += sign * sums.decode_tokens
-    into.requests += sign * sums.requests
+def _add(account: Account, sums: Sums, sign: int) -> None:
+    account.others.prefill_tokens += sign * sums.prefill_tokens
+    account.others.decode_tokens += sign * sums.decode_tokens
+    account.others.requests += sign * sums.requests
+    account.sum_up()

@@ -104,16 +104,19 @@ class Kv:
         if weights.temperature > 0:
             return Choice(self._draw(candidates, costs), costs)
         least = min(costs)
+        if costs.count(least) == 1:
+            return Choice(candidates[costs.index(least)], costs)
         best = [c for c, cost in zip(candidates, costs, strict=True) if cost == least]
-        return Choice(best[0] if len(best) == 1 else self._rng.choice(best), costs)
+        return Choice(self._rng.choice(best), costs)
 
     def _leave_out_herds(self, prompt: int, candidates: Sequence[Candidate], costs: list[float]) -> None:
-        # a block at least: even a prompt that is cached whole takes its turn in a step
-        delays = [c.waiting_prefill + max(1, prompt - c.overlap) for c in candidates]
+        # prompt - overlap is never 0: one token is always computed
+        delays = [c.waiting_prefill + prompt - c.overlap for c in candidates]
         most = self.weights.herd * min(delays)  # which the least itself never passes
-        for i, delay in enumerate(delays):
-            if delay > most and candidates[i].overlap:
-                costs[i] = math.inf
+        if max(delays) > most:
+            for i, delay in enumerate(delays):
+                if delay > most and candidates[i].overlap:
+                    costs[i] = math.inf
 
     def _draw(self, candidates: Sequence[Candidate], costs: list[float]) -> Candidate:
         """Softmax over the costs, scaled to their mean, so that one temperature fits short and long prompts."""

@@ -5,9 +5,10 @@ Times are seconds of whatever clock the caller has; the router has none of its o
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dynserve.config import RouterMode
@@ -49,6 +50,10 @@ class Target:
     account: Account
     index: IndexState
     heard: float  # when its cache was last heard of
+    capacity: int = field(init=False)  # tokens
+
+    def __post_init__(self) -> None:
+        self.capacity = self.num_blocks * self.block_size
 
 
 class Ask:
@@ -165,7 +170,7 @@ class Router:
             return False
         if phase == "prefill":
             return True
-        return account.decode_tokens <= self.options.busy_kv_fraction * target.num_blocks * target.block_size
+        return account.decode_tokens <= self.options.busy_kv_fraction * target.capacity
 
     def local(self, ask: Ask, targets: Sequence[Target]) -> list[Target]:
         """Decode workers that may prefill this prompt themselves, without a hand-off: those that lack so little of it, and
@@ -218,25 +223,27 @@ class Router:
     def _candidates(
         self, targets: Sequence[Target], phase: Phase, overlaps: dict[str, int], now: float
     ) -> list[Candidate]:
-        """Those under their thresholds; all of them when none is."""
-        roomy = [t for t in targets if self.has_room(t, phase)] or targets
-        size, slow = targets[0].block_size, self.options.slow_start_s
-        candidates = []
-        for t in roomy:
-            age, account = now - t.since, t.account
-            candidates.append(
-                Candidate(
-                    t.worker,
-                    overlaps.get(t.worker, 0),
-                    account.prefill_tokens / size,
-                    account.decode_tokens / size,
-                    account.requests,
-                    1.0 if age >= slow else max(SLOWEST, age / slow),
-                    t.index,
-                    now - t.heard,
-                )
+        """Those under their thresholds; all of them when none is. Runs for every worker of every placement."""
+        options, size, slow, get = self.options, targets[0].block_size, self.options.slow_start_s, overlaps.get
+        most_prefill = math.inf if phase == "decode" else options.busy_prefill_tokens
+        most_decode = math.inf if phase == "prefill" else options.busy_kv_fraction
+        roomy: list[Candidate] = []
+        busy: list[Candidate] = []
+        for t in targets:
+            account, age = t.account, now - t.since
+            waiting, decoding = account.prefill_tokens, account.decode_tokens
+            candidate = Candidate(
+                t.worker,
+                get(t.worker, 0),
+                waiting / size,
+                decoding / size,
+                account.requests,
+                1.0 if age >= slow else max(SLOWEST, age / slow),
+                t.index,
+                now - t.heard,
             )
-        return candidates
+            (busy if waiting > most_prefill or decoding > most_decode * t.capacity else roomy).append(candidate)
+        return roomy or busy
 
     def _choose(self, policy: Policy, asked: Asked, candidates: list[Candidate], now: float) -> tuple[Choice, str]:
         if not asked.session:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 
 from dynserve.frontend.kv_feed import KvFeeds
+from dynserve.routing.policy import IndexState
 from dynserve.routing.router import Router
 from dynserve.wire.events import KvEvent, KvEvents, Removed, Stored
 from dynserve.worker.journal import Journal
@@ -115,3 +116,87 @@ def test_with_random_losses_the_index_ends_as_the_cache() -> None:
     world.feeds.events(world.say(Stored(None, [1])))
     world.snapshot()
     assert world.known() == cache | {1}
+
+
+def test_a_loss_that_nothing_follows_is_noticed_by_the_second_load_report() -> None:
+    world = World()
+    world.join()
+    lost = world.say(Stored(None, [1]))
+    world.feeds.reported("w", 1, world.journal.published)
+    assert world.asked == 1  # the report may have overtaken the events
+    world.feeds.reported("w", 1, world.journal.published)
+    assert world.asked == 2 and not world.feeds.exact("w")
+    world.snapshot()
+    assert world.known() == {1} and world.feeds.exact("w")
+    world.feeds.events(lost)  # it was only late: what it says is known
+    assert world.known() == {1} and world.feeds.exact("w")
+
+
+def test_reports_that_overtake_events_cost_nothing() -> None:
+    world = World()
+    world.join()
+    for hash_ in range(5):
+        batch = world.say(Stored(None, [hash_]))
+        world.feeds.reported("w", 1, world.journal.published)
+        world.feeds.events(batch)
+    assert world.asked == 1 and world.feeds.exact("w")
+
+
+def test_batches_that_change_places_are_healed() -> None:
+    world = World()
+    world.join()
+    first, second = world.say(Stored(None, [1])), world.say(Removed([1]), Stored(None, [2]))
+    world.feeds.events(second)
+    world.feeds.events(first)
+    world.snapshot()
+    assert world.known() == {2} and world.feeds.exact("w")
+
+
+def test_the_routers_target_says_what_state_its_index_is_in() -> None:
+    world = World()
+    world.feeds.joined("w", 1)
+    target = world.router.join("w", 32, 100, 0.0)
+    world.feeds.placeable(target)
+    assert target.index is IndexState.DEGRADED
+    world.snapshot()
+    assert target.index is IndexState.EXACT
+    world.say(Stored(None, [1]))
+    world.feeds.events(world.say(Stored(None, [2])))
+    assert target.index == IndexState.DEGRADED
+
+
+def test_a_worker_without_events_is_approximated_whatever_else_it_says() -> None:
+    world = World()
+    world.feeds.joined("w", 1)
+    target = world.router.join("w", 32, 100, 0.0, events=False)
+    world.feeds.placeable(target)
+    world.router.index.store("w", [7])
+    world.snapshot()
+    assert target.index is IndexState.APPROX and world.known() == {7}
+
+
+def test_an_index_out_of_room_is_degraded_and_made_whole_when_there_is_room() -> None:
+    world = World()
+    world.router.index._max_bytes = 64 * world.router.index._max_bytes // world.router.index.capacity
+    world.join()
+    target = world.router.join("w", 32, 100, 0.0)
+    world.feeds.events(world.say(Stored(None, list(range(100)))))
+    world.feeds.look()
+    assert not world.feeds.exact("w") and target.index is IndexState.DEGRADED
+    world.feeds.events(world.say(Removed(list(range(80)))))
+    world.feeds.look()
+    world.snapshot()
+    assert world.feeds.exact("w") and world.known() == set(range(80, 100))
+
+
+def test_a_long_journal_is_published_in_pieces_that_follow_one_another() -> None:
+    world = World()
+    world.join()
+    world.journal.add([Stored(None, [i % 100]) for i in range(5_000)])
+    batches = []
+    while (batch := world.journal.take()) is not None:
+        batches.append(batch)
+    assert len(batches) > 1
+    for batch in batches:
+        world.feeds.events(batch)
+    assert world.asked == 1 and world.known() == set(range(100))

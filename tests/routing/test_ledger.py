@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import random
+
+from dynserve.routing.ledger import Charge, Ledger
+from dynserve.wire.events import Load, Share
+
+
+def sums(ledger: Ledger, worker: str = "w") -> tuple[int, int, int]:
+    account = ledger.account(worker)
+    return account.prefill_tokens, account.decode_tokens, account.requests
+
+
+def test_closing_a_charge_after_its_worker_is_gone_is_safe() -> None:
+    ledger = Ledger()
+    charge = ledger.charge("w", prefill_tokens=5, decode_tokens=1)
+    ledger.drop("w")
+    charge.close()
+    assert sums(ledger) == (0, 0, 0)
+
+
+def test_a_charge_grows_with_the_answer_and_goes_whole() -> None:
+    ledger = Ledger()
+    charge = ledger.charge("w", prefill_tokens=100, decode_tokens=100)
+    charge.prefilled()
+    charge.grew(7)
+    assert sums(ledger) == (0, 107, 1)
+    charge.close()
+    charge.grew(7)
+    assert sums(ledger) == (0, 0, 0)
+
+
+def test_a_prefill_does_not_grow() -> None:
+    ledger = Ledger()
+    ledger.charge("w", prefill_tokens=100).grew(1)
+    assert sums(ledger) == (100, 0, 1)
+
+
+def test_no_charge_survives_its_request_in_any_order_of_events() -> None:
+    r = random.Random(3)
+    ledger, open_ = Ledger(), list[Charge]()
+    for _ in range(5_000):
+        kind = r.random()
+        if kind < 0.3:
+            open_.append(
+                ledger.charge(r.choice("abc"), prefill_tokens=r.randrange(100), decode_tokens=r.randrange(100))
+            )
+        elif open_:
+            charge = r.choice(open_)
+            if kind < 0.5:
+                charge.prefilled()
+            elif kind < 0.7:
+                charge.grew(r.randrange(10))
+            else:
+                charge.close()
+                open_.remove(charge)
+        if r.random() < 0.01:
+            ledger.drop(r.choice("abc"))
+        ledger.check()
+    for charge in open_:
+        charge.close()
+    assert [sums(ledger, w) for w in "abc"] == [(0, 0, 0)] * 3
+
+
+def test_what_other_frontends_say_counts_and_is_replaced_not_added() -> None:
+    ledger = Ledger()
+    ledger.charge("w", prefill_tokens=10)
+    for _ in range(3):  # as if two of three messages had come twice
+        ledger.shared("other", [Share("w", 100, 50, 2)], all_of_them=False)
+    assert sums(ledger) == (110, 50, 3)
+    ledger.shared("other", [Share("v", 1, 1, 1)], all_of_them=False)
+    assert sums(ledger) == (110, 50, 3)
+    ledger.shared("other", [Share("v", 1, 1, 1)], all_of_them=True)
+    assert sums(ledger) == (10, 0, 1)
+    ledger.forget("other")
+    assert sums(ledger, "v") == (0, 0, 0)
+
+
+def test_others_charges_on_a_worker_that_joins_later_are_not_lost() -> None:
+    ledger = Ledger()
+    ledger.shared("other", [Share("w", 100, 0, 1)], all_of_them=True)
+    ledger.drop("w")
+    assert sums(ledger) == (100, 0, 1)
+
+
+def test_a_frontend_tells_others_its_own_charges_only() -> None:
+    ledger = Ledger()
+    ledger.charge("w", prefill_tokens=10, decode_tokens=3)
+    ledger.charge("v", prefill_tokens=5).close()
+    ledger.shared("other", [Share("w", 100, 0, 1)], all_of_them=True)
+    assert ledger.shares() == [Share("w", 10, 3, 1)]
+    assert ledger.shares(["v"]) == [Share("v", 0, 0, 0)]  # a change to nothing is told, too
+
+
+def test_progress_that_a_worker_reports_is_taken_off_and_given_back_once() -> None:
+    ledger = Ledger()
+    first, second = ledger.charge("w", prefill_tokens=1000), ledger.charge("w", prefill_tokens=500)
+    ledger.reported("w", Load(running=2, begun_tokens=800), 32)
+    assert sums(ledger)[0] == 700
+    first.prefilled()
+    assert sums(ledger)[0] == 500
+    second.prefilled()
+    assert sums(ledger)[0] == 0
+    ledger.check()
+
+
+def test_load_that_nobody_accounts_for_is_believed_the_second_time() -> None:
+    ledger = Ledger()
+    load = Load(running=3, free_blocks=60, total_blocks=100)
+    ledger.reported("w", load, 32)
+    assert sums(ledger) == (0, 0, 0)  # it may be a request whose end is on its way
+    ledger.reported("w", load, 32)
+    assert sums(ledger) == (0, 40 * 32, 0)
+    ledger.reported("w", Load(free_blocks=100, total_blocks=100), 32)
+    assert sums(ledger) == (0, 0, 0)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from dynserve.errors import BadRequest, ConfigError, NoWorker
+from dynserve.routing.policy import (
+    Asked,
+    Candidate,
+    Choice,
+    Direct,
+    Kv,
+    LeastLoaded,
+    PowerOfTwo,
+    Weights,
+    policy_maker,
+)
+
+PREFILL, DECODE = Asked("prefill", 100), Asked("decode", 100)
+
+
+def candidate(worker: str, overlap: int = 0, waiting: float = 0, decode: float = 0, **more: float) -> Candidate:
+    return Candidate(worker, overlap, waiting, decode, 0, **more)  # type: ignore[arg-type]
+
+
+class TakesTheLast:
+    """A policy as a user would bring it."""
+
+    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+        return Choice(candidates[-1], [])
+
+
+class NeedsArguments:
+    def __init__(self, what: str) -> None:
+        pass
+
+
+def test_kv_weighs_what_must_be_computed_against_what_waits() -> None:
+    cached, idle = candidate("cached", overlap=80, waiting=50), candidate("idle")
+    assert Kv(Weights(overlap=1.0)).choose(PREFILL, [cached, idle]).candidate is cached
+    busier = candidate("cached", overlap=80, waiting=95)
+    assert Kv(Weights(overlap=1.0)).choose(PREFILL, [busier, idle]).candidate is idle
+    assert Kv(Weights(overlap=2.0)).choose(PREFILL, [busier, idle]).candidate is busier
+
+
+def test_kv_takes_the_decode_worker_with_the_least_to_do_and_to_move() -> None:
+    policy = Kv(Weights(transfer=0.1))
+    assert policy.choose(DECODE, [candidate("a", decode=50), candidate("b", decode=49)]).candidate.worker == "b"
+    has_it = candidate("a", overlap=100, decode=50)
+    assert policy.choose(DECODE, [has_it, candidate("b", decode=49)]).candidate is has_it
+
+
+def test_a_burst_that_shares_a_prefix_does_not_stay_on_one_worker() -> None:
+    policy, waiting = Kv(Weights(overlap=8.0, herd=2.0)), dict.fromkeys("abcd", 0.0)
+    placed: Counter[str] = Counter()
+    has_it = {"a"}
+    for _ in range(400):  # 98 of 100 blocks shared; nothing is finished meanwhile
+        candidates = [candidate(w, overlap=98 if w in has_it else 0, waiting=waiting[w]) for w in "abcd"]
+        worker = policy.choose(PREFILL, candidates).candidate.worker
+        waiting[worker] += 2 if worker in has_it else 100
+        has_it.add(worker)
+        placed[worker] += 1
+    assert has_it == set("abcd") and max(placed.values()) < 200
+    without, waiting, has_it = Kv(Weights(overlap=8.0, herd=1e9)), dict.fromkeys("abcd", 0.0), {"a"}
+    for _ in range(400):
+        candidates = [candidate(w, overlap=98 if w in has_it else 0, waiting=waiting[w]) for w in "abcd"]
+        waiting[without.choose(PREFILL, candidates).candidate.worker] += 2
+    assert waiting["a"] > 700  # what the rule is there for
+
+
+def test_a_cost_of_a_candidate_that_was_left_out_is_infinite() -> None:
+    choice = Kv().choose(PREFILL, [candidate("hot", overlap=99, waiting=500), candidate("idle")])
+    assert choice.candidate.worker == "idle" and choice.costs[0] == float("inf")
+
+
+def test_a_fresh_worker_costs_more_until_it_has_shown_itself() -> None:
+    fresh, busy = candidate("fresh", ramp=0.1), candidate("busy", waiting=100)
+    assert Kv().choose(PREFILL, [fresh, busy]).candidate is busy
+    assert Kv().choose(PREFILL, [candidate("fresh"), busy]).candidate.worker == "fresh"
+
+
+def test_ties_do_not_always_go_to_the_same_worker() -> None:
+    for policy in (Kv(rng=random.Random(1)), LeastLoaded(random.Random(1))):
+        candidates = [candidate(name) for name in "abc"]
+        assert {policy.choose(PREFILL, candidates).candidate.worker for _ in range(50)} == {"a", "b", "c"}
+
+
+def test_temperature_draws_cheaper_workers_more_often() -> None:
+    policy = Kv(Weights(temperature=0.5), random.Random(1))
+    candidates = [candidate("cheap", overlap=50), candidate("dear")]
+    drawn = Counter(policy.choose(PREFILL, candidates).candidate.worker for _ in range(500))
+    assert drawn["cheap"] > drawn["dear"] > 20
+
+
+def test_power_of_two_never_takes_the_busiest() -> None:
+    policy = PowerOfTwo(random.Random(1))
+    candidates = [candidate("a", waiting=5), candidate("b", waiting=1), candidate("c")]
+    drawn = Counter(policy.choose(PREFILL, candidates).candidate.worker for _ in range(300))
+    assert drawn["a"] == 0 and drawn["b"] > 50 and drawn["c"] > 150
+    assert policy.choose(PREFILL, candidates[:1]).candidate.worker == "a"
+
+
+def test_direct_goes_where_it_is_told_and_says_what_is_wrong() -> None:
+    policy = Direct(random.Random(1))
+    candidates = [candidate("prefill-1", waiting=9), candidate("prefill-2")]
+    asked = Asked("prefill", 1, "", ("prefill-1",))
+    assert policy.choose(asked, candidates).candidate.worker == "prefill-1"
+    assert policy.choose(asked._replace(phase="decode"), [candidate("decode-1")]).candidate.worker == "decode-1"
+    with pytest.raises(BadRequest, match="x-dynserve-instance"):
+        policy.choose(Asked("prefill", 1), candidates)
+    with pytest.raises(NoWorker, match="prefill-9"):
+        policy.choose(Asked("prefill", 1, "", ("prefill-9",)), candidates)
+
+
+def test_a_policy_of_ones_own_is_a_plain_class() -> None:
+    policy = policy_maker("kv", "tests.routing.test_policy:TakesTheLast", Weights(), random.Random(1))()
+    assert policy.choose(PREFILL, [candidate("a"), candidate("b")]).candidate.worker == "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no.such.module:Class", "cannot import no.such.module"),
+        ("tests.routing.test_policy:Nobody", "Nobody"),
+        ("tests.routing.test_policy", "expected package.module:Class"),
+        ("tests.routing.test_policy:NeedsArguments", "without arguments"),
+        ("tests.routing.test_policy:random", "Random|random|callable"),
+    ],
+)
+def test_a_wrong_policy_name_says_what_is_wrong(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        policy_maker("kv", name, Weights(), random.Random(1))
