@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,9 @@ class Setup(NamedTuple):
 
 
 @contextlib.contextmanager
-def cluster(workers: list[str], engine: dict[str, Any]) -> Iterator[Setup]:
+def cluster(
+    workers: list[str], engine: dict[str, Any], executor: str = "simulated", frontend_flags: Sequence[str] = ()
+) -> Iterator[Setup]:
     """etcd, NATS, a frontend and workers in these roles; all gone at the end."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         etcd, peer, nats, http = free_ports(4)
@@ -60,8 +62,10 @@ def cluster(workers: list[str], engine: dict[str, Any]) -> Iterator[Setup]:
         ]
         start(etcd_command(Path(folder) / "etcd", etcd, peer))
         nats_pid = start(nats_command(nats))
-        frontend = start([sys.executable, "-m", "dynserve.frontend", *planes, "--http-port", str(http)])
-        options = ["--executor", "simulated", "--override-engine-args", json.dumps(engine)]
+        frontend = start(
+            [sys.executable, "-m", "dynserve.frontend", *planes, "--http-port", str(http), *frontend_flags]
+        )
+        options = ["--executor", executor, "--override-engine-args", json.dumps(engine)]
         pids = [
             start([sys.executable, "-m", "dynserve.worker", *planes, *options, "--disaggregation-mode", role])
             for role in workers

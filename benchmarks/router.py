@@ -73,13 +73,22 @@ def placements(router: Router, prompts: list[bytes], rounds: int) -> Timed:
     return timed(rounds, work, len(prompts))
 
 
+def hashings(prompts: list[bytes], rounds: int) -> Timed:
+    def work() -> None:
+        for prompt in prompts:
+            Ask(prompt).hashes(BLOCK)
+
+    return timed(rounds, work, len(prompts))
+
+
 def events(workers: int, rounds: int, r: random.Random) -> tuple[Timed, Timed]:
     """Seconds per block stored and per block removed, in events of 8 blocks."""
     index = PrefixIndex()
     names = [f"w{i}" for i in range(workers)]
     chains = [[r.getrandbits(64) for _ in range(8)] for _ in range(20_000)]
     owners = [r.choice(names) for _ in chains]
-    stored, removed = [], []
+    stored: list[float] = []
+    removed: list[float] = []
     for _ in range(rounds):
         for into, act in ((stored, index.store), (removed, index.remove)):
             began = time.perf_counter()
@@ -122,7 +131,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         place = placements(router, prompts, rounds)
-        hashing = timed(rounds, lambda prompts=prompts: [Ask(p).hashes(BLOCK) for p in prompts] and None, len(prompts))  # type: ignore[misc]
+        hashing = hashings(prompts, rounds)
         store, remove = events(workers, rounds, r)
         del router
         gc.unfreeze()

@@ -98,7 +98,7 @@ class Demand(NamedTuple):
 
 def demand(trace: Trace) -> Demand:
     seen: set[int] = set()
-    prompts = new = outputs = contexts = 0
+    prompts, new, outputs, contexts = 0, 0, 0, 0.0
     for call in sorted(trace.calls, key=lambda c: c.at):
         prompt = call.prompt()
         tokens, hashes = len(prompt) // 4, rolling_hashes(prompt, trace.block_size)
