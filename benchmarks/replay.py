@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import traces
-from traces import Call, Demand, Trace
+from traces import Call, Demand, Paced, Trace
 
 from dynserve import Cluster, clock
 from dynserve.errors import DynserveError
@@ -80,6 +80,7 @@ class Result(NamedTuple):
     calls: list[Answered]
     failed: int
     imbalance: float  # most prefilled tokens of a worker by the mean
+    came: float  # calls per second that came while it was measured
     busy: float  # part of the measured time that the prefill pool was computing
     wall_s: float
 
@@ -131,24 +132,28 @@ def run(job: Job) -> Result:
     rate = job.load * saturation(wanted, job.pairs)
     if job.speedup is not None:
         rate = job.speedup * (len(trace.calls) - 1) / max(call.at for call in trace.calls)
-    trace, begin, end = traces.at_rate(trace, rate, job.seed)
+    paced = traces.at_rate(trace, rate, job.calls, job.seed)
     gc.collect()
     gc.freeze()
     gc.disable()  # some gigabytes of cycles at most, and each collection walks all requests in flight
     try:
-        calls, failed, imbalance = clock.run(replay(trace, job))
-        calls = [call for call in calls if begin <= call.at <= end]
+        calls, failed, imbalance = clock.run(replay(trace, paced, job))
     finally:
         gc.enable()
     return Result(
-        job.trace, job.policy, job.load, job.seed, rate, wanted.reusable, calls, failed, imbalance, _busy(calls, job.pairs),
+        job.trace, job.policy, job.load, job.seed, rate, wanted.reusable, calls, failed, imbalance,
+        len(calls) / _span(calls), _busy(calls, job.pairs),
         time.perf_counter() - began,
     )  # fmt: skip
 
 
 def _busy(calls: list[Answered], pairs: int) -> float:
     computed = sum(call.prompt - call.cached for call in calls) * ENGINE_ARGS.prefill_us_per_token / 1e6
-    return computed / pairs / (max(call.at for call in calls) - min(call.at for call in calls))
+    return computed / pairs / _span(calls)
+
+
+def _span(calls: list[Answered]) -> float:
+    return max(call.at for call in calls) - min(call.at for call in calls)
 
 
 def saturation(wanted: Demand, pairs: int) -> float:
@@ -163,7 +168,7 @@ def saturation(wanted: Demand, pairs: int) -> float:
     return pairs * min(1 / prefill_s, batch / step_s / wanted.output_tokens)
 
 
-async def replay(trace: Trace, job: Job) -> tuple[list[Answered], int, float]:
+async def replay(trace: Trace, paced: Paced, job: Job) -> tuple[list[Answered], int, float]:
     mode, _, rest = job.policy.partition(":")
     options: dict[str, Any] = {"request_timeout_s": 1e6, "max_queued": 1_000_000, "max_queued_s": 1e6}
     if "." in mode:
@@ -181,7 +186,7 @@ async def replay(trace: Trace, job: Job) -> tuple[list[Answered], int, float]:
         await asyncio.sleep(20)  # past the slow start
         if mode == "oracle":
             _make_oracle(cluster)
-        answered, failed = await _drive(trace, cluster)
+        answered, failed = await _drive(paced, cluster)
         computed = Counter({w.id: 0 for w in cluster.workers if w.config.disaggregation_mode == "prefill"})
         for decision in cluster.frontend.pipeline.decisions._decisions.values():
             for placement in decision.placements:
@@ -222,19 +227,22 @@ def _make_oracle(cluster: Cluster) -> None:
     router.place = placing  # type: ignore[method-assign]
 
 
-async def _drive(trace: Trace, cluster: Cluster) -> tuple[list[Answered], int]:
+async def _drive(paced: Paced, cluster: Cluster) -> tuple[list[Answered], int]:
     loop, pipeline = asyncio.get_running_loop(), cluster.frontend.pipeline
-    pipeline.decisions._kept = len(trace.calls) + 1
+    pipeline.decisions._kept = len(paced.calls) + 1
     start = loop.time()
-    done = [asyncio.Event() for _ in trace.calls]
+    done = [asyncio.Event() for _ in paced.calls]
     answered: list[Answered] = []
     failed = 0
 
     async def one(number: int, call: Call) -> None:
         nonlocal failed
-        await asyncio.sleep(start + call.at - loop.time())
+        await asyncio.sleep(max(0.0, start + call.at - loop.time()))
         if call.after is not None:
             await done[call.after].wait()
+        if loop.time() - start > paced.end:
+            done[number].set()
+            return
         tokens = call.prompt()
         began, first, last = loop.time(), 0.0, None
         prompt = Prompt(
@@ -257,9 +265,9 @@ async def _drive(trace: Trace, cluster: Cluster) -> tuple[list[Answered], int]:
             done[number].set()
 
     async with asyncio.TaskGroup() as group:
-        for number, call in enumerate(trace.calls):
+        for number, call in enumerate(paced.calls):
             group.create_task(one(number, call))
-    return sorted(answered), failed
+    return sorted(call for call in answered if call.at >= paced.begin), failed
 
 
 # tables
@@ -280,13 +288,13 @@ def figures(result: Result) -> dict[str, float]:
         "ttft50": quantile(ttft, 0.5), "ttft90": quantile(ttft, 0.9), "ttft99": quantile(ttft, 0.99),
         "e2e50": quantile(total, 0.5), "e2e90": quantile(total, 0.9), "e2e99": quantile(total, 0.99),
         "itl50": 1000 * quantile(itl, 0.5), "itl99": 1000 * quantile(itl, 0.99),
-        "good": 100 * good / len(calls), "imbalance": result.imbalance, "busy": 100 * result.busy, "failed": float(result.failed),
+        "good": 100 * good / len(calls), "imbalance": result.imbalance, "busy": 100 * result.busy, "came": 100 * result.came / result.rate, "failed": float(result.failed),
     }  # fmt: skip
 
 
 HEAD = (
     "trace     load policy                  hit%  reuse%   TTFT p50    p90    p99 s   E2E p50    p90    p99 s"
-    "   ITL p50  p99 ms  good%  busy%  imbal fail"
+    "   ITL p50  p99 ms  good%  busy%  came%  imbal fail"
 )
 
 
@@ -300,7 +308,7 @@ def table(results: list[Result]) -> str:
         lines.append(
             f"{trace:<9} {load:>4.1f} {policy:<22} {f['hit']:>5.1f}  {reuse:>5.1f}   "
             f"{f['ttft50']:>8.3f} {f['ttft90']:>6.2f} {f['ttft99']:>6.2f}    {f['e2e50']:>7.2f} {f['e2e90']:>6.1f} {f['e2e99']:>6.1f}"
-            f"   {f['itl50']:>9.2f} {f['itl99']:>7.1f}  {f['good']:>5.1f}  {f['busy']:>5.1f}  {f['imbalance']:>5.2f} {f['failed']:>4.0f}"
+            f"   {f['itl50']:>9.2f} {f['itl99']:>7.1f}  {f['good']:>5.1f}  {f['busy']:>5.1f}  {f['came']:>5.1f}  {f['imbalance']:>5.2f} {f['failed']:>4.0f}"
         )
     return "\n".join(lines)
 
@@ -355,8 +363,12 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 SWEEP = [
-    *(f"kv:overlap={o},herd={h}" for o in (0.5, 1, 2, 4, 8) for h in (1.5, 2, 4, 1000)),
+    *(f"kv:overlap={overlap},herd=4" for overlap in (0.5, 1, 2, 4, 8, 16, 32)),
+    *(f"kv:overlap=8,herd={herd}" for herd in (1.5, 2, 8, 1000)),
+    *(f"kv:overlap=8,herd=4,transfer={transfer}" for transfer in (0, 0.3, 1)),
+    *(f"kv:overlap=8,herd=4,local={tokens}" for tokens in (64, 256, 1024)),
 ]  # fmt: skip
+CALLS = {"mooncake": 4000, "miniswe": 3000, "taubench": 8000, "azure": 4000}
 
 
 def main() -> None:
@@ -368,7 +380,7 @@ def main() -> None:
     parser.add_argument("--policy", nargs="+", default=["kv", "round-robin", "least-loaded", "oracle"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--calls", type=int, default=4000, help="of each run, about")
+    parser.add_argument("--calls", type=int, help=f"of each run, about; default: {CALLS}")
     parser.add_argument("--pairs", type=int, default=8, help="prefill workers, and as many decode workers")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="where to write TTFT over time, per policy (needs the bench extra)")
@@ -377,7 +389,7 @@ def main() -> None:
     options = parser.parse_args()
     policies = SWEEP if options.sweep else options.policy
     jobs = [
-        Job(options.traces, trace, policy, load, seed, options.calls, options.pairs, options.speedup)
+        Job(options.traces, trace, policy, load, seed, options.calls or CALLS[trace], options.pairs, options.speedup)
         for trace in options.trace
         for load in (options.load if options.speedup is None else [0.0])
         for seed in range(options.first_seed, options.first_seed + options.seeds)
@@ -385,7 +397,9 @@ def main() -> None:
     ]
     results = []
     for trace in options.trace:
-        traces.load(options.traces, trace, options.calls, 0)  # what is read and tokenised here, all runs inherit
+        traces.load(
+            options.traces, trace, options.calls or CALLS[trace], 0
+        )  # what is read and tokenised here, all runs inherit
     with ProcessPoolExecutor(options.processes, mp_context=get_context("fork"), max_tasks_per_child=None) as pool:
         for i, result in enumerate(pool.map(run, jobs), 1):
             results.append(result)

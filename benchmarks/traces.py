@@ -16,7 +16,7 @@ import io
 import json
 import random
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,21 +31,23 @@ from dynserve.routing.hashing import rolling_hashes
 FIRST, SPAN = 300, 1700  # made-up token ids: clear of special ones, within the tiny model's vocabulary
 NAMES = ("mooncake", "miniswe", "taubench", "azure")
 WARM_UP = 0.15  # part of a run whose requests are not measured: caches fill in it
+WARM_UP_SESSIONS = 0.3
+MOST_LOOKED_AT = 4000  # calls, for the mean demand
+SERVICE, SERVICE_PER_TOKEN = 0.05, 0.01  # seconds that an answer takes, for a first guess of how long sessions last
 
 
 class Call(NamedTuple):
     at: float  # seconds from the start
     prompt: Callable[[], bytes]  # token ids, u32 little-endian; made when asked for: a trace has gigabytes of them
     output: int  # tokens
-    session: str = ""
-    after: int | None = None  # number of the call of the same session that must have been answered before
+    after: int | None = None  # number of the call that must have been answered before
 
 
 class Trace(NamedTuple):
     name: str
     block_size: int
     calls: list[Call]
-    sessions: bool  # calls depend on one another, and load is a matter of sessions per second
+    sessions: Sequence[list[Call]] = ()  # the same, where calls follow one another; then `at` counts from the first
 
 
 def load(folder: Path, name: str, count: int, seed: int) -> Trace:
@@ -59,28 +61,49 @@ def load(folder: Path, name: str, count: int, seed: int) -> Trace:
     raise SystemExit(f"no trace {name!r}; there are {', '.join(NAMES)}")
 
 
-def at_rate(trace: Trace, rate: float, seed: int) -> tuple[Trace, float, float]:
-    """The same calls at `rate` per second on the whole, and between which times to measure.
+class Paced(NamedTuple):
+    """Calls at some rate, and what of them to measure."""
 
-    Without sessions, time is compressed. Sessions begin at the pace that gives the rate; the pauses within them are
-    shortened so far that the longest recorded session takes a quarter of the time in which they begin (and whatever its
-    answers take: a call never comes before the answer of the one before it). What is measured begins in the second half
-    of that time, when as many sessions end as begin.
+    calls: list[Call]
+    begin: float
+    end: float  # calls that come later are not made
+
+
+def at_rate(trace: Trace, rate: float, count: int, seed: int) -> Paced:
+    """The calls at `rate` per second, for as long as `count` of them take.
+
+    Without sessions, time is compressed. Sessions begin at the pace that gives the rate, and a pause within one is shortened
+    so far that the longest recorded session takes a quarter of the run. Besides, a call never comes before the answer of
+    the one before it. The run begins as if it had been going on: with as many sessions as there are at any time, each
+    somewhere in its middle (its past, which no cache has, is its first prompt).
     """
     if not trace.sessions:
-        native = (len(trace.calls) - 1) / (trace.calls[-1].at - trace.calls[0].at)
-        calls = [call._replace(at=call.at * native / rate) for call in trace.calls]
-        return trace._replace(calls=calls), WARM_UP * calls[-1].at, calls[-1].at
+        calls = trace.calls
+        native = (len(calls) - 1) / (calls[-1].at - calls[0].at)
+        calls = [call._replace(at=(call.at - calls[0].at) * native / rate) for call in calls]
+        return Paced(calls, WARM_UP * calls[-1].at, calls[-1].at)
     r = random.Random(seed)
-    names = list(dict.fromkeys(call.session for call in trace.calls))
-    starts: dict[str, float] = {}
-    now = 0.0
-    for name in names:
-        starts[name] = now
-        now += r.expovariate(rate * len(names) / len(trace.calls))
-    shorter = min(1.0, now / 4 / max(call.at for call in trace.calls))
-    calls = [call._replace(at=starts[call.session] + call.at * shorter) for call in trace.calls]
-    return trace._replace(calls=calls), now / 2, now
+    end = count / rate
+    shorter = min(1.0, end / 4 / max(session[-1].at for session in trace.sessions))
+    lasts = [
+        session[-1].at * shorter + sum(SERVICE + SERVICE_PER_TOKEN * c.output for c in session)
+        for session in trace.sessions
+    ]
+    per_s = rate * len(trace.sessions) / len(trace.calls)
+    there = round(per_s * sum(lasts) / len(lasts))
+    calls, now = [], 0.0
+    for number, session in enumerate(trace.sessions):
+        first, start = 0, now
+        if number < there:
+            first = r.randrange(len(session))
+            start = r.uniform(0, SERVICE_PER_TOKEN * 100) - session[first].at * shorter
+        else:
+            now += r.expovariate(per_s)
+        for i, call in enumerate(session[first:]):
+            calls.append(call._replace(at=start + call.at * shorter, after=len(calls) - 1 if i else None))
+        if now > end:
+            return Paced(calls, WARM_UP_SESSIONS * end, end)
+    raise SystemExit(f"{len(trace.sessions)} sessions are not enough for {count} calls: {there} are open at any time")
 
 
 class Demand(NamedTuple):
@@ -99,7 +122,9 @@ class Demand(NamedTuple):
 def demand(trace: Trace) -> Demand:
     seen: set[int] = set()
     prompts, new, outputs, contexts = 0, 0, 0, 0.0
-    for call in sorted(trace.calls, key=lambda c: c.at):
+    calls = trace.calls if trace.sessions else sorted(trace.calls, key=lambda c: c.at)
+    calls = calls[: max(MOST_LOOKED_AT, len(calls) // 3)]
+    for call in calls:
         prompt = call.prompt()
         tokens, hashes = len(prompt) // 4, rolling_hashes(prompt, trace.block_size)
         known = next((i for i, hash_ in enumerate(hashes) if hash_ not in seen), len(hashes))
@@ -107,7 +132,7 @@ def demand(trace: Trace) -> Demand:
         prompts, outputs = prompts + tokens, outputs + call.output
         new += max(1, tokens - known * trace.block_size)
         contexts += (tokens + call.output / 2) * call.output
-    n = len(trace.calls)
+    n = len(calls)
     return Demand(prompts / n, new / n, outputs / n, contexts / outputs)
 
 
@@ -123,7 +148,7 @@ def _mooncake(lines: Iterator[str], count: int, seed: int) -> Trace:
     calls = [
         Call(at, prompt, max(1, row["output_length"])) for at, prompt, row in zip(spread, prompts, rows, strict=True)
     ]
-    return Trace("mooncake", 64, calls, False)
+    return Trace("mooncake", 64, calls)
 
 
 def _of_ids(ids: list[int], length: int) -> bytes:
@@ -141,7 +166,7 @@ def _azure(lines: Iterator[str], count: int, seed: int) -> Trace:
     for i, (at, row) in enumerate(zip(times, rows, strict=True)):
         prompt = partial(_noise, first + i, int(row["ContextTokens"]))
         calls.append(Call(at - times[0], prompt, max(1, int(row["GeneratedTokens"]))))
-    return Trace("azure", 32, calls, False)
+    return Trace("azure", 32, calls)
 
 
 def _noise(number: int, length: int) -> bytes:
@@ -160,15 +185,13 @@ def _agents(name: str, path: Path, count: int, seed: int) -> Trace:
     """
     encoded, common = _encoded(path)
     r = random.Random(seed)
-    calls: list[Call] = []
-    turn = 0
-    while len(calls) < count:
+    repeated: list[list[Call]] = []
+    while sum(map(len, repeated)) < 3 * count:
         for session in r.sample(encoded, len(encoded)):
-            turn += 1
-            for i, (at, ids, output) in enumerate(session):
-                prompt = partial(_exchanged, ids, common, turn)
-                calls.append(Call(at, prompt, output, f"s{turn}", len(calls) - 1 if i else None))
-    return Trace(name, 64 if name == "miniswe" else 32, calls, True)
+            turn = len(repeated) + 1
+            repeated.append([Call(at, partial(_exchanged, ids, common, turn), output) for at, ids, output in session])
+    calls = [call for session in repeated for call in session]
+    return Trace(name, 64 if name == "miniswe" else 32, calls, repeated)
 
 
 @lru_cache
