@@ -123,6 +123,36 @@ async def test_after_500_requests_a_third_cancelled_nothing_is_held(disaggregate
     assert_all_free(disaggregated)
 
 
+def test_two_frontends_know_of_each_others_placements(deploy: Any) -> None:
+    deployment, other = deploy(), deploy()
+    other.planes = deployment.planes
+    deployment.frontend()
+    other.frontend()
+    deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})
+    (worker,) = deployment.wait_for(1)
+    other.wait_for(1)
+    body = {"model": MODEL, "prompt": [300] * 100, "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+    def placed() -> dict[str, Any]:
+        (told,) = other.health()["instances"]
+        return told["placed"]  # type: ignore[no-any-return]
+
+    with httpx.stream("POST", f"{deployment.base}/v1/completions", json=body, timeout=30, trust_env=False) as answer:
+        lines = answer.iter_lines()  # a generator that is dropped closes the answer
+        next(lines)
+        wait_until(lambda: placed()["requests"] == 1 and placed()["decode_tokens"] >= 100)
+    wait_until(lambda: placed() == {"requests": 0, "prefill_tokens": 0, "decode_tokens": 0})
+    why = httpx.get(f"{deployment.base}/v1/requests/{answer.headers['x-request-id']}/why", trust_env=False).json()
+    assert why["outcome"] == "cancelled" and why["placements"][0]["worker"] == worker["id"]
+
+
+def wait_until(condition: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.02)
+
+
 async def test_the_openai_sdk_chats_and_completes_streamed_and_not(disaggregated: Deployment) -> None:
     async with openai.AsyncOpenAI(base_url=f"{disaggregated.base}/v1", api_key="none", max_retries=0) as client:
         assert [m.id async for m in client.models.list()] == [MODEL]
@@ -249,6 +279,10 @@ def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
         ("worker", ["--modle-path", "x"], "unknown option --modle-path (did you mean --model-path?)"),
         ("worker", ["--executor", "trtllm"], "--executor trtllm is not part of this version"),
         ("frontend", ["--router-mode", "magic"], "'magic' is not one of kv, round-robin, random"),
+        ("frontend", ["--router-policy", "no_such_module:Class"], "cannot import no_such_module"),
+        ("frontend", ["--router-herd-factor", "0.5"], "--router-herd-factor must be 1 or more"),
+        ("frontend", ["--router-overlap-wait", "3"], "did you mean --router-overlap-weight"),
+        ("worker", ["--kv-events", "maybe"], "--kv-events"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence_and_exit_code_2(

@@ -76,6 +76,7 @@ async def test_the_record_comes_with_the_answer_when_asked_for() -> None:
         unary = await client.post("/v1/completions", json=ask(), headers=explain)
         told = json.loads(unary.headers["x-dynserve-explain"])
         assert told["request_id"] == unary.headers["x-request-id"] and len(told["placements"]) == 2
+        assert told["outcome"] == "finished" and told["duration_s"] > 0
         streamed = await client.post("/v1/completions", json=ask(stream=True), headers=explain)
         *_, done, comment, rest = streamed.text.split("\n\n")
         assert done == "data: [DONE]" and comment.startswith(": explain {") and rest == ""

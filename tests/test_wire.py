@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynserve.wire import discovery, events, link, requests
+from dynserve.wire import MALFORMED, discovery, events, link, requests
 from tests.conftest import make_request
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=50)
@@ -33,6 +33,19 @@ def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, 
     assert link.decode_from_worker(frame) == sent
 
 
+COUNTS = st.integers(0, 2**40)
+
+
+@given(st.text(max_size=20), COUNTS, st.lists(st.integers(0, 2**64 - 1), max_size=20), st.booleans())
+def test_events_decode_to_what_was_sent(name: str, count: int, hashes: list[int], whole: bool) -> None:
+    kv = events.KvEvents(name, count, 1, [events.Stored(None, hashes), events.Removed(hashes), events.Cleared()])
+    assert events.decode_kv(events.encode(kv)) == kv
+    report = events.LoadReport(name, events.Load(1, 2, 3, 4, 5, count), count, count)
+    assert events.decode_load(events.encode(report)) == report
+    shares = events.Shares(name, whole, [events.Share(name, count, count, 1)])
+    assert events.decode_shares(events.encode(shares)) == shares
+
+
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes) -> None:
     for decode in (
@@ -40,11 +53,13 @@ def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes
         link.decode_from_frontend,
         requests.decode_request,
         events.decode_kv,
+        events.decode_load,
+        events.decode_shares,
         discovery.decode,
     ):
         try:
             decode(data)
-        except msgspec.DecodeError:
+        except MALFORMED:
             pass
 
 

@@ -26,6 +26,7 @@ import msgspec
 from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
 from dynserve.executors.handoff import HandoffTable
 from dynserve.tasks import OwnedTasks, task_group
+from dynserve.wire import MALFORMED
 from dynserve.wire.requests import Handoff
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ _decode_fetch = msgspec.msgpack.Decoder(_Fetch).decode
 _decode_reply = msgspec.msgpack.Decoder(_Reply).decode
 _length = struct.Struct("<I")
 
-_BROKEN: dict[type[BaseException], Any] = {OSError: HandoffBroken, msgspec.DecodeError: HandoffBroken}
+_BROKEN: dict[type[BaseException], Any] = dict.fromkeys((OSError, *MALFORMED), HandoffBroken)
 
 
 def parse_state(state: bytes, layout: str) -> str:
@@ -105,7 +106,7 @@ def parse_state(state: bytes, layout: str) -> str:
     Raises:
         HandoffMismatch: the other side's memory is laid out differently; the text names both layouts.
     """
-    with translate({msgspec.DecodeError: HandoffMismatch}, "the hand-off is not one of this executor's"):
+    with translate(dict.fromkeys(MALFORMED, HandoffMismatch), "the hand-off is not one of this executor's"):
         found = _decode_state(state)
     if found.layout != layout:
         raise HandoffMismatch(f"KV layouts differ: prefill has {found.layout}, decode has {layout}")
@@ -201,7 +202,7 @@ class TcpTransceiver:
 
     async def _serve_one(self, sock: socket.socket) -> None:
         """Answers fetches on one connection until the peer leaves; a broken peer costs its connection only."""
-        with sock, suppress(OSError, EOFError, msgspec.DecodeError, TimeoutError):
+        with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
             while True:
                 async with asyncio.timeout(IDLE_TIMEOUT):
                     fetch = _decode_fetch(await _receive_message(sock))

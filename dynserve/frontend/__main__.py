@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from dynserve.config import FrontendConfig
-from dynserve.frontend.frontend import Frontend
+from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.http import bind, serving, url_of
 from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
@@ -15,6 +15,7 @@ log = logging.getLogger("dynserve.frontend")
 
 
 async def run(config: FrontendConfig, stop: Stop) -> None:
+    check_policy(config)
     sock = bind(config.http_host, config.http_port, "--http-port")
     url = url_of(sock)
     async with (

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from dynserve.errors import DynserveError, InternalError, TimedOut, Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
 from dynserve.openai.parity import difference, parity
@@ -22,7 +20,7 @@ from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks
 from dynserve.transport.base import Change, Link, Put
 from dynserve.transport.planes import FetchFile
-from dynserve.wire import discovery, events
+from dynserve.wire import MALFORMED, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
@@ -357,6 +355,6 @@ def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
 def _decoded(decode: Callable[[bytes], Any], payload: bytes) -> Any:
     try:
         return decode(payload)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         log.warning("ignoring an event that cannot be read: %s", error)
         return None

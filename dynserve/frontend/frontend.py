@@ -21,7 +21,7 @@ from dynserve.frontend.fleet import Fleet, Peer
 from dynserve.frontend.pipeline import Pipeline
 from dynserve.frontend.sharing import Sharing, frontends
 from dynserve.metrics import FrontendMetrics
-from dynserve.routing.policy import IndexState, Weights
+from dynserve.routing.policy import IndexState, Weights, policy_maker
 from dynserve.routing.router import Router, RouterOptions
 from dynserve.tasks import task_group
 from dynserve.transport.base import Registration
@@ -52,6 +52,11 @@ def router_options(config: FrontendConfig) -> RouterOptions:
         busy_prefill_tokens=config.busy_prefill_tokens,
         busy_kv_fraction=config.busy_kv_fraction,
     )
+
+
+def check_policy(config: FrontendConfig) -> None:
+    """Raises ConfigError for a policy that cannot be used, before anything is waited for."""
+    policy_maker(config.router_mode, config.router_policy, Weights(), random.Random())()
 
 
 class Frontend:

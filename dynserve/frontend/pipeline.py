@@ -22,7 +22,7 @@ from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
-from dynserve.wire import events, requests
+from dynserve.wire import MALFORMED, events, requests
 from dynserve.wire.link import Finished, Submit
 from dynserve.wire.requests import (
     Accepted,
@@ -178,7 +178,13 @@ class Run:
             reply.close()
         for placed in self._placed:
             placed.close()
+        if self.decision.ended is None or self.outcome != "finished":
+            self.decision.outcome, self.decision.ended = self.outcome, self._clock()
+
+    def explained(self) -> bytes:
+        """The decision as JSON, for an answer whose last token is there."""
         self.decision.outcome, self.decision.ended = self.outcome, self._clock()
+        return self.decision.header()
 
     async def _phase(
         self, phase: Phase, role: str, prior: Prior | None, handoff: Handoff | None, first: Sequence[Target] = ()
@@ -288,7 +294,7 @@ class Run:
             try:
                 ack: Ack = requests.decode_ack(await bus.request(subject, payload, ACK_TIMEOUT))
                 return ack
-            except (ClusterError, msgspec.DecodeError) as error:
+            except (ClusterError, *MALFORMED) as error:
                 log.info("request %s: no acknowledgement over NATS (%s); trying the link", request.id, error)
         if peer.link is None:
             raise WorkerLost(f"worker {peer.id} is gone")

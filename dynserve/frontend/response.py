@@ -73,14 +73,14 @@ class TokenResponse(Response):
                 if not self._sent:
                     await self._start(200, _SSE, send)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-        last = b": explain " + run.decision.header() + b"\n\n" if self._prompt.explain else b""
+        last = b": explain " + run.explained() + b"\n\n" if self._prompt.explain else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""
         async for burst in self._timed(run):
             body = burst[-1].data
-        explained = [(b"x-dynserve-explain", run.decision.header())] if self._prompt.explain else []
+        explained = [(b"x-dynserve-explain", run.explained())] if self._prompt.explain else []
         await self._whole(200, body, send, explained)
 
     async def _timed(self, run: Run) -> AsyncIterator[list[Record]]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import msgspec
-
 from dynserve.routing.ledger import Ledger
 from dynserve.transport.base import Bus, Change, Put
-from dynserve.wire import discovery, events
+from dynserve.wire import MALFORMED, discovery, events
 from dynserve.wire.events import Shares
 
 log = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ class Sharing:
     def received(self, payload: bytes) -> None:
         try:
             message: Shares = events.decode_shares(payload)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             log.warning("ignoring placements that cannot be read: %s", error)
             return
         if message.frontend_id != self._id:

@@ -126,6 +126,7 @@ class Router:
         self.ledger = Ledger()
         self.sessions = Sessions(options.session_ttl_s)
         self.targets: dict[str, Target] = {}
+        self._oldest = 0.0  # when the first of them joined
         self.pending = Pending()
         self._assumed = Assumed(self.index, options.assume_ttl_s)
 
@@ -136,11 +137,13 @@ class Router:
         state = IndexState.DEGRADED if events else IndexState.APPROX
         target = Target(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
         self.targets[worker] = target
+        self._oldest = min(t.since for t in self.targets.values())
         return target
 
     def forget(self, worker: str) -> None:
         """The worker is gone."""
         self.targets.pop(worker, None)
+        self._oldest = min((t.since for t in self.targets.values()), default=0.0)
         self.index.drop(worker)
         self._assumed.forget(worker)
         self.ledger.drop(worker)
@@ -224,7 +227,9 @@ class Router:
         self, targets: Sequence[Target], phase: Phase, overlaps: dict[str, int], now: float
     ) -> list[Candidate]:
         """Those under their thresholds; all of them when none is. Runs for every worker of every placement."""
-        options, size, slow, get = self.options, targets[0].block_size, self.options.slow_start_s, overlaps.get
+        options, size, get = self.options, targets[0].block_size, overlaps.get
+        # where all are fresh there is nobody who could take their part
+        slow = options.slow_start_s if now - self._oldest >= options.slow_start_s else 0.0
         most_prefill = math.inf if phase == "decode" else options.busy_prefill_tokens
         most_decode = math.inf if phase == "prefill" else options.busy_kv_fraction
         roomy: list[Candidate] = []

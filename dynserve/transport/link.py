@@ -15,11 +15,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-import msgspec
-
 from dynserve.config import host_port
 from dynserve.errors import ConfigError, Unavailable, translate
 from dynserve.transport.base import Link, LinkHandler
+from dynserve.wire import MALFORMED
 from dynserve.wire import link as wire
 from dynserve.wire.link import FromFrontend, FromWorker
 
@@ -90,7 +89,7 @@ class Framed:
         self._heard = self._loop.time()
         try:
             messages = self._decode(payload)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             self.abort(f"sent something that is no frame: {error}")
             return
         if self._handler is not None and messages:

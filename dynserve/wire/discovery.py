@@ -9,6 +9,8 @@ import logging
 
 import msgspec
 
+from dynserve.wire import MALFORMED
+
 log = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def parse(key: str, value: bytes) -> Instance | None:
     """None, with a warning, for what no version of ours has written."""
     try:
         instance: Instance = decode(value)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         log.warning("ignoring %s in discovery: %s", key, error)
         return None
     return instance

@@ -17,8 +17,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, cast
 
-import msgspec
-
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
@@ -30,7 +28,7 @@ from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks, task_group
 from dynserve.transport.base import Change, Deleted, Link
 from dynserve.transport.planes import Planes
-from dynserve.wire import discovery, events, requests
+from dynserve.wire import MALFORMED, discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
 from dynserve.wire.link import (
     Cancel,
@@ -122,7 +120,7 @@ class Worker:
         """The request plane's handler: an acknowledgement at once, the answer over the link."""
         try:
             ack = self.take(requests.decode_request(payload))
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             ack = Refused(InternalError.code, f"not a request of this version: {error}")
         return requests.encode(ack)
 

@@ -169,3 +169,11 @@ def test_a_fresh_worker_takes_its_share_slowly() -> None:
     router.ledger.charge("a", prefill_tokens=128)
     assert place(router, now=0.5).worker == "a"
     assert place(router, now=10.0).worker == "new"
+
+
+def test_workers_that_are_all_fresh_share_alike() -> None:
+    router = make_router("", slow_start_s=10.0)
+    router.join("first", 32, 1000, 0.0)
+    router.join("second", 32, 1000, 1.0)
+    assert {c.ramp for c in place(router, now=1.1).reason.candidates} == {1.0}
+    assert [c.ramp for c in place(router, now=10.5).reason.candidates] == [1.0, 0.95]
