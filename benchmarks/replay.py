@@ -54,6 +54,7 @@ SLO_TTFT, SLO_ITL = 2.0, 0.04  # seconds
 OPTIONS = {
     "overlap": "router_overlap_weight", "prefill": "router_prefill_weight", "transfer": "router_transfer_weight",
     "herd": "router_herd_factor", "temperature": "router_temperature", "local": "local_prefill_tokens",
+    "toll": "local_prefill_toll",
 }  # fmt: skip
 
 
@@ -175,7 +176,7 @@ async def replay(trace: Trace, paced: Paced, job: Job) -> tuple[list[Answered], 
         options["router_policy"] = job.policy
     else:
         options["router_mode"] = "kv" if mode == "oracle" else mode
-        options |= {OPTIONS[k]: float(v) if k != "local" else int(v) for k, v in _pairs(rest)}
+        options |= {OPTIONS[k]: int(v) if k in ("local", "toll") else float(v) for k, v in _pairs(rest)}
     engine = ENGINE | {
         "num_blocks": KV_TOKENS // trace.block_size, "kv_cache_config": {"tokens_per_block": trace.block_size},
     }  # fmt: skip

@@ -78,6 +78,9 @@ class FrontendConfig(Planes):
     local_prefill_tokens: int = option(
         0, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
     )
+    local_prefill_toll: int = option(
+        256, "tokens that a prefill worker may take longer and still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
+    )
     busy_prefill_tokens: int = option(
         1 << 20, "a worker is over its threshold with more tokens waiting", "DYN_BUSY_PREFILL_TOKENS"
     )
@@ -100,7 +103,7 @@ class FrontendConfig(Planes):
         )  # fmt: skip
         _not_negative(
             self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
-            "router_slow_start_s", "local_prefill_tokens", "max_queued",
+            "router_slow_start_s", "local_prefill_tokens", "local_prefill_toll", "max_queued",
         )  # fmt: skip
         if self.router_herd_factor < 1:
             raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")

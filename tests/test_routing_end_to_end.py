@@ -257,7 +257,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
 
 
 async def test_short_remainders_are_prefilled_on_the_decode_worker() -> None:
-    async with cluster(options={"local_prefill_tokens": 64}) as c, c.client() as client:
+    async with cluster(options={"local_prefill_tokens": 64, "local_prefill_toll": 0}) as c, c.client() as client:
         first = await client.post("/v1/completions", json=ask())
         await asyncio.sleep(0.1)
         again = await client.post("/v1/completions", json=ask([*PROMPT, 301, 302]))

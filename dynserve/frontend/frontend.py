@@ -49,6 +49,7 @@ def router_options(config: FrontendConfig) -> RouterOptions:
         assume_ttl_s=config.router_assume_ttl_s,
         index_bytes=config.router_index_bytes,
         local_prefill_tokens=config.local_prefill_tokens,
+        local_prefill_toll=config.local_prefill_toll,
         busy_prefill_tokens=config.busy_prefill_tokens,
         busy_kv_fraction=config.busy_kv_fraction,
     )

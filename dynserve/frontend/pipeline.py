@@ -122,12 +122,12 @@ class Run:
         """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
         pipeline, model = self._pipeline, self._prompt.model
         await self._enter()
-        decoders = pipeline.fleet.targets(model, "decode")
-        if not decoders or not pipeline.fleet.targets(model, "prefill"):
+        prefillers, decoders = (pipeline.fleet.targets(model, role) for role in ("prefill", "decode"))
+        if not decoders or not prefillers:
             async for burst in self._phase("aggregated", "prefill_and_decode", None, None):
                 yield burst
             return
-        if local := pipeline.router.local(self._ask, decoders):
+        if local := pipeline.router.local(self._ask, decoders, prefillers):
             pipeline.metrics.local_prefills.inc()
             async for burst in self._phase("aggregated", "decode", None, None, first=local):
                 yield burst

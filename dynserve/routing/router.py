@@ -35,6 +35,7 @@ class RouterOptions(NamedTuple):
     assume_ttl_s: float = 120.0
     index_bytes: int = 1 << 30
     local_prefill_tokens: int = 0  # at most so many uncached tokens are prefilled on the decode worker; 0: never
+    local_prefill_toll: int = 256  # tokens that a prefill worker may take longer without losing the prompt
     busy_prefill_tokens: int = 1 << 20  # a worker with more of them waiting is over its threshold
     busy_kv_fraction: float = 1.0  # and so is one whose answers take more than this part of its blocks
 
@@ -175,20 +176,27 @@ class Router:
             return True
         return account.decode_tokens <= self.options.busy_kv_fraction * target.capacity
 
-    def local(self, ask: Ask, targets: Sequence[Target]) -> list[Target]:
-        """Decode workers that may prefill this prompt themselves, without a hand-off: those that lack so little of it, and
-        have so little such work open, that their answers hardly notice. None unless `local_prefill_tokens` is set."""
-        limit = self.options.local_prefill_tokens
-        if not limit or not targets:
+    def local(self, ask: Ask, decoders: Sequence[Target], prefillers: Sequence[Target]) -> list[Target]:
+        """Decode workers that should prefill this prompt themselves, without a hand-off. None unless `local_prefill_tokens`
+        is set.
+
+        Such a worker lacks so little of the prompt, and has so little such work open, that its answers hardly notice; and
+        it would have the first token sooner than any prefill worker, even when the toll for disturbing its answers is
+        added. All in tokens to compute.
+        """
+        limit, toll = self.options.local_prefill_tokens, self.options.local_prefill_toll
+        if not limit or not decoders:
             return []
-        size = targets[0].block_size
-        overlaps = self.index.overlap(ask.hashes(size)) if ask.tokens > limit else {}
-        return [
-            t
-            for t in targets
-            if t.account.prefill_tokens + ask.tokens - overlaps.get(t.worker, 0) * size <= limit
-            and self.has_room(t, "decode")
-        ]
+        size, tokens = decoders[0].block_size, ask.tokens
+        hashes = ask.hashes(size)[: (tokens - 1) // size]
+        overlaps = self.index.overlap(hashes)
+        self.pending.extend(overlaps, hashes)
+
+        def delay(target: Target) -> int:
+            return target.account.prefill_tokens + tokens - overlaps.get(target.worker, 0) * size
+
+        most = min(limit, min(map(delay, prefillers), default=limit + toll) - toll)
+        return [t for t in decoders if delay(t) <= most and self.has_room(t, "decode")]
 
     def place(self, ask: Ask, phase: Phase, targets: Sequence[Target], now: float, *, why: str = "") -> Placed:
         """One phase on one of `targets`. `why` overrides what the record says of who chose.

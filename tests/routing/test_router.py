@@ -152,15 +152,27 @@ def test_a_worker_without_events_is_assumed_to_have_what_it_was_sent_for_a_while
     assert place(router, now=102.0).cached_tokens == 0
 
 
-def test_a_short_remainder_may_be_prefilled_on_a_decode_worker_that_has_the_rest() -> None:
-    router = make_router(local_prefill_tokens=64)
-    targets, ask = list(router.targets.values()), Ask(PROMPT)
-    assert router.local(ask, targets) == []
+def test_a_short_remainder_is_prefilled_on_a_decode_worker_that_has_the_rest() -> None:
+    router = make_router("abp", local_prefill_tokens=64, local_prefill_toll=16)
+    a, b, prefill = router.targets.values()
+    ask = Ask(PROMPT)
+    assert router.local(ask, [a, b], [prefill]) == []
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32)[:3])])
-    assert [t.worker for t in router.local(ask, targets)] == ["b"]
+    assert router.local(ask, [a, b], [prefill]) == [b]
     router.ledger.charge("b", prefill_tokens=40)  # with these it would be over 64 at once
-    assert router.local(ask, targets) == []
-    assert make_router().local(ask, targets) == []
+    assert router.local(ask, [a, b], [prefill]) == []
+    assert make_router().local(ask, [a, b], [prefill]) == []
+
+
+def test_a_prefill_worker_that_is_nearly_as_quick_keeps_the_prompt() -> None:
+    router = make_router("bp", local_prefill_tokens=64, local_prefill_toll=16)
+    decode, prefill = router.targets.values()
+    hashes = rolling_hashes(PROMPT, 32)
+    router.apply("b", [Stored(None, hashes[:3])])
+    router.apply("p", [Stored(None, hashes[:3])])
+    assert router.local(Ask(PROMPT), [decode], [prefill]) == []
+    router.ledger.charge("p", prefill_tokens=17)
+    assert router.local(Ask(PROMPT), [decode], [prefill]) == [decode]
 
 
 def test_a_fresh_worker_takes_its_share_slowly() -> None:
