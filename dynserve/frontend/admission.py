@@ -45,9 +45,10 @@ class Queue:
         self._pace: float | None = None  # seconds between admissions from the queue
         self._last = 0.0
         self._looking = False
+        self._waiting = 0
 
     def __len__(self) -> int:
-        return sum(not waiting.future.done() for waiting in self._heap)
+        return self._waiting
 
     def enter(self, priority: int) -> Waiting | None:
         """None: there is room, go ahead. Otherwise a place in the queue, for `wait`.
@@ -55,12 +56,13 @@ class Queue:
         Raises:
             Overloaded: the queue is full of requests of at least this priority.
         """
-        if not len(self) and self._has_room():
+        if not self._waiting and self._has_room():
             return None
-        if len(self) >= self._most:
+        if self._waiting >= self._most:
             self._make_place(priority)
         waiting = Waiting(priority, next(self._numbers))
         heapq.heappush(self._heap, waiting)
+        self._waiting += 1
         return waiting
 
     async def wait(self, waiting: Waiting, deadline: float) -> None:
@@ -77,6 +79,7 @@ class Queue:
             raise self._overloaded(f"all workers of {self._model} stayed busy for {self._most_s:.0f} s") from None
         finally:
             waiting.future.cancel()
+            self._waiting -= 1
             self._tidy()
 
     def look(self) -> None:
@@ -99,7 +102,7 @@ class Queue:
     def _make_place(self, priority: int) -> None:
         last = max((w for w in self._heap if not w.future.done()), default=None)
         if last is None or -last.key[0] >= priority:
-            raise self._overloaded(f"all workers of {self._model} are busy and {len(self)} requests wait")
+            raise self._overloaded(f"all workers of {self._model} are busy and {self._waiting} requests wait")
         last.fail(self._overloaded(f"all workers of {self._model} are busy, and a request of higher priority came"))
 
     def _tidy(self) -> None:
@@ -117,7 +120,7 @@ class Queue:
 
     def _overloaded(self, message: str) -> Overloaded:
         error = Overloaded(message)
-        ahead = (len(self) + 1) * (self._pace if self._pace is not None else 1.0)
+        ahead = (self._waiting + 1) * (self._pace if self._pace is not None else 1.0)
         error.retry_after = max(1, min(MOST_RETRY_AFTER, math.ceil(ahead)))
         return error
 

@@ -25,7 +25,7 @@ DRIFT_TOKENS = 2_000  # predicted or reported, before a ratio means anything
 MEMORY = 0.98  # weight of the past in the running sums, per request
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_candidates = msgspec.msgpack.Decoder(list[Candidate]).decode
+_decode = msgspec.msgpack.Decoder(tuple[list[Candidate], list[float]]).decode
 
 
 @dataclass(slots=True)
@@ -39,8 +39,7 @@ class Placement:
     predicted: int | None  # cached tokens; None where the policy did not look
     margin: float | None
     runner_up: str | None
-    packed: bytes
-    costs: list[float]
+    packed: bytes  # candidates and their costs
     omitted: int
     usage: Usage | None = None  # what the worker said at the end of the phase
     failure: str = ""
@@ -57,16 +56,16 @@ class Placement:
             margin = least - own
         return Placement(
             reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens, margin, runner_up,
-            _encode(candidates), costs, len(reason.candidates) - len(candidates),
+            _encode((candidates, costs)), len(reason.candidates) - len(candidates),
         )  # fmt: skip
 
     def told(self, most: int) -> dict[str, Any]:
-        candidates = _decode_candidates(self.packed)
+        candidates, costs = _decode(self.packed)
         shown = [
             {
                 "worker": c.worker, "overlap_blocks": c.overlap, "waiting_prefill_blocks": round(c.waiting_prefill, 2),
                 "decode_blocks": round(c.decode_blocks, 2), "requests": c.requests, "ramp": round(c.ramp, 2),
-                "cost": _number(self.costs[i]) if self.costs else None, "index": c.index,
+                "cost": _number(costs[i]) if costs else None, "index": c.index,
                 "index_age_s": round(c.index_age_s, 3),
             }
             for i, c in enumerate(candidates[:most])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from dynserve.errors import DynserveError
 from dynserve.routing.ledger import Ledger
 from dynserve.transport.base import Bus, Change, Put
 from dynserve.wire import MALFORMED, discovery, events
@@ -75,7 +76,10 @@ class Sharing:
                 whole_due = loop.time() + WHOLE_EVERY
             if self._others and (whole or changed):
                 shares = self._ledger.shares(None if whole else changed)
-                await self._bus.publish(self._subject, events.encode(Shares(self._id, whole, shares)))
+                try:
+                    await self._bus.publish(self._subject, events.encode(Shares(self._id, whole, shares)))
+                except DynserveError as error:
+                    log.debug("%s", error)  # the next message says it all again
                 await asyncio.sleep(EVERY)
 
     def _charged(self, worker: str) -> None:
