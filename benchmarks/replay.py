@@ -363,13 +363,15 @@ def plot(results: list[Result], path: Path) -> None:
     print(f"wrote {path}")
 
 
-SWEEP = [
-    *(f"kv:overlap={overlap},herd=4" for overlap in (0.5, 1, 2, 4, 8, 16, 32)),
-    *(f"kv:overlap=8,herd={herd}" for herd in (1.5, 2, 8, 1000)),
-    *(f"kv:overlap=8,herd=4,transfer={transfer}" for transfer in (0, 0.3, 1)),
-    *(f"kv:overlap=8,herd=4,local={tokens}" for tokens in (64, 256, 1024)),
-]  # fmt: skip
-CALLS = {"mooncake": 4000, "miniswe": 3000, "taubench": 8000, "azure": 4000}
+SWEEP = [  # one weight at a time around the shipped ones
+    "kv",
+    *(f"kv:overlap={overlap}" for overlap in (0.5, 1, 2, 4, 16, 32)),
+    *(f"kv:herd={herd}" for herd in (1.5, 2, 1000)),
+    *(f"kv:transfer={transfer}" for transfer in (0, 0.3, 1)),
+    *(f"kv:local={tokens}" for tokens in (0, 256, 4096)),
+    *(f"kv:toll={tokens}" for tokens in (0, 256, 4096)),
+]
+CALLS = {"mooncake": 3000, "miniswe": 3000, "taubench": 8000, "azure": 4000}
 
 
 def main() -> None:

@@ -56,13 +56,13 @@ class FrontendConfig(Planes):
         1.0, "kv: one prompt block to prefill, in decode blocks", "DYN_ROUTER_PREFILL_WEIGHT"
     )
     router_overlap_weight: float = option(
-        2.0, "kv: one block to compute anew, in blocks that only wait to be computed", "DYN_ROUTER_OVERLAP_WEIGHT"
+        8.0, "kv: one block to compute anew, in blocks that only wait to be computed", "DYN_ROUTER_OVERLAP_WEIGHT"
     )
     router_transfer_weight: float = option(
         0.1, "kv: one block to move to a decode worker, in decode blocks", "DYN_ROUTER_TRANSFER_WEIGHT"
     )
     router_herd_factor: float = option(
-        2.0, "kv: a cache attracts until its wait is so many times the shortest", "DYN_ROUTER_HERD_FACTOR"
+        4.0, "kv: a cache attracts until its wait is so many times the shortest", "DYN_ROUTER_HERD_FACTOR"
     )
     router_temperature: float = option(
         0.0, "kv: 0 takes the cheapest worker, more draws cheaper ones more often", "DYN_ROUTER_TEMPERATURE"
@@ -76,10 +76,10 @@ class FrontendConfig(Planes):
     )
     router_index_bytes: int = option(1 << 30, "most memory of the prefix index", "DYN_ROUTER_INDEX_BYTES")
     local_prefill_tokens: int = option(
-        0, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
+        1024, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
     )
     local_prefill_toll: int = option(
-        256, "tokens that a prefill worker may take longer and still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
+        1024, "tokens that a prefill worker may take longer and still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
     )
     busy_prefill_tokens: int = option(
         1 << 20, "a worker is over its threshold with more tokens waiting", "DYN_BUSY_PREFILL_TOKENS"

@@ -65,9 +65,9 @@ class Weights(NamedTuple):
     """The numbers of `Kv`. The defaults come from `benchmarks/replay.py --sweep`; the README has its table."""
 
     prefill: float = 1.0  # one block to prefill, in decode blocks
-    overlap: float = 2.0  # one block that must be computed anew, in blocks that only wait to be computed
+    overlap: float = 8.0  # one block that must be computed anew, in blocks that only wait to be computed
     transfer: float = 0.1  # one block to be moved to a decode worker, in decode blocks
-    herd: float = 2.0  # a cache attracts until its wait is this many times the shortest
+    herd: float = 4.0  # a cache attracts until its wait is this many times the shortest
     temperature: float = 0.0  # 0: the cheapest; above: cheaper ones more often
 
 

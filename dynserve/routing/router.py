@@ -34,8 +34,8 @@ class RouterOptions(NamedTuple):
     session_ttl_s: float = 300.0
     assume_ttl_s: float = 120.0
     index_bytes: int = 1 << 30
-    local_prefill_tokens: int = 0  # at most so many uncached tokens are prefilled on the decode worker; 0: never
-    local_prefill_toll: int = 256  # tokens that a prefill worker may take longer without losing the prompt
+    local_prefill_tokens: int = 1024  # at most so many uncached tokens are prefilled on the decode worker; 0: never
+    local_prefill_toll: int = 1024  # tokens that a prefill worker may take longer without losing the prompt
     busy_prefill_tokens: int = 1 << 20  # a worker with more of them waiting is over its threshold
     busy_kv_fraction: float = 1.0  # and so is one whose answers take more than this part of its blocks
 

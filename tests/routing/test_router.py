@@ -67,7 +67,7 @@ def test_removed_and_cleared_blocks_no_longer_attract() -> None:
 def test_the_reason_holds_every_candidates_terms() -> None:
     reason = place(make_router()).reason
     assert [c.worker for c in reason.candidates] == ["a", "b"]
-    assert reason.costs == [8.0, 8.0]  # four blocks to compute, at twice the weight of waiting
+    assert reason.costs == [32.0, 32.0]  # four blocks to compute, at eight times the weight of waiting
     assert (reason.prompt_blocks, reason.why, reason.phase) == (4, "Kv", "prefill")
 
 
