@@ -204,8 +204,8 @@ class Run:
                 self._ask, phase, targets, self._clock(), why="local prefill" if first else ""
             )
             first = ()
-            placement = self.decision.placed(placed)
             self._placed.append(placed)
+            placement = self.decision.placed(placed)
             started = False
             try:
                 reply = await self._start(phase, pipeline.fleet.peers[placed.worker], prior, handoff)

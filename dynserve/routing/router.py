@@ -60,12 +60,13 @@ class Target:
 class Ask:
     """One request as the router needs it. Its hashes are made once, when the first policy wants them."""
 
-    __slots__ = ("_hashes", "_size", "instances", "prompt", "salt", "session")
+    __slots__ = ("_hashes", "_size", "instances", "overlaps", "prompt", "salt", "session")
 
     def __init__(self, prompt: bytes, salt: str = "", *, session: str = "", instances: tuple[str, ...] = ()) -> None:
         self.prompt, self.salt, self.session, self.instances = prompt, salt, session, instances
         self._hashes: list[int] = []
         self._size = 0
+        self.overlaps: dict[str, int] | None = None  # looked up by `local`, for the placement right after it
 
     @property
     def tokens(self) -> int:
@@ -75,6 +76,10 @@ class Ask:
         if self._size != block_size:
             self._hashes, self._size = rolling_hashes(self.prompt, block_size, self.salt), block_size
         return self._hashes
+
+    def reusable(self, block_size: int) -> Sequence[int]:
+        """Hashes of the blocks that can be found in a cache: at least one token is always computed."""
+        return self.hashes(block_size)[: (self.tokens - 1) // block_size]
 
 
 class Reason(NamedTuple):
@@ -177,26 +182,29 @@ class Router:
         return account.decode_tokens <= self.options.busy_kv_fraction * target.capacity
 
     def local(self, ask: Ask, decoders: Sequence[Target], prefillers: Sequence[Target]) -> list[Target]:
-        """Decode workers that should prefill this prompt themselves, without a hand-off. None unless `local_prefill_tokens`
-        is set.
+        """Decode workers that should prefill this prompt themselves, without a hand-off. None when the policy is blind to
+        caches, or `local_prefill_tokens` is 0.
 
         Such a worker lacks so little of the prompt, and has so little such work open, that its answers hardly notice; and
         it would have the first token sooner than any prefill worker, even when the toll for disturbing its answers is
         added. All in tokens to compute.
         """
         limit, toll = self.options.local_prefill_tokens, self.options.local_prefill_toll
-        if not limit or not decoders:
+        if not limit or not decoders or not _looks(self.policy):
             return []
         size, tokens = decoders[0].block_size, ask.tokens
-        hashes = ask.hashes(size)[: (tokens - 1) // size]
-        overlaps = self.index.overlap(hashes)
-        self.pending.extend(overlaps, hashes)
+        overlaps = ask.overlaps = self._overlaps(ask, size)
+        if tokens - max(overlaps.values(), default=0) * size > limit:
+            return []
 
         def delay(target: Target) -> int:
             return target.account.prefill_tokens + tokens - overlaps.get(target.worker, 0) * size
 
-        most = min(limit, min(map(delay, prefillers), default=limit + toll) - toll)
-        return [t for t in decoders if delay(t) <= most and self.has_room(t, "decode")]
+        near = [t for t in decoders if delay(t) <= limit and self.has_room(t, "decode")]
+        if near:
+            most = min(map(delay, prefillers), default=limit + toll) - toll
+            near = [t for t in near if delay(t) <= most]
+        return near
 
     def place(self, ask: Ask, phase: Phase, targets: Sequence[Target], now: float, *, why: str = "") -> Placed:
         """One phase on one of `targets`. `why` overrides what the record says of who chose.
@@ -208,11 +216,14 @@ class Router:
             raise NoWorker("no worker to place the request on")
         policy = self.decode_policy if phase == "decode" else self.policy
         size, tokens = targets[0].block_size, ask.tokens
-        looks = getattr(policy, "uses_overlap", False)
-        hashes = ask.hashes(size)[: (tokens - 1) // size] if looks else ()
-        overlaps = self.index.overlap(hashes) if hashes else {}
-        if hashes and phase != "decode":
-            self.pending.extend(overlaps, hashes)
+        looks = _looks(policy)
+        if not looks:
+            overlaps = {}
+        elif phase == "decode":
+            overlaps = self.index.overlap(ask.reusable(size))
+        else:
+            overlaps = ask.overlaps if ask.overlaps is not None else self._overlaps(ask, size)
+            ask.overlaps = None
         candidates = self._candidates(targets, phase, overlaps, now)
         asked = Asked(phase, -(-tokens // size), ask.session, ask.instances)
         choice, chosen_by = self._choose(policy, asked, candidates, now)
@@ -223,13 +234,20 @@ class Router:
             prefill_tokens=tokens - cached if phase != "decode" else 0,
             decode_tokens=tokens if phase != "prefill" else 0,
         )
-        if looks and self.targets[worker].index is IndexState.APPROX:
+        approx = self.targets[worker].index is IndexState.APPROX
+        if looks and approx:
             self._assumed.sent(worker, ask.hashes(size), self.targets[worker].num_blocks, now)
-            hashes = ()
         reason = Reason(phase, why or chosen_by, candidates, choice.costs, asked.prompt_blocks)
-        if phase == "decode":
+        if not looks or phase == "decode":
             return Placed(charge, None, reason, self.pending, ())
-        return Placed(charge, cached if looks else None, reason, self.pending, hashes)
+        return Placed(charge, cached, reason, self.pending, () if approx else ask.reusable(size))
+
+    def _overlaps(self, ask: Ask, size: int) -> dict[str, int]:
+        """Blocks of the prompt that each worker has, or will have computed when it comes to this one."""
+        hashes = ask.reusable(size)
+        found = self.index.overlap(hashes)
+        self.pending.extend(found, hashes)
+        return found
 
     def _candidates(
         self, targets: Sequence[Target], phase: Phase, overlaps: dict[str, int], now: float
@@ -266,3 +284,8 @@ class Router:
         choice = Choice(found, []) if found is not None else policy.choose(asked, candidates)
         self.sessions.went(asked.session, asked.phase, choice.candidate.worker, now)
         return choice, "session" if found is not None else type(policy).__name__
+
+
+def _looks(policy: Policy) -> bool:
+    """Whether the policy wants to know what is cached where. One that does not say so does not."""
+    return getattr(policy, "uses_overlap", False)

@@ -161,7 +161,11 @@ def test_a_short_remainder_is_prefilled_on_a_decode_worker_that_has_the_rest() -
     assert router.local(ask, [a, b], [prefill]) == [b]
     router.ledger.charge("b", prefill_tokens=40)  # with these it would be over 64 at once
     assert router.local(ask, [a, b], [prefill]) == []
-    assert make_router().local(ask, [a, b], [prefill]) == []
+    for other in (make_router("b", local_prefill_tokens=0), make_router("b", mode="least-loaded")):
+        other.apply("b", [Stored(None, rolling_hashes(PROMPT, 32)[:3])])
+        busy = other.join("p", 32, 1000, -1000.0)
+        other.ledger.charge("p", prefill_tokens=10_000)
+        assert other.local(ask, [other.targets["b"]], [busy]) == []
 
 
 def test_a_prefill_worker_that_is_nearly_as_quick_keeps_the_prompt() -> None:
