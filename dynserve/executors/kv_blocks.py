@@ -8,7 +8,11 @@ A block is in exactly one of three places:
 
 `free` counts cached and blank together: both can be taken. A block is *sealed* when it is full and computed: from then on
 it is found by its rolling hash. Two sequences may compute the same block at once; the first to seal it names it, the
-other's copy stays private and becomes blank on release.
+other's copy, and what follows it there, stays private and becomes blank on release.
+
+So whoever holds a named block holds the named blocks before it as well, and gives it back before them. Eviction takes what
+was given back first, hence children before parents: a prefix outlives what follows it, and what can be found by its hash
+can be reached from the first block on. Routers rely on that.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class BlockManager:
         self.num_blocks, self.block_size, self._reuse = num_blocks, block_size, reuse
         self._refs = [0] * num_blocks
         self._hash: list[int | None] = [None] * num_blocks
+        self._parent: list[int | None] = [None] * num_blocks  # hash of the block before, for those that have a name
         self._by_hash: dict[int, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # taken from the end: low numbers first
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
@@ -74,20 +79,25 @@ class BlockManager:
             self._refs[block] = 1
         return blocks
 
-    def seal(self, blocks: Sequence[int], hashes: Sequence[int], parent: int | None) -> None:
-        """Names full, computed blocks: a chain whose first block follows `parent`. Reusable from now on."""
+    def seal(self, blocks: Sequence[int], hashes: Sequence[int], before: int | None = None) -> None:
+        """Names full, computed blocks: a chain that follows the block `before`. Reusable from now on."""
         if not self._reuse:
             return
+        parent = None
+        if before is not None:
+            parent = self._hash[before]
+            if parent is None:
+                return  # a private copy: what follows it is not named either
         stored: list[int] = []
         for block, hash_ in zip(blocks, hashes, strict=True):
             if hash_ in self._by_hash:
-                self._flush_stored(stored, parent)
-                stored, parent = [], hash_
-                continue
+                break
             self._by_hash[hash_] = block
             self._hash[block] = hash_
+            self._parent[block] = stored[-1] if stored else parent
             stored.append(hash_)
-        self._flush_stored(stored, parent)
+        if stored:
+            self._events.append(Stored(parent, stored))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives the blocks back. The tail goes first when room is needed: a prefix outlives what follows it."""
@@ -126,6 +136,8 @@ class BlockManager:
         assert all(self._hash[block] == hash_ for hash_, block in self._by_hash.items()), "a hash names the wrong block"
         assert all(self._hash[block] is not None for block in cached), "a cached block has no name"
         assert all(self._hash[block] is None for block in blank), "a blank block has a name"
+        parents = {self._parent[block] for block in self._by_hash.values()} - {None}
+        assert parents <= self._by_hash.keys(), "a block can be found whose parent cannot"
 
     def _leading(self, hashes: Iterable[int]) -> list[int]:
         blocks = []
@@ -147,7 +159,3 @@ class BlockManager:
         else:
             self._events.append(Removed([hash_]))
         return block
-
-    def _flush_stored(self, hashes: list[int], parent: int | None) -> None:
-        if hashes:
-            self._events.append(Stored(parent, hashes))

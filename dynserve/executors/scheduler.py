@@ -291,7 +291,8 @@ class Scheduler:
             at = len(hashes) * size
             block = pack_tokens(sequence.tokens[at : at + size])
             hashes.append(next_hash(hashes[-1] if hashes else None, block, sequence.seed))
-        self.blocks.seal(sequence.blocks[first:end], hashes[first:end], hashes[first - 1] if first else None)
+        follows = sequence.blocks[first - 1] if first else None
+        self.blocks.seal(sequence.blocks[first:end], hashes[first:end], follows)
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         stop = sequence.request.stop

@@ -19,6 +19,8 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """Blocks that are gone, children before their parents: no block is ever there without all before it."""
+
     hashes: list[int]
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -34,8 +36,20 @@ def test_events_name_the_parent_of_a_chain() -> None:
     blocks = BlockManager(4, 2)
     held = blocks.take(3)
     blocks.seal(held[:1], [1], None)
-    blocks.seal(held[1:], [2, 3], 1)
+    blocks.seal(held[1:], [2, 3], held[0])
     assert blocks.drain_events() == [Stored(None, [1]), Stored(1, [2, 3])]
+
+
+def test_what_follows_a_private_copy_stays_private_too() -> None:
+    blocks = BlockManager(6, 2)
+    first, second = blocks.take(2), blocks.take(3)
+    blocks.seal(first, [1, 2], None)
+    blocks.seal(second[:2], [1, 2], None)
+    blocks.seal(second[2:], [3], second[1])
+    assert blocks.overlap([1, 2, 3]) == 2  # else 1 and 2 could go before 3
+    blocks.release(first)
+    blocks.release(second)
+    blocks.check()
 
 
 def test_a_second_copy_of_a_block_stays_private() -> None:
@@ -83,8 +97,9 @@ class Machine(RuleBasedStateMachine):
         self.held: list[list[int]] = []
         self.mirror: set[int] = set()
 
-    @rule(hashes=st.lists(st.integers(0, 12), max_size=4, unique=True), extra=st.integers(0, 3))
-    def start(self, hashes: list[int], extra: int) -> None:
+    @rule(path=st.lists(st.integers(0, 1), max_size=4), extra=st.integers(0, 3))
+    def start(self, path: list[int], extra: int) -> None:
+        hashes = list(accumulate(path, lambda hash_, way: 2 * hash_ + way, initial=1))  # each names all before it
         reused = hashes[: self.blocks.overlap(hashes)]
         need = len(hashes) - len(reused) + extra
         if not self.blocks.can_take(need, reused):
@@ -92,7 +107,7 @@ class Machine(RuleBasedStateMachine):
         held = self.blocks.acquire(reused)
         fresh = self.blocks.take(need)
         new = hashes[len(reused) :]
-        self.blocks.seal(fresh[: len(new)], new, reused[-1] if reused else None)
+        self.blocks.seal(fresh[: len(new)], new, held[-1] if held else None)
         if held + fresh:
             self.held.append(held + fresh)
 
