@@ -8,7 +8,7 @@ A block is in exactly one of three places:
 
 `free` counts cached and blank together: both can be taken. A block is *sealed* when it is full and computed: from then on
 it is found by its rolling hash. Two sequences may compute the same block at once; the first to seal it names it, the
-other's copy, and what follows it there, stays private and becomes blank on release.
+other goes on with that one and gives its own copy back.
 
 So whoever holds a named block holds the named blocks before it as well, and gives it back before them. Eviction takes what
 was given back first, hence children before parents: a prefix outlives what follows it, and what can be found by its hash
@@ -65,9 +65,7 @@ class BlockManager:
         """Holds the leading blocks that are here, in order."""
         blocks = self._leading(hashes)
         for block in blocks:
-            if self._refs[block] == 0:
-                del self._cached[block]
-            self._refs[block] += 1
+            self._hold(block)
         return blocks
 
     def take(self, count: int) -> list[int]:
@@ -79,25 +77,32 @@ class BlockManager:
             self._refs[block] = 1
         return blocks
 
-    def seal(self, blocks: Sequence[int], hashes: Sequence[int], before: int | None = None) -> None:
-        """Names full, computed blocks: a chain that follows the block `before`. Reusable from now on."""
+    def seal(self, blocks: list[int], first: int, hashes: Sequence[int]) -> None:
+        """Names full, computed blocks of a sequence, from its block `first` on. Reusable from now on. A block that another
+        sequence named meanwhile takes the place of the copy in `blocks`: their contents are the same."""
         if not self._reuse:
             return
-        parent = None
-        if before is not None:
-            parent = self._hash[before]
-            if parent is None:
-                return  # a private copy: what follows it is not named either
+        parent = self._hash[blocks[first - 1]] if first else None
+        if first and parent is None:
+            return  # all was forgotten since (`clear`): what follows cannot be reached either
         stored: list[int] = []
-        for block, hash_ in zip(blocks, hashes, strict=True):
-            if hash_ in self._by_hash:
-                break
-            self._by_hash[hash_] = block
-            self._hash[block] = hash_
-            self._parent[block] = stored[-1] if stored else parent
-            stored.append(hash_)
+        begins = parent
+        for at, hash_ in enumerate(hashes, first):
+            named = self._by_hash.get(hash_)
+            if named is None:
+                self._by_hash[hash_] = blocks[at]
+                self._hash[blocks[at]], self._parent[blocks[at]] = hash_, parent
+                stored.append(hash_)
+            else:
+                if stored:
+                    self._events.append(Stored(begins, stored))
+                stored, begins = [], hash_
+                self._hold(named)
+                self.release([blocks[at]])
+                blocks[at] = named
+            parent = hash_
         if stored:
-            self._events.append(Stored(parent, stored))
+            self._events.append(Stored(begins, stored))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives the blocks back. The tail goes first when room is needed: a prefix outlives what follows it."""
@@ -138,6 +143,11 @@ class BlockManager:
         assert all(self._hash[block] is None for block in blank), "a blank block has a name"
         parents = {self._parent[block] for block in self._by_hash.values()} - {None}
         assert parents <= self._by_hash.keys(), "a block can be found whose parent cannot"
+
+    def _hold(self, block: int) -> None:
+        if self._refs[block] == 0:
+            del self._cached[block]
+        self._refs[block] += 1
 
     def _leading(self, hashes: Iterable[int]) -> list[int]:
         blocks = []

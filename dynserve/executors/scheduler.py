@@ -291,8 +291,7 @@ class Scheduler:
             at = len(hashes) * size
             block = pack_tokens(sequence.tokens[at : at + size])
             hashes.append(next_hash(hashes[-1] if hashes else None, block, sequence.seed))
-        follows = sequence.blocks[first - 1] if first else None
-        self.blocks.seal(sequence.blocks[first:end], hashes[first:end], follows)
+        self.blocks.seal(sequence.blocks, first, hashes[first:end])
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         stop = sequence.request.stop

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
 import msgspec
 
-from dynserve.errors import BadRequest
 from dynserve.openai.prompt import Preprocessor
 from dynserve.routing.hashing import rolling_hashes
 from dynserve.wire.requests import pack_tokens
 
 SALT = "parity"
+NOON = datetime(2000, 1, 1, 12)  # both sides must see the same day in templates that print it
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. 0123456789 \t\n  def f(x):\n    return {'a': [1, 2.5e-3]}\n",
     "Grüße aus Köln, привет, 你好，世界。 こんにちは 👩‍👩‍👧 e\u0301 \u200d\u00a0 <|im_start|><s>[INST]",
@@ -68,8 +69,8 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None
 def _rendered(preprocessor: Preprocessor, conversation: list[dict[str, Any]]) -> str:
     """Templates may refuse (a system turn, say): a refusal is an answer that both sides must give."""
     try:
-        return preprocessor.render(conversation)
-    except BadRequest as refusal:
+        return preprocessor.render(conversation, now=NOON)
+    except Exception as refusal:  # a template is code from elsewhere: whatever it raises, both sides must raise
         return type(refusal).__name__
 
 

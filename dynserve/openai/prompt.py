@@ -41,9 +41,14 @@ class Preprocessor:
         """
         return self.tokenize(self.render(messages, variables), special=False)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """The text that `chat` tokenises; raises what `chat` raises."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> str:  # fmt: skip
+        """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
         ours = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self._special}
+        if now is not None:
+            ours["strftime_now"] = now.strftime
         if taken := sorted(ours.keys() & (variables or {}).keys() - {"add_generation_prompt", "documents"}):
             raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         if self._template is None:

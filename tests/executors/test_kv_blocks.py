@@ -14,7 +14,7 @@ from dynserve.wire.events import Removed, Stored
 def test_sealed_blocks_are_found_again_after_release() -> None:
     blocks = BlockManager(4, 2)
     held = blocks.take(2)
-    blocks.seal(held, [10, 11], None)
+    blocks.seal(held, 0, [10, 11])
     blocks.release(held)
     assert blocks.free == 4
     assert blocks.acquire([10, 11, 12]) == held
@@ -24,7 +24,7 @@ def test_sealed_blocks_are_found_again_after_release() -> None:
 def test_eviction_takes_the_tail_of_the_oldest_prefix_first() -> None:
     blocks = BlockManager(3, 2)
     held = blocks.take(3)
-    blocks.seal(held, [1, 2, 3], None)
+    blocks.seal(held, 0, [1, 2, 3])
     blocks.release(held)
     blocks.drain_events()
     blocks.take(1)
@@ -35,38 +35,40 @@ def test_eviction_takes_the_tail_of_the_oldest_prefix_first() -> None:
 def test_events_name_the_parent_of_a_chain() -> None:
     blocks = BlockManager(4, 2)
     held = blocks.take(3)
-    blocks.seal(held[:1], [1], None)
-    blocks.seal(held[1:], [2, 3], held[0])
+    blocks.seal(held, 0, [1])
+    blocks.seal(held, 1, [2, 3])
     assert blocks.drain_events() == [Stored(None, [1]), Stored(1, [2, 3])]
 
 
-def test_what_follows_a_private_copy_stays_private_too() -> None:
+def test_a_second_copy_of_a_block_gives_way_to_the_first_and_what_follows_it_is_named() -> None:
     blocks = BlockManager(6, 2)
     first, second = blocks.take(2), blocks.take(3)
-    blocks.seal(first, [1, 2], None)
-    blocks.seal(second[:2], [1, 2], None)
-    blocks.seal(second[2:], [3], second[1])
-    assert blocks.overlap([1, 2, 3]) == 2  # else 1 and 2 could go before 3
+    blocks.seal(first, 0, [1, 2])
+    blocks.drain_events()
+    blocks.seal(second, 0, [1, 2, 3])
+    assert second[:2] == first and blocks.free == 3
+    assert blocks.drain_events() == [Stored(2, [3])]
     blocks.release(first)
     blocks.release(second)
     blocks.check()
+    assert blocks.overlap([1, 2, 3]) == 3 and blocks.free == 6
 
 
-def test_a_second_copy_of_a_block_stays_private() -> None:
+def test_after_a_clear_nothing_is_named_that_could_not_be_reached() -> None:
     blocks = BlockManager(4, 2)
-    first, second = blocks.take(1), blocks.take(1)
-    blocks.seal(first, [1], None)
-    blocks.seal(second, [1], None)
-    blocks.release(second)
-    blocks.release(first)
+    held = blocks.take(2)
+    blocks.seal(held, 0, [1])
+    blocks.clear()
+    blocks.seal(held, 1, [2])
+    assert blocks.cached == 0
+    blocks.release(held)
     blocks.check()
-    assert blocks.cached == 1
 
 
 def test_can_take_counts_blocks_that_reuse_would_wake() -> None:
     blocks = BlockManager(2, 2)
     held = blocks.take(1)
-    blocks.seal(held, [1], None)
+    blocks.seal(held, 0, [1])
     blocks.release(held)
     assert blocks.can_take(2)
     assert not blocks.can_take(2, reusing=[1])
@@ -84,7 +86,7 @@ def test_releasing_twice_is_an_error() -> None:
 def test_without_reuse_nothing_is_kept() -> None:
     blocks = BlockManager(2, 2, reuse=False)
     held = blocks.take(1)
-    blocks.seal(held, [1], None)
+    blocks.seal(held, 0, [1])
     assert blocks.overlap([1]) == 0
 
 
@@ -107,9 +109,23 @@ class Machine(RuleBasedStateMachine):
         held = self.blocks.acquire(reused)
         fresh = self.blocks.take(need)
         new = hashes[len(reused) :]
-        self.blocks.seal(fresh[: len(new)], new, held[-1] if held else None)
-        if held + fresh:
-            self.held.append(held + fresh)
+        blocks = held + fresh
+        self.blocks.seal(blocks, len(held), new)
+        if blocks:
+            self.held.append(blocks)
+
+    @rule(path=st.lists(st.integers(0, 1), max_size=3))
+    def start_two_alike(self, path: list[int]) -> None:
+        hashes = list(accumulate(path, lambda hash_, way: 2 * hash_ + way, initial=1))
+        reused = hashes[: self.blocks.overlap(hashes)]
+        need = 2 * (len(hashes) - len(reused))
+        if not self.blocks.can_take(need, reused):
+            return
+        both = [self.blocks.acquire(reused) for _ in range(2)]
+        both = [held + self.blocks.take(need // 2) for held in both]
+        for held in both:
+            self.blocks.seal(held, len(reused), hashes[len(reused) :])
+            self.held.append(held)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
