@@ -7,8 +7,9 @@ Frontend, router, planes, workers, scheduler and block managers are the real one
 passing of time are made up: an 8B model with 8 KV heads on one 80 GB GPU per worker (20,000 prefill tokens/s, decode
 steps of 5 ms + 20 us per sequence + 40 us per thousand tokens of context, 480,000 tokens of KV cache, 50 GB/s between GPUs).
 
-Load 1 is the rate of calls at which either pool would be busy all the time if nothing that could be reused were ever
-computed twice: no placement sustains more. A policy is a router mode, `package.module:Class`, `oracle` (`kv` that reads
+Load 1 is the rate of calls at which the prefill or the decode pool would be busy all the time if nothing that could be reused
+were ever computed twice and every step were full. `kv` lets decode workers prefill short remainders, which takes work off
+the prefill pool: `kv:local=0` is `kv` without that. A policy is a router mode, `package.module:Class`, `oracle` (`kv` that reads
 the workers' caches and progress instead of being told), or a mode with options: `kv:overlap=4,local=256`.
 
 The SLO of the goodput column: first token within 2 s, and then 25 tokens/s.
@@ -29,18 +30,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 import traces
 from traces import Call, Demand, Paced, Trace
 
 from dynserve import Cluster, clock
+from dynserve.config import RouterMode
 from dynserve.errors import DynserveError
-from dynserve.executors.engine import Engine
 from dynserve.executors.engine_args import EngineArgs
 from dynserve.frontend.pipeline import Prompt
 from dynserve.routing.policy import Asked, Candidate, Choice, Kv
+from dynserve.routing.router import Ask
 from dynserve.wire.requests import Render, Sampling, Stop
 
 ENGINE = {
@@ -59,7 +61,7 @@ OPTIONS = {
 
 
 class Answered(NamedTuple):
-    """One call's end."""
+    """One call's end. A call that failed has infinite times."""
 
     at: float
     ttft: float
@@ -67,6 +69,8 @@ class Answered(NamedTuple):
     output: int
     prompt: int
     cached: int
+    gap: float  # longest time between two tokens; of tokens that came in one piece, their mean
+    prefiller: str  # the worker that computed the prompt, when it was a prefill worker
 
 
 class Result(NamedTuple):
@@ -78,11 +82,8 @@ class Result(NamedTuple):
     seed: int
     rate: float  # calls per second
     reusable: float  # share of prompt tokens that one cache without end would have had
-    calls: list[Answered]
-    failed: int
-    imbalance: float  # most prefilled tokens of a worker by the mean
-    came: float  # calls per second that came while it was measured
-    busy: float  # part of the measured time that the prefill pool was computing
+    calls: list[Answered]  # those that came while it was measured
+    pairs: int
     wall_s: float
 
 
@@ -98,31 +99,52 @@ class Job(NamedTuple):
 
 
 class Oracle:
-    """`Kv` with the truth: what each worker's block manager holds, and how far its engine is with each prompt."""
+    """`Kv` with the truth: what each worker's block manager holds this moment, what its engine has been given (queued
+    commands included), and how far it is with each prompt."""
 
     uses_overlap = True
 
-    def __init__(self, inner: Kv, engines: dict[str, Engine], pending_of: Any) -> None:
-        self._inner, self._engines, self._pending_of = inner, engines, pending_of
-        self.hashes: list[int] = []
+    def __init__(self, inner: Kv, cluster: Cluster) -> None:
+        self._inner = inner
+        self._engines = {worker.id: worker.executor for worker in cluster.workers}
+
+    def overlaps(self, ask: Ask, size: int) -> dict[str, int]:
+        """Instead of the router's own: in caches, or on the way into them."""
+        hashes, found = ask.reusable(size), {}
+        for worker, engine in self._engines.items():
+            blocks = engine._scheduler.blocks.overlap(hashes)  # type: ignore[attr-defined]
+            for sequence, _ in engine._live.values():  # type: ignore[attr-defined]
+                if not sequence.generated:
+                    blocks = max(blocks, _common(sequence.hashes, hashes))
+            if blocks:
+                found[worker] = blocks
+        return found
 
     def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
         for c in candidates:
-            scheduler = self._engines[c.worker]._scheduler
-            c.overlap = max(scheduler.blocks.overlap(self.hashes), self._pending_of(c.worker, self.hashes))
+            engine: Any = self._engines[c.worker]
+            manager = engine._scheduler.blocks
             c.waiting_prefill = (
                 sum(
-                    max(
-                        0,
-                        len(s.tokens)
-                        - max(s.computed, scheduler.blocks.overlap(s.hashes) * scheduler.blocks.block_size),
-                    )
-                    for s in (*scheduler.waiting, *scheduler.running)
+                    max(0, len(s.tokens) - max(s.computed, manager.overlap(s.hashes) * manager.block_size))
+                    for s, _ in engine._live.values()
                     if not s.generated
                 )
-                / scheduler.blocks.block_size
+                / manager.block_size
             )
         return self._inner.choose(asked, candidates)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Leading blocks that two prompts share: equal hashes at a place mean equal ones before it."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[middle - 1] == other[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def run(job: Job) -> Result:
@@ -138,30 +160,18 @@ def run(job: Job) -> Result:
     gc.freeze()
     gc.disable()  # some gigabytes of cycles at most, and each collection walks all requests in flight
     try:
-        calls, failed, imbalance = clock.run(replay(trace, paced, job))
+        calls = clock.run(replay(trace, paced, job))
     finally:
         gc.enable()
     return Result(
-        job.trace, job.policy, job.load, job.seed, rate, wanted.reusable, calls, failed, imbalance,
-        len(calls) / _span(calls), _busy(calls, job.pairs),
-        time.perf_counter() - began,
-    )  # fmt: skip
-
-
-def _busy(calls: list[Answered], pairs: int) -> float:
-    computed = sum(call.prompt - call.cached for call in calls) * ENGINE_ARGS.prefill_us_per_token / 1e6
-    return computed / pairs / _span(calls)
-
-
-def _span(calls: list[Answered]) -> float:
-    return max(call.at for call in calls) - min(call.at for call in calls)
+        job.trace, job.policy, job.load, job.seed, rate, wanted.reusable, calls, job.pairs, time.perf_counter() - began
+    )
 
 
 def saturation(wanted: Demand, pairs: int) -> float:
     """Calls per second at which one of the two pools is always busy, however well they are placed."""
     engine = ENGINE_ARGS
-    prefill_s = wanted.new_tokens * engine.prefill_us_per_token / 1e6
-    prefill_s += math.ceil(wanted.new_tokens / engine.max_num_tokens) * engine.step_ms / 1e3
+    prefill_s = wanted.new_tokens * (engine.prefill_us_per_token / 1e6 + engine.step_ms / 1e3 / engine.max_num_tokens)
     batch = min(engine.max_batch_size, KV_TOKENS / wanted.context_tokens)
     step_s = engine.step_ms / 1e3 + batch / 1e6 * (
         engine.decode_us_per_sequence + wanted.context_tokens / 1000 * engine.decode_us_per_ktoken
@@ -169,10 +179,10 @@ def saturation(wanted: Demand, pairs: int) -> float:
     return pairs * min(1 / prefill_s, batch / step_s / wanted.output_tokens)
 
 
-async def replay(trace: Trace, paced: Paced, job: Job) -> tuple[list[Answered], int, float]:
+async def replay(trace: Trace, paced: Paced, job: Job) -> list[Answered]:
     mode, _, rest = job.policy.partition(":")
     options: dict[str, Any] = {"request_timeout_s": 1e6, "max_queued": 1_000_000, "max_queued_s": 1e6}
-    if "." in mode:
+    if mode not in (*get_args(RouterMode), "oracle"):
         options["router_policy"] = job.policy
     else:
         options["router_mode"] = "kv" if mode == "oracle" else mode
@@ -187,13 +197,7 @@ async def replay(trace: Trace, paced: Paced, job: Job) -> tuple[list[Answered], 
         await asyncio.sleep(20)  # past the slow start
         if mode == "oracle":
             _make_oracle(cluster)
-        answered, failed = await _drive(paced, cluster)
-        computed = Counter({w.id: 0 for w in cluster.workers if w.config.disaggregation_mode == "prefill"})
-        for decision in cluster.frontend.pipeline.decisions._decisions.values():
-            for placement in decision.placements:
-                if placement.phase == "prefill" and placement.usage is not None:
-                    computed[placement.worker] += decision.prompt_tokens - placement.usage.cached_tokens
-        return answered, failed, max(computed.values()) / max(1.0, statistics.mean(computed.values()))
+        return await _drive(paced, cluster)
 
 
 def _pairs(rest: str) -> Iterable[tuple[str, str]]:
@@ -207,37 +211,20 @@ def _pairs(rest: str) -> Iterable[tuple[str, str]]:
 
 def _make_oracle(cluster: Cluster) -> None:
     router = cluster.frontend.router
-    engines = {worker.id: worker.executor for worker in cluster.workers}
-    assert isinstance(router.policy, Kv)
-
-    def pending_of(worker: str, hashes: Sequence[int]) -> int:
-        found: dict[str, int] = {}
-        router.pending.extend(found, hashes)
-        return found.get(worker, 0)
-
-    oracle = Oracle(router.policy, engines, pending_of)  # type: ignore[arg-type]
-    router.policy = oracle
-    place = router.place
-
-    def placing(ask: Any, phase: Any, targets: Any, now: float, *, why: str = "") -> Any:
-        if phase != "decode":
-            size = targets[0].block_size
-            oracle.hashes = ask.hashes(size)[: (ask.tokens - 1) // size]
-        return place(ask, phase, targets, now, why=why)
-
-    router.place = placing  # type: ignore[method-assign]
+    inner = router.policy(cluster.model, "prefill")
+    assert isinstance(inner, Kv)
+    oracle = Oracle(inner, cluster)
+    router.policies[cluster.model, "prefill"] = oracle
+    router._overlaps = oracle.overlaps  # type: ignore[method-assign]
 
 
-async def _drive(paced: Paced, cluster: Cluster) -> tuple[list[Answered], int]:
+async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
     loop, pipeline = asyncio.get_running_loop(), cluster.frontend.pipeline
-    pipeline.decisions._kept = len(paced.calls) + 1
     start = loop.time()
     done = [asyncio.Event() for _ in paced.calls]
     answered: list[Answered] = []
-    failed = 0
 
     async def one(number: int, call: Call) -> None:
-        nonlocal failed
         await asyncio.sleep(max(0.0, start + call.at - loop.time()))
         if call.after is not None:
             await done[call.after].wait()
@@ -245,30 +232,38 @@ async def _drive(paced: Paced, cluster: Cluster) -> tuple[list[Answered], int]:
             done[number].set()
             return
         tokens = call.prompt()
-        began, first, last = loop.time(), 0.0, None
+        began = loop.time()
         prompt = Prompt(
             id=str(number), model=cluster.model, tokens=tokens, sampling=Sampling(temperature=0.0),
             stop=Stop(max_tokens=call.output, ignore_eos=True),
             render=Render(kind="completion", response_id="r", model=cluster.model, created=0),
         )  # fmt: skip
+        first = latest = gap = 0.0
         try:
             async with pipeline.answer(prompt) as run:
                 async for burst in run.records():
-                    first = first or loop.time() - began
-                    last = burst[-1]
-            usage: Any = last.usage  # type: ignore[union-attr]
+                    now = loop.time()
+                    first = first or now - began
+                    if latest and (count := sum(len(record.token_ids) for record in burst)):
+                        gap = max(gap, (now - latest) / count)
+                    latest = now
+            read = run.decision.placements[-1 if len(run.decision.placements) == 1 else -2]
+            assert read.usage is not None
             answered.append(
-                Answered(began - start, first, loop.time() - began, call.output, len(tokens) // 4, usage.cached_tokens)
-            )
+                Answered(
+                    began - start, first, loop.time() - began, call.output, len(tokens) // 4, read.usage.cached_tokens, gap,
+                    read.worker if read.phase == "prefill" else "",
+                )
+            )  # fmt: skip
         except DynserveError:
-            failed += 1
+            answered.append(Answered(began - start, math.inf, math.inf, call.output, len(tokens) // 4, 0, math.inf, ""))
         finally:
             done[number].set()
 
     async with asyncio.TaskGroup() as group:
         for number, call in enumerate(paced.calls):
             group.create_task(one(number, call))
-    return sorted(call for call in answered if call.at >= paced.begin), failed
+    return sorted(call for call in answered if call.at >= paced.begin)
 
 
 # tables
@@ -282,20 +277,32 @@ def quantile(values: Sequence[float], q: float) -> float:
 def figures(result: Result) -> dict[str, float]:
     calls = result.calls
     ttft, total = [c.ttft for c in calls], [c.total for c in calls]
-    itl = [(c.total - c.ttft) / (c.output - 1) for c in calls if c.output > 1]
+    longer = [c for c in calls if c.output > 1]
     good = sum(c.ttft <= SLO_TTFT and c.total - c.ttft <= SLO_ITL * max(1, c.output - 1) for c in calls)
+    computed = Counter({c.prefiller: 0 for c in calls if c.prefiller})
+    for c in calls:
+        if c.prefiller:
+            computed[c.prefiller] += c.prompt - c.cached
+    tokens, span = sum(computed.values()), calls[-1].at - calls[0].at
     return {
         "hit": 100 * sum(c.cached for c in calls) / sum(c.prompt for c in calls),
         "ttft50": quantile(ttft, 0.5), "ttft90": quantile(ttft, 0.9), "ttft99": quantile(ttft, 0.99),
-        "e2e50": quantile(total, 0.5), "e2e90": quantile(total, 0.9), "e2e99": quantile(total, 0.99),
-        "itl50": 1000 * quantile(itl, 0.5), "itl99": 1000 * quantile(itl, 0.99),
-        "good": 100 * good / len(calls), "imbalance": result.imbalance, "busy": 100 * result.busy, "came": 100 * result.came / result.rate, "failed": float(result.failed),
+        "e2e50": quantile(total, 0.5), "e2e99": quantile(total, 0.99),
+        "itl50": 1000 * quantile([(c.total - c.ttft) / (c.output - 1) for c in longer], 0.5),
+        "gap50": 1000 * quantile([c.gap for c in longer], 0.5), "gap99": 1000 * quantile([c.gap for c in longer], 0.99),
+        "good": 100 * good / len(calls), "imbalance": max(computed.values()) * len(computed) / max(1, tokens),
+        "busy": 100 * tokens * ENGINE_ARGS.prefill_us_per_token / 1e6 / result.pairs / span,
+        "came": 100 * len(calls) / span / result.rate, "failed": float(sum(c.ttft == math.inf for c in calls)),
     }  # fmt: skip
 
 
+# hit, reuse: prompt tokens from the cache, and that one cache without end would have had. ITL: of a call's mean. gap: of a
+# call's longest. busy: of the prefill workers' time, without what each step costs. came: of the calls per second that were
+# meant (sessions wait for their answers). imbal: tokens computed by the busiest prefill worker by the mean. All but `fail`,
+# the sum, are medians of the seeds.
 HEAD = (
-    "trace     load policy                  hit%  reuse%   TTFT p50    p90    p99 s   E2E p50    p90    p99 s"
-    "   ITL p50  p99 ms  good%  busy%  came%  imbal fail"
+    "trace     load policy               hit%  reuse%   TTFT p50    p90    p99 s   E2E p50    p99 s   ITL p50"
+    "  gap p50     p99 ms  good%  busy%  came%  imbal fail"
 )
 
 
@@ -307,9 +314,9 @@ def table(results: list[Result]) -> str:
         f = {key: statistics.median(one[key] for one in found) for key in found[0]}
         reuse = 100 * statistics.median(r.reusable for r in same)
         lines.append(
-            f"{trace:<9} {load:>4.1f} {policy:<22} {f['hit']:>5.1f}  {reuse:>5.1f}   "
-            f"{f['ttft50']:>8.3f} {f['ttft90']:>6.2f} {f['ttft99']:>6.2f}    {f['e2e50']:>7.2f} {f['e2e90']:>6.1f} {f['e2e99']:>6.1f}"
-            f"   {f['itl50']:>9.2f} {f['itl99']:>7.1f}  {f['good']:>5.1f}  {f['busy']:>5.1f}  {f['came']:>5.1f}  {f['imbalance']:>5.2f} {f['failed']:>4.0f}"
+            f"{trace:<9} {load:>4.1f} {policy:<19} {f['hit']:>5.1f}  {reuse:>5.1f}   {f['ttft50']:>8.3f} {f['ttft90']:>6.2f}"
+            f" {f['ttft99']:>6.2f}     {f['e2e50']:>6.2f}   {f['e2e99']:>6.1f}    {f['itl50']:>6.2f}   {f['gap50']:>6.1f}   {f['gap99']:>7.1f}"
+            f"  {f['good']:>5.1f}  {f['busy']:>5.1f}  {f['came']:>5.1f}  {f['imbalance']:>5.2f} {sum(one['failed'] for one in found):>4.0f}"
         )
     return "\n".join(lines)
 
@@ -371,7 +378,7 @@ SWEEP = [  # one weight at a time around the shipped ones
     *(f"kv:local={tokens}" for tokens in (0, 256, 4096)),
     *(f"kv:toll={tokens}" for tokens in (0, 256, 4096)),
 ]
-CALLS = {"mooncake": 3000, "miniswe": 3000, "taubench": 8000, "azure": 4000}
+CALLS = {"mooncake": 2500, "miniswe": 2500, "taubench": 8000, "azure": 3000}
 
 
 def main() -> None:
@@ -380,9 +387,9 @@ def main() -> None:
     parser.add_argument("--trace", nargs="+", default=list(traces.NAMES), choices=traces.NAMES)
     parser.add_argument("--load", nargs="+", type=float, default=[0.5, 0.8, 1.1], help="parts of saturation")
     parser.add_argument("--speedup", type=float, help="instead of a load: the trace's own pace times this")
-    parser.add_argument("--policy", nargs="+", default=["kv", "round-robin", "least-loaded", "oracle"])
+    parser.add_argument("--policy", nargs="+", default=["kv", "kv:local=0", "round-robin", "least-loaded", "oracle"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, help="default: 0; of a sweep 100: weights are judged on other runs")
     parser.add_argument("--calls", type=int, help=f"of each run, about; default: {CALLS}")
     parser.add_argument("--pairs", type=int, default=8, help="prefill workers, and as many decode workers")
     parser.add_argument("--processes", type=int, default=2)
@@ -391,11 +398,12 @@ def main() -> None:
     parser.add_argument("--against", default=None, help="the policy that the factors are for; default: the first")
     options = parser.parse_args()
     policies = SWEEP if options.sweep else options.policy
+    first_seed = options.first_seed if options.first_seed is not None else 100 if options.sweep else 0
     jobs = [
         Job(options.traces, trace, policy, load, seed, options.calls or CALLS[trace], options.pairs, options.speedup)
         for trace in options.trace
         for load in (options.load if options.speedup is None else [0.0])
-        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for seed in range(first_seed, first_seed + options.seeds)
         for policy in policies
     ]
     results = []

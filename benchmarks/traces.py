@@ -186,7 +186,7 @@ def _agents(name: str, path: Path, count: int, seed: int) -> Trace:
     encoded, common = _encoded(path)
     r = random.Random(seed)
     repeated: list[list[Call]] = []
-    while sum(map(len, repeated)) < 3 * count or len(repeated) < 100:
+    while sum(map(len, repeated)) < 6 * count or len(repeated) < 100:
         for session in r.sample(encoded, len(encoded)):
             turn = len(repeated) + 1
             repeated.append([Call(at, partial(_exchanged, ids, common, turn), output) for at, ids, output in session])

@@ -62,6 +62,8 @@ class Queue:
             self._make_place(priority)
         waiting = Waiting(priority, next(self._numbers))
         heapq.heappush(self._heap, waiting)
+        if not self._waiting:
+            self._last = asyncio.get_running_loop().time()  # a busy time begins: pauses before it are no pace
         self._waiting += 1
         return waiting
 
@@ -115,8 +117,7 @@ class Queue:
     def _note_pace(self) -> None:
         now = asyncio.get_running_loop().time()
         gap, self._last = now - self._last, now
-        if gap < MOST_RETRY_AFTER:  # else it is the first of a busy time
-            self._pace = gap if self._pace is None else PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * gap
+        self._pace = gap if self._pace is None else PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * gap
 
     def _overloaded(self, message: str) -> Overloaded:
         error = Overloaded(message)

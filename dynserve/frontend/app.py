@@ -106,7 +106,7 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
         served = [name for name in frontend.fleet.models if frontend.fleet.serves(name)]
         return {"object": "list", "data": [_model_object(frontend, name) for name in served]}
 
-    @app.get("/v1/requests/{request_id}/why")
+    @app.get("/v1/requests/{request_id:path}/why")
     async def why(request_id: str) -> dict[str, Any]:
         decision = frontend.pipeline.decisions.get(request_id)
         if decision is None:

@@ -17,7 +17,7 @@ from dynserve.wire.link import Usage
 log = logging.getLogger(__name__)
 
 KEPT = 10_000  # requests
-MOST_CANDIDATES = 64  # of one placement; the cheapest stay
+MOST_CANDIDATES = 32  # of one placement; the cheapest stay
 IN_HEADER = 8  # candidates of one placement in the response header, where proxies allow 8 kB
 
 DRIFT = 0.25  # share by which predicted and reported cached tokens may differ
@@ -56,7 +56,7 @@ class Placement:
             margin = least - own
         return Placement(
             reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens, margin, runner_up,
-            _encode((candidates, costs)), len(reason.candidates) - len(candidates),
+            _encode((candidates, [float(cost) for cost in costs])), len(reason.candidates) - len(candidates),
         )  # fmt: skip
 
     def told(self, most: int) -> dict[str, Any]:

@@ -259,10 +259,10 @@ class Fleet:
         if len(messages) > 1:
             self.received(link, messages[1:])
 
-    def _ask_snapshot(self, worker: str) -> None:
+    def _ask_snapshot(self, worker: str, request: int) -> None:
         peer = self.peers.get(worker)
         if peer is not None and peer.link is not None:
-            peer.link.send(SnapshotRequest())
+            peer.link.send(SnapshotRequest(request))
 
     def _peer(self, id_: str) -> Peer:
         peer = self.peers.get(id_)

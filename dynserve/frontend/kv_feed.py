@@ -21,6 +21,7 @@ MAX_HELD = 2_000  # batches that wait for a snapshot; beyond, a newer snapshot i
 @dataclass(slots=True)
 class _Feed:
     epoch: int
+    request: int  # of the snapshot that is waited for: parts of an earlier one may still be on their way
     next_id: int = 0
     exact: bool = False
     suspected: int = -1  # an event id that a load report named and that was not here then
@@ -29,9 +30,9 @@ class _Feed:
 
 
 class KvFeeds:
-    """Applies events to the router's index. `ask(worker)` sends a snapshot request over the worker's link."""
+    """Applies events to the router's index. `ask(worker, number)` sends a snapshot request over the worker's link."""
 
-    def __init__(self, router: Router, ask: Callable[[str], None], clock: Callable[[], float]) -> None:
+    def __init__(self, router: Router, ask: Callable[[str, int], None], clock: Callable[[], float]) -> None:
         self._router, self._ask, self._clock = router, ask, clock
         self._feeds: dict[str, _Feed] = {}
         self.resyncs = 0
@@ -72,7 +73,8 @@ class KvFeeds:
         """To be called every few seconds: an index that lost entries for want of room is made whole once there is some."""
         index = self._router.index
         for worker in list(index.degraded):
-            if (feed := self._feeds.get(worker)) is not None and len(index) < index.capacity * 3 // 4:
+            feed = self._feeds.get(worker)
+            if feed is not None and feed.exact and len(index) < index.capacity * 3 // 4:
                 self._resync(worker, feed.epoch)
             else:
                 self._tell(worker)
@@ -95,7 +97,7 @@ class KvFeeds:
 
     def snapshot(self, worker: str, part: Snapshot) -> None:
         feed = self._feeds.get(worker)
-        if feed is None or feed.exact or part.epoch != feed.epoch:
+        if feed is None or feed.exact or (part.epoch, part.request) != (feed.epoch, feed.request):
             return
         feed.parts.append(part.hashes)
         if not part.last:
@@ -112,15 +114,16 @@ class KvFeeds:
         if batch.first_id > feed.next_id:
             return False
         self._router.apply(worker, batch.events[feed.next_id - batch.first_id :])
+        self._router.index.tidy()
         feed.next_id = max(feed.next_id, batch.first_id + len(batch.events))
         self._tell(worker)
         return True
 
     def _resync(self, worker: str, epoch: int) -> None:
-        self._feeds[worker] = _Feed(epoch)
         self.resyncs += 1
+        self._feeds[worker] = _Feed(epoch, self.resyncs)
         self._tell(worker)
-        self._ask(worker)
+        self._ask(worker, self.resyncs)
 
     def _tell(self, worker: str) -> None:
         target = self._router.targets.get(worker)

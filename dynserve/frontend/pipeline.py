@@ -82,7 +82,6 @@ class Pipeline:
     async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
         """The request runs as long as the block. Leaving it early cancels everywhere."""
         run = Run(self, prompt)
-        self.decisions.add(run.decision)
         self.metrics.accepted.labels(prompt.model).inc()
         self.metrics.in_flight.labels(prompt.model).inc()
         try:
@@ -109,7 +108,9 @@ class Run:
         self.began = self._clock()
         self.deadline = self.began + pipeline.timeout_s
         self.decision = Decision(prompt.id, prompt.model, len(prompt.tokens) // 4, self.began)
-        self._ask = Ask(prompt.tokens, prompt.cache_salt, session=prompt.session, instances=prompt.instances)
+        self._ask = Ask(
+            prompt.tokens, prompt.cache_salt, model=prompt.model, session=prompt.session, instances=prompt.instances
+        )
         self._waiting: Waiting | None = None
         self._replies: list[Reply] = []
         self._placed: list[Placed] = []
@@ -122,6 +123,7 @@ class Run:
         """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
         pipeline, model = self._pipeline, self._prompt.model
         await self._enter()
+        pipeline.decisions.add(self.decision)  # one that is refused at the door has none
         prefillers, decoders = (pipeline.fleet.targets(model, role) for role in ("prefill", "decode"))
         if not decoders or not prefillers:
             async for burst in self._phase("aggregated", "prefill_and_decode", None, None):
@@ -129,9 +131,14 @@ class Run:
             return
         if local := pipeline.router.local(self._ask, decoders, prefillers):
             pipeline.metrics.local_prefills.inc()
-            async for burst in self._phase("aggregated", "decode", None, None, first=local):
-                yield burst
-            return
+            try:
+                async for burst in self._phase("aggregated", "decode", None, None, local=local):
+                    yield burst
+                return
+            except ClusterError as error:
+                if self.tokens or isinstance(error, TimedOut):
+                    raise
+                # another decode worker would have to compute all of it: from here on as any prompt
         last: Finished | None = None
         async for burst in self._phase("prefill", "prefill", None, None):
             yield burst
@@ -187,23 +194,21 @@ class Run:
         return self.decision.header()
 
     async def _phase(
-        self, phase: Phase, role: str, prior: Prior | None, handoff: Handoff | None, first: Sequence[Target] = ()
+        self, phase: Phase, role: str, prior: Prior | None, handoff: Handoff | None, local: Sequence[Target] = ()
     ) -> AsyncIterator[list[Record]]:
-        """One phase, placed again on another worker as long as nothing has come from the one before. `first`: the only
-        workers for the first placement."""
+        """One phase, placed again on another worker as long as nothing has come from the one before. `local`: decode
+        workers that may prefill this prompt; then there is one attempt."""
         pipeline, model = self._pipeline, self._prompt.model
         excluded: set[str] = set()
         error: DynserveError = NoWorker(f"no {role} worker serves {model} at the moment")
-        for _ in range(ATTEMPTS):
+        for _ in range(1 if local else ATTEMPTS):
             if self._cancelled is not None:
                 raise self._cancelled
-            targets = first or [t for t in pipeline.fleet.targets(model, role) if t.worker not in excluded]
+            targets = local or [t for t in pipeline.fleet.targets(model, role) if t.worker not in excluded]
             if not targets:
                 break
-            placed = pipeline.router.place(
-                self._ask, phase, targets, self._clock(), why="local prefill" if first else ""
-            )
-            first = ()
+            why = "local prefill" if local else ""
+            placed = pipeline.router.place(self._ask, phase, targets, self._clock(), why=why)
             self._placed.append(placed)
             placement = self.decision.placed(placed)
             started = False

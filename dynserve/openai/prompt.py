@@ -46,7 +46,13 @@ class Preprocessor:
         now: datetime | None = None,
     ) -> str:  # fmt: skip
         """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
-        ours = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self._special}
+        ours: dict[str, Any] = {
+            "messages": messages,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self._special,
+        }
         if now is not None:
             ours["strftime_now"] = now.strftime
         if taken := sorted(ours.keys() & (variables or {}).keys() - {"add_generation_prompt", "documents"}):

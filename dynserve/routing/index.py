@@ -6,8 +6,8 @@ the set of workers that hold a block only ever shrinks, and where it shrinks is 
 takes some ten looks per depth at which somebody drops out, not 256.
 
 A worker that clears its cache or leaves gives up its slot at once, and nothing else happens: bits of given-up slots are
-masked out of every answer, and wiped in small portions while the index is written to. So a worker with a million blocks
-leaves in a microsecond, and no set of blocks is kept per worker.
+masked out of every answer, and wiped in small portions by `tidy`. So a worker with a million blocks leaves in a
+microsecond, and no set of blocks is kept per worker.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-WIPED_AT_ONCE = 4096  # entries that one call of `store` or `remove` cleans of given-up slots
-EVICTED_SHARE = 32  # one part in this many goes when the budget is reached
+WIPED_AT_ONCE = 4096  # entries that one call of `tidy` cleans of given-up slots
+EVICTED_AT_ONCE = 1024  # entries that go, at least, when the budget is reached
 KEY_BYTES = sys.getsizeof(1 << 63)
 TABLE_BYTES = 120  # CPython's dict: 4 to 6 slots of 4 bytes and up to 4 entries of 24 for each used one after it grew
 
@@ -87,12 +87,12 @@ class PrefixIndex:
             self._touch(hashes[: max(found.values())])
         return found
 
-    def store(self, worker: str, hashes: Iterable[int]) -> None:
+    def store(self, worker: str, hashes: Sequence[int]) -> None:
         slot = self._slots.get(worker)
         if slot is None:
             slot = self._take_slot(worker)
         bit, live, holders, new = 1 << slot, self._live, self._holders, 0
-        for hash_ in hashes:
+        for hash_ in reversed(hashes):  # should the budget be reached, the end of a prompt goes before its beginning
             known = holders.get(hash_)
             if known is None:
                 holders[hash_] = bit  # one int object for all blocks that only this worker holds
@@ -101,7 +101,6 @@ class PrefixIndex:
                 holders[hash_] = known & live | bit
                 new += 1
         self._counts[worker] += new
-        self.tidy()
         if len(holders) > self.capacity:
             self._evict()
 
@@ -120,7 +119,6 @@ class PrefixIndex:
                 else:
                     del holders[hash_]
         self._counts[worker] -= gone
-        self.tidy()
 
     def clear(self, worker: str) -> None:
         """The worker holds nothing any more."""
@@ -139,7 +137,7 @@ class PrefixIndex:
             self._live &= ~(1 << slot)
 
     def tidy(self) -> None:
-        """Wipes a portion of what workers left behind. `store` and `remove` do the same; this is for quiet times."""
+        """Wipes a portion of what workers left behind. To be called now and then, also in quiet times."""
         if self._given_up:
             self._wipe()
 
@@ -193,7 +191,7 @@ class PrefixIndex:
 
     def _evict(self) -> None:
         """The least recently stored or matched entries go, a portion at a time."""
-        gone = len(self._holders) - self.capacity + self.capacity // EVICTED_SHARE
+        gone = len(self._holders) - self.capacity + min(EVICTED_AT_ONCE, self.capacity // 32)
         lost = 0
         for hash_ in list(islice(self._holders, gone)):
             bits = self._holders.pop(hash_) & self._live

@@ -36,7 +36,16 @@ class Account:
     others: Sums = field(default_factory=Sums)
     begun_tokens: int = 0  # reported: computed already, of prompts that are not done
     unseen_tokens: int = 0  # reported: held by requests that no frontend accounts for
+    held_tokens: int | None = None  # reported: in blocks that requests hold; a block that several share counts once
+    then_tokens: int = 0  # `decode_tokens` at that report
     suspected: bool = False  # the last report had more requests than the books; twice in a row is no coincidence
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens of KV cache in use: as reported, and placed since; what requests share is not counted for each of them."""
+        if self.held_tokens is None:
+            return self.decode_tokens
+        return min(self.decode_tokens, self.held_tokens + max(0, self.decode_tokens - self.then_tokens))
 
     def sum_up(self) -> None:
         own, others = self.own, self.others
@@ -117,7 +126,8 @@ class Ledger:
         """This frontend's own charges, for the others: of these workers, or of all that have any."""
         if workers is None:
             workers = [worker for worker, account in self._accounts.items() if account.own.requests]
-        sums = [(worker, self.account(worker).own) for worker in workers]
+        nothing = Account()  # a worker that left: what was placed there is over
+        sums = [(worker, self._accounts.get(worker, nothing).own) for worker in workers]
         return [Share(worker, own.prefill_tokens, own.decode_tokens, own.requests) for worker, own in sums]
 
     def shared(self, frontend: str, shares: Iterable[Share], *, all_of_them: bool) -> None:
@@ -127,11 +137,12 @@ class Ledger:
             self._take_back(known)
             known.clear()
         for share in shares:
-            account = self.account(share.worker)
-            if (before := known.get(share.worker)) is not None:
-                _add(account, before, -1)
-            sums = known[share.worker] = Sums(share.prefill_tokens, share.decode_tokens, share.requests)
-            _add(account, sums, 1)
+            if (before := known.pop(share.worker, None)) is not None:
+                self._take_back({share.worker: before})
+            if share.requests:
+                sums = known[share.worker] = Sums(share.prefill_tokens, share.decode_tokens, share.requests)
+                if share.worker in self._accounts:
+                    _add(self._accounts[share.worker], sums, 1)
 
     def forget(self, frontend: str) -> None:
         """Another frontend is gone, and its requests with it."""
@@ -148,14 +159,15 @@ class Ledger:
         """Corrects drift. Only what cannot be a race with a placement on its way is believed: progress on prompts, and
         requests beyond the books in two reports in a row."""
         account = self.account(worker)
+        known = account.own.requests + account.others.requests
         account.begun_tokens = min(load.begun_tokens, account.own.prefill_tokens + account.others.prefill_tokens)
-        excess = load.running + load.waiting - account.requests
-        account.unseen_tokens = 0
-        if excess > 0 and account.suspected:
-            held = (load.total_blocks - load.free_blocks) * block_size
-            account.unseen_tokens = max(0, held - account.own.decode_tokens - account.others.decode_tokens)
+        held = (load.total_blocks - load.free_blocks) * block_size
+        excess, there = load.running + load.waiting - known, load.running + load.waiting
+        # of what is held, the part of those that nobody knows
+        account.unseen_tokens = held * excess // there if excess > 0 and account.suspected else 0
         account.suspected = excess > 0
         account.sum_up()
+        account.held_tokens, account.then_tokens = held, account.decode_tokens
 
     def check(self) -> None:
         """Raises AssertionError when something was given back that was never taken."""

@@ -198,7 +198,7 @@ class Direct:
 
 
 def policy_maker(mode: RouterMode, own: str | None, weights: Weights, rng: random.Random) -> Callable[[], Policy]:
-    """Makes one policy per pool of workers: of the user's class when `own` names one, else of the mode.
+    """Makes policies, one for each pool of workers: of the user's class when `own` names one, else of the mode.
 
     Raises:
         ConfigError: `own` does not name a class with a `choose`.

@@ -60,10 +60,12 @@ class Target:
 class Ask:
     """One request as the router needs it. Its hashes are made once, when the first policy wants them."""
 
-    __slots__ = ("_hashes", "_size", "instances", "overlaps", "prompt", "salt", "session")
+    __slots__ = ("_hashes", "_size", "instances", "model", "overlaps", "prompt", "salt", "session")
 
-    def __init__(self, prompt: bytes, salt: str = "", *, session: str = "", instances: tuple[str, ...] = ()) -> None:
-        self.prompt, self.salt, self.session, self.instances = prompt, salt, session, instances
+    def __init__(
+        self, prompt: bytes, salt: str = "", *, model: str = "", session: str = "", instances: tuple[str, ...] = ()
+    ) -> None:
+        self.prompt, self.salt, self.model, self.session, self.instances = prompt, salt, model, session, instances
         self._hashes: list[int] = []
         self._size = 0
         self.overlaps: dict[str, int] | None = None  # looked up by `local`, for the placement right after it
@@ -121,13 +123,12 @@ class Placed:
 
 
 class Router:
-    """Prefix index, load ledger and policies: one for prefill (and aggregated) workers, one for decode workers."""
+    """Prefix index, load ledger, and a policy for each pool of workers."""
 
     def __init__(self, options: RouterOptions = RouterOptions(), rng: random.Random | None = None) -> None:  # noqa: B008
         self.options = options
-        make = policy_maker(options.mode, options.policy, options.weights, rng or random.Random())
-        self.policy: Policy = make()  # for phases that read the prompt
-        self.decode_policy: Policy = make()
+        self._make_policy = policy_maker(options.mode, options.policy, options.weights, rng or random.Random())
+        self.policies: dict[tuple[str, Phase], Policy] = {}  # of each model's pools: they must not share a turn
         self.index = PrefixIndex(options.index_bytes)
         self.ledger = Ledger()
         self.sessions = Sessions(options.session_ttl_s)
@@ -135,6 +136,12 @@ class Router:
         self._oldest = 0.0  # when the first of them joined
         self.pending = Pending()
         self._assumed = Assumed(self.index, options.assume_ttl_s)
+
+    def policy(self, model: str, phase: Phase) -> Policy:
+        found = self.policies.get((model, phase))
+        if found is None:
+            found = self.policies[model, phase] = self._make_policy()
+        return found
 
     # workers
 
@@ -179,7 +186,7 @@ class Router:
             return False
         if phase == "prefill":
             return True
-        return account.decode_tokens <= self.options.busy_kv_fraction * target.capacity
+        return account.full_tokens <= self.options.busy_kv_fraction * target.capacity
 
     def local(self, ask: Ask, decoders: Sequence[Target], prefillers: Sequence[Target]) -> list[Target]:
         """Decode workers that should prefill this prompt themselves, without a hand-off. None when the policy is blind to
@@ -190,7 +197,7 @@ class Router:
         added. All in tokens to compute.
         """
         limit, toll = self.options.local_prefill_tokens, self.options.local_prefill_toll
-        if not limit or not decoders or not _looks(self.policy):
+        if not limit or not decoders or not _looks(self.policy(ask.model, "prefill")):
             return []
         size, tokens = decoders[0].block_size, ask.tokens
         overlaps = ask.overlaps = self._overlaps(ask, size)
@@ -214,7 +221,7 @@ class Router:
         """
         if not targets:
             raise NoWorker("no worker to place the request on")
-        policy = self.decode_policy if phase == "decode" else self.policy
+        policy = self.policy(ask.model, phase)
         size, tokens = targets[0].block_size, ask.tokens
         looks = _looks(policy)
         if not looks:
@@ -226,7 +233,9 @@ class Router:
             ask.overlaps = None
         candidates = self._candidates(targets, phase, overlaps, now)
         asked = Asked(phase, -(-tokens // size), ask.session, ask.instances)
-        choice, chosen_by = self._choose(policy, asked, candidates, now)
+        # a local prefill and a decode belong together: both end up where the session's cache is
+        pool = "decode" if why else phase
+        choice, chosen_by = self._choose(policy, asked, candidates, f"{ask.model}/{pool}", now)
         worker = choice.candidate.worker
         cached = overlaps.get(worker, 0) * size
         charge = self.ledger.charge(
@@ -273,16 +282,20 @@ class Router:
                 t.index,
                 now - t.heard,
             )
-            (busy if waiting > most_prefill or decoding > most_decode * t.capacity else roomy).append(candidate)
+            most = most_decode * t.capacity
+            full = decoding > most and account.full_tokens > most
+            (busy if waiting > most_prefill or full else roomy).append(candidate)
         return roomy or busy
 
-    def _choose(self, policy: Policy, asked: Asked, candidates: list[Candidate], now: float) -> tuple[Choice, str]:
-        if not asked.session:
+    def _choose(
+        self, policy: Policy, asked: Asked, candidates: list[Candidate], pool: str, now: float
+    ) -> tuple[Choice, str]:
+        if not asked.session or asked.instances:
             return policy.choose(asked, candidates), type(policy).__name__
-        known = self.sessions.worker(asked.session, asked.phase, now)
+        known = self.sessions.worker(asked.session, pool, now)
         found = next((c for c in candidates if c.worker == known), None)
         choice = Choice(found, []) if found is not None else policy.choose(asked, candidates)
-        self.sessions.went(asked.session, asked.phase, choice.candidate.worker, now)
+        self.sessions.went(asked.session, pool, choice.candidate.worker, now)
         return choice, "session" if found is not None else type(policy).__name__
 
 

@@ -8,7 +8,7 @@ MOST = 100_000  # sessions; the least recently used go first
 
 
 class Sessions:
-    """`(session, phase)` to worker, with a time to live in seconds that each use renews."""
+    """`(session, pool)` to worker, with a time to live in seconds that each use renews."""
 
     def __init__(self, ttl_s: float, most: int = MOST) -> None:
         self._ttl_s, self._most = ttl_s, most
@@ -17,12 +17,12 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._workers)
 
-    def worker(self, session: str, phase: str, now: float) -> str | None:
-        found = self._workers.get((session, phase))
+    def worker(self, session: str, pool: str, now: float) -> str | None:
+        found = self._workers.get((session, pool))
         return found[0] if found is not None and found[1] > now else None
 
-    def went(self, session: str, phase: str, worker: str, now: float) -> None:
-        key = (session, phase)
+    def went(self, session: str, pool: str, worker: str, now: float) -> None:
+        key = (session, pool)
         self._workers[key] = (worker, now + self._ttl_s)
         self._workers.move_to_end(key)
         while self._workers and (len(self._workers) > self._most or next(iter(self._workers.values()))[1] <= now):

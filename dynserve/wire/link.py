@@ -70,12 +70,14 @@ class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """A part of the worker's prefix index, valid once `last` is seen; events after `event_id` apply on top."""
+    """A part of the worker's prefix index, valid once `last` is seen; events after `event_id` apply on top. `request` is
+    that of the `SnapshotRequest` it answers."""
 
     epoch: int
     event_id: int
     hashes: list[int]
     last: bool
+    request: int = 0
 
 
 class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -105,7 +107,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
 
 
 class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
-    pass
+    request: int = 0
 
 
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):

@@ -50,9 +50,9 @@ class Journal:
         events, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
         return KvEvents(self._instance_id, self._epoch, first, events)
 
-    def snapshot(self) -> Iterator[Snapshot]:
+    def snapshot(self, request: int = 0) -> Iterator[Snapshot]:
         hashes = list(self._hashes)
         parts = range(0, max(1, len(hashes)), SNAPSHOT_PART)
         for at in parts:
             last = at == parts[-1]
-            yield Snapshot(self._epoch, self._last_id, hashes[at : at + SNAPSHOT_PART], last)
+            yield Snapshot(self._epoch, self._last_id, hashes[at : at + SNAPSHOT_PART], last, request)

@@ -187,8 +187,8 @@ class Worker:
                     self._cancel((frontend, stream))
                 case Submit(request=request):
                     link.send(SubmitReply(request.stream, self.take(request)))
-                case SnapshotRequest():
-                    for part in self._journal.snapshot():
+                case SnapshotRequest(request=number):
+                    for part in self._journal.snapshot(number):
                         link.send(part)
                 case _:
                     pass  # pings and the welcome have done their work by arriving

@@ -22,8 +22,9 @@ class World:
         self.epoch = epoch
         self.journal = Journal("w", epoch, lambda: None)
 
-    def ask(self, worker: str) -> None:
+    def ask(self, worker: str, request: int) -> None:
         self.asked += 1
+        self.request = request
 
     def say(self, *events: KvEvent) -> KvEvents:
         self.journal.add(list(events))
@@ -32,7 +33,7 @@ class World:
         return batch
 
     def snapshot(self) -> None:
-        for part in self.journal.snapshot():
+        for part in self.journal.snapshot(self.request):
             self.feeds.snapshot("w", part)
 
     def join(self) -> None:
