@@ -2,7 +2,7 @@
 
     python benchmarks/shared_prompts.py [--quick]
 
-2 prefill and 2 decode workers on torch, etcd, NATS, one frontend; 24 system prompts of some 1,500 tokens, each asked with
+2 prefill and 2 decode workers on torch, etcd, NATS, one frontend; 24 system prompts of some 1,300 tokens, each asked with
 many different questions by 4 clients that stream. One prefill worker's cache holds about two thirds of the prompts: kept
 apart they fit, mixed they push each other out. Every mode starts with empty caches and sees the same requests; the first
 24 are not measured.
@@ -25,7 +25,7 @@ from plane import cluster
 from dynserve.config import TINY_MODEL
 
 PROMPTS, CLIENTS, ANSWER = 24, 4, 8
-ENGINE = {"num_blocks": 900, "max_num_tokens": 2048, "num_threads": 1}
+ENGINE = {"num_blocks": 700, "max_num_tokens": 2048, "num_threads": 1}
 
 
 class Seen(NamedTuple):

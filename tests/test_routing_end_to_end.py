@@ -307,3 +307,27 @@ async def test_a_wrong_header_is_named(headers: dict[str, str], says: str) -> No
     async with cluster(prefill=1, decode=1) as c, c.client() as client:
         answer = await client.post("/v1/completions", json=ask(), headers=headers)
         assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+async def test_a_local_prefill_that_fails_goes_through_prefill_and_decode() -> None:
+    options = {"local_prefill_tokens": 64, "local_prefill_toll": 0}
+    async with cluster(options=options, decode=2, engine={"step_ms": 50}) as c, c.client() as client:
+        await client.post("/v1/completions", json=ask())
+        await asyncio.sleep(0.1)
+        asking = asyncio.create_task(client.post("/v1/completions", json=ask([*PROMPT, 301])))
+        await until(lambda: any(p.replies for p in c.frontend.fleet.peers.values()))
+        (busy,) = [p for p in c.frontend.fleet.peers.values() if p.replies]
+        assert busy.id.startswith("decode-") and busy.link is not None
+        busy.link.abort("power failure")
+        answer = await asking
+        assert answer.status_code == 200
+        placements = (await why(client, answer))["placements"]
+        assert [p["phase"] for p in placements] == ["aggregated", "prefill", "decode"]
+        assert placements[0]["failure"] == "worker_lost"
+        await nothing_is_left(c)
+
+
+async def test_a_request_id_with_a_slash_is_found() -> None:
+    async with cluster() as c, c.client() as client:
+        answer = await client.post("/v1/completions", json=ask(), headers={"x-request-id": "team/42"})
+        assert (await why(client, answer))["request_id"] == "team/42"

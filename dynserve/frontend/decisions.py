@@ -47,6 +47,10 @@ class Placement:
     @staticmethod
     def of(placed: Placed) -> Placement:
         reason, worker = placed.reason, placed.worker
+        if len(reason.costs) != len(
+            reason.candidates
+        ):  # none, or a policy's own idea: a record must not fail a request
+            reason = reason._replace(costs=[])
         candidates, costs = _cheapest(reason)
         others = [(cost, c.worker) for c, cost in zip(candidates, costs, strict=False) if c.worker != worker]
         own = next((cost for c, cost in zip(candidates, costs, strict=False) if c.worker == worker), None)

@@ -110,3 +110,19 @@ def test_one_who_leaves_the_queue_frees_its_place_and_holds_up_nobody() -> None:
         assert pool.order == ["running", "stayer", "late"]
 
     clock.run(main())
+
+
+def test_quiet_times_do_not_make_the_queue_look_slow() -> None:
+    async def main() -> None:
+        pool = Pool(1, most=4)
+        for _ in range(3):  # lone waits, far apart
+            await asyncio.gather(pool.request("a", seconds=2.0), pool.request("b", seconds=2.0))
+            await asyncio.sleep(500)
+        asking = [asyncio.create_task(pool.request(str(i), seconds=2.0)) for i in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refused:
+            await pool.request("too many")
+        assert 8 <= refused.value.retry_after <= 12
+        await asyncio.gather(*asking)
+
+    clock.run(main())

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
+
 from dynserve.frontend.decisions import IN_HEADER, MOST_CANDIDATES, Decision, Predictions
 from dynserve.routing.ledger import Ledger
 from dynserve.routing.policy import Candidate
@@ -55,3 +57,13 @@ def test_a_few_wrong_tokens_are_no_drift_and_it_ends_when_predictions_are_right_
     assert not predictions.drifting("w")
     predictions.forget("w")
     assert predictions.ratios() == {}
+
+
+def test_a_policys_odd_costs_do_not_fail_the_record() -> None:
+    decision = Decision("r", "m", 320, 0.0)
+    decision.placed(placed("w0", [1.0, 2.0]))
+    decision.placed(placed("w0", [np.float64(i) for i in range(200)]))
+    short, foreign = decision.told()["placements"]
+    assert short["candidates"][0]["cost"] is None
+    assert foreign["candidates"][1]["cost"] == 1.0 and foreign["margin"] == 1.0
+    json.dumps(decision.told(), allow_nan=False)

@@ -6,6 +6,7 @@ from dynserve.frontend.kv_feed import KvFeeds
 from dynserve.routing.policy import IndexState
 from dynserve.routing.router import Router
 from dynserve.wire.events import KvEvent, KvEvents, Removed, Stored
+from dynserve.wire.link import Snapshot
 from dynserve.worker.journal import Journal
 
 
@@ -201,3 +202,16 @@ def test_a_long_journal_is_published_in_pieces_that_follow_one_another() -> None
     for batch in batches:
         world.feeds.events(batch)
     assert world.asked == 1 and world.known() == set(range(100))
+
+
+def test_parts_of_a_snapshot_that_was_given_up_do_not_complete_the_next() -> None:
+    world = World()
+    world.say(Stored(None, [1, 2, 3, 4]))
+    world.feeds.joined("w", 1)
+    first = world.request
+    world.feeds.joined("w", 1)  # asked again while the first is on its way
+    world.feeds.snapshot("w", Snapshot(1, 1, [1, 2], False, first))
+    world.feeds.snapshot("w", Snapshot(1, 1, [3], True, first))
+    assert not world.feeds.exact("w")
+    world.snapshot()
+    assert world.feeds.exact("w") and world.known() == {1, 2, 3, 4}

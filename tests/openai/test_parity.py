@@ -4,7 +4,7 @@ import pytest
 
 from dynserve.config import TINY_MODEL
 from dynserve.openai.model_files import read_model_files
-from dynserve.openai.parity import difference, parity
+from dynserve.openai.parity import NOON, difference, parity
 from dynserve.openai.prompt import Preprocessor
 
 
@@ -36,3 +36,19 @@ def test_a_model_without_a_template_can_be_compared() -> None:
     files = {name: content for name, content in read_model_files(TINY_MODEL).items() if name == "tokenizer.json"}
     bare = Preprocessor(files)
     assert difference(parity(bare, 32), parity(bare, 32)) is None
+
+
+def test_templates_that_print_the_date_agree_on_other_days() -> None:
+    files = read_model_files(TINY_MODEL)
+    dated = files | {
+        "chat_template.jinja": b"{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    }
+    preprocessor = Preprocessor(dated)
+    assert preprocessor.render([{"role": "user", "content": "x"}], now=NOON) == "01 Jan 2000x"
+    assert preprocessor.render([{"role": "user", "content": "x"}]) != "01 Jan 2000x"
+    assert parity(preprocessor, 32)["template"] != parity(Preprocessor(files), 32)["template"]
+
+
+def test_a_template_that_fails_is_an_answer_too() -> None:
+    broken = read_model_files(TINY_MODEL) | {"chat_template.jinja": b"{{ 1 / 0 }}"}
+    assert difference(parity(Preprocessor(broken), 32), parity(Preprocessor(broken), 32)) is None

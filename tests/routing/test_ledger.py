@@ -113,3 +113,24 @@ def test_load_that_nobody_accounts_for_is_believed_the_second_time() -> None:
     assert sums(ledger) == (0, 40 * 32, 0)
     ledger.reported("w", Load(free_blocks=100, total_blocks=100), 32)
     assert sums(ledger) == (0, 0, 0)
+
+
+def test_a_worker_that_left_is_not_brought_back_by_what_is_said_of_it() -> None:
+    ledger = Ledger()
+    charge = ledger.charge("w", prefill_tokens=10)
+    ledger.drop("w")
+    charge.close()
+    assert ledger.shares(["w"]) == [Share("w", 0, 0, 0)]
+    ledger.shared("other", [Share("w", 0, 0, 0), Share("v", 5, 0, 1)], all_of_them=False)
+    ledger.shared("other", [Share("v", 0, 0, 0)], all_of_them=False)
+    assert not ledger._accounts and not ledger._shared["other"]
+
+
+def test_only_the_part_of_those_that_nobody_knows_is_unseen() -> None:
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.charge("w", prefill_tokens=300)
+    load = Load(running=4, free_blocks=60, total_blocks=100)
+    ledger.reported("w", load, 32)
+    ledger.reported("w", load, 32)
+    assert sums(ledger) == (900, 40 * 32 // 4, 3)

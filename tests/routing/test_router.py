@@ -9,7 +9,7 @@ from dynserve.errors import NoWorker
 from dynserve.routing.hashing import local_hashes, rolling_hashes
 from dynserve.routing.policy import IndexState, Weights
 from dynserve.routing.router import Ask, Placed, Router, RouterOptions
-from dynserve.wire.events import Cleared, Removed, Stored
+from dynserve.wire.events import Cleared, Load, Removed, Stored
 from dynserve.wire.requests import pack_tokens
 
 PROMPT = pack_tokens(list(range(128)))
@@ -193,3 +193,50 @@ def test_workers_that_are_all_fresh_share_alike() -> None:
     router.join("second", 32, 1000, 1.0)
     assert {c.ramp for c in place(router, now=1.1).reason.candidates} == {1.0}
     assert [c.ramp for c in place(router, now=10.5).reason.candidates] == [1.0, 0.95]
+
+
+def test_each_model_and_pool_has_a_policy_of_its_own() -> None:
+    router = make_router("", mode="round-robin")
+    pools = {m: [router.join(f"{m}{i}", 32, 1000, -1000.0) for i in range(2)] for m in ("x", "y")}
+    seen: dict[str, set[str]] = {"x": set(), "y": set()}
+    for _ in range(4):
+        for model, targets in pools.items():
+            seen[model].add(router.place(Ask(PROMPT, model=model), "aggregated", targets, 0.0).worker)
+    assert seen == {"x": {"x0", "x1"}, "y": {"y0", "y1"}}
+
+
+def test_sessions_of_different_models_do_not_mix() -> None:
+    router = make_router("", mode="random")
+    pools = {m: [router.join(f"{m}{i}", 32, 1000, -1000.0) for i in range(8)] for m in ("x", "y")}
+    placed = [
+        (model, router.place(Ask(PROMPT, model=model, session="s"), "prefill", targets, 0.0).worker)
+        for _ in range(5)
+        for model, targets in pools.items()
+    ]
+    assert len(set(placed)) == 2
+
+
+def test_a_session_that_was_prefilled_locally_is_decoded_there_later() -> None:
+    router = make_router("abcdefgh", mode="random")
+    targets, ask = list(router.targets.values()), Ask(PROMPT, session="s")
+    local = router.place(ask, "aggregated", targets, 0.0, why="local prefill").worker
+    assert {router.place(ask, "decode", targets, 1.0).worker for _ in range(5)} == {local}
+
+
+def test_a_named_instance_wins_over_a_session() -> None:
+    router = make_router("ab", mode="direct")
+    for name in "abab":
+        assert place(router, phase="aggregated", session="s", instances=(name,)).worker == name
+
+
+def test_a_prefix_that_many_requests_share_does_not_fill_a_worker_in_the_books() -> None:
+    router = make_router("a", mode="least-loaded", busy_kv_fraction=1.0)
+    (target,) = router.targets.values()
+    for _ in range(40):
+        router.ledger.charge("a", decode_tokens=3200)
+    assert not router.has_room(target, "decode")
+    router.ledger.reported("a", Load(running=40, free_blocks=800, total_blocks=1000), 32)
+    assert router.has_room(target, "decode")
+    for _ in range(10):
+        router.ledger.charge("a", decode_tokens=3200)  # since that report: nobody knows yet what they share
+    assert not router.has_room(target, "decode")
