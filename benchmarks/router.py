@@ -20,6 +20,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dynserve.frontend.decisions import Decision
 from dynserve.routing.index import PrefixIndex
 from dynserve.routing.policy import IndexState
 from dynserve.routing.router import Ask, Router
@@ -73,6 +74,27 @@ def placements(router: Router, prompts: list[bytes], rounds: int) -> Timed:
     return timed(rounds, work, len(prompts))
 
 
+def whole_requests(router: Router, prompts: list[bytes], rounds: int) -> Timed:
+    """All that a request through prefill and decode asks of the router, with as many decode as prefill workers: may it stay
+    on a decode worker, prefill, decode, and the two records of why."""
+    prefillers = list(router.targets.values())
+    decoders = [router.join(f"decode-{i:012x}", BLOCK, 1 << 20, -1000.0) for i in range(len(prefillers))]
+
+    def work() -> None:
+        for number, prompt in enumerate(prompts):
+            ask = Ask(prompt)
+            decision = Decision(str(number), "", ask.tokens, 0.0)
+            router.local(ask, decoders, prefillers)
+            prefill = router.place(ask, "prefill", prefillers, 0.0)
+            decision.placed(prefill)
+            prefill.close()
+            decode = router.place(ask, "decode", decoders, 0.0)
+            decision.placed(decode)
+            decode.close()
+
+    return timed(rounds, work, len(prompts))
+
+
 def hashings(prompts: list[bytes], rounds: int) -> Timed:
     def work() -> None:
         for prompt in prompts:
@@ -122,7 +144,7 @@ def main() -> None:
         f"{TOKENS} tokens a prompt, blocks of {BLOCK}, {blocks:,} blocks indexed, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n"
     )
     print(
-        "workers   placement us (median)   hashing of it   store M blocks/s (median)   remove M blocks/s   bytes/block"
+        "workers   placement us (median)   hashing of it   whole request us   store M blocks/s (median)   remove M blocks/s   bytes/block"
     )
     found: dict[str, float] = {}
     for workers in (8, 64, 1024):
@@ -132,13 +154,14 @@ def main() -> None:
         gc.freeze()
         place = placements(router, prompts, rounds)
         hashing = hashings(prompts, rounds)
+        whole = whole_requests(router, prompts, rounds)
         store, remove = events(workers, rounds, r)
         del router
         gc.unfreeze()
         gc.collect()
         size = bytes_per_block(workers, blocks // 4, r)
         print(
-            f"{workers:>7}   {place.best * 1e6:>8.1f} ({place.median * 1e6:.1f})       {hashing.best * 1e6:>8.1f}   "
+            f"{workers:>7}   {place.best * 1e6:>8.1f} ({place.median * 1e6:.1f})       {hashing.best * 1e6:>8.1f}           {whole.best * 1e6:>8.1f}  "
             f"{1 / store.best / 1e6:>12.2f} ({1 / store.median / 1e6:.2f})      {1 / remove.best / 1e6:>12.2f}   {size:>14.0f}",
             flush=True,
         )

@@ -136,9 +136,10 @@ class Run:
                     yield burst
                 return
             except ClusterError as error:
-                if self.tokens or isinstance(error, TimedOut):
+                if self.tokens or self._clock() >= self.deadline:
                     raise
                 # another decode worker would have to compute all of it: from here on as any prompt
+                log.info("request %s: its local prefill did not start: %s", self._prompt.id, error)
         last: Finished | None = None
         async for burst in self._phase("prefill", "prefill", None, None):
             yield burst
