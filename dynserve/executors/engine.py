@@ -157,6 +157,10 @@ class Engine:
         self._note_load()
         return work
 
+    def fetches(self) -> StepResult:
+        """Transfers that the plan decided on, to be delivered before the step: they go on while it computes."""
+        return StepResult([], self._scheduler.drain_fetches(), [])
+
     def most_steps(self, work: list[Slice], most: int) -> int:
         return self._scheduler.most_steps(work, most)
 

@@ -138,6 +138,8 @@ class Stepper:
     def _step(self, engine: Engine) -> None:
         self.wake.clear()
         work = engine.plan()
+        if (begun := engine.fetches()).fetches:
+            self._tell(engine.deliver, begun)
         result = engine.book(work, self.compute(work) if work else [])
         if result.outputs or result.fetches or result.events:
             # the loop may be behind, but not by more than this: results must not pile up
