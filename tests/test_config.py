@@ -6,6 +6,8 @@ import pytest
 
 from dynserve.config import FrontendConfig, UpConfig, WorkerConfig, host_port, load
 from dynserve.errors import ConfigError
+from dynserve.frontend.frontend import router_options
+from dynserve.routing.router import RouterOptions
 
 
 def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
@@ -62,3 +64,7 @@ def test_addresses_come_with_and_without_a_scheme() -> None:
     assert host_port("nats://a", "x", 9) == ("a", 9)
     with pytest.raises(ConfigError, match="ETCD_URL"):
         host_port("http://a:port", "ETCD_URL", 9)
+
+
+def test_the_router_has_the_same_defaults_from_a_frontend_as_by_itself() -> None:
+    assert router_options(FrontendConfig()) == RouterOptions()

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 class StepResult(NamedTuple):
     outputs: list[tuple[Sequence, Output]]
-    fetches: list[Fetch]
     events: list[KvEvent]
 
 
@@ -116,12 +115,15 @@ class Engine:
     def listen_kv(self, listener: KvListener) -> None:
         self._kv_listener = listener
 
+    def start(self, fetches: list[Fetch]) -> None:
+        """Begins the transfers that a plan decided on."""
+        for fetch in fetches:
+            self._start_fetch(fetch)
+
     def deliver(self, result: StepResult) -> None:
         """Everything that a step did, in one turn of the loop."""
         if result.events and self._kv_listener is not None:
             self._kv_listener(result.events)
-        for fetch in result.fetches:
-            self._start_fetch(fetch)
         for sequence, output in result.outputs:
             live = self._live.get(sequence.ticket)
             if live is None:
@@ -157,9 +159,9 @@ class Engine:
         self._note_load()
         return work
 
-    def fetches(self) -> StepResult:
-        """Transfers that the plan decided on, to be delivered before the step: they go on while it computes."""
-        return StepResult([], self._scheduler.drain_fetches(), [])
+    def fetches(self) -> list[Fetch]:
+        """Transfers that the plan decided on. `start` them before the step: they go on while it computes."""
+        return self._scheduler.drain_fetches()
 
     def most_steps(self, work: list[Slice], most: int) -> int:
         return self._scheduler.most_steps(work, most)
@@ -167,7 +169,7 @@ class Engine:
     def book(self, work: list[Slice], sampled: list[list[Sampled]]) -> StepResult:
         outputs = self._scheduler.commit(work, sampled, self._loop.time())
         self._note_load()
-        return StepResult(outputs, self._scheduler.drain_fetches(), self._scheduler.blocks.drain_events())
+        return StepResult(outputs, self._scheduler.blocks.drain_events())
 
     @property
     def has_commands(self) -> bool:

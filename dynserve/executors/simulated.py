@@ -123,7 +123,7 @@ class Stepper:
         while True:
             self.wake.clear()
             work = engine.plan()
-            engine.deliver(engine.fetches())
+            engine.start(engine.fetches())
             if not work:
                 engine.deliver(engine.book(work, []))
                 if engine.has_commands:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from dynserve.errors import DynserveError, InternalError, TimedOut, Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
@@ -20,7 +19,7 @@ from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks
 from dynserve.transport.base import Change, Link, Put
 from dynserve.transport.planes import FetchFile
-from dynserve.wire import MALFORMED, discovery, events
+from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
@@ -175,7 +174,7 @@ class Fleet:
                 self._forget(peer_)
 
     def load_reported(self, payload: bytes) -> None:
-        report = _decoded(events.decode_load, payload)
+        report = decoded(events.decode_load, payload, "a load report")
         if report is not None and (peer := self.peers.get(report.instance_id)) is not None:
             peer.load = report.load
             self.feeds.reported(peer.id, report.epoch, report.event_id)
@@ -183,7 +182,7 @@ class Fleet:
                 self._router.ledger.reported(peer.id, report.load, peer.target.block_size)
 
     def kv_changed(self, payload: bytes) -> None:
-        batch = _decoded(events.decode_kv, payload)
+        batch = decoded(events.decode_kv, payload, "KV events")
         if batch is not None:
             self.feeds.events(batch)
 
@@ -350,11 +349,3 @@ class SlowClient(InternalError):
 def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
     """Names of the files that are not the same."""
     return ", ".join(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))
-
-
-def _decoded(decode: Callable[[bytes], Any], payload: bytes) -> Any:
-    try:
-        return decode(payload)
-    except MALFORMED as error:
-        log.warning("ignoring an event that cannot be read: %s", error)
-        return None

@@ -19,12 +19,12 @@ from dynserve.frontend.admission import Admission
 from dynserve.frontend.app import make_app
 from dynserve.frontend.fleet import Fleet, Peer
 from dynserve.frontend.pipeline import Pipeline
-from dynserve.frontend.sharing import Sharing, frontends
+from dynserve.frontend.sharing import Sharing
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.policy import IndexState, Weights, policy_maker
 from dynserve.routing.router import Router, RouterOptions
 from dynserve.tasks import task_group
-from dynserve.transport.base import Registration
+from dynserve.transport.base import Change, Registration
 from dynserve.transport.planes import Planes
 from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
@@ -92,7 +92,7 @@ class Frontend:
         """
         id_ = f"frontend-{token_hex(6)}"
         router = Router(router_options(config), rng)
-        namespace, prefix, every = config.namespace, discovery.prefix(config.namespace), (config.namespace, "*", "*")
+        namespace, every = config.namespace, (config.namespace, "*", "*")
         with ThreadPoolExecutor(TOKENISER_THREADS, "tokenise") as pool:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
@@ -105,8 +105,7 @@ class Frontend:
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
                     planes.bus.subscribe(events.load_subject(*every), fleet.load_reported),
                     planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend.sharing.received),
-                    planes.registry.watch(prefix, fleet.discovered),
-                    planes.registry.watch(frontends(namespace), frontend.sharing.discovered),
+                    planes.registry.watch(discovery.prefix(namespace), frontend._discovered),
                 ):
                     instance = FrontendInstance(
                         id=id_, host=config.http_host, pid=os.getpid(), link_address=address, http_url=http_url
@@ -115,6 +114,13 @@ class Frontend:
                     async with planes.registry.register(key, discovery.encode(instance)) as registration:
                         frontend._registration = registration
                         yield frontend
+
+    def _discovered(self, change: Change) -> None:
+        """One watch for both: workers are the fleet's, frontends are those to share with."""
+        if change.key.startswith(discovery.frontends(self.config.namespace)):
+            self.sharing.discovered(change)
+        else:
+            self.fleet.discovered(change)
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ import logging
 from dynserve.errors import DynserveError
 from dynserve.routing.ledger import Ledger
 from dynserve.transport.base import Bus, Change, Put
-from dynserve.wire import MALFORMED, discovery, events
+from dynserve.wire import decoded, events
 from dynserve.wire.events import Shares
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,8 @@ class Sharing:
             self._others.discard(change.key)
 
     def received(self, payload: bytes) -> None:
-        try:
-            message: Shares = events.decode_shares(payload)
-        except MALFORMED as error:
-            log.warning("ignoring placements that cannot be read: %s", error)
-            return
-        if message.frontend_id != self._id:
+        message = decoded(events.decode_shares, payload, "placements")
+        if message is not None and message.frontend_id != self._id:
             self._heard[message.frontend_id] = asyncio.get_running_loop().time()
             self._ledger.shared(message.frontend_id, message.shares, all_of_them=message.whole)
 
@@ -91,8 +87,3 @@ class Sharing:
         for frontend in [id_ for id_, heard in self._heard.items() if now - heard > SILENCE]:
             del self._heard[frontend]
             self._ledger.forget(frontend)
-
-
-def frontends(namespace: str) -> str:
-    """Prefix of the entries to watch."""
-    return f"{discovery.prefix(namespace)}{discovery.FRONTEND}/"

@@ -68,10 +68,7 @@ class Assumed:
         for hash_ in reversed(hashes):  # a prefix outlives what follows it
             sent[hash_] = now + self._ttl_s
             sent.move_to_end(hash_)
-        gone = []
-        while sent and (len(sent) > capacity or next(iter(sent.values())) < now):
-            gone.append(sent.popitem(last=False)[0])
-        self._index.remove(worker, gone)
+        self._shed(worker, capacity, now)
 
     def forget(self, worker: str) -> None:
         self._sent.pop(worker, None)
@@ -79,8 +76,10 @@ class Assumed:
     def expire(self, now: float) -> None:
         """To be called now and then, for workers that nothing is sent to any more."""
         for worker, sent in self._sent.items():
-            gone = []
-            while sent and next(iter(sent.values())) < now:
-                gone.append(sent.popitem(last=False)[0])
-            if gone:
-                self._index.remove(worker, gone)
+            self._shed(worker, len(sent), now)
+
+    def _shed(self, worker: str, capacity: int, now: float) -> None:
+        sent, gone = self._sent[worker], []
+        while sent and (len(sent) > capacity or next(iter(sent.values())) < now):
+            gone.append(sent.popitem(last=False)[0])
+        self._index.remove(worker, gone)

@@ -38,15 +38,14 @@ def rolling_hashes(tokens: bytes, block_size: int, salt: str = "") -> list[int]:
 
 def extend(hashes: list[int], tokens: bytes, block_size: int, seed: int) -> list[int]:
     """Appends the hashes of the full blocks that `hashes` does not cover yet; returns `hashes`."""
-    width, digest, pair, append = 4 * block_size, xxh3_64_intdigest, _pair, hashes.append
-    starts = iter(range(width * len(hashes), len(tokens) - width + 1, width))
-    if not hashes and (first := next(starts, None)) is not None:
-        append(digest(tokens[first : first + width], seed))
-    if hashes:
-        last = hashes[-1]
-        for at in starts:  # `next_hash` written out: half of what a placement costs is spent here
-            last = digest(pair(last, digest(tokens[at : at + width], seed)), seed)
-            append(last)
+    width, digest, pair = 4 * block_size, xxh3_64_intdigest, _pair
+    end = len(tokens) - width + 1
+    if not hashes and end > 0:
+        hashes.append(digest(tokens[:width], seed))
+    last = hashes[-1] if hashes else 0
+    for at in range(width * len(hashes), end, width):  # `next_hash` written out: half of a placement's time goes here
+        last = digest(pair(last, digest(tokens[at : at + width], seed)), seed)
+        hashes.append(last)
     return hashes
 
 

@@ -40,7 +40,7 @@ class PrefixIndex:
         self._live = 0  # bits of the slots in use
         self._given_up = 0  # bits of slots whose entries are not wiped yet
         self._wiping: Iterator[int] | None = None
-        self._wiping_bits = 0
+        self._wiping_bits = 0  # those of them that are being wiped
 
     def __len__(self) -> int:
         """Distinct blocks known, and those of workers that left which are not wiped yet."""
@@ -146,16 +146,16 @@ class PrefixIndex:
         counts = dict.fromkeys(self._slots, 0)
         for bits in self._holders.values():
             assert bits, "an entry that nobody holds"
-            assert not bits & ~(self._live | self._given_up | self._wiping_bits), "a bit of no slot"
+            assert not bits & ~(self._live | self._given_up), "a bit of no slot"
             for slot in _bits(bits & self._live):
                 counts[self._workers[slot]] += 1
         assert counts == self._counts
         assert {slot: worker for worker, slot in self._slots.items()} == self._workers
         assert sum(1 << slot for slot in self._workers) == self._live
-        assert not self._live & (self._given_up | self._wiping_bits), "a slot is in use and given up"
+        assert not self._live & self._given_up, "a slot is in use and given up"
 
     def _take_slot(self, worker: str) -> int:
-        taken = self._live | self._given_up | self._wiping_bits
+        taken = self._live | self._given_up
         slot = (~taken & (taken + 1)).bit_length() - 1  # the lowest bit that is free
         self._slots[worker], self._workers[slot], self._counts[worker] = slot, worker, 0
         self._live |= 1 << slot

@@ -5,13 +5,9 @@ dynserve/v1/{namespace}/instances/{role}/{instance_id}
 
 from __future__ import annotations
 
-import logging
-
 import msgspec
 
-from dynserve.wire import MALFORMED
-
-log = logging.getLogger(__name__)
+from dynserve.wire import decoded
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,16 +52,16 @@ FRONTEND = "frontend"
 
 def parse(key: str, value: bytes) -> Instance | None:
     """None, with a warning, for what no version of ours has written."""
-    try:
-        instance: Instance = decode(value)
-    except MALFORMED as error:
-        log.warning("ignoring %s in discovery: %s", key, error)
-        return None
-    return instance
+    return decoded(decode, value, f"{key} in discovery")
 
 
 def prefix(namespace: str) -> str:
     return f"dynserve/v1/{namespace}/instances/"
+
+
+def frontends(namespace: str) -> str:
+    """Prefix of the frontends among them."""
+    return f"{prefix(namespace)}{FRONTEND}/"
 
 
 def key(namespace: str, instance: Instance) -> str:

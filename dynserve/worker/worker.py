@@ -378,14 +378,13 @@ async def serving_worker(
 ) -> AsyncIterator[Worker]:
     """A worker that serves: warmed up, registered, linked to every frontend. Leaving drains it first."""
     worker = Worker(config, executor, planes, instance_id)
-    prefix = discovery.prefix(config.namespace) + discovery.FRONTEND + "/"
     async with planes.bus.serve(worker.subject, worker.accept):
         await worker.warm_up()
         async with task_group() as tasks:
             tasks.create_task(worker.publish_events())
             tasks.create_task(worker.publish_load())
             tasks.create_task(worker.watch_engine())
-            async with planes.registry.watch(prefix, _Frontends(worker, tasks).changed):
+            async with planes.registry.watch(discovery.frontends(config.namespace), _Frontends(worker, tasks).changed):
                 instance = worker.instance(system_url)
                 key = discovery.key(config.namespace, instance)
                 async with planes.registry.register(key, discovery.encode(instance)) as registration:

@@ -138,10 +138,10 @@ class Stepper:
     def _step(self, engine: Engine) -> None:
         self.wake.clear()
         work = engine.plan()
-        if (begun := engine.fetches()).fetches:
-            self._tell(engine.deliver, begun)
+        if fetches := engine.fetches():
+            self._tell(engine.start, fetches)
         result = engine.book(work, self.compute(work) if work else [])
-        if result.outputs or result.fetches or result.events:
+        if result.outputs or result.events:
             # the loop may be behind, but not by more than this: results must not pile up
             self._ahead.acquire()
             self._tell(self._deliver, engine, result)
