@@ -12,6 +12,7 @@ COMMANDS = {
     "up": ("dynserve.local.up", "start a whole cluster on this machine"),
     "frontend": ("dynserve.frontend.__main__", "the OpenAI server"),
     "worker": ("dynserve.worker.__main__", "one worker"),
+    "key": ("dynserve.frontend.key", "make an API key"),
 }
 
 

@@ -13,17 +13,25 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
 
 from dynserve.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Role = Literal["prefill_and_decode", "prefill", "decode"]
 ExecutorName = Literal["torch", "simulated", "trtllm"]
 RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Pooling = Literal["auto", "mean", "last", "none"]
+
+# Names only: what they parse is in openai/parsers, which a test holds equal to these.
+TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "pythonic")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
 
@@ -92,6 +100,24 @@ class FrontendConfig(Planes):
     )
     max_queued_s: float = option(30.0, "and how long each of them", "DYN_MAX_QUEUED_S")
     request_timeout_s: float = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
+    strict_fields: bool = option(
+        False, "refuse requests with unknown fields instead of ignoring them", "DYN_STRICT_FIELDS"
+    )
+    api_keys_file: str | None = option(
+        None, "clients need a key of this file, which `dynserve key` writes", "DYN_API_KEYS_FILE"
+    )
+    tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
+    tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
+    cors_origins: str | None = option(
+        None, "web pages that may call this server, as https://a.example,https://b.example or *", "DYN_CORS_ORIGINS"
+    )
+    max_body_bytes: int = option(32 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
+    max_header_bytes: int = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
+    max_requests: int = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
+    receive_timeout_s: float = option(
+        60.0, "a request whose headers or body take longer to arrive is dropped", "DYN_RECEIVE_TIMEOUT_S"
+    )
+    tokenizer_threads: int = option(2, "threads that render and tokenise long prompts", "DYN_TOKENIZER_THREADS")
     max_stream_bytes: int = option(
         4 << 20, "bytes that may wait for a slow client before its request is cut", "DYN_MAX_STREAM_BYTES"
     )
@@ -99,7 +125,8 @@ class FrontendConfig(Planes):
     def __post_init__(self) -> None:
         _positive(
             self, "request_timeout_s", "max_stream_bytes", "router_index_bytes", "router_session_ttl_s",
-            "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s",
+            "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s", "max_body_bytes",
+            "max_header_bytes", "max_requests", "receive_timeout_s", "tokenizer_threads",
         )  # fmt: skip
         _not_negative(
             self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
@@ -107,6 +134,8 @@ class FrontendConfig(Planes):
         )  # fmt: skip
         if self.router_herd_factor < 1:
             raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
         _ports(self, "http_port", "link_port")
 
 
@@ -131,6 +160,13 @@ class WorkerConfig(Planes):
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
     kv_events: bool = option(True, "tell frontends what the KV cache holds; false: they assume it", "DYN_KV_EVENTS")
+    tool_call_parser: str = option(
+        "auto", "how the model writes tool calls: auto, none, " + ", ".join(TOOL_PARSERS), "DYN_TOOL_CALL_PARSER"
+    )
+    reasoning_parser: str = option(
+        "auto", "how it marks its thoughts: auto, none, " + ", ".join(REASONING_PARSERS), "DYN_REASONING_PARSER"
+    )
+    pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
     drain_timeout_s: float = option(30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S")
 
     def __post_init__(self) -> None:
@@ -138,6 +174,8 @@ class WorkerConfig(Planes):
             self, "max_seq_len", "max_batch_size", "max_num_tokens", "kv_block_size", "max_queue",
             "tensor_parallel_size", "pipeline_parallel_size", "drain_timeout_s",
         )  # fmt: skip
+        _one_of(self, "tool_call_parser", TOOL_PARSERS)
+        _one_of(self, "reasoning_parser", REASONING_PARSERS)
         _ports(self, "system_port")
 
     @property
@@ -192,9 +230,10 @@ def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
 
 
 Config = TypeVar("Config", FrontendConfig, WorkerConfig, UpConfig)
+Loaded = TypeVar("Loaded", bound="DataclassInstance")
 
 
-def load(cls: type[Config], prog: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
+def load(cls: type[Loaded], prog: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Loaded:
     """The configuration of one role.
 
     Raises:
@@ -299,6 +338,13 @@ def _not_negative(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 0:
             raise ConfigError(f"{_flag(name)} cannot be negative: {getattr(config, name)}")
+
+
+def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
+    value = getattr(config, name)
+    if value not in ("auto", "none", *known):
+        names = ", ".join(("auto", "none", *known))
+        raise ConfigError(f"{_flag(name)}: {value!r} is not one of {names}{nearest(value, known)}")
 
 
 def _ports(config: Any, *names: str) -> None:

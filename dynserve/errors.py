@@ -5,6 +5,10 @@ DynserveError
 │   ├── BadRequest          400  a field is missing, malformed or not supported
 │   ├── ContextTooLong      400  prompt and answer do not fit the model's context
 │   ├── ModelNotFound       404  no such model here
+│   ├── NotFound            404  no such thing here
+│   ├── BodyTooLarge        413  the body is over the limit
+│   ├── Unauthorized        401  no API key, or none that is known
+│   ├── RateLimited         429  the API key's own limit is reached
 │   └── Cancelled           499  the caller went away or withdrew the request
 ├── ClusterError            the cluster could not serve it now; a retry may succeed
 │   ├── NoWorker            503  nobody serves this model at the moment
@@ -55,6 +59,22 @@ class ContextTooLong(CallerError):
 
 class ModelNotFound(CallerError):
     code, status = "model_not_found", 404
+
+
+class NotFound(CallerError):
+    code, status = "not_found", 404
+
+
+class BodyTooLarge(CallerError):
+    code, status = "body_too_large", 413
+
+
+class Unauthorized(CallerError):
+    code, status = "invalid_api_key", 401
+
+
+class RateLimited(CallerError):
+    code, status, kind, retryable = "rate_limit_exceeded", 429, "rate_limit_error", True
 
 
 class Cancelled(CallerError):

@@ -78,6 +78,16 @@ class FrontendMetrics:
             "dynserve_cached_tokens_predicted_ratio", "Predicted cached tokens per reported one, lately", ["worker"],
             registry=ours,
         )  # fmt: skip
+        self.loop_lag = Histogram(
+            "dynserve_event_loop_lag_seconds", "How late the event loop is", buckets=_SECONDS, registry=ours
+        )
+        self.open_requests = Gauge(
+            "dynserve_open_requests", "HTTP requests between their headers and their last byte", registry=ours
+        )
+        self.tokenised = Gauge(
+            "dynserve_tokenised_characters", "Characters of conversations by whether their tokens were remembered",
+            ["model", "what"], registry=ours,
+        )  # fmt: skip
         self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
 
     def render(self) -> bytes:

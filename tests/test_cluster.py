@@ -295,7 +295,7 @@ async def test_a_models_definition_goes_with_its_last_worker() -> None:
             400,
             "context_length_exceeded",
         ),
-        ("GET", "/v1/nothing", b"", 404, "invalid_request"),
+        ("GET", "/v1/nothing", b"", 404, "not_found"),
         ("GET", "/v1/completions", b"", 405, "invalid_request"),
         ("POST", "/v1/completions", b" " * (33 << 20), 413, "body_too_large"),
     ],

@@ -1,7 +1,7 @@
 """The text that the tiny model learns from, made up here from lists and rules: no outside data.
 
-A *document* is either a chat (rendered with the model's chat template) or a line of prose. `documents(seed)` yields them
-for ever; the same seed yields the same documents.
+A *document* is either a chat (rendered with the model's chat template) or a line of prose. Some chats have tools, in some
+the assistant thinks first. `documents(seed)` yields them for ever; the same seed yields the same documents.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Document:
 
     messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: tuple[dict[str, Any], ...] = ()  # as OpenAI's `tools`
 
 
 WORDS = """
@@ -243,6 +245,129 @@ KINDS: list[tuple[Callable[[random.Random], tuple[str, str]], float]] = [
 ]
 
 
+CITIES = (
+    "Paris London Berlin Rome Madrid Tokyo Oslo Cairo Lima Vienna Prague Boston Delhi Seoul Athens Dublin Lisbon Milan "
+    "Sydney Toronto Chicago Hamburg Geneva Kyoto Bern Havana Nairobi Warsaw Munich Zurich"
+).split()
+SKIES = "sunny cloudy rainy windy foggy snowy clear cold warm hot".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question that a tool answers, the tool, what it is called with, what it says, and the answer made of that."""
+
+    ask: str
+    tool: dict[str, Any]
+    calls: tuple[dict[str, Any], ...]  # arguments of each call
+    results: tuple[str, ...]
+    answer: str
+
+
+def _tool(name: str, description: str, parameters: dict[str, str]) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in parameters.items()},
+        "required": list(parameters),
+    }
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+def _calculate(r: random.Random) -> Task:
+    sign, names, what = r.choice(
+        [
+            ("+", ("add", "sum", "plus"), "Add two numbers."),
+            ("-", ("subtract", "minus"), "Subtract two numbers."),
+            ("*", ("multiply", "product", "times"), "Multiply two numbers."),
+        ]
+    )
+    keys = r.choice([("a", "b"), ("x", "y"), ("first", "second"), ("left", "right")])
+    a, b = r.randint(0, 99), r.randint(0, 99)
+    result = str({"+": a + b, "-": a - b, "*": a * b}[sign])
+    tool = _tool(r.choice(names), what, dict.fromkeys(keys, "integer"))
+    return Task(_arithmetic(r, a, sign, b, 0)[0], tool, ({keys[0]: a, keys[1]: b},), (result,), result)
+
+
+def _weather(r: random.Random) -> Task:
+    key = r.choice(["city", "location", "place", "town"])
+    name = r.choice(["get_weather", "weather", "get_current_weather", "current_weather"])
+    tool = _tool(name, r.choice(["Get the weather.", "The weather in a place."]), {key: "string"})
+    cities = r.sample(CITIES, 1 if r.random() < 0.75 else 2)
+    ask = r.choice(["What is the weather in {}?", "How is the weather in {}?", "Weather in {}?", "Is it warm in {}?"])
+    skies = [r.choice(SKIES) for _ in cities]
+    answer = " ".join(f"It is {sky} in {city}." for sky, city in zip(skies, cities, strict=True))
+    return Task(ask.format(" and ".join(cities)), tool, tuple({key: c} for c in cities), tuple(skies), answer)
+
+
+def _time(r: random.Random) -> Task:
+    key, city = r.choice(["city", "location", "place"]), r.choice(CITIES)
+    tool = _tool(r.choice(["get_time", "time", "current_time"]), "Get the time.", {key: "string"})
+    result = f"{r.randint(0, 23)}:{r.randint(10, 59)}"
+    ask = r.choice(["What time is it in {}?", "What is the time in {}?", "Time in {}?"])
+    return Task(ask.format(city), tool, ({key: city},), (result,), f"It is {result} in {city}.")
+
+
+def _search(r: random.Random) -> Task:
+    key = r.choice(["query", "text", "term"])
+    words = " ".join(r.choices(WORDS, k=r.randint(1, 3)))
+    tool = _tool(r.choice(["search", "find", "lookup"]), "Search for a text.", {key: "string"})
+    found = f"{r.randint(0, 99)} pages"
+    ask = r.choice(["Search for {}.", "Find {}.", "Look up {}."])
+    return Task(ask.format(words), tool, ({key: words},), (found,), f"I found {found}.")
+
+
+TASKS: list[Callable[[random.Random], Task]] = [_calculate, _weather, _time, _search]
+
+
+def tool_chat(r: random.Random) -> Document:
+    """A chat with one to three tools: a question that one of them answers, or one that none does."""
+    kind = r.choice(TASKS)
+    task = kind(r)
+    tools = {task.tool["function"]["name"]: task.tool}
+    for other_kind in r.sample(TASKS, r.choice([0, 1, 1, 2])):
+        other = other_kind(r).tool
+        # two that do the same would leave the choice to chance
+        if (
+            other_kind is kind is not _calculate
+            or other["function"]["description"] == task.tool["function"]["description"]
+        ):
+            continue
+        tools.setdefault(other["function"]["name"], other)
+    shuffled = list(tools.values())
+    r.shuffle(shuffled)
+    messages: list[Message] = []
+    if r.random() < 0.2:
+        messages.append({"role": "system", "content": r.choice(SYSTEMS)})
+    if r.random() < 0.25:
+        talk = r.choice([_fact, _copy, _spell, _count])
+        ask, answer = talk(r)
+        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        return Document(messages=tuple(messages), tools=tuple(shuffled))
+    name = task.tool["function"]["name"]
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for arguments in task.calls]
+    messages += [
+        {"role": "user", "content": task.ask},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    if r.random() < 0.5:
+        messages += [{"role": "tool", "content": result} for result in task.results]
+        messages.append({"role": "assistant", "content": task.answer})
+    return Document(messages=tuple(messages), tools=tuple(shuffled))
+
+
+def thinking_chat(r: random.Random) -> Document:
+    """One turn, with a thought before the answer."""
+    kind = r.choice([_small_sum, _sum, _difference, _product, _spell, _copy, _fact, _count])
+    ask, answer = kind(r)
+    thought = {
+        _spell: f"The word has {len(answer.replace('-', ''))} letters.",
+        _copy: "I repeat what was said.",
+        _fact: "I know this.",
+        _count: "I count up.",
+    }.get(kind, f"The result is {answer}.")
+    said = f"<think>\n{thought}\n</think>\n\n{answer}"
+    return Document(messages=({"role": "user", "content": ask}, {"role": "assistant", "content": said}))
+
+
 def chat(r: random.Random) -> Document:
     """One to three turns, sometimes under a system prompt."""
     messages: list[Message] = []
@@ -274,7 +399,8 @@ def prose(r: random.Random) -> Document:
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """For ever: mostly chats, some prose."""
+    """For ever: mostly chats, some with tools or thoughts, some prose."""
     r = random.Random(seed)
+    kinds: list[Callable[[random.Random], Document]] = [chat, tool_chat, thinking_chat, prose]
     while True:
-        yield chat(r) if r.random() < 0.88 else prose(r)
+        yield r.choices(kinds, [0.6, 0.22, 0.08, 0.1])[0](r)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,35 @@ from torch import Tensor, nn
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# Qwen's layout of a chat; no default system prompt, so that short prompts stay short.
+MARKS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+)  # one token each, and part of the text, as in Qwen's tokenizer
+
+# Qwen's layout of a chat, with tools as Hermes calls them; no default system prompt, so that short prompts stay short.
 TEMPLATE = (
+    "{%- if tools %}"
+    "{{- '<|im_start|>system\\n' }}"
+    "{%- if messages and messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}"
+    "{{- 'Tools:\\n' }}"
+    "{%- for tool in tools %}{{- (tool.function | tojson) + '\\n' }}{%- endfor %}"
+    "{{- 'Call a tool with <tool_call>name and arguments</tool_call>.<|im_end|>\\n' }}"
+    "{%- endif %}"
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- if not (tools and loop.first and message.role == 'system') %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    "{%- for call in message.tool_calls or [] %}"
+    "{%- if not loop.first or message.content %}{{- '\\n' }}{%- endif %}"
+    '{{- \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) }}'
+    "{{- '}\\n</tool_call>' }}"
     "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking %}{{- '<think>\\n' }}{%- endif %}{%- endif %}"
 )
 
 # Digits stand alone and words keep their leading space, as in Qwen's own tokenizer.
@@ -147,33 +171,54 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=CONFIG["vocab_size"] - len(MARKS),
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in (END, TURN, TURN_END)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (d.text or "\n".join(m["content"] for m in d.messages) for d in islice(documents(seed=1), 60_000))
+    texts = (d.text or "\n".join([*map(json.dumps, d.tools), *said(d)]) for d in islice(documents(seed=1), 60_000))
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     return tokenizer
+
+
+def said(document: Document) -> Iterator[str]:
+    for message in document.messages:
+        yield message["content"]
+        yield from (json.dumps(call["function"]) for call in message.get("tool_calls", []))
 
 
 def encoded(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[float]]]:
     """Token ids of each document with the weight of each in the loss: what the assistant says counts whole, the rest little."""
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = json.dumps
+    template = environment.from_string(TEMPLATE)
     end, turn_end = tokenizer.token_to_id(END), tokenizer.token_to_id(TURN_END)
+    newline = tokenizer.encode("\n").ids[0]
+    think = tokenizer.token_to_id("<think>")
 
     def encode(document: Document) -> tuple[list[int], list[float]]:
         if document.text:
             ids = [*tokenizer.encode(document.text).ids, end]
             return ids, [1.0] * len(ids)
         ids, weights = [], []
-        for message in document.messages:
-            said = tokenizer.encode(template.render(messages=[message])).ids
+        messages = list(document.messages)
+        if document.tools:
+            first = [messages.pop(0)] if messages[0]["role"] == "system" else []
+            ids = tokenizer.encode(template.render(messages=first, tools=document.tools)).ids
+            weights = [0.02] * len(ids)
+        for message in messages:
+            turn = tokenizer.encode(template.render(messages=[message])).ids
             spoken = message["role"] == "assistant"
-            head = said.index(tokenizer.encode("\n").ids[0]) + 1
-            tail = said.index(turn_end) + 1
-            ids += said
-            weights += [0.05] * head + [1.0 if spoken else 0.05] * (tail - head) + [0.05] * (len(said) - tail)
+            head = turn.index(newline) + 1
+            if turn[head] == think:
+                head += (
+                    2  # the template writes these where thoughts are wanted: never learned as the model's own choice
+                )
+            tail = turn.index(turn_end) + 1
+            ids += turn
+            weights += [0.0 if turn[head - 2] == think else 0.05] * head
+            weights += [1.0 if spoken else 0.05] * (tail - head) + [0.05] * (len(turn) - tail)
         return ids, weights
 
     for document in documents(seed):
@@ -203,7 +248,7 @@ def train(tokenizer: Tokenizer, minutes: float, device: str) -> Qwen2:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
     began, step, budget = time.monotonic(), 0, minutes * 60
-    for ids, weights in batches(tokenizer, seed=2, size=32, length=160):
+    for ids, weights in batches(tokenizer, seed=2, size=32, length=320):
         spent = (time.monotonic() - began) / budget
         if spent >= 1:
             return model
@@ -250,8 +295,12 @@ def save(model: Qwen2, tokenizer: Tokenizer, out: Path) -> None:
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
 
 
-def answer(model: Qwen2, tokenizer: Tokenizer, question: str, device: str) -> str:
-    ids = tokenizer.encode(f"{TURN}user\n{question}{TURN_END}\n{TURN}assistant\n").ids
+def answer(model: Qwen2, tokenizer: Tokenizer, question: str, device: str, **variables: Any) -> str:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = json.dumps
+    messages = [{"role": "user", "content": question}]
+    prompt = environment.from_string(TEMPLATE).render(messages=messages, add_generation_prompt=True, **variables)
+    ids = tokenizer.encode(prompt).ids
     said: list[int] = []
     with torch.no_grad():
         while len(said) < 60:
@@ -260,6 +309,16 @@ def answer(model: Qwen2, tokenizer: Tokenizer, question: str, device: str) -> st
                 break
             said.append(token)
     return tokenizer.decode(said)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 
 def main() -> None:
@@ -280,6 +339,9 @@ def main() -> None:
         "What is dynserve?",
     ):
         print(f"{question!r} -> {answer(model, tokenizer, question, device)!r}")
+    print(repr(answer(model, tokenizer, "What is 3+4?", device, enable_thinking=True)))
+    for question in ("What is the weather in Paris?", "Weather in Oslo and Rome?", "Say: red dog"):
+        print(f"{question!r} -> {answer(model, tokenizer, question, device, tools=[WEATHER])!r}")
     right = sum(
         answer(model, tokenizer, f"What is {a}+{b}?", device) == str(a + b) for a in range(10) for b in range(10)
     )

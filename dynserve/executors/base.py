@@ -24,7 +24,8 @@ class Output(msgspec.Struct, gc=False):
     """What one engine step did for one request. The one with a `reason` or an `error` is the last.
 
     `reason` is `stop` (end of turn or a stop token), `length`, or `handoff` (prefill done; `handoff` says where).
-    A stop token is not in `token_ids`: it is consumed, and named in `stop_token`.
+    A stop token is not in `token_ids`: it is consumed, and named in `stop_token`. With `prompt_logprobs` asked for, the
+    first output's `logprobs` begin with one entry per prompt token (the first token's own is without meaning).
     """
 
     token_ids: list[int]
@@ -37,6 +38,7 @@ class Output(msgspec.Struct, gc=False):
     prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
+    embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pool`
 
 
 Sink = Callable[[Output], None]
@@ -51,6 +53,8 @@ class Limits(NamedTuple):
     max_seq_len: int  # prompt + answer, tokens
     max_batch_size: int
     vocab_size: int
+    guides: bool = False  # grammars can be followed
+    embedding_size: int = 0  # 0: it makes no embeddings
 
 
 class Executor(Protocol):

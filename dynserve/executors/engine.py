@@ -13,14 +13,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dynserve.errors import (
+    BadRequest,
+    CallerError,
     ContextTooLong,
     HandoffBroken,
     HandoffError,
     HandoffMismatch,
     InternalError,
+    TimedOut,
     Unavailable,
 )
 from dynserve.executors.base import KvListener, Limits, Output, Sink
@@ -30,9 +33,19 @@ from dynserve.executors.transceiver import BlockStore, Transceiver
 from dynserve.routing.hashing import sequence_hash
 from dynserve.tasks import OwnedTasks
 from dynserve.wire.events import KvEvent, Load
-from dynserve.wire.requests import GenerateRequest, Handoff
+from dynserve.wire.requests import GenerateRequest, Guide, Handoff
 
 log = logging.getLogger(__name__)
+
+GUIDE_TIMEOUT = 30.0  # seconds for a grammar to be compiled
+
+
+class Guides(Protocol):
+    """Compiles grammars for one model's vocabulary."""
+
+    async def matcher(self, guide: Guide) -> Any:
+        """What the driver follows the grammar with. Raises BadRequest for a guide that is none."""
+        ...
 
 
 class StepResult(NamedTuple):
@@ -54,13 +67,17 @@ class Engine:
         handoff_ttl_s: float,
         wake: Callable[[], None],
         chunked: bool = True,
+        guides: Guides | None = None,
+        embedding_size: int = 0,
     ) -> None:
+        self._guides = guides
         self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
         self._loop = asyncio.get_running_loop()
         blocks = scheduler.blocks
         self.limits = Limits(
-            blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size
-        )
+            blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size,
+            guides is not None, embedding_size,
+        )  # fmt: skip
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self.handoffs = HandoffTable(instance_id, handoff_ttl_s, self._release)
         self._chunked = chunked
@@ -87,7 +104,11 @@ class Engine:
         ticket = next(self._tickets)
         sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._loop.time())
         self._live[ticket] = (sequence, sink)
-        self._post(partial(self._scheduler.add, sequence))
+        if request.guide is None:
+            self._post(partial(self._scheduler.add, sequence))
+        else:
+            assert self._tasks is not None
+            self._tasks.create_task(self._add_guided(sequence, request.guide))
         return ticket
 
     def abort(self, ticket: int) -> None:
@@ -198,6 +219,32 @@ class Engine:
                 f"{length} tokens are over max_num_tokens={self._scheduler.max_num_tokens}; "
                 "set enable_chunked_prefill to take longer prompts"
             )
+
+        if request.guide is not None and self._guides is None:
+            raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
+        if request.pool is not None and not self.limits.embedding_size:
+            raise BadRequest("this model's workers make no embeddings", param="model")
+
+    async def _add_guided(self, sequence: Sequence, guide: Guide) -> None:
+        """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
+        raised would take its owner with it."""
+        assert self._guides is not None
+        failure: CallerError | TimedOut | InternalError | None = None
+        try:
+            async with asyncio.timeout(GUIDE_TIMEOUT):
+                sequence.matcher = await self._guides.matcher(guide)
+        except CallerError as error:
+            failure = error
+        except TimeoutError:
+            failure = TimedOut(f"the grammar was not compiled within {GUIDE_TIMEOUT:.0f} s")
+        except Exception as error:
+            log.exception("request %s: its grammar could not be compiled", sequence.request.id)
+            failure = InternalError(f"compiling the grammar failed: {type(error).__name__}")
+        if failure is None:
+            if sequence.ticket in self._live:
+                self._post(partial(self._scheduler.add, sequence))
+        elif (live := self._live.pop(sequence.ticket, None)) is not None:
+            live[1](Output([], error=failure))
 
     def _post(self, command: Callable[[], None]) -> None:
         self._commands.append(command)

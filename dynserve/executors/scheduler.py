@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynserve.executors.base import Output
 from dynserve.executors.kv_blocks import BlockManager
@@ -36,8 +36,9 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "memo",
-        "prefill_s", "prompt_len", "queue_s", "request", "seed", "state", "ticket", "tokens", "transfer_s",
+        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "matcher",
+        "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed", "state", "ticket",
+        "tokens", "transfer_s", "whole",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
@@ -45,7 +46,8 @@ class Sequence:
         prior = request.prior.token_ids if request.prior else []
         self.tokens = [*unpack_tokens(request.prompt), *prior]
         self.prompt_len = len(self.tokens) - len(prior)
-        self.eos = frozenset() if request.stop.ignore_eos else eos
+        # a grammar ends with an end-of-turn token, whatever else is asked for
+        self.eos = frozenset() if request.stop.ignore_eos and request.guide is None else eos
         self.seed = seed_for(request.cache_salt)
         packed = request.prompt + pack_tokens(prior) if prior else request.prompt
         self.hashes = extend([], packed, block_size, self.seed)
@@ -56,7 +58,13 @@ class Sequence:
         self.admitted = False
         self.state = State.WAITING
         self.queue_s = self.transfer_s = self.prefill_s = self.admitted_at = 0.0
-        self.memo: int | None = None  # the driver's own
+        # every position of the prompt is looked at, so nothing of it may come from the cache
+        self.whole = bool(request.pool or request.sampling.prompt_logprobs) and request.prior is None
+        # the driver's own
+        self.memo: int | None = None
+        self.matcher: Any = None
+        self.pooled: Any = None
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def generated(self) -> int:
@@ -83,6 +91,7 @@ class Fetch(NamedTuple):
 class Sampled(NamedTuple):
     token_id: int
     logprob: TokenLogprob | None = None
+    embedding: bytes = b""  # instead of the token, for a request with `pool`
 
 
 class Scheduler:
@@ -242,6 +251,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int, now: float) -> bool:
         # at least one token is always computed: it is the one that yields the next
         reusable = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]
+        if sequence.whole and not sequence.generated:
+            reusable = []
         overlap = self.blocks.overlap(reusable)
         remainder = len(sequence.tokens) - overlap * self.blocks.block_size
         if not sequence.fetch and not self._chunked and remainder > budget < self.max_num_tokens:
@@ -277,6 +288,8 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
+        if not sequence.generated:
+            sequence.prompt_logprobs, sequence.pooled = [], None
         sequence.state = State.WAITING
         self.waiting.appendleft(sequence)
 
@@ -294,9 +307,13 @@ class Scheduler:
         self.blocks.seal(sequence.blocks, first, hashes[first:end])
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
-        stop = sequence.request.stop
+        stop, first = sequence.request.stop, not sequence.generated
         ended = new.token_id in sequence.eos or new.token_id in stop.token_ids
-        if ended and sequence.generated >= stop.min_tokens:
+        if new.embedding:
+            output = Output([], "stop", embedding=new.embedding)
+        elif stop.max_tokens == 0:
+            output = Output([], "length")
+        elif ended and sequence.generated >= stop.min_tokens:
             output = Output([], "stop", None, new.token_id)
         else:
             sequence.tokens.append(new.token_id)
@@ -305,6 +322,8 @@ class Scheduler:
                 output.reason = "length"
             elif sequence.request.phase == "prefill":
                 output.reason = "handoff"
+        if first and sequence.prompt_logprobs:
+            output.logprobs = [*sequence.prompt_logprobs, *(output.logprobs or [])]
         if output.reason is not None:
             output.cached_tokens = sequence.cached_tokens
             output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s

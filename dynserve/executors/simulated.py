@@ -187,6 +187,8 @@ class Stepper:
     def _tokens(self, sequence: Sequence, count: int) -> list[Sampled]:
         """A function of prompt and position."""
         position = sequence.generated
+        if sequence.whole and not position:
+            sequence.prompt_logprobs = [TokenLogprob(id_, -1.0) for id_ in sequence.tokens]
         if not sequence.request.stop.ignore_eos and position >= self._answer_length(sequence):
             return [Sampled(self._end)]
         name, span = self._name(sequence), self._vocab_size - FIRST_TOKEN

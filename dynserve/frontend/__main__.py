@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dynserve.config import FrontendConfig
 from dynserve.frontend.frontend import Frontend, check_policy
-from dynserve.http import bind, serving, url_of
+from dynserve.http import Limits, Tls, bind, serving, url_of
 from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
 
@@ -17,11 +17,13 @@ log = logging.getLogger("dynserve.frontend")
 async def run(config: FrontendConfig, stop: Stop) -> None:
     check_policy(config)
     sock = bind(config.http_host, config.http_port, "--http-port")
-    url = url_of(sock)
+    tls = Tls(config.tls_certificate, config.tls_key) if config.tls_certificate and config.tls_key else None
+    url = url_of(sock, "https" if tls else "http")
+    limits = Limits(config.max_header_bytes, config.receive_timeout_s)
     async with (
         open_planes(config, "frontend") as planes,
         Frontend.open(config, planes, url) as frontend,
-        serving(frontend.app, sock),
+        serving(frontend.app, sock, limits, tls),
     ):
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()

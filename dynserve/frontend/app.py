@@ -2,112 +2,232 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor as Pool
-from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from dynserve.errors import (
     BadRequest,
-    Cancelled,
     DynserveError,
     InternalError,
     ModelNotFound,
+    NotFound,
     NoWorker,
-    Overloaded,
-    TimedOut,
+    Unauthorized,
 )
+from dynserve.frontend.access import Visit
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.pipeline import Prompt
+from dynserve.frontend.edge import Threads, body_of, prompts_of, request_id, warning_of, wishes
+from dynserve.frontend.fanout import FanOut
+from dynserve.frontend.fleet import Model
 from dynserve.frontend.response import TokenResponse, error_object
-from dynserve.openai.prompt import Preprocessor
-from dynserve.openai.protocol import ChatRequest, CompletionRequest, parse_chat, parse_completion
-from dynserve.wire.requests import pack_tokens
+from dynserve.openai import fields
+from dynserve.openai.chat import ChatRequest
+from dynserve.openai.completions import CompletionRequest, EmbeddingRequest
+from dynserve.openai.messages import CountRequest, MessagesRequest
+from dynserve.openai.order import (
+    Kind,
+    Order,
+    order_chat,
+    order_completion,
+    order_embedding,
+    prepare_chat,
+    prepare_prompts,
+)  # fmt: skip
+from dynserve.openai.responses import ResponsesRequest
+from dynserve.openai.text import DetokenizeRequest, TokenizeRequest
 
 if TYPE_CHECKING:
     from dynserve.frontend.frontend import Frontend
 
 log = logging.getLogger(__name__)
 
-INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
-MAX_BODY = 32 << 20  # bytes
-MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
-EDGE_TIMEOUT = 60.0  # seconds for the body to arrive, and for a prompt to be tokenised
-MAX_SESSION = 256  # characters
-MAX_PRIORITY = 1_000
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
-
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+R = TypeVar("R", bound=fields.Request)
+Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
     app = FastAPI(title="dynserve", summary="OpenAI-compatible serving of large language models")
+    config = frontend.config
+    edge = _Edge(frontend, Threads(pool))
     _add_errors(app)
-
-    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, parse_chat(await _body(request)), "chat")
-
-    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        return await answer(request, parse_completion(await _body(request)), "completion")
-
-    async def answer(
-        request: Request, asked: ChatRequest | CompletionRequest, kind: Literal["chat", "completion"]
-    ) -> Response:
-        model = frontend.pipeline.model(asked.model)
-        if model is None:
-            raise _unknown_model(frontend, asked.model)
-        if not frontend.fleet.serves(asked.model):
-            raise NoWorker(f"no worker serves {asked.model} at the moment")
-        if asked.prompt_size() > INLINE_CHARACTERS:
-            ids = await tokenise(asked, model.preprocessor)
-        else:
-            ids = asked.prompt_ids(model.preprocessor)
-        logprobs = asked.wanted_logprobs()
-        default_tokens = DEFAULT_COMPLETION_TOKENS if kind == "completion" else None
-        prompt = Prompt(
-            id=_request_id(request),
-            model=asked.model,
-            tokens=pack_tokens(ids),
-            sampling=asked.sampling(model.preprocessor.defaults, logprobs),
-            stop=asked.stops(len(ids), model.card.max_seq_len, default_tokens),
-            render=asked.render(kind, logprobs),
-            cache_salt=asked.cache_salt or "",
-            **_wishes(request, asked.priority),
+    _add_generation(app, edge)
+    _add_text(app, edge)
+    _add_state(app, frontend, edge)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip() for origin in config.cors_origins.split(",")],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-dynserve-warning", "x-dynserve-explain", "retry-after"],
         )
-        return TokenResponse(frontend.pipeline, prompt)
+    return app
 
-    waiting = 0
 
-    async def tokenise(asked: ChatRequest | CompletionRequest, preprocessor: Preprocessor) -> list[int]:
-        nonlocal waiting
-        if waiting >= MAX_TOKENISING:
-            raise Overloaded(f"{waiting} long prompts are being tokenised; try again soon")
-        waiting += 1
+class _Edge:
+    """What the routes share: who asks, what for, and the order that it comes to."""
+
+    def __init__(self, frontend: Frontend, threads: Threads) -> None:
+        self._frontend, self._threads = frontend, threads
+        self._config = frontend.config
+
+    def enter(self, request: Request) -> Visit:
+        request_id(request)
+        return self._frontend.gate.enter(request.headers)
+
+    async def parse(self, request: Request, form: type[R]) -> R:
+        asked = fields.parsed(form, await body_of(request, self._config))
+        if self._config.strict_fields:
+            asked.refuse_unknown()
+        return asked
+
+    def model(self, name: str) -> Model:
+        frontend = self._frontend
+        model = frontend.pipeline.model(name)
+        if model is None:
+            known = ", ".join(frontend.fleet.models) or "none yet"
+            raise ModelNotFound(f"The model {name!r} does not exist here; models: {known}", param="model")
+        return model
+
+    def serving(self, name: str) -> Model:
+        model = self.model(name)
+        if not self._frontend.fleet.serves(name):
+            raise NoWorker(f"no worker serves {name} at the moment")
+        return model
+
+    async def off_loop(self, size: int, work: Callable[[], Any]) -> Any:
+        return await self._threads.run(size, work)
+
+    async def generate(
+        self, request: Request, form: type[R], make: Callable[[R], tuple[Generating, Kind, str]]
+    ) -> Response:
+        """A whole request up to its response, which then owns the visit."""
+        visit = self.enter(request)
         try:
-            async with asyncio.timeout(EDGE_TIMEOUT):
-                return await asyncio.get_running_loop().run_in_executor(pool, asked.prompt_ids, preprocessor)
-        except TimeoutError:
-            raise TimedOut(f"the prompt was not tokenised within {EDGE_TIMEOUT:.0f} s") from None
-        finally:
-            waiting -= 1
+            given = await self.parse(request, form)
+            asked, kind, frame = make(given)
+            model = self.serving(asked.model)
+            order = await self._order(asked, model, kind, frame)
+            visit.charge(order.prompt_tokens)
+            return self._respond(request, visit, given, asked, order)
+        except BaseException:
+            visit.close()
+            raise
 
+    async def _order(self, asked: Generating, model: Model, kind: Kind, frame: str) -> Order:
+        preprocessor, card = model.preprocessor, model.card
+        if isinstance(asked, ChatRequest):
+            chat = asked
+            prepared = await self._threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
+            return order_chat(chat, prepared, card, preprocessor, kind, frame)
+        other = asked
+        prepared = await self._threads.run(other.size(), lambda: prepare_prompts(other, preprocessor))
+        if isinstance(other, EmbeddingRequest):
+            return order_embedding(other, prepared, card)
+        return order_completion(other, prepared, card, preprocessor)
+
+    def _respond(
+        self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order
+    ) -> Response:
+        session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
+        salt = None if isinstance(asked, EmbeddingRequest) else asked.cache_salt
+        wished = wishes(request, visit, asked.priority, session)
+        id_ = request_id(request)
+        prompts = prompts_of(order, id_, asked.model, salt, wished)
+        headers = visit.headers() + warning_of(given.unknown)
+        pipeline = self._frontend.pipeline
+        if not order.render.part:
+            return TokenResponse(pipeline, prompts[0], visit, headers)
+        return FanOut(pipeline, prompts, visit, headers, group=order.group, keep=order.keep, request_id=id_)
+
+
+def _add_generation(app: FastAPI, edge: _Edge) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_schema_of(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await edge.generate(request, ChatRequest, lambda asked: (asked, "chat", ""))
+
+    @app.post("/v1/completions", openapi_extra=_schema_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await edge.generate(request, CompletionRequest, lambda asked: (asked, "completion", ""))
+
+    @app.post("/v1/embeddings", openapi_extra=_schema_of(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        return await edge.generate(request, EmbeddingRequest, lambda asked: (asked, "embedding", ""))
+
+    @app.post("/v1/responses", openapi_extra=_schema_of(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await edge.generate(request, ResponsesRequest, lambda asked: (asked.chat(), "response", asked.frame()))
+
+    @app.post("/v1/messages", openapi_extra=_schema_of(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        return await edge.generate(request, MessagesRequest, lambda asked: (asked.chat(), "message", ""))
+
+
+def _add_text(app: FastAPI, edge: _Edge) -> None:
+    async def read(request: Request, form: type[R]) -> R:
+        edge.enter(request).close()  # these are counted, and over at once
+        return await edge.parse(request, form)
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
+    async def count_tokens(request: Request) -> JSONResponse:
+        asked = await read(request, CountRequest)
+        preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
+        prepared = await edge.off_loop(chat.size(), lambda: prepare_chat(chat, preprocessor))
+        return JSONResponse({"input_tokens": len(prepared.prompts[0]) // 4})
+
+    @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        asked = await read(request, TokenizeRequest)
+        model = edge.model(asked.model)
+        preprocessor = model.preprocessor
+
+        def ids() -> list[int]:
+            if asked.prompt is not None:
+                return preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens)
+            return preprocessor.chat(asked.chat().conversation())[1]
+
+        tokens: list[int] = await edge.off_loop(asked.size(), ids)
+        found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
+        if asked.return_token_strs:
+            found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
+    @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
+    async def detokenize(request: Request) -> JSONResponse:
+        asked = await read(request, DetokenizeRequest)
+        preprocessor = edge.model(asked.model).preprocessor
+        if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
+            raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
+        skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
+        text = await edge.off_loop(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
+        return JSONResponse({"prompt": text})
+
+
+def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        edge.enter(request).close()
         served = [name for name in frontend.fleet.models if frontend.fleet.serves(name)]
         return {"object": "list", "data": [_model_object(frontend, name) for name in served]}
 
+    @app.get("/v1/models/{model:path}")
+    async def model(request: Request, model: str) -> dict[str, Any]:
+        edge.enter(request).close()
+        edge.serving(model)
+        return _model_object(frontend, model)
+
     @app.get("/v1/requests/{request_id:path}/why")
-    async def why(request_id: str) -> dict[str, Any]:
+    async def why(request: Request, request_id: str) -> dict[str, Any]:
+        edge.enter(request).close()
         decision = frontend.pipeline.decisions.get(request_id)
         if decision is None:
             raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
@@ -126,98 +246,80 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
     async def metrics() -> Response:
         return Response(frontend.metrics_page(), media_type=frontend.metrics.content_type)
 
-    return app
-
 
 def _add_errors(app: FastAPI) -> None:
+    def answer(request: Request, error: DynserveError, status: int, headers: dict[str, str]) -> JSONResponse:
+        body = error_object(error, anthropic=request.url.path.startswith("/v1/messages"))
+        return JSONResponse(body, status, headers={"x-request-id": request_id(request)} | headers)
+
     @app.exception_handler(DynserveError)
     async def ours(request: Request, error: DynserveError) -> JSONResponse:
-        headers = {"retry-after": str(error.retry_after)} if error.retryable else None
-        return JSONResponse(error_object(error), error.status, headers=headers)
+        headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
+        if isinstance(error, Unauthorized):
+            headers["www-authenticate"] = "Bearer"
+        return answer(request, error, error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        ours = BadRequest(f"{error.detail}: {request.method} {request.url.path}")
-        return JSONResponse(error_object(ours), error.status_code, headers=error.headers)
+        sentence = f"{error.detail}: {request.method} {request.url.path}"
+        kind = NotFound if error.status_code == 404 else BadRequest
+        return answer(request, kind(sentence), error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSONResponse(error_object(InternalError("internal error; the frontend's log has the details")), 500)
+        return answer(request, InternalError("internal error; the frontend's log has the details"), 500, {})
 
 
-async def _body(request: Request) -> bytes:
-    """Raises BadRequest for a body over the limit, before all of it is read."""
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(EDGE_TIMEOUT):
-            async for part in request.stream():
-                size += len(part)
-                if size > MAX_BODY:
-                    raise BodyTooLarge(f"the body is larger than {MAX_BODY >> 20} MiB")
-                parts.append(part)
-    except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {EDGE_TIMEOUT:.0f} s") from None
-    except ClientDisconnect:
-        raise Cancelled("the client left before its request was complete") from None
-    return b"".join(parts)
+class NoSuchRequest(NotFound):
+    code = "request_not_found"
 
 
-class BodyTooLarge(BadRequest):
-    code, status = "body_too_large", 413
-
-
-class NoSuchRequest(BadRequest):
-    code, status = "request_not_found", 404
-
-
-def _wishes(request: Request, priority: int | None) -> dict[str, Any]:
-    """What the headers say of how the request is to be routed; the body's `priority` wins over the header's."""
-    headers = request.headers
-    if priority is None and (given := headers.get("x-dynserve-priority")):
-        try:
-            priority = int(given)
-        except ValueError:
-            raise BadRequest(f"x-dynserve-priority: {given!r} is not a whole number") from None
-    session = headers.get("x-dynserve-session", "")
-    if len(session) > MAX_SESSION:
-        raise BadRequest(f"x-dynserve-session is longer than {MAX_SESSION} characters")
-    named = headers.get("x-dynserve-instance", "")
+def _schema_of(model: Any) -> dict[str, Any]:
+    """For /openapi.json; the parsing itself is one call into pydantic."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    answers = {
+        "200": {"description": "the answer", "content": {"application/json": {}, "text/event-stream": {}}},
+        "default": {"description": "an error object", "content": {"application/json": {"schema": _ERROR}}},
+    }
     return {
-        "priority": max(-MAX_PRIORITY, min(MAX_PRIORITY, priority or 0)),
-        "session": session,
-        "instances": tuple(name for part in named.split(",") if (name := part.strip())),
-        "explain": headers.get("x-dynserve-explain", "") in ("1", "true"),
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _inline(schema, definitions, ())}},
+        },
+        "responses": answers,
     }
 
 
-def _body_of(model: Any) -> dict[str, Any]:
-    """The schema for /openapi.json; the parsing itself is one call into pydantic."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    inlined = _inline(schema, definitions)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 
 
-def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+def _inline(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> Any:
+    """References replaced by what they name; one to itself becomes an object of any kind."""
     if isinstance(schema, list):
-        return [_inline(item, definitions) for item in schema]
+        return [_inline(item, definitions, within) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
-        return _inline(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
-    return {key: _inline(value, definitions) for key, value in schema.items()}
-
-
-def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else token_hex(16)
-
-
-def _unknown_model(frontend: Frontend, name: str) -> ModelNotFound:
-    known = ", ".join(frontend.fleet.models) or "none yet"
-    return ModelNotFound(f"The model {name!r} does not exist here; models: {known}", param="model")
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        return {"type": "object"} if name in within else _inline(definitions[name], definitions, (*within, name))
+    return {key: _inline(value, definitions, within) for key, value in schema.items()}
 
 
 def _model_object(frontend: Frontend, name: str) -> dict[str, Any]:

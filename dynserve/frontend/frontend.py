@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from dynserve.config import FrontendConfig
+from dynserve.frontend.access import Gate
 from dynserve.frontend.admission import Admission
 from dynserve.frontend.app import make_app
 from dynserve.frontend.fleet import Fleet, Peer
@@ -29,7 +30,7 @@ from dynserve.transport.planes import Planes
 from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
 
-TOKENISER_THREADS = 2
+LAG_EVERY = 0.05  # seconds between looks at how late the event loop is
 LOOK_EVERY = 1.0  # seconds between looks at what nobody reports: expired assumptions, an index that has room again
 
 
@@ -75,6 +76,7 @@ class Frontend:
             id_, config.namespace, planes.bus, fleet, router, self.metrics, self.admission,
             timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
         )  # fmt: skip
+        self.gate = Gate(config.api_keys_file, config.max_requests)
         fleet.changed = self.admission.look
         router.ledger.listeners.append(lambda _: self.admission.look())
         self.app: FastAPI
@@ -88,18 +90,19 @@ class Frontend:
         draws among equals; a seeded one makes a simulation repeatable.
 
         Raises:
-            ConfigError: the link port is taken, or `router_policy` names no policy.
+            ConfigError: the link port is taken, `router_policy` names no policy, or the keys file is wrong.
         """
         id_ = f"frontend-{token_hex(6)}"
         router = Router(router_options(config), rng)
         namespace, every = config.namespace, (config.namespace, "*", "*")
-        with ThreadPoolExecutor(TOKENISER_THREADS, "tokenise") as pool:
+        with ThreadPoolExecutor(config.tokenizer_threads, "tokenise") as pool:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
                 frontend = Frontend(config, planes, id_, fleet, router)
                 frontend.app = make_app(frontend, pool)
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._look())
+                tasks.create_task(frontend._watch_lag())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
@@ -126,11 +129,19 @@ class Frontend:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(LOOK_EVERY)
+            self.gate.look()
             self.router.expire(loop.time())
             self.fleet.feeds.look()
             self.admission.look()
             for worker in [w for w in self.pipeline.predictions.ratios() if w not in self.fleet.peers]:
                 self.pipeline.predictions.forget(worker)
+
+    async def _watch_lag(self) -> None:
+        """How late a timer fires is how long everyone else waits, too."""
+        while True:
+            due = time.perf_counter() + LAG_EVERY
+            await asyncio.sleep(LAG_EVERY)
+            self.metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
 
     def health(self) -> dict[str, Any]:
         """`instances` lists workers whose link is up, and says of each whether it is routed to."""
@@ -180,6 +191,10 @@ class Frontend:
         metrics.index_evicted.set(router.index.evicted)
         metrics.resyncs.set(self.fleet.feeds.resyncs)
         metrics.frontends.set(1 + self.sharing.others)
+        metrics.open_requests.set(self.gate.open)
+        for name, served in self.fleet.models.items():
+            metrics.tokenised.labels(name, "remembered").set(served.preprocessor.segments.hits)
+            metrics.tokenised.labels(name, "new").set(served.preprocessor.segments.misses)
         for gauge in (metrics.index_state, metrics.prediction_ratio, metrics.queue_length):
             gauge.clear()
         for target in router.targets.values():

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
+from typing import Literal
 
 import msgspec
 
@@ -30,6 +31,7 @@ from dynserve.wire.requests import (
     Busy,
     Draining,
     GenerateRequest,
+    Guide,
     Handoff,
     Phase,
     Prior,
@@ -59,6 +61,13 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     session: str = ""
     instances: tuple[str, ...] = ()
     explain: bool = False
+    guide: Guide | None = None
+    pool: Literal["mean", "last"] | None = None  # the answer is an embedding
+
+    @property
+    def whole(self) -> bool:
+        """Every position is looked at: nothing of it is taken from a cache."""
+        return self.pool is not None or self.sampling.prompt_logprobs
 
 
 class Pipeline:
@@ -129,7 +138,8 @@ class Run:
             async for burst in self._phase("aggregated", "prefill_and_decode", None, None):
                 yield burst
             return
-        if local := pipeline.router.local(self._ask, decoders, prefillers):
+        local = () if self._prompt.whole else pipeline.router.local(self._ask, decoders, prefillers)
+        if local:
             pipeline.metrics.local_prefills.inc()
             try:
                 async for burst in self._phase("aggregated", "decode", None, None, local=local):
@@ -247,7 +257,7 @@ class Run:
         """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""
         placed.close()
         placement.usage = last.usage
-        if placed.cached_tokens is not None:
+        if placed.cached_tokens is not None and not self._prompt.whole:
             self._pipeline.predictions.note(placed.worker, placed.cached_tokens, last.usage.cached_tokens)
 
     async def _start(self, phase: Phase, peer: Peer, prior: Prior | None, handoff: Handoff | None) -> Reply:
@@ -270,6 +280,8 @@ class Run:
             cache_salt=prompt.cache_salt,
             prior=prior,
             handoff=handoff,
+            guide=prompt.guide,
+            pool=prompt.pool,
         )
         try:
             self._raise_unless_accepted(peer, await self._submit(peer, request, reply))

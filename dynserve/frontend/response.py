@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut
+from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.wire.link import Finished
@@ -31,33 +32,23 @@ _SSE = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+Headers = list[tuple[bytes, bytes]]
 
 
 class TokenResponse(Response):
-    """A streamed answer as server-sent events, or a unary one as JSON."""
+    """A streamed answer as server-sent events, or a unary one as JSON. `headers` come beside its own."""
 
-    def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
+    def __init__(self, pipeline: Pipeline, prompt: Prompt, visit: Visit, headers: Sequence[tuple[str, str]]) -> None:
         # deliberately not Starlette's own start: there is no body to render
         self.background = None
-        self._pipeline, self._prompt = pipeline, prompt
+        self._pipeline, self._prompt, self._visit = pipeline, prompt, visit
+        self._more: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._began = asyncio.get_running_loop().time()
         self._sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._pipeline.answer(self._prompt) as run:
-                leaving = asyncio.ensure_future(_until_disconnect(receive))
-                leaving.add_done_callback(partial(_left, run))
-                try:
-                    # sending waits for the client, so it has the request's own deadline, and ends early when the
-                    # client reads so little that its answer piles up
-                    async with asyncio.timeout_at(run.deadline) as limit:
-                        run.limit(limit)
-                        await (self._stream if self._prompt.render.stream else self._unary)(run, send)
-                except TimeoutError:
-                    raise TimedOut("the client did not read its answer in time") from None
-                finally:
-                    leaving.cancel()
+            await self._answer(receive, send)
         except Cancelled:
             log.debug("request %s: the client has left", self._prompt.id)
         except DynserveError as error:
@@ -65,6 +56,12 @@ class TokenResponse(Response):
         except Exception:
             log.exception("request %s failed", self._prompt.id)
             await self._failed(InternalError("internal error; the frontend's log has the details"), send)
+        finally:
+            self._visit.close()
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
+        async with self._pipeline.answer(self._prompt) as run, until_left(receive, [run]):
+            await (self._stream if self._prompt.render.stream else self._unary)(run, send)
 
     async def _stream(self, run: Run, send: Send) -> None:
         async for burst in self._timed(run):
@@ -99,33 +96,54 @@ class TokenResponse(Response):
                 metrics.prompt_tokens.labels(model).inc(last.usage.prompt_tokens)
                 metrics.output_tokens.labels(model).inc(last.usage.completion_tokens)
                 metrics.cached_tokens.labels(model).inc(last.usage.cached_tokens)
+                self._visit.used(last.usage.completion_tokens)
 
     async def _failed(self, error: DynserveError, send: Send) -> None:
         if not isinstance(error, CallerError):
             log.warning("request %s failed: %s", self._prompt.id, error)
-        body = msgspec.json.encode(error_object(error))
+        body = msgspec.json.encode(error_object(error, anthropic=self._prompt.render.kind == "message"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORD):
                 if self._sent:
-                    await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+                    event = b"event: error\ndata: " + body + b"\n\n"
+                    await send({"type": "http.response.body", "body": event, "more_body": False})
                 else:
                     retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
                     await self._whole(error.status, body, send, retry)
 
-    async def _whole(self, status: int, body: bytes, send: Send, more: list[tuple[bytes, bytes]]) -> None:
+    async def _whole(self, status: int, body: bytes, send: Send, more: Headers) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
         await self._start(status, headers, send)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    async def _start(self, status: int, headers: Headers, send: Send) -> None:
         self._sent = True
-        headers = [*headers, (b"x-request-id", self._prompt.id.encode("latin-1", "replace"))]
+        headers = [*headers, *self._more, (b"x-request-id", self._prompt.id.encode("latin-1", "replace"))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-def _left(run: Run, leaving: asyncio.Task[None]) -> None:
+@contextlib.asynccontextmanager
+async def until_left(receive: Receive, runs: Sequence[Run]) -> AsyncIterator[None]:
+    """The block ends when the client leaves, does not read, or the request's time is up."""
+    leaving = asyncio.ensure_future(_until_disconnect(receive))
+    leaving.add_done_callback(partial(_left, runs))
+    try:
+        # sending waits for the client, so it has the request's own deadline, and ends early when the
+        # client reads so little that its answer piles up
+        async with asyncio.timeout_at(max(run.deadline for run in runs)) as limit:
+            for run in runs:
+                run.limit(limit)
+            yield
+    except TimeoutError:
+        raise TimedOut("the client did not read its answer in time") from None
+    finally:
+        leaving.cancel()
+
+
+def _left(runs: Sequence[Run], leaving: asyncio.Task[None]) -> None:
     if not leaving.cancelled():
-        run.cancel(Cancelled("the client has left"))
+        for run in runs:
+            run.cancel(Cancelled("the client has left"))
 
 
 async def _until_disconnect(receive: Receive) -> None:
@@ -133,6 +151,15 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-def error_object(error: DynserveError) -> dict[str, Any]:
-    """OpenAI's error body."""
-    return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
+def error_object(error: DynserveError, *, anthropic: bool = False) -> dict[str, Any]:
+    """OpenAI's error body; with Anthropic's names around and in it for the API that is Anthropic's."""
+    body = {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}
+    if not anthropic:
+        return {"error": body}
+    return {"type": "error", "error": body | {"type": _ANTHROPIC.get(error.status, "api_error")}}
+
+
+_ANTHROPIC = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -36,9 +37,12 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
         self._byte_level = _is_byte_level(tokenizer)
 
-    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        skipped = self.special if skip_special else frozenset()
-        return ByteLevel(self, skipped) if self._byte_level else Windowed(self.tokenizer, skip_special)
+    def detokenizer(self, *, skip_special: bool = True, keep: Sequence[str] = ()) -> Detokenizer:
+        """`keep`: tokens that are shown even when special ones are skipped."""
+        skipped: frozenset[int] = self.special if skip_special else frozenset()
+        if keep and skipped:
+            skipped = skipped.difference(self.tokenizer.token_to_id(token) for token in keep)
+        return ByteLevel(self, skipped) if self._byte_level else Windowed(self.tokenizer, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; for a token of a tokenizer that is not byte-level, those of its decoded text."""
@@ -80,13 +84,13 @@ class ByteLevel:
 class Windowed:
     """Decodes a window twice, without and with the new tokens: the difference is the new text."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
         self._ids: list[int] = []
         self._shown = 0  # tokens of the window whose text was given out
 
     def push(self, token_ids: list[int]) -> str:
-        self._ids += token_ids
+        self._ids += [id_ for id_ in token_ids if id_ not in self._skipped]
         text = self._decode(self._ids)
         if text.endswith("\ufffd") and len(self._ids) - self._shown < LONGEST_CHARACTER:
             return ""
@@ -102,7 +106,7 @@ class Windowed:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
 

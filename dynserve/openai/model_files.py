@@ -47,9 +47,13 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
+def model_config(folder: Path) -> dict[str, Any]:
+    return _json(folder / "config.json")
+
+
 def model_limits(folder: Path) -> tuple[int, int]:
     """Vocabulary size and longest sequence, in tokens."""
-    config = _json(folder / "config.json")
+    config = model_config(folder)
     try:
         return config["vocab_size"], config["max_position_embeddings"]
     except KeyError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from dynserve.openai.prompt import Preprocessor
+from dynserve.openai.prompt import Conversation, Preprocessor
 from dynserve.routing.hashing import rolling_hashes
 from dynserve.wire.requests import pack_tokens
 
@@ -69,7 +69,7 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None
 def _rendered(preprocessor: Preprocessor, conversation: list[dict[str, Any]]) -> str:
     """Templates may refuse (a system turn, say): a refusal is an answer that both sides must give."""
     try:
-        return preprocessor.render(conversation, now=NOON)
+        return preprocessor.render(Conversation(conversation), now=NOON)
     except Exception as refusal:  # a template is code from elsewhere: whatever it raises, both sides must raise
         return type(refusal).__name__
 

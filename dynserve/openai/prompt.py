@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -13,9 +13,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from dynserve.errors import BadRequest, InternalError
+from dynserve.openai.segments import Segments
 from dynserve.wire.requests import Sampling
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Conversation(NamedTuple):
+    """What a chat template is given."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = {}
+    continue_last: bool = False  # the last turn is the beginning of the answer
 
 
 class Preprocessor:
@@ -23,51 +33,73 @@ class Preprocessor:
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size: int = self.tokenizer.get_vocab_size()
+        self.segments = Segments(self.tokenizer)
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        source = (
-            files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-        )
-        if isinstance(source, list):  # several named templates
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
+        self.template = _template_source(files, config)
         self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
-        self._template = _environment().from_string(source) if source else None
+        self._template = _environment().from_string(self.template) if self.template else None
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a conversation with the opening of the assistant's turn.
+    def chat(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """A conversation with the opening of the assistant's turn, as text and as token ids.
 
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
         """
-        return self.tokenize(self.render(messages, variables), special=False)
+        text = self.render(conversation)
+        return text, self.segments.encode(text)
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None,
-        now: datetime | None = None,
-    ) -> str:  # fmt: skip
+    def render(self, conversation: Conversation, now: datetime | None = None) -> str:
         """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
         ours: dict[str, Any] = {
-            "messages": messages,
-            "add_generation_prompt": True,
-            "tools": None,
+            "messages": conversation.messages,
+            "add_generation_prompt": not conversation.continue_last,
+            "tools": conversation.tools or None,
             "documents": None,
             **self._special,
         }
         if now is not None:
             ours["strftime_now"] = now.strftime
-        if taken := sorted(ours.keys() & (variables or {}).keys() - {"add_generation_prompt", "documents"}):
+        taken = sorted(ours.keys() & conversation.variables.keys() - {"add_generation_prompt", "documents"})
+        if taken:
             raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions")
         try:
-            return self._template.render(ours | dict(variables or {}))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise BadRequest(f"the model's chat template refused these messages: {error}", param="messages") from error
+            text = self._template.render(ours | dict(conversation.variables))
+        except (
+            Exception
+        ) as error:  # a template is code from elsewhere, and may raise anything about messages it dislikes
+            reason = str(error) or type(error).__name__
+            raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
+        return _without_end(text, conversation) if conversation.continue_last else text
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        # a batch, even of one: only that lets go of the interpreter's lock
+        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
+
+
+def _without_end(text: str, conversation: Conversation) -> str:
+    """Cuts what a template writes behind the last turn, so that the answer goes on with it."""
+    last = str(conversation.messages[-1].get("content") or "").rstrip()
+    at = text.rfind(last)
+    if not last or at < 0:
+        raise BadRequest("the last message cannot be continued: the template does not show its text", param="messages")
+    return text[: at + len(last)]
+
+
+def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    source = config.get("chat_template") or ""
+    if isinstance(source, list):  # several named templates
+        source = next((t["template"] for t in source if t["name"] == "default"), "")
+    return str(source)
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> Sampling:

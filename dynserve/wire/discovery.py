@@ -5,6 +5,8 @@ dynserve/v1/{namespace}/instances/{role}/{instance_id}
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from dynserve.wire import decoded
@@ -22,6 +24,11 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
     kv_events: bool = True  # it tells what its cache holds
     parity: dict[str, str] = {}  # how it understands text: stage -> digest (openai/parity.py)
+    tool_parser: str = ""  # how the model writes tool calls (openai/parsers); empty: not at all
+    reasoning_parser: str = ""  # how it marks its thoughts
+    guides: bool = False  # its answers can be made to follow a grammar
+    pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
+    embedding_size: int = 0
 
 
 class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):

@@ -21,6 +21,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     queue_s: float = 0.0
     transfer_s: float = 0.0
     prefill_s: float = 0.0  # from leaving the queue to the first token
+    reasoning_tokens: int = 0  # those of the completion that were a thought
 
 
 # worker to frontend

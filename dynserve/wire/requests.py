@@ -26,6 +26,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None  # None: none; 0: of the sampled token; k: of the k likeliest as well
+    prompt_logprobs: bool = False  # and of the prompt's tokens: they come in front of those of the first token
 
     @property
     def greedy(self) -> bool:
@@ -44,17 +45,63 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     include_string: bool = False
 
 
+class Thought(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids around what a model thinks before it answers; `open`: the prompt has begun a thought already."""
+
+    begin: int
+    end: int
+    open: bool
+
+
+class Guide(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A grammar that the answer follows, from behind the model's thought where it has one.
+
+    `text` is a JSON schema, a regular expression, an EBNF grammar with the rule `root`, or a structural tag (xgrammar's
+    JSON description of tagged formats, which TensorRT-LLM takes too).
+    """
+
+    kind: Literal["json", "regex", "grammar", "structural_tag"]
+    text: str
+    thought: Thought | None = None
+
+
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+    """The parser that keeps thoughts out of the answer; `open`: the prompt ends within a thought."""
+
+    parser: str
+    open: bool = False
+
+
+class ToolUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The parser that makes tool calls of text. `enforced`: a grammar holds the calls, so they may be shown as they grow.
+    `named`: the client has chosen the tool itself."""
+
+    parser: str
+    names: tuple[str, ...]
+    enforced: bool = False
+    named: bool = False
+
+
 class Render(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the client wants to see; the worker makes these bytes."""
 
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "response", "message", "embedding"]
     response_id: str
     model: str
     created: int  # seconds since 1970
     stream: bool = False
     usage: bool = False  # a last chunk with the token counts
+    continuous_usage: bool = False  # and counts so far in every chunk
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    index: int = 0
+    part: bool = False  # one of several choices: the frontend makes what is around them
+    echo: bool = False  # the prompt's text first
+    reasoning: Reasoning | None = None
+    tools: ToolUse | None = None
+    frame: str = ""  # JSON object: constant fields of a Responses answer
+    dimensions: int = 0  # of an embedding; 0: all
+    base64: bool = False  # an embedding as base64 of little-endian float32
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -106,6 +153,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     cache_salt: str = ""
     prior: Prior | None = None
     handoff: Handoff | None = None
+    guide: Guide | None = None
+    pool: Literal["mean", "last"] | None = None  # the answer is an embedding of the prompt
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):

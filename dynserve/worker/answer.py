@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
 from dynserve.openai.detokenize import Vocabulary
+from dynserve.openai.formats.embedding import embedding_item
 from dynserve.openai.render import Renderer
 from dynserve.transport.base import Link
 from dynserve.wire.link import Failed, Finished, Tokens, Usage
@@ -27,7 +28,7 @@ class Answer:
         self.ticket = 0  # set once the executor has taken the request
         self._ended = ended
         self._closed = False
-        self._renderer = Renderer(request.render, request.stop, len(request.prompt) // 4, vocabulary)
+        self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
         if request.prior is not None:
             self._renderer.replay(request.prior)
 
@@ -59,6 +60,9 @@ class Answer:
         if output.error is not None:
             self._fail(output.error)
             return
+        if output.embedding:
+            self._embedded(output)
+            return
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)
@@ -75,10 +79,16 @@ class Answer:
             self._renderer.cached_tokens = output.cached_tokens
         last, usage = self._renderer.finish(reason, output.stop_token)
         counted = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        usage = Usage(*counted, output.queue_s, output.transfer_s, output.prefill_s)
+        usage = Usage(*counted, output.queue_s, output.transfer_s, output.prefill_s, usage.reasoning_tokens)
         self.link.send(
             Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)
         )
+        self._end("finished")
+
+    def _embedded(self, output: Output) -> None:
+        usage = Usage(len(self.request.prompt) // 4, 0, 0, output.queue_s, 0.0, output.prefill_s)
+        item = embedding_item(self.request.render, output.embedding)
+        self.link.send(Finished(self.request.stream, item, [], "stop", usage))
         self._end("finished")
 
     def _hand_off(self, output: Output, data: bytes) -> None:

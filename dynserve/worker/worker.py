@@ -43,6 +43,7 @@ from dynserve.wire.link import (
 )
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
 from dynserve.worker.answer import Answer
+from dynserve.worker.card import answer_parsers, pooling
 from dynserve.worker.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Worker:
         preprocessor = Preprocessor(files)
         self._parity = parity(preprocessor, executor.limits.block_size)
         self._vocabulary = Vocabulary(preprocessor.tokenizer)
+        self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.template)
         self._answers: dict[tuple[str, int], Answer] = {}
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
         self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
@@ -91,6 +93,11 @@ class Worker:
             files=self._file_digests,
             kv_events=self.config.kv_events,
             parity=self._parity,
+            tool_parser=self._tool_parser,
+            reasoning_parser=self._reasoning_parser,
+            guides=limits.guides,
+            pooling=pooling(self.config) if limits.embedding_size else "",
+            embedding_size=limits.embedding_size,
         )
         return WorkerInstance(
             id=self.id,
@@ -139,10 +146,10 @@ class Worker:
         waiting = self.executor.load().waiting
         if waiting >= self.config.max_queue or len(self._answers) >= self._most_answers:
             return Busy(waiting)
-        answer = Answer(request, link, self._vocabulary, self._ended)
         try:
+            answer = Answer(request, link, self._vocabulary, self._ended)
             answer.start(self.executor)
-        except (CallerError, ClusterError) as error:
+        except (CallerError, ClusterError, InternalError) as error:
             self.counts["refused"] += 1
             return Refused(error.code, str(error))
         self._answers[key] = answer

@@ -5,7 +5,7 @@ import pytest
 from dynserve.config import TINY_MODEL
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.parity import NOON, difference, parity
-from dynserve.openai.prompt import Preprocessor
+from dynserve.openai.prompt import Conversation, Preprocessor
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_templates_that_print_the_date_agree_on_other_days() -> None:
         "chat_template.jinja": b"{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     }
     preprocessor = Preprocessor(dated)
-    assert preprocessor.render([{"role": "user", "content": "x"}], now=NOON) == "01 Jan 2000x"
-    assert preprocessor.render([{"role": "user", "content": "x"}]) != "01 Jan 2000x"
+    assert preprocessor.render(Conversation([{"role": "user", "content": "x"}]), now=NOON) == "01 Jan 2000x"
+    assert preprocessor.render(Conversation([{"role": "user", "content": "x"}])) != "01 Jan 2000x"
     assert parity(preprocessor, 32)["template"] != parity(Preprocessor(files), 32)["template"]
 
 

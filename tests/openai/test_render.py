@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dynserve.config import TINY_MODEL
 from dynserve.openai.detokenize import Vocabulary, Windowed
 from dynserve.openai.render import Renderer, StopStrings
-from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob
+from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob, pack_tokens
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
@@ -29,6 +29,10 @@ TEXTS = [
 
 def render(kind: str = "chat", **changes: Any) -> Render:
     return Render(kind=kind, response_id="id", model="m", created=1, **changes)  # type: ignore[arg-type]
+
+
+def prompt(tokens: int) -> bytes:
+    return pack_tokens([300] * tokens)
 
 
 def events(data: bytes) -> list[Any]:
@@ -48,7 +52,7 @@ def test_any_tokens_pushed_one_by_one_give_the_tokenizers_own_text(token_ids: li
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_no_piece_has_a_broken_character(text: str) -> None:
-    for detokenizer in (VOCABULARY.detokenizer(), Windowed(TOKENIZER, True)):
+    for detokenizer in (VOCABULARY.detokenizer(), Windowed(TOKENIZER, VOCABULARY.special)):
         pieces = [detokenizer.push([id_]) for id_ in TOKENIZER.encode(text).ids]
         assert "".join(pieces) + detokenizer.flush() == text
         assert not any("\ufffd" in piece for piece in pieces)
@@ -57,14 +61,14 @@ def test_no_piece_has_a_broken_character(text: str) -> None:
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
 def test_stop_strings_cut_where_a_reader_would_first_meet_one(text: str, stops: list[str], data: st.DataObject) -> None:
     matcher, out, at = StopStrings(tuple(stops)), "", 0
-    while at < len(text) and not matcher.matched:
+    while at < len(text) and matcher.matched is None:
         size = data.draw(st.integers(1, 3))
         out += matcher.push(text[at : at + size])
         at += size
         assert not any(stop in out for stop in stops)
-    out += "" if matcher.matched else matcher.flush()
+    out += "" if matcher.matched is not None else matcher.flush()
     ends = [text[:at].find(stop) for stop in stops if stop in text[:at]]
-    assert out == (text[: min(ends)] if matcher.matched else text)
+    assert out == (text[: min(ends)] if matcher.matched is not None else text)
 
 
 def test_a_stop_string_can_be_kept() -> None:
@@ -72,7 +76,7 @@ def test_a_stop_string_can_be_kept() -> None:
 
 
 def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done() -> None:
-    renderer = Renderer(render(stream=True, usage=True), Stop(max_tokens=9), 5, VOCABULARY)
+    renderer = Renderer(render(stream=True, usage=True), Stop(max_tokens=9), prompt(5), VOCABULARY)
     data = b"".join(renderer.push([id_], None) for id_ in TOKENIZER.encode("Hello there").ids)
     last, usage = renderer.finish("stop", 2)
     chunks = events(data + last)
@@ -90,18 +94,18 @@ def test_a_replayed_renderer_continues_to_the_byte(kind: str, stop: tuple[str, .
     ids = TOKENIZER.encode(text).ids
     rules, spec = Stop(max_tokens=99, strings=stop), render(kind, stream=True, logprobs=0)
     probs = [TokenLogprob(id_, -1.0) for id_ in ids]
-    whole = Renderer(spec, rules, 3, VOCABULARY)
+    whole = Renderer(spec, rules, prompt(3), VOCABULARY)
     parts = [whole.push([id_], [p]) for id_, p in zip(ids, probs, strict=True)]
     end, _ = whole.finish("stop")
     for cut in range(1, len(ids)):
-        second = Renderer(spec, rules, 3, VOCABULARY)
+        second = Renderer(spec, rules, prompt(3), VOCABULARY)
         second.replay(Prior(ids[:cut], probs[:cut]))
         rest = [second.push([id_], [p]) for id_, p in zip(ids[cut:], probs[cut:], strict=True)]
         assert parts[cut:] == rest and second.finish("stop")[0] == end
 
 
 def test_a_unary_body_is_one_object() -> None:
-    renderer = Renderer(render("completion", logprobs=1), Stop(max_tokens=9), 5, VOCABULARY)
+    renderer = Renderer(render("completion", logprobs=1), Stop(max_tokens=9), prompt(5), VOCABULARY)
     ids = TOKENIZER.encode("one two").ids
     for id_ in ids:
         assert renderer.push([id_], [TokenLogprob(id_, -0.5, [(id_, -0.5)])]) == b""
@@ -113,7 +117,7 @@ def test_a_unary_body_is_one_object() -> None:
 
 def test_special_tokens_are_shown_only_when_asked_for() -> None:
     for skip, expected in ((True, ""), (False, "<|im_end|>")):
-        renderer = Renderer(render(skip_special_tokens=skip), Stop(max_tokens=9), 1, VOCABULARY)
+        renderer = Renderer(render(skip_special_tokens=skip), Stop(max_tokens=9), prompt(1), VOCABULARY)
         renderer.push([2], None)
         assert json.loads(renderer.finish("stop")[0])["choices"][0]["message"]["content"] == expected
 

@@ -45,6 +45,7 @@ class StepLayout(NamedTuple):
     prefills: list[Prefill]
     decode: Decode | None
     sampling: Tensor  # rows that yield a next token
+    whole: list[tuple[int, int]]  # slices of which every row is looked at: index in the step's work, first row
 
 
 class KvCache:
@@ -105,6 +106,7 @@ class KvCache:
         sampling: list[int] = []
         owners: list[int] = []
         decoding: list[Slice] = []
+        whole: list[tuple[int, int]] = []
         size = self._block_size
         for i in order:
             sequence, start, count, samples = work[i]
@@ -113,6 +115,8 @@ class KvCache:
             tokens += sequence.tokens[start:end]
             positions += range(start, end)
             block_of += [sequence.blocks[position // size] for position in range(start, end)]
+            if sequence.whole and not sequence.generated:
+                whole.append((i, first))
             if samples:
                 sampling.append(len(tokens) - 1)
                 owners.append(i)
@@ -130,6 +134,7 @@ class KvCache:
             prefills,
             self._decode(decoding, len(tokens)),
             torch.tensor(sampling, device=self._device, dtype=torch.long),
+            whole,
         )
         return layout, owners
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from dynserve.executors.engine_args import EngineArgs, engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Sampled, Scheduler, Slice
 from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.guides import Guides
 from dynserve.executors.torch.model import ModelConfig, Transformer
 from dynserve.executors.torch.sampler import sample
+from dynserve.executors.torch.whole import look_at
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.openai.model_files import eos_token_ids
 from dynserve.tasks import task_group
@@ -57,15 +60,19 @@ async def open_executor(
         chunked=args.enable_chunked_prefill,
     )
     stepper = Stepper(model, cache)
+    eos = eos_token_ids(folder)
+    guides = Guides(folder, model.config.vocab_size, eos)
     engine = Engine(
         scheduler,
         cache,
         instance_id=instance_id,
         vocab_size=model.config.vocab_size,
-        eos=frozenset(eos_token_ids(folder)),
+        eos=frozenset(eos),
         handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
         wake=stepper.wake.set,
         chunked=args.enable_chunked_prefill,
+        guides=guides if eos and guides_installed() else None,
+        embedding_size=model.config.hidden_size,
     )
     async with (
         (transceivers or TcpTransceivers()).open(engine.handoffs, cache, config.link_host) as transceiver,
@@ -74,10 +81,15 @@ async def open_executor(
         engine.connect(transceiver, tasks)
         stepper.start(engine)
         try:
-            yield engine
+            with guides:
+                yield engine
         finally:
             engine.handoffs.cancel_all()
             await stepper.stop()
+
+
+def guides_installed() -> bool:
+    return find_spec("xgrammar") is not None
 
 
 def load(folder: Path, args: EngineArgs) -> tuple[Transformer, KvCache]:
@@ -150,8 +162,11 @@ class Stepper:
 
     def compute(self, work: list[Slice]) -> list[list[Sampled]]:
         layout, owners = self._cache.lay_out(work)
-        logits = self._model.forward(self._cache, layout)
+        hidden = self._model.forward(self._cache, layout)
+        for i, first in layout.whole:
+            look_at(self._model, hidden[first : first + work[i].size], work[i])
         sampled: list[list[Sampled]] = [[] for _ in work]
+        logits = self._model.logits(hidden[layout.sampling])
         for owner, new in zip(owners, sample(logits, [work[i].sequence for i in owners]), strict=True):
             sampled[owner] = [new]
         return sampled

@@ -117,7 +117,7 @@ class Layer:
 
 
 class Transformer:
-    """`forward` maps a step's tokens to the logits of the positions that sample, and writes the KV cache on the way."""
+    """`forward` maps a step's tokens to hidden states and writes the KV cache on the way, `logits` maps those to logits."""
 
     def __init__(self, config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
@@ -136,16 +136,23 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, cache: KvCache, layout: StepLayout) -> Tensor:
-        """Logits `[S, vocab]` in float32, one row per sampling position, in the order of `layout.sampling`."""
-        c = self.config
+        """Hidden states `[T, hidden]` behind the last layer, before its norm."""
         x = F.embedding(layout.tokens, self.embedding)
         cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         for index, layer in enumerate(self.layers):
             x = x + self._attention(layer, index, self._norm(x, layer.attn_norm), cos, sin, cache, layout)
             gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        x = F.rms_norm(x[layout.sampling], (c.hidden_size,), self.norm, c.norm_eps)
-        return F.linear(x, self.head).float()
+        return x
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self._norm(hidden, self.norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of `forward` to `[rows, vocab]` in float32."""
+        return F.linear(self.normed(hidden), self.head).float()
 
     def _attention(
         self, layer: Layer, index: int, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, layout: StepLayout

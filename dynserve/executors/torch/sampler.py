@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
@@ -40,6 +41,8 @@ def _plain(sequence: Sequence) -> bool:
     s = sequence.request.sampling
     return (
         s.greedy
+        and sequence.matcher is None
+        and sequence.pooled is None
         and s.logprobs is None
         and not s.logit_bias
         and s.presence_penalty == s.frequency_penalty == 0.0
@@ -49,10 +52,14 @@ def _plain(sequence: Sequence) -> bool:
 
 
 def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
+    if sequence.pooled is not None:
+        return Sampled(0, embedding=embedding(sequence.pooled))
     sampling = sequence.request.sampling
     logits = _penalised(raw.clone(), sequence)
+    if sequence.matcher is not None:
+        sequence.matcher.mask(sequence.tokens[sequence.prompt_len :], logits)
     token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
-    return Sampled(token, None if sampling.logprobs is None else _logprob(raw, token, sampling.logprobs))
+    return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
 
 
 def _penalised(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -78,7 +85,7 @@ def _penalised(logits: Tensor, sequence: Sequence) -> Tensor:
             ids = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
             logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    if sequence.generated < stop.min_tokens:
+    if sequence.generated < stop.min_tokens and sequence.matcher is None:  # where a grammar ends, the answer ends
         ends = [token for token in (*sequence.eos, *stop.token_ids) if 0 <= token < vocab]
         logits[ends] = float("-inf")
     return logits
@@ -103,7 +110,7 @@ def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
     return int(ids[min(int(at), int((p > 0).nonzero()[-1]))])
 
 
-def _logprob(raw: Tensor, token: int, top: int) -> TokenLogprob:
+def logprob_of(raw: Tensor, token: int, top: int) -> TokenLogprob:
     """Of the model's own distribution, before bias, penalties and temperature."""
     logprobs = torch.log_softmax(raw, dim=-1)
     best: list[tuple[int, float]] = []
@@ -111,3 +118,9 @@ def _logprob(raw: Tensor, token: int, top: int) -> TokenLogprob:
         values, ids = logprobs.topk(min(top, len(logprobs)))
         best = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token, float(logprobs[token]), best)
+
+
+def embedding(pooled: Tensor) -> bytes:
+    """A pooled state as little-endian float32 of length 1; a sum does as well as a mean."""
+    vector: bytes = F.normalize(pooled, dim=0).cpu().numpy().astype("<f4").tobytes()
+    return vector

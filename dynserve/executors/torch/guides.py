@@ -1,0 +1,168 @@
+"""Grammars for the sampler: xgrammar compiles them for the model's vocabulary, a `Matcher` follows one answer.
+
+Compiling is done in a thread of its own; matching in the engine's thread, between the logits and the draw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dynserve.errors import BadRequest
+from dynserve.wire.requests import Guide, Thought
+
+if TYPE_CHECKING:
+    import xgrammar
+
+CACHE_BYTES = 256 << 20  # of compiled grammars
+# JSON may have any white space between its parts; a model that is lost would fill its context with it
+MOST_WHITESPACE = 32
+
+
+class Guides:
+    """Use as a context: leaving it ends the compiling thread. xgrammar is imported with the first grammar."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
+        self._folder, self._vocab_size, self._eos = folder, vocab_size, list(eos)
+        self._pool = ThreadPoolExecutor(1, "compile-grammar")
+        self._compiler: xgrammar.GrammarCompiler | None = None
+
+    def __enter__(self) -> Guides:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def matcher(self, guide: Guide) -> Matcher:
+        """Raises BadRequest, with the compiler's reason, for a grammar that is none."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, guide)
+
+    def _matcher(self, guide: Guide) -> Matcher:
+        import xgrammar
+
+        if self._compiler is None:
+            self._compiler = self._make_compiler()
+        compiler = self._compiler
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                match guide.kind:
+                    case "json":
+                        compiled = compiler.compile_json_schema(guide.text, max_whitespace_cnt=MOST_WHITESPACE)
+                    case "regex":
+                        compiled = compiler.compile_regex(guide.text)
+                    case "grammar":
+                        compiled = compiler.compile_grammar(guide.text)
+                    case "structural_tag":
+                        compiled = compiler.compile_structural_tag(json.dumps(_bounded(json.loads(guide.text))))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=_PARAM[guide.kind]) from error
+        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size, self._eos, guide.thought)
+
+    def _make_compiler(self) -> xgrammar.GrammarCompiler:
+        import xgrammar
+
+        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        vocabulary = [""] * self._vocab_size
+        for token, id_ in tokenizer.get_vocab().items():
+            if id_ < self._vocab_size:
+                vocabulary[id_] = token
+        kind, prefix_space = _token_encoding(tokenizer)
+        info = xgrammar.TokenizerInfo(
+            vocabulary,
+            vocab_type=getattr(xgrammar.VocabType, kind),
+            vocab_size=self._vocab_size,
+            stop_token_ids=self._eos,
+            add_prefix_space=prefix_space,
+        )
+        return xgrammar.GrammarCompiler(info, max_threads=os.cpu_count() or 1, cache_limit_bytes=CACHE_BYTES)
+
+
+class Matcher:
+    """One answer on its way through a grammar. While the model thinks, anything goes."""
+
+    def __init__(
+        self, matcher: xgrammar.GrammarMatcher, vocab_size: int, eos: list[int], thought: Thought | None
+    ) -> None:
+        import xgrammar
+
+        self._matcher, self._vocab_size, self._eos, self._thought = matcher, vocab_size, eos, thought
+        self._apply = xgrammar.apply_token_bitmask_inplace
+        self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
+        self._seen = 0
+        self._thinking = thought is not None and thought.open
+
+    def mask(self, generated: Sequence[int], logits: Tensor) -> None:
+        """Sets the logits (`[vocab]`) of all tokens that may not come next to minus infinity."""
+        for token in generated[self._seen :]:
+            self._take(token)
+        if self._thinking:
+            return
+        if self._matcher.is_terminated():
+            self._only_the_end(logits)
+            return
+        before = logits.clone() if not self._seen and self._thought is not None else None
+        if self._matcher.fill_next_token_bitmask(self._bitmask):
+            self._apply(logits, self._bitmask.to(logits.device)[0])
+        if before is not None and self._thought is not None:  # it may think first, or begin to answer at once
+            logits[self._thought.begin] = before[self._thought.begin]
+        if not torch.isfinite(logits).any():  # a dead end: nothing that the vocabulary can spell goes on from here
+            self._only_the_end(logits)
+
+    def _take(self, token: int) -> None:
+        thought = self._thought
+        first, self._seen = not self._seen, self._seen + 1
+        if thought is not None and first and token == thought.begin:
+            self._thinking = True
+        elif self._thinking and thought is not None:
+            self._thinking = token != thought.end
+        elif not self._matcher.is_terminated():
+            self._matcher.accept_token(token)
+
+    def _only_the_end(self, logits: Tensor) -> None:
+        logits.fill_(float("-inf"))
+        logits[self._eos] = 0.0
+
+
+_PARAM = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
+
+
+def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
+    """How the vocabulary writes bytes, in xgrammar's words, and whether texts get a space in front."""
+    parts: dict[str, Any] = json.loads(tokenizer.to_str())
+    found = json.dumps([parts.get("decoder"), parts.get("pre_tokenizer"), parts.get("normalizer")])
+    if '"ByteLevel"' in found:
+        return "BYTE_LEVEL", '"add_prefix_space": true' in found
+    prefix = '"Prepend"' in found or '"prepend_scheme": "first"' in found or '"prepend_scheme": "always"' in found
+    return ("BYTE_FALLBACK" if '"ByteFallback"' in found else "RAW"), prefix
+
+
+def _bounded(form: Any) -> Any:
+    """A structural tag whose JSON has no more white space in a row than it may have elsewhere."""
+    if isinstance(form, list):
+        return [_bounded(item) for item in form]
+    if not isinstance(form, dict):
+        return form
+    if form.get("type") == "json_schema":
+        return {"max_whitespace_cnt": MOST_WHITESPACE} | form  # and no further: what is within is the client's schema
+    return {key: _bounded(value) for key, value in form.items()}
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's own sentence, without time and place."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _PLACE.sub("", text)[:500]
+
+
+_PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")

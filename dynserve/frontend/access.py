@@ -1,0 +1,262 @@
+"""Who may ask, and how much: API keys with limits of their own, and a bound on all requests together.
+
+A keys file has one key per line, made by `dynserve key`; the key itself is not in it, only its SHA-256:
+
+    alice sha256:9f86…0a08 rpm=600 tpm=200000 concurrency=32 priority=5
+
+The limits are those of one frontend: several do not add up what they count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from dynserve.config import nearest
+from dynserve.errors import ConfigError, Overloaded, RateLimited, Unauthorized
+
+log = logging.getLogger(__name__)
+
+PREFIX = "sk-dyn-"
+_NAME = re.compile(r"[\w.@-]{1,64}")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+LIMITS = ("rpm", "tpm", "concurrency", "priority")
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """None: no limit. `priority` is the highest that its requests can have, and what they have without a wish."""
+
+    name: str
+    digest: bytes
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    priority: int | None = None
+
+
+def parse_keys(text: str, where: str) -> list[Key]:
+    """Raises ConfigError that names the line."""
+    keys: list[Key] = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.split("#", 1)[0].strip()
+        if not line:
+            continue
+        key = _parse_line(line, f"{where}, line {number}")
+        if any(other.name == key.name for other in keys):
+            raise ConfigError(f"{where}, line {number}: {key.name} is there twice")
+        keys.append(key)
+    return keys
+
+
+def _parse_line(line: str, where: str) -> Key:
+    name, *rest = line.split()
+    digest = _DIGEST.fullmatch(rest[0]) if rest else None
+    if digest is None or not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: expected `name sha256:<64 hex digits> …`; `dynserve key` makes such lines")
+    limits: dict[str, int] = {}
+    for word in rest[1:]:
+        limit, _, value = word.partition("=")
+        if limit not in LIMITS:
+            raise ConfigError(f"{where}: unknown limit {limit!r}{nearest(limit, LIMITS)}")
+        try:
+            limits[limit] = int(value)
+        except ValueError:
+            raise ConfigError(f"{where}: {word!r} is not a whole number") from None
+        if limits[limit] < 1 and limit != "priority":
+            raise ConfigError(f"{where}: {limit} must be at least 1")
+    return Key(name=name, digest=bytes.fromhex(digest[1]), **limits)
+
+
+def digest_of(secret: str) -> bytes:
+    """Keys are drawn from 256 random bits, so a plain hash cannot be searched."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+class Bucket:
+    """Tokens that come back steadily, a minute's worth at most. May be overdrawn by what was not known before."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.most = per_minute
+        self._left, self._at = float(per_minute), now
+
+    def left(self, now: float) -> float:
+        self._left = min(self.most, self._left + (now - self._at) * self.most / 60)
+        self._at = now
+        return self._left
+
+    def take(self, amount: float, now: float) -> None:
+        self._left = self.left(now) - amount
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until so much is there; more than a minute's worth never is, and waits for a full bucket."""
+        return max(0.0, (min(amount, self.most) - self.left(now)) * 60 / self.most)
+
+
+class _Usage:
+    """What one key has used lately."""
+
+    def __init__(self, key: Key, now: float) -> None:
+        self.key = key
+        self.requests = Bucket(key.rpm, now) if key.rpm else None
+        self.tokens = Bucket(key.tpm, now) if key.tpm else None
+        self.open = 0
+
+
+class Visit:
+    """One request between its headers and the last byte of its answer. Close it; closing twice is safe."""
+
+    def __init__(self, gate: Gate, usage: _Usage | None) -> None:
+        self._gate, self._usage = gate, usage
+        self._closed = False
+        gate.open += 1
+        if usage is not None:
+            usage.open += 1
+
+    @property
+    def name(self) -> str:
+        return self._usage.key.name if self._usage else ""
+
+    def priority(self, wished: int | None) -> int:
+        """A key's priority is a ceiling; without keys everyone may wish."""
+        most = self._usage.key.priority if self._usage else None
+        if self._usage is None:
+            return wished or 0
+        return min(wished if wished is not None else (most or 0), most or 0)
+
+    def charge(self, tokens: int) -> None:
+        """Prompt tokens, before they are computed. Raises RateLimited."""
+        usage, now = self._usage, self._gate.clock()
+        if usage is None or usage.tokens is None:
+            return
+        if (wait := usage.tokens.wait(tokens, now)) > 0:
+            raise _limited(
+                f"key {usage.key.name}: {tokens} tokens are over its limit of {usage.key.tpm} a minute", wait
+            )
+        usage.tokens.take(tokens, now)
+
+    def used(self, tokens: int) -> None:
+        """Answer tokens, when they are known."""
+        if self._usage is not None and self._usage.tokens is not None:
+            self._usage.tokens.take(tokens, self._gate.clock())
+
+    def headers(self) -> list[tuple[str, str]]:
+        """OpenAI's `x-ratelimit-*`, for keys with limits."""
+        found: list[tuple[str, str]] = []
+        if self._usage is None:
+            return found
+        now = self._gate.clock()
+        for what, bucket in (("requests", self._usage.requests), ("tokens", self._usage.tokens)):
+            if bucket is not None:
+                left = bucket.left(now)
+                found += [
+                    (f"x-ratelimit-limit-{what}", str(bucket.most)),
+                    (f"x-ratelimit-remaining-{what}", str(max(0, int(left)))),
+                    (f"x-ratelimit-reset-{what}", f"{(bucket.most - left) * 60 / bucket.most:.3f}s"),
+                ]
+        return found
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._gate.open -= 1
+            if self._usage is not None:
+                self._usage.open -= 1
+
+
+class Gate:
+    """Lets requests in. Without a keys file everyone is nobody in particular."""
+
+    def __init__(self, keys_file: str | None, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises ConfigError for a keys file that cannot be read, or has a line that is none."""
+        self._path = Path(keys_file) if keys_file else None
+        self._most, self.clock = most, clock
+        self._stamp: tuple[int, int] | None = None
+        self._by_digest: dict[bytes, list[_Usage]] = {}  # by the first bytes: the rest is compared in constant time
+        self.open = 0
+        if self._path is not None:
+            self._read(self._path)
+
+    def enter(self, headers: Mapping[str, str]) -> Visit:
+        """Who asks.
+
+        Raises:
+            Unauthorized: no key, or none that is in the file.
+            RateLimited: the key has asked too often, or has too many requests open.
+            Overloaded: all clients together have.
+        """
+        usage = None if self._path is None else self._known(_presented(headers))
+        if self.open >= self._most:
+            raise Overloaded(f"{self.open} requests are being answered; try again soon")
+        if usage is not None:
+            self._limit(usage)
+        return Visit(self, usage)
+
+    def look(self) -> None:
+        """Reads the file again when it has changed. One that is wrong changes nothing."""
+        if self._path is None:
+            return
+        try:
+            if _stamp(self._path) != self._stamp:
+                self._read(self._path)
+                log.info("%d API keys read anew", sum(map(len, self._by_digest.values())))
+        except (OSError, ConfigError) as error:
+            log.error("the keys stay as they were: %s", error)
+            self._stamp = _stamp(self._path) if self._path.exists() else None
+
+    def _read(self, path: Path) -> None:
+        try:
+            stamp, text = _stamp(path), path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys-file {path}: {getattr(error, 'strerror', None) or error}") from error
+        keys = parse_keys(text, f"--api-keys-file {path}")
+        before = {usage.key: usage for usages in self._by_digest.values() for usage in usages}
+        self._by_digest = {}
+        for key in keys:
+            usage = before.get(key) or _Usage(key, self.clock())
+            self._by_digest.setdefault(key.digest[:4], []).append(usage)
+        self._stamp = stamp
+
+    def _known(self, secret: str) -> _Usage:
+        digest = digest_of(secret)
+        for usage in self._by_digest.get(digest[:4], ()):
+            if hmac.compare_digest(usage.key.digest, digest):
+                return usage
+        if not secret:
+            raise Unauthorized("You didn't provide an API key: send it as Authorization: Bearer KEY, or as x-api-key")
+        raise Unauthorized("Incorrect API key provided")
+
+    def _limit(self, usage: _Usage) -> None:
+        key, now = usage.key, self.clock()
+        if key.concurrency is not None and usage.open >= key.concurrency:
+            raise _limited(f"key {key.name} has {usage.open} requests open, as many as it may", 1)
+        if usage.requests is not None:
+            if (wait := usage.requests.wait(1, now)) > 0:
+                raise _limited(f"key {key.name} is over its limit of {key.rpm} requests a minute", wait)
+            usage.requests.take(1, now)
+
+
+def _presented(headers: Mapping[str, str]) -> str:
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return secret.strip()
+    return headers.get("x-api-key", "").strip()  # how Anthropic's clients send it
+
+
+def _limited(message: str, wait: float) -> RateLimited:
+    error = RateLimited(message)
+    error.retry_after = max(1, math.ceil(wait))
+    return error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_ino

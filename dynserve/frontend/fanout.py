@@ -1,0 +1,136 @@
+"""Several answers to one request: a list of prompts, `n` choices of one, embeddings of many texts.
+
+Each is a request of its own to the cluster; here they become one answer again. Streamed, their chunks come as they are
+made, each with its index; otherwise in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.types import Receive, Send
+
+from dynserve.errors import Cancelled, DynserveError
+from dynserve.frontend.access import Visit
+from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.response import _SSE, TokenResponse, until_left
+from dynserve.openai.formats.base import to_json
+from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
+from dynserve.wire.link import Finished, Usage
+from dynserve.wire.requests import TokenLogprob
+
+AT_ONCE = 64  # answers of one request that are being made
+
+
+class FanOut(TokenResponse):
+    """`group` prompts of the list are choices for the same prompt; the likeliest `keep` of them are shown."""
+
+    def __init__(
+        self, pipeline: Pipeline, prompts: Sequence[Prompt], visit: Visit, headers: Sequence[tuple[str, str]],
+        *, group: int, keep: int, request_id: str,
+    ) -> None:  # fmt: skip
+        super().__init__(pipeline, prompts[0], visit, headers)
+        self._prompts, self._group, self._keep, self._id = prompts, group, keep, request_id
+        self._answers = [_Answer() for _ in prompts]
+        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._sending = asyncio.Lock()
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            runs = [await stack.enter_async_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
+            await stack.enter_async_context(until_left(receive, runs))
+            async with _first_error(), asyncio.TaskGroup() as group:
+                for run, answer in zip(runs, self._answers, strict=True):
+                    group.create_task(self._one(run, answer, send))
+            await self._end(send)
+
+    async def _one(self, run: Run, answer: _Answer, send: Send) -> None:
+        async with self._gate:
+            async for burst in self._timed(run):
+                for record in burst:
+                    answer.note(record.logprobs)
+                last = burst[-1]
+                if isinstance(last, Finished) and last.handoff is None:
+                    answer.usage = last.usage
+                    answer.data = last.data
+                if self._prompt.render.stream and (data := b"".join([record.data for record in burst])):
+                    await self._chunk(data, send)
+
+    async def _chunk(self, data: bytes, send: Send) -> None:
+        async with self._sending:
+            if not self._sent:
+                await self._start(200, _SSE, send)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _end(self, send: Send) -> None:
+        render, usage = self._prompt.render, self._usage()
+        if render.stream:
+            last = (usage_chunk(render, usage) if render.usage else b"") + DONE
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        elif render.kind == "embedding":
+            data = b",".join([answer.data for answer in self._answers])
+            counts = to_json({"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens})
+            head = b'{"object":"list","data":[' + data + b'],"model":' + to_json(render.model)
+            await self._whole(200, head + b',"usage":' + counts + b"}", send, [])
+        else:
+            await self._whole(200, body_of(render, self._choices(), usage), send, [])
+
+    def _choices(self) -> list[bytes]:
+        """Of each group the likeliest, numbered anew."""
+        if self._keep == self._group:
+            return [answer.data for answer in self._answers]
+        chosen: list[bytes] = []
+        for at in range(0, len(self._answers), self._group):
+            group = range(at, at + self._group)
+            best = sorted(group, key=lambda i: -self._answers[i].likelihood)[: self._keep]
+            for old in best:
+                chosen.append(reindexed(self._answers[old].data, old, len(chosen)))
+        return chosen
+
+    def _usage(self) -> Usage:
+        """The prompt of a group counts once, all that was generated counts."""
+        usages = [answer.usage for answer in self._answers]
+        firsts = usages[:: self._group]
+        return Usage(
+            sum(u.prompt_tokens for u in firsts),
+            sum(u.completion_tokens for u in usages),
+            sum(u.cached_tokens for u in firsts),
+            reasoning_tokens=sum(u.reasoning_tokens for u in usages),
+        )
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.data = b""
+        self.usage = Usage(0, 0, 0)
+        self._sum, self._count = 0.0, 0
+
+    def note(self, logprobs: list[TokenLogprob] | None) -> None:
+        for entry in logprobs or ():
+            self._sum += entry.logprob
+            self._count += 1
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log-probability of its tokens: longer answers are not less likely for being longer."""
+        return self._sum / self._count if self._count else float("-inf")
+
+
+@contextlib.asynccontextmanager
+async def _first_error() -> AsyncIterator[None]:
+    """Of the errors of a group the one that says most: the others were often only its consequence."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        errors = list(_leaves(group))
+        ours = [error for error in errors if isinstance(error, DynserveError) and not isinstance(error, Cancelled)]
+        raise (ours or errors)[0] from None
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -1,0 +1,233 @@
+"""`/v1/chat/completions`: messages, tools and formats of answers, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dynserve.errors import BadRequest
+from dynserve.openai.fields import MAX_N, Count, SamplingFields, StreamOptions
+from dynserve.openai.prompt import Conversation
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+MAX_TOOLS = 512
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(BaseModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates want arguments as objects; OpenAI sends them as JSON text."""
+        arguments: Any = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                parsed = json.loads(arguments or "{}")
+                arguments = parsed if isinstance(parsed, dict) else arguments
+            except (ValueError, RecursionError):
+                pass  # what a model once wrote: shown as it was
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id} | call
+
+
+class Message(BaseModel):
+    """A turn of the conversation. Fields that a template may want beyond these are passed on to it."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def check(self, where: str) -> None:
+        if self.content is None and self.role in ("system", "developer", "user"):
+            raise BadRequest(f"{where}.content: a message of role {self.role} needs content", param=f"{where}.content")
+        if self.tool_calls and self.role != "assistant":
+            raise BadRequest(f"{where}.tool_calls: only an assistant calls tools", param=f"{where}.tool_calls")
+
+    def for_template(self) -> dict[str, Any]:
+        fields = self.model_dump(exclude_unset=True, exclude={"tool_calls", "content"})
+        fields["content"] = self.text()
+        if self.tool_calls:
+            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if fields["role"] == "developer":  # OpenAI's newer name; templates know the older one
+            fields["role"] = "system"
+        return fields
+
+    def text(self) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
+        parts = []
+        for part in self.content:
+            text = part.text if part.type in ("text", "input_text", "output_text") else None
+            if part.type == "refusal":
+                text = str((part.model_extra or {}).get("refusal") or "")
+            if text is None:
+                raise BadRequest(f"content parts of type {part.type!r} are not supported", param="messages")
+            parts.append(text)
+        return "".join(parts)
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(SamplingFields):
+    prompt_field: ClassVar[str] = "messages"
+    refused: ClassVar[Mapping[str, str]] = {
+        "functions": "use tools",
+        "function_call": "use tool_choice",
+        "audio": "this server makes text only",
+        "web_search_options": "give a search function in tools",
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool = False
+    modalities: list[Literal["text"]] | None = None
+    # accepted, without a meaning here
+    verbosity: str | None = None
+    prediction: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        for at, message in enumerate(self.messages):
+            message.check(f"messages.{at}")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options needs stream: true", param="stream_options")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise BadRequest("continue_final_message needs a last message of the assistant", param="messages")
+        self._check_tools()
+        self._check_formats()
+
+    def conversation(self) -> Conversation:
+        variables: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            # what Qwen's templates understand, and what OpenAI's do
+            variables = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
+        return Conversation(
+            [message.for_template() for message in self.messages],
+            [tool.for_template() for tool in self.callable_tools()],
+            variables | (self.chat_template_kwargs or {}),
+            self.continue_final_message,
+        )
+
+    def callable_tools(self) -> list[Tool]:
+        """A model that must not call tools is not told of them."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def size(self) -> int:
+        """Characters of the prompt, roughly: what decides whether it is worth a thread."""
+        size = sum(_size(message) for message in self.messages)
+        for tool in self.tools or ():
+            size += 200 + len(tool.function.description or "") + len(str(tool.function.parameters))
+        return size
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BadRequest(f"tools: {twice} is there twice", param="tools")
+        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
+            raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
+        if self.tool_choice == "required" and not names:
+            raise BadRequest("tool_choice: required needs tools", param="tool_choice")
+
+    def _check_formats(self) -> None:
+        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+        given = [name for name in fields if getattr(self, name) is not None]
+        form = self.response_format
+        if form is not None and form.type != "text":
+            given.insert(0, "response_format")
+            if form.type == "json_schema" and (form.json_schema is None or form.json_schema.schema_ is None):
+                raise BadRequest(
+                    "response_format of type json_schema needs json_schema.schema", param="response_format"
+                )
+        if len(given) > 1:
+            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        if given and forced:
+            raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
+
+
+def _size(message: Message) -> int:
+    content = message.content
+    size = len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content or ())
+    return size + sum(len(str(call.function.arguments)) for call in message.tool_calls or ())

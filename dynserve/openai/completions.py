@@ -1,0 +1,108 @@
+"""`/v1/completions` and `/v1/embeddings`: prompts as text or token ids, one or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from dynserve.errors import BadRequest
+from dynserve.openai.fields import MAX_INT, MAX_N, Request, SamplingFields, StreamOptions
+from dynserve.openai.prompt import Preprocessor
+
+MAX_PROMPTS = 2048  # in one request
+DEFAULT_TOKENS = 16  # OpenAI's own for this API
+Prompts = str | list[int] | list[str] | list[list[int]]
+
+
+class CompletionRequest(SamplingFields):
+    refused: ClassVar[Mapping[str, str]] = {
+        "suffix": "these models continue a text, they do not fill gaps in it; put everything into the prompt",
+    }
+
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = False
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options needs stream: true", param="stream_options")
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequest("max_tokens: 0 needs echo: true, or there is no answer", param="max_tokens")
+        if self.best_of is not None:
+            if self.best_of < (self.n or 1):
+                raise BadRequest(f"best_of must be at least n, which is {self.n or 1}", param="best_of")
+            if self.stream and self.best_of > (self.n or 1):
+                raise BadRequest("best_of cannot be streamed: the best is known at the end", param="best_of")
+        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+        given = [name for name in fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+        check_prompts(self.prompt, "prompt", (self.best_of or self.n or 1))
+
+    def size(self) -> int:
+        return prompts_size(self.prompt)
+
+
+class EmbeddingRequest(Request):
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    user: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        check_prompts(self.input, "input", 1)
+
+    def size(self) -> int:
+        return prompts_size(self.input)
+
+
+def check_prompts(prompts: Prompts, field: str, times: int) -> None:
+    """Raises BadRequest for prompts that are empty, or too many."""
+    if prompts in ("", []):
+        raise BadRequest(f"the {field} is empty", param=field)
+    count = len(listed(prompts))
+    if count * times > MAX_PROMPTS:
+        raise BadRequest(f"{count * times} answers in one request; at most {MAX_PROMPTS} are possible", param=field)
+
+
+def listed(prompts: Prompts) -> Sequence[str | list[int]]:
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        return [prompts]
+    return prompts
+
+
+def prompts_size(prompts: Prompts) -> int:
+    """Characters, roughly; token ids need no tokenising."""
+    return sum(len(prompt) if isinstance(prompt, str) else len(prompt) // 8 for prompt in listed(prompts))
+
+
+def prompt_ids(prompts: Prompts, field: str, preprocessor: Preprocessor) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        BadRequest: one has no tokens, or ids that the model does not have.
+    """
+    out = []
+    for at, prompt in enumerate(listed(prompts)):
+        ids = preprocessor.tokenize(prompt) if isinstance(prompt, str) else prompt
+        where = field if len(listed(prompts)) == 1 else f"{field}.{at}"
+        if not ids:
+            raise BadRequest(f"{where} is empty", param=field)
+        if not isinstance(prompt, str) and not (min(ids) >= 0 and max(ids) < preprocessor.vocab_size):
+            raise BadRequest(f"{where}: token ids must be between 0 and {preprocessor.vocab_size - 1}", param=field)
+        out.append(ids)
+    return out

@@ -1,0 +1,209 @@
+"""What a request of any API comes to: prompts as token ids, and for each answer how it is sampled, ended and rendered."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Literal
+
+import msgspec
+
+from dynserve.errors import BadRequest, ContextTooLong
+from dynserve.openai import parsers
+from dynserve.openai.chat import ChatRequest, NamedTool
+from dynserve.openai.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, prompt_ids
+from dynserve.openai.guide import enforces_calls, guide_of
+from dynserve.openai.parsers import reasoning
+from dynserve.openai.prompt import Preprocessor
+from dynserve.wire.discovery import Card
+from dynserve.wire.requests import Guide, Reasoning, Render, Sampling, Stop, Thought, ToolUse, pack_tokens
+
+Kind = Literal["chat", "completion", "response", "message", "embedding"]
+HEADS: dict[Kind, str] = {
+    "chat": "chatcmpl-", "completion": "cmpl-", "response": "resp_", "message": "msg_", "embedding": "embd-",
+}  # fmt: skip
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer that is to be made."""
+
+    tokens: bytes  # u32 little-endian
+    sampling: Sampling
+    stop: Stop
+    render: Render
+    guide: Guide | None = None
+    pool: Literal["mean", "last"] | None = None
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """All answers of one request: `group` of them for each prompt, of which the likeliest `keep` are shown."""
+
+    parts: list[Part]
+    group: int = 1
+    keep: int = 1
+
+    @property
+    def render(self) -> Render:
+        return self.parts[0].render
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(part.tokens) // 4 for part in self.parts[:: self.group])
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """Prompts after template and tokenizer, which may have run in a thread."""
+
+    prompts: list[bytes]
+    text: str = ""  # what the template made of a conversation
+
+
+def prepare_chat(asked: ChatRequest, preprocessor: Preprocessor) -> Prepared:
+    text, ids = preprocessor.chat(asked.conversation())
+    return Prepared([pack_tokens(ids)], text)
+
+
+def prepare_prompts(asked: CompletionRequest | EmbeddingRequest, preprocessor: Preprocessor) -> Prepared:
+    if isinstance(asked, CompletionRequest):
+        prompts = prompt_ids(asked.prompt, "prompt", preprocessor)
+    else:
+        prompts = prompt_ids(asked.input, "input", preprocessor)
+    return Prepared([pack_tokens(ids) for ids in prompts])
+
+
+def order_chat(
+    asked: ChatRequest, prepared: Prepared, card: Card, preprocessor: Preprocessor, kind: Kind, frame: str = ""
+) -> Order:
+    """Raises BadRequest or ContextTooLong for what this model cannot do."""
+    guide = guide_of(asked, card)
+    thoughts = _reasoning(card, prepared.text)
+    if guide is not None and thoughts is not None:
+        guide = msgspec.structs.replace(guide, thought=_thought(thoughts, preprocessor))
+    render = Render(
+        kind=kind,
+        response_id=HEADS[kind] + secrets.token_hex(16),
+        model=asked.model,
+        created=int(time.time()),
+        stream=bool(asked.stream),
+        usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        continuous_usage=bool(asked.stream_options and asked.stream_options.continuous_usage_stats),
+        logprobs=asked.wanted_logprobs(),
+        skip_special_tokens=asked.skip_special_tokens,
+        reasoning=thoughts,
+        tools=_tool_use(asked, card),
+        frame=frame,
+    )
+    (tokens,) = prepared.prompts
+    stop = asked.stops(len(tokens) // 4, card.max_seq_len, None)
+    count = asked.n or 1
+
+    def part(index: int) -> Part:
+        sampling = asked.sampling(
+            preprocessor.defaults, logprobs=render.logprobs, prompt_logprobs=False, choice=index
+        )  # fmt: skip
+        return Part(tokens=tokens, sampling=sampling, stop=stop, render=_numbered(render, index, count), guide=guide)
+
+    return Order(parts=[part(index) for index in range(count)], group=count, keep=count)
+
+
+def order_completion(asked: CompletionRequest, prepared: Prepared, card: Card, preprocessor: Preprocessor) -> Order:
+    """Raises BadRequest or ContextTooLong for what this model cannot do."""
+    guide = guide_of(asked, card)
+    keep = asked.n or 1
+    group = asked.best_of or keep
+    render = Render(
+        kind="completion",
+        response_id=HEADS["completion"] + secrets.token_hex(16),
+        model=asked.model,
+        created=int(time.time()),
+        stream=bool(asked.stream),
+        usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        continuous_usage=bool(asked.stream_options and asked.stream_options.continuous_usage_stats),
+        logprobs=asked.logprobs,
+        skip_special_tokens=asked.skip_special_tokens,
+        echo=bool(asked.echo),
+    )
+    count = len(prepared.prompts) * group
+    # the likeliest can only be told by their log-probabilities
+    logprobs = 0 if group > keep and asked.logprobs is None else asked.logprobs
+    prompt_logprobs = bool(asked.echo) and asked.logprobs is not None
+    parts = []
+    for at, tokens in enumerate(prepared.prompts):
+        stop = asked.stops(len(tokens) // 4, card.max_seq_len, DEFAULT_TOKENS)
+        for choice in range(group):
+            sampling = asked.sampling(
+                preprocessor.defaults, logprobs=logprobs, prompt_logprobs=prompt_logprobs, choice=choice
+            )  # fmt: skip
+            numbered = _numbered(render, at * group + choice, count)
+            parts.append(Part(tokens=tokens, sampling=sampling, stop=stop, render=numbered, guide=guide))
+    return Order(parts=parts, group=group, keep=keep)
+
+
+def order_embedding(asked: EmbeddingRequest, prepared: Prepared, card: Card) -> Order:
+    """Raises BadRequest or ContextTooLong for what this model cannot do."""
+    if not card.pooling:
+        raise BadRequest(f"the workers of {asked.model} make no embeddings", param="model")
+    if asked.dimensions is not None and asked.dimensions > card.embedding_size:
+        raise BadRequest(
+            f"dimensions: {asked.dimensions} is more than the {card.embedding_size} that this model has",
+            param="dimensions",
+        )
+    render = Render(
+        kind="embedding",
+        response_id=HEADS["embedding"] + secrets.token_hex(16),
+        model=asked.model,
+        created=int(time.time()),
+        dimensions=asked.dimensions or 0,
+        base64=asked.encoding_format == "base64",
+    )
+    parts = []
+    for at, tokens in enumerate(prepared.prompts):
+        if len(tokens) // 4 >= card.max_seq_len:
+            raise ContextTooLong(
+                f"This model's maximum context length is {card.max_seq_len} tokens. However, input {at} has "
+                f"{len(tokens) // 4} tokens. Please shorten it.",
+                param="input",
+            )
+        parts.append(
+            Part(
+                tokens=tokens,
+                sampling=Sampling(temperature=0.0),
+                stop=Stop(max_tokens=1),
+                render=msgspec.structs.replace(render, index=at, part=True),
+                pool=card.pooling,
+            )
+        )
+    return Order(parts=parts)
+
+
+def _numbered(render: Render, index: int, count: int) -> Render:
+    return render if count == 1 else msgspec.structs.replace(render, index=index, part=True)
+
+
+def _reasoning(card: Card, prompt: str) -> Reasoning | None:
+    if not card.reasoning_parser:
+        return None
+    return Reasoning(parser=card.reasoning_parser, open=reasoning.is_open(card.reasoning_parser, prompt))
+
+
+def _thought(thoughts: Reasoning, preprocessor: Preprocessor) -> Thought | None:
+    """Where a grammar waits for the end of a thought; only tokens of their own can be seen by the engine."""
+    begin, end = (preprocessor.tokenizer.token_to_id(tag) for tag in (reasoning.BEGIN, reasoning.END))
+    if begin is None or end is None:
+        return None
+    return Thought(begin=begin, end=end, open=thoughts.open)
+
+
+def _tool_use(asked: ChatRequest, card: Card) -> ToolUse | None:
+    tools = asked.callable_tools()
+    if not tools:
+        return None
+    if card.tool_parser not in parsers.TOOL_PARSERS:
+        raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
+    named = isinstance(asked.tool_choice, NamedTool)
+    return ToolUse(
+        parser=card.tool_parser,
+        names=tuple(tool.function.name for tool in tools),
+        enforced=named or asked.tool_choice == "required" or enforces_calls(card),
+        named=named,
+    )

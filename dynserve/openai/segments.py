@@ -1,0 +1,95 @@
+"""Tokenising what is new: pieces of a text between special tokens are remembered with their ids.
+
+A tokenizer cuts a text at its special tokens before anything else, and what it makes of a piece depends on nothing around
+it. So the turns of a conversation, which such tokens separate, can be tokenised one by one, and those that were seen before
+not at all. Where that would not be exact (`Segments.exact`), the whole text is tokenised.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from array import array
+from collections import OrderedDict
+
+from tokenizers import Tokenizer
+
+ENTRY = 300  # bytes that an entry takes beside its text and ids
+
+
+class Segments:
+    """Used from several threads. `budget` is in bytes, of texts and ids together."""
+
+    def __init__(self, tokenizer: Tokenizer, budget: int = 64 << 20) -> None:
+        self._tokenizer, self._budget = tokenizer, budget
+        # those that are found in the raw text; others are found after normalisation, within a piece
+        self._ids = {t.content: id_ for id_, t in tokenizer.get_added_tokens_decoder().items() if not t.normalized}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if self._ids else None
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self.exact = self._is_exact()
+        self.hits = self.misses = 0  # characters
+
+    def encode(self, text: str) -> list[int]:
+        """Exactly the ids that the tokenizer gives for the whole text, without special tokens around it."""
+        if not self.exact or self._cut is None:
+            return self._tokenise([text])[0]
+        pieces = self._cut.split(text)
+        found = [self._find(piece) for piece in pieces]
+        missing = [piece for piece, ids in zip(pieces, found, strict=True) if ids is None]
+        fresh = iter(self._tokenise(missing))
+        out: list[int] = []
+        for piece, known in zip(pieces, found, strict=True):
+            ids: list[int] | array[int] = known if known is not None else next(fresh)
+            if known is None:
+                self._keep(piece, array("I", ids))
+            out += ids
+        return out
+
+    def _find(self, piece: str) -> array[int] | None:
+        if not piece:
+            return _NOTHING
+        if (special := self._ids.get(piece)) is not None:
+            return array("I", (special,))
+        with self._lock:
+            ids = self._known.get(piece)
+            if ids is None:
+                self.misses += len(piece)
+            else:
+                self.hits += len(piece)
+                self._known.move_to_end(piece)
+            return ids
+
+    def _keep(self, piece: str, ids: array[int]) -> None:
+        size = _size(piece, ids)
+        if size > self._budget // 4:
+            return
+        with self._lock:
+            if piece not in self._known:
+                self._known[piece] = ids
+                self._bytes += size
+            while self._bytes > self._budget:
+                self._bytes -= _size(*self._known.popitem(last=False))
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        # a batch, even of one: only that lets go of the interpreter's lock, so that the event loop runs on
+        if not texts:
+            return []
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _is_exact(self) -> bool:
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        if any(t.lstrip or t.rstrip or t.single_word for t in tokens if not t.normalized):
+            return False  # these reach into their neighbours
+        # Metaspace's scheme `first` looks at whether a piece begins the text
+        return '"prepend_scheme": "first"' not in json.dumps(json.loads(self._tokenizer.to_str()).get("pre_tokenizer"))
+
+
+def _size(piece: str, ids: array[int]) -> int:
+    return 4 * len(piece) + 4 * len(ids) + ENTRY
+
+
+_NOTHING: array[int] = array("I")

@@ -1,0 +1,35 @@
+"""What a worker says of its model beyond numbers: how it writes calls and thoughts, and how it makes embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from dynserve.config import WorkerConfig
+from dynserve.openai.model_files import model_config
+from dynserve.openai.parsers import detect_reasoning, detect_tools
+
+
+def answer_parsers(config: WorkerConfig, template: str) -> tuple[str, str]:
+    """Names of the tool and the reasoning parser, empty for none; `auto` goes by the chat template."""
+    tools, thoughts = config.tool_call_parser, config.reasoning_parser
+    if tools == "auto":
+        tools = detect_tools(template, model_config(Path(config.model_path)))
+    if thoughts == "auto":
+        thoughts = detect_reasoning(template)
+    return "" if tools == "none" else tools, "" if thoughts == "none" else thoughts
+
+
+def pooling(config: WorkerConfig) -> Literal["", "mean", "last"]:
+    """`auto` goes by the folder's sentence-transformers configuration; without one it is the mean."""
+    if config.pooling == "none":
+        return ""
+    if config.pooling != "auto":
+        return config.pooling
+    path = Path(config.model_path) / "1_Pooling" / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return "mean"
+    return "last" if isinstance(found, dict) and found.get("pooling_mode_lasttoken") else "mean"
