@@ -187,7 +187,10 @@ def _reasoning(card: Card, prompt: str) -> Reasoning | None:
 
 
 def _thought(thoughts: Reasoning, preprocessor: Preprocessor) -> Thought | None:
-    """Where a grammar waits for the end of a thought; only tokens of their own can be seen by the engine."""
+    """Where a grammar waits for the end of a thought; only tokens of their own can be seen by the engine. Where it is the
+    template that opens thoughts, a prompt without an open one asks for none."""
+    if not thoughts.open and preprocessor.opens_thoughts:
+        return None
     begin, end = (preprocessor.tokenizer.token_to_id(tag) for tag in (reasoning.BEGIN, reasoning.END))
     if begin is None or end is None:
         return None

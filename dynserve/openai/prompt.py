@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from dynserve.errors import BadRequest, InternalError
+from dynserve.openai.parsers import reasoning
 from dynserve.openai.segments import Segments
 from dynserve.wire.requests import Sampling
 
@@ -41,6 +42,7 @@ class Preprocessor:
         self.template = _template_source(files, config)
         self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
         self._template = _environment().from_string(self.template) if self.template else None
+        self.opens_thoughts = self._opens_thoughts()
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
     def chat(self, conversation: Conversation) -> tuple[str, list[int]]:
@@ -76,6 +78,14 @@ class Preprocessor:
             reason = str(error) or type(error).__name__
             raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
         return _without_end(text, conversation) if conversation.continue_last else text
+
+    def _opens_thoughts(self) -> bool:
+        """Whether it is the template that begins thoughts, rather than the model."""
+        probe = Conversation([{"role": "user", "content": "x"}], variables={"enable_thinking": True})
+        try:
+            return self.render(probe).rstrip().endswith(reasoning.BEGIN)
+        except BadRequest:
+            return False
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""

@@ -90,7 +90,7 @@ class Guides:
 
 
 class Matcher:
-    """One answer on its way through a grammar. While the model thinks, anything goes."""
+    """One answer on its way through a grammar. While the model thinks, anything goes but the end."""
 
     def __init__(
         self, matcher: xgrammar.GrammarMatcher, vocab_size: int, eos: list[int], thought: Thought | None
@@ -108,6 +108,7 @@ class Matcher:
         for token in generated[self._seen :]:
             self._take(token)
         if self._thinking:
+            logits[self._eos] = float("-inf")  # an answer of nothing but a thought would escape the grammar
             return
         if self._matcher.is_terminated():
             self._only_the_end(logits)
