@@ -257,7 +257,8 @@ class JsonCalls:
         return [Call(name), Arguments(json.dumps(arguments, ensure_ascii=False))]
 
     def _is_over(self) -> bool:
-        return any(string in self._held for string in self._style.after if len(string) > 2)
+        """The end of a call without a call; a code fence may yet be the beginning of one."""
+        return any(string in self._held for string in self._style.after if string[0] == "<")
 
     def _give_up(self, pieces: list[Piece]) -> bool:
         """It is no call."""

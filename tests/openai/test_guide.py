@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynserve.config import TINY_MODEL
+from dynserve.errors import BadRequest
+from dynserve.executors.torch.guides import Guides
+from dynserve.openai.chat import ChatRequest
+from dynserve.openai.completions import CompletionRequest
+from dynserve.openai.fields import parsed
+from dynserve.openai.guide import MAX_GRAMMAR, enforces_calls, guide_of
+from dynserve.openai.parsers import TOOL_PARSERS, Arguments, Call, chain
+from dynserve.wire.discovery import Card
+from dynserve.wire.requests import Guide, ToolUse
+
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}},
+    {"type": "function", "function": {"name": "now"}},
+    {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {"in": {"$ref": "#/$defs/place"}, "deep": {"type": "boolean"}}, "required": ["in"], "$defs": {"place": {"enum": ["here", "there"]}}}}},
+]  # fmt: skip
+
+
+def card(tool_parser: str = "hermes", *, guides: bool = True) -> Card:
+    return Card(
+        model="m", block_size=32, max_seq_len=8192, num_blocks=9, max_batch_size=9, eos_token_ids=[2],
+        tool_parser=tool_parser, guides=guides,
+    )  # fmt: skip
+
+
+def chat(**fields: Any) -> ChatRequest:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]} | fields
+    return parsed(ChatRequest, json.dumps(body).encode())
+
+
+def guide(tool_parser: str = "hermes", **fields: Any) -> Guide:
+    found = guide_of(chat(**fields), card(tool_parser))
+    assert found is not None
+    return found
+
+
+async def accepts(found: Guide, *texts: str) -> list[bool]:
+    """Whether each text is a whole sentence of the grammar, as the engine's compiler reads it."""
+    with Guides(Path(TINY_MODEL), 2048, [2]) as guides:
+        out = []
+        for text in texts:
+            matcher = (await guides.matcher(found))._matcher
+            out.append(matcher.accept_string(text) and matcher.is_completed())
+        return out
+
+
+# how each family writes a call of `add` with these arguments, and one of `now`
+WRITTEN = {
+    "hermes": ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>', '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', "\n"),
+    "llama3_json": ('{"name": "add", "parameters": {"a": 1, "b": 2}}', '{"name": "now", "parameters": {}}', "; "),
+    "mistral": ('{"name": "add", "arguments": {"a": 1, "b": 2}}', '{"name": "now", "arguments": {}}', ", "),
+    "deepseek_v3": ('<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1, "b": 2}\n```<｜tool▁call▁end｜>', "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>", "\n"),
+    "deepseek_v31": ('<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜>', "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>", ""),
+    "pythonic": ("add(a=1, b=2)", "now()", ", "),
+}  # fmt: skip
+AROUND = {
+    "mistral": ("[TOOL_CALLS][", "]"),
+    "deepseek_v3": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    "deepseek_v31": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    "pythonic": ("[", "]"),
+}
+
+
+def written(style: str, *calls: str) -> str:
+    before, after = AROUND.get(style, ("", ""))
+    return before + WRITTEN[style][2].join(calls) + after
+
+
+@pytest.mark.parametrize("style", TOOL_PARSERS)
+async def test_required_calls_have_the_form_that_the_parser_reads(style: str) -> None:
+    add, now, _ = WRITTEN[style]
+    found = guide(style, tools=TOOLS, tool_choice="required")
+    one, two = written(style, add), written(style, now, add)
+    assert await accepts(found, one, two, "Hello!", written(style)) == [True, True, False, False]
+    single = guide(style, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert await accepts(single, one, two) == [True, False]
+    named = guide(style, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}})
+    assert await accepts(named, written(style, now), one) == [True, False]
+    parser = chain(ToolUse(parser=style, names=("add", "now", "find"), enforced=True), None)
+    assert parser is not None
+    pieces = [*parser.push(two), *parser.finish()]
+    assert [p for p in pieces if isinstance(p, Call)] == [Call("now"), Call("add")]
+    assert json.loads("".join(p.text for p in pieces if isinstance(p, Arguments)).split("}", 1)[1]) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("style", [style for style in TOOL_PARSERS if enforces_calls(card(style))])
+async def test_a_free_answer_may_talk_but_not_call_wrongly(style: str) -> None:
+    found = guide(style, tools=TOOLS)
+    call = written(style, WRITTEN[style][0])
+    wrong = call.replace('"b"', '"c"')
+    assert await accepts(found, "Hello! { } [", "Let me see. " + call, wrong) == [True, True, False]
+
+
+async def test_a_schema_and_tools_leave_the_choice_between_both() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    found = guide(tools=TOOLS, response_format=form)
+    call = WRITTEN["hermes"][0]
+    assert await accepts(found, '{"n": 3}', call, "Hello") == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": [1, {"b": null}]}', "[1]"),
+        ({"guided_json": '{"type": "integer"}'}, "12", '"12"'),
+        ({"guided_regex": "a+b"}, "aab", "b"),
+        ({"guided_choice": ['say "yes"', "no\nway", "back\\slash"]}, "no\nway", "no"),
+        ({"guided_grammar": "root ::= [a-c]+"}, "abc", "d"),
+    ],
+)
+async def test_each_way_to_ask_for_a_form_is_understood(fields: dict[str, Any], good: str, bad: str) -> None:
+    assert await accepts(guide(**fields), good, bad) == [True, False]
+    if "response_format" not in fields:
+        asked = parsed(CompletionRequest, json.dumps({"model": "m", "prompt": "x"} | fields).encode())
+        assert guide_of(asked, card()) == guide(**fields)
+
+
+async def test_white_space_within_json_has_a_bound() -> None:
+    found = guide(guided_json={"type": "array", "items": {"type": "integer"}})
+    assert await accepts(found, "[\n    1,\n    2\n]", "[" + " " * 33 + "1]") == [True, False]
+
+
+def test_nothing_is_asked_of_answers_that_may_be_anything() -> None:
+    assert guide_of(chat(), card()) is None
+    assert guide_of(chat(response_format={"type": "text"}, tools=[]), card()) is None
+    assert guide_of(chat(tools=TOOLS, tool_choice="none"), card()) is None
+    assert guide_of(chat(tools=TOOLS), card("llama3_json")) is None  # a brace alone is no call yet
+    assert guide_of(chat(tools=TOOLS), card(guides=False)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "its", "message"),
+    [
+        ({"guided_regex": "a"}, card(guides=False), "cannot hold an answer to a grammar"),
+        ({"tools": TOOLS, "tool_choice": "required"}, card(guides=False), "cannot hold an answer to a grammar"),
+        ({"tools": TOOLS}, card(""), "does not call tools"),
+        ({"guided_regex": "a" * (MAX_GRAMMAR + 1)}, card(), "may have 262,144 characters, not 262,145"),
+        ({"tools": TOOLS, "guided_json": "{"}, card(), "guided_json is not JSON"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], its: Card, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        guide_of(chat(**fields), its)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        Guide(kind="json", text="{"),
+        Guide(kind="json", text='{"type": "object", "properties": 3}'),
+        Guide(kind="regex", text="(("),
+        Guide(kind="grammar", text="nothing"),
+        Guide(kind="structural_tag", text='{"type": "structural_tag", "format": {"type": "unheard"}}'),
+        Guide(kind="structural_tag", text="[1"),
+    ],
+)
+async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Guide) -> None:
+    with Guides(Path(TINY_MODEL), 2048, [2]) as guides:
+        with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
+            await guides.matcher(found)
+        await guides.matcher(Guide(kind="regex", text="a"))  # and the next is compiled as ever

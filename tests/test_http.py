@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dynserve.cluster import Cluster
+from dynserve.errors import ConfigError
+from dynserve.http import Limits, Tls, bind, serving
+from tests.conftest import MODEL, until
+
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+
+
+@asynccontextmanager
+async def served(limits: Limits | None = None, **options: Any) -> AsyncIterator[tuple[int, Cluster]]:
+    """A frontend on a real socket, with a simulated worker behind it."""
+    async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}, options=options) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(cluster.app, sock, limits):
+            yield port, cluster
+
+
+async def raw(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+        await asyncio.sleep(pause)
+        if reader.at_eof() or writer.is_closing():
+            break  # it has answered already
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
+    async with served(Limits(header_bytes=2000)) as (port, _):
+        start = b"GET /live HTTP/1.1\r\nhost: x\r\n"
+        whole = await raw(port, start + b"a: " + b"x" * 3000 + b"\r\n\r\n")
+        assert error_of(whole) == (431, "the request's headers are too large")
+        many = await raw(port, start, *[b"a%d: %b\r\n" % (i, b"x" * 90) for i in range(22)], pause=0.001)
+        assert error_of(many)[0] == 431
+        endless = await raw(port, start + b"a: ", *[b"x" * 500] * 5, pause=0.001)
+        assert error_of(endless)[0] == 431
+        fine = await raw(port, start + b"connection: close\r\n\r\n")
+        assert fine.startswith(b"HTTP/1.1 200")
+
+
+async def test_headers_that_do_not_come_are_not_waited_for() -> None:
+    async with served(Limits(header_s=0.2)) as (port, _):
+        assert error_of(await raw(port, b"GET /live HTTP/1.1\r\nhost:"))[0] == 408
+        assert error_of(await raw(port))[0] == 408
+
+
+async def test_a_connection_that_is_kept_alive_is_no_slow_request() -> None:
+    async with (
+        served(Limits(header_s=0.2)) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        for _ in range(3):
+            assert (await client.get("/live")).status_code == 200
+            await asyncio.sleep(0.3)
+
+
+async def test_what_is_no_http_is_answered_with_an_error_object() -> None:
+    async with served() as (port, _):
+        assert error_of(await raw(port, b"HELLO\r\n\r\n")) == (400, "this is not a valid HTTP request")
+
+
+async def test_a_body_has_a_bound_in_size_and_in_time() -> None:
+    async with served(max_body_bytes=1000, receive_timeout_s=0.2) as (port, cluster):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            large = await client.post("/v1/chat/completions", content=b"x" * 2000)
+            assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 50\r\n\r\n{"
+        status, message = error_of(await raw(port, head))
+        assert status == 400 and "did not arrive within" in message
+        assert cluster.frontend.gate.open == 0
+
+
+async def test_a_page_from_elsewhere_may_call_only_when_it_is_named() -> None:
+    asking = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    for origins, allowed in ((None, None), ("https://a.example, https://b.example", "https://a.example"), ("*", "*")):
+        async with served(cors_origins=origins) as (port, _):
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                preflight = await client.options("/v1/chat/completions", headers=asking)
+                assert preflight.headers.get("access-control-allow-origin") == allowed
+                answer = await client.post("/v1/chat/completions", json=ASK, headers={"origin": "https://a.example"})
+                assert answer.status_code == 200
+                assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+async def test_more_requests_than_the_bound_are_told_to_come_back() -> None:
+    engine = {"step_ms": 50}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine, options={"max_requests": 2}) as cluster:
+        async with cluster.client() as client:
+            asking = [asyncio.create_task(client.post("/v1/chat/completions", json=ASK)) for _ in range(2)]
+            await until(lambda: cluster.frontend.gate.open == 2)
+            refused = await client.post("/v1/chat/completions", json=ASK)
+            assert refused.status_code == 429 and refused.headers["retry-after"]
+            assert (await client.get("/health")).status_code == 200
+            assert [(await task).status_code for task in asking] == [200, 200]
+            assert cluster.frontend.gate.open == 0
+
+
+async def test_strict_servers_refuse_unknown_fields() -> None:
+    async with (
+        served(strict_fields=True) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        refused = await client.post("/v1/chat/completions", json=ASK | {"tempratur": 1})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == "unknown field tempratur (did you mean temperature?)"
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    return Tls(str(certificate), str(key))
+
+
+async def test_https_is_served_with_a_certificate(pem: Tls) -> None:
+    async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        trusted = ssl.create_default_context(cafile=pem.certificate)
+        async with serving(cluster.app, sock, None, pem):
+            async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=trusted) as client:
+                answer = await client.post("/v1/chat/completions", json=ASK | {"stream": True})
+                assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    sock = bind("127.0.0.1", 0, "--http-port")
+    nothing = tmp_path / "empty.pem"
+    nothing.write_text("")
+    for path in (str(nothing), "/nowhere.pem"):
+        with pytest.raises(ConfigError, match="--tls-certificate and --tls-key cannot be used"):
+            async with serving(lambda: None, sock, None, Tls(path, path)):
+                pass
+    sock.close()
