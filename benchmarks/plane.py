@@ -40,8 +40,9 @@ class Setup(NamedTuple):
 
 @contextlib.contextmanager
 def cluster(
-    workers: list[str], engine: dict[str, Any], executor: str = "simulated", frontend_flags: Sequence[str] = ()
-) -> Iterator[Setup]:
+    workers: list[str], engine: dict[str, Any], executor: str = "simulated", frontend_flags: Sequence[str] = (),
+    worker_flags: Sequence[str] = (),
+) -> Iterator[Setup]:  # fmt: skip
     """etcd, NATS, a frontend and workers in these roles; all gone at the end."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         etcd, peer, nats, http = free_ports(4)
@@ -65,7 +66,7 @@ def cluster(
         frontend = start(
             [sys.executable, "-m", "dynserve.frontend", *planes, "--http-port", str(http), *frontend_flags]
         )
-        options = ["--executor", executor, "--override-engine-args", json.dumps(engine)]
+        options = ["--executor", executor, "--override-engine-args", json.dumps(engine), *worker_flags]
         pids = [
             start([sys.executable, "-m", "dynserve.worker", *planes, *options, "--disaggregation-mode", role])
             for role in workers

@@ -65,8 +65,8 @@ class _Protocol(HttpToolsProtocol):
 
     limits = Limits()
     _timer: asyncio.TimerHandle | None = None
-    _size = 0  # of the headers that are arriving
-    _arriving = True
+    _in_headers = False
+    _size = 0  # of headers that are arriving in several pieces
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,29 +77,33 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._arriving and self._timer is None:
-            self._start_timer()
+        before = self._in_headers
         super().data_received(data)
-        if self._arriving:
+        if before and self._in_headers:  # all of it was headers
             self._size += len(data)
             if self._size > self.limits.header_bytes:
                 self._refuse(431, "the request's headers are too large")
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers, self._size = True, 0
+        if self._timer is None:
+            self._start_timer()
+
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        self._arriving, self._size = False, 0
+        self._in_headers = False
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
-            return
-        super().on_headers_complete()
+        if not self.transport.is_closing():
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._arriving = True
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if self.cycle is not None and not self.transport.is_closing():
             super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
@@ -114,7 +118,7 @@ class _Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        if self._arriving and (self.cycle is None or self.cycle.response_complete):
+        if self.cycle is None or self.cycle.response_complete:
             self._refuse(408, "the request did not arrive in time")
 
     def _refuse(self, status: int, message: str) -> None:

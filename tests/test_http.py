@@ -61,6 +61,16 @@ async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
         assert fine.startswith(b"HTTP/1.1 200")
 
 
+async def test_a_large_body_in_one_piece_with_its_headers_is_no_large_header() -> None:
+    async with (
+        served(Limits(header_bytes=2000)) as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        for _ in range(5):
+            body = ASK | {"messages": [{"role": "user", "content": "word " * 1500}]}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+
 async def test_headers_that_do_not_come_are_not_waited_for() -> None:
     async with served(Limits(header_s=0.2)) as (port, _):
         assert error_of(await raw(port, b"GET /live HTTP/1.1\r\nhost:"))[0] == 408

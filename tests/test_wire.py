@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -33,6 +35,16 @@ def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, 
     assert link.decode_from_worker(frame) == sent
 
 
+DECODERS: list[Any] = [
+    link.decode_from_worker,
+    link.decode_from_frontend,
+    requests.decode_request,
+    requests.decode_ack,
+    events.decode_kv,
+    events.decode_load,
+    events.decode_shares,
+    discovery.decode,
+]
 COUNTS = st.integers(0, 2**40)
 
 
@@ -48,19 +60,50 @@ def test_events_decode_to_what_was_sent(name: str, count: int, hashes: list[int]
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes) -> None:
-    for decode in (
-        link.decode_from_worker,
-        link.decode_from_frontend,
-        requests.decode_request,
-        events.decode_kv,
-        events.decode_load,
-        events.decode_shares,
-        discovery.decode,
-    ):
+    for decode in DECODERS:
         try:
             decode(data)
         except MALFORMED:
             pass
+
+
+REQUEST = make_request(
+    [1, 2, 3],
+    prior=requests.Prior([4], [requests.TokenLogprob(4, -1.0)], 2),
+    guide=requests.Guide(kind="json", text="{}", thought=requests.Thought(begin=1, end=2, open=True)),
+    pool="mean",
+)
+VALID = [
+    requests.encode(REQUEST),
+    events.encode(events.KvEvents("w", 1, 1, [events.Stored(None, [1, 2]), events.Cleared()])),
+    events.encode(events.LoadReport("w", events.Load(1, 2, 3, 4, 5, 6), 7, 8)),
+    msgspec.msgpack.encode([link.Hello("w", 1), link.Tokens(1, b"x", [1, 2]), link.Snapshot(1, 2, [3], True)]),
+    msgspec.msgpack.encode([link.Submit(REQUEST), link.Cancel(3)]),
+]
+
+
+@given(
+    st.sampled_from(VALID),
+    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6),
+    st.integers(0, 400),
+)
+def test_messages_with_bytes_changed_or_cut_are_read_or_refused(
+    message: bytes, changes: list[tuple[int, int]], cut: int
+) -> None:
+    broken = bytearray(message)
+    for at, byte in changes:
+        broken[at % len(broken)] = byte
+    for decode in DECODERS:
+        try:
+            decode(bytes(broken[: len(broken) - cut]))
+        except MALFORMED:
+            pass
+
+
+def test_a_prompt_of_half_a_token_is_refused() -> None:
+    raw = msgspec.msgpack.decode(requests.encode(REQUEST))
+    with pytest.raises(MALFORMED):
+        requests.decode_request(msgspec.msgpack.encode(raw | {"prompt": b"abc"}))
 
 
 def test_a_request_survives_the_wire() -> None:

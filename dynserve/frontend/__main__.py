@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ async def run(config: FrontendConfig, stop: Stop) -> None:
         Frontend.open(config, planes, url) as frontend,
         serving(frontend.app, sock, limits, tls),
     ):
+        # what is there now stays: looking through all of it again and again would hold up every stream
+        gc.collect()
+        gc.freeze()
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()
         log.info("stopping")

@@ -206,7 +206,10 @@ class Fleet:
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
-        if peer is None or peer.link is not link:
+        if peer is None:
+            log.warning("a link that no worker was known by ended: %s", reason)
+            return
+        if peer.link is not link:
             return
         log.info("worker %s is gone: %s", peer.id, reason)
         self._pools.clear()

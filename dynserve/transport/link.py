@@ -9,6 +9,7 @@ one stuck process must not hold another's memory.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,8 @@ SILENCE = 3.0  # seconds without a byte after which the peer is gone
 MAX_FRAME = 64 << 20  # bytes; a longer frame is a broken or hostile peer
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
+
+log = logging.getLogger(__name__)
 
 _length = struct.Struct("<I")
 
@@ -93,7 +96,11 @@ class Framed:
             self.abort(f"sent something that is no frame: {error}")
             return
         if self._handler is not None and messages:
-            self._handler.received(cast(Link, self), messages)
+            try:
+                self._handler.received(cast(Link, self), messages)
+            except Exception:  # one peer's messages must not take the process along, whatever is in them
+                log.exception("a link is cut: its messages cannot be handled")
+                self.abort("sent messages that cannot be handled")
 
     def ended(self, reason: str) -> None:
         """The carrier is gone, for whatever reason; the first one said stays."""

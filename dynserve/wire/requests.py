@@ -156,6 +156,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     guide: Guide | None = None
     pool: Literal["mean", "last"] | None = None  # the answer is an embedding of the prompt
 
+    def __post_init__(self) -> None:
+        if len(self.prompt) % 4:
+            raise ValueError("the prompt is not made of 4-byte token ids")
+
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     pass

@@ -1,0 +1,111 @@
+"""What the OpenAPI description allows, and what it does not, thrown at the server by schemathesis.
+
+    FUZZ_EXAMPLES=2500 python -m pytest tests/conformance/test_schema.py    # some 20,000 requests
+
+Nothing may fail on our side, hang, or stay open. A few dozen of each kind of request are part of every run of the suite.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.config import SchemathesisConfig
+
+from tests.conformance.conftest import Target
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+DEADLINE = 30.0  # seconds for one answer
+SEEN: collections.Counter[tuple[str, int]] = collections.Counter()
+
+
+@pytest.fixture(scope="module")
+def schema(target: Target) -> Any:
+    return schemathesis.openapi.from_url(f"{target.root}/openapi.json", config=SchemathesisConfig.from_dict({}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _open_requests(target: Target) -> Iterator[None]:
+    yield
+    if target.ours:
+        page = httpx.get(f"{target.root}/metrics", trust_env=False).text
+        lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+        assert float(lines["dynserve_open_requests"]) == 0
+        assert all(float(v) == 0 for k, v in lines.items() if k.startswith("dynserve_requests_in_flight{"))
+        assert httpx.get(f"{target.root}/health", trust_env=False).status_code == 200
+    for (operation, status), number in sorted(SEEN.items()):
+        print(f"{operation:40} {status} {number:6}")
+    print(f"{sum(SEEN.values())} requests")
+
+
+OPERATIONS = (
+    "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/responses", "POST /v1/messages",
+    "POST /v1/messages/count_tokens", "POST /tokenize", "POST /detokenize", "GET /v1/models", "GET /v1/models/{model}",
+    "GET /v1/requests/{request_id}/why", "GET /health", "GET /live", "GET /metrics",
+)  # fmt: skip
+
+
+def test_every_route_is_described_and_tried(schema: Any) -> None:
+    assert sorted(_operations(schema)) == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_generated_request_makes_the_server_fail(schema: Any, target: Target, operation: str, mode: Any) -> None:
+    @settings(
+        max_examples=EXAMPLES if operation.startswith("POST") else EXAMPLES // 10 + 1,
+        deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None,
+    )  # fmt: skip
+    @given(case=_operations(schema)[operation].as_strategy(generation_mode=mode))
+    def attempt(case: Any) -> None:
+        if isinstance(case.body, dict):
+            _aim(case.body, target.model)
+        _judge(operation, case.call(base_url=target.root, timeout=DEADLINE, headers=headers))
+
+    headers = {"authorization": f"Bearer {target.key}"}
+    try:
+        attempt()
+    except Unsatisfiable:
+        pass  # there is no wrong way to ask for this
+
+
+def _operations(schema: Any) -> dict[str, Any]:
+    found = [result.ok() for result in schema.get_all_operations()]
+    return {f"{operation.method.upper()} {operation.path}": operation for operation in found}
+
+
+def _judge(operation: str, response: Any) -> None:
+    SEEN[operation, response.status_code] += 1
+    assert response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert error["message"] and error["type"]
+    elif "text/event-stream" in response.headers["content-type"]:
+        assert response.text.endswith(("data: [DONE]\n\n", '"message_stop"}\n\n', "}\n\n"))
+
+
+def _aim(body: dict[str, Any], model: str) -> None:
+    """Most requests are for the model that is there, and for answers that end soon."""
+    if isinstance(body.get("model"), str) and len(body["model"]) % 8:
+        body["model"] = model
+    for field, most in (
+        ("max_tokens", 12),
+        ("max_completion_tokens", 12),
+        ("max_output_tokens", 12),
+        ("n", 3),
+        ("best_of", 3),
+    ):
+        if isinstance(body.get(field), int) and body[field] > most:
+            body[field] = most
+    if "max_tokens" not in body and "messages" in body:
+        body["max_tokens"] = 12
+    if "input" in body and "max_output_tokens" not in body:
+        body["max_output_tokens"] = 12
