@@ -99,6 +99,7 @@ async def test_litellm_answers_streams_and_calls(target: Target) -> None:
             messages=says("Weather in Rome?"), tools=[WEATHER], tool_choice="required", max_tokens=300, **common
         )
         embedded: Any = await litellm.aembedding(input=["red dog"], encoding_format="float", **common)
+        await litellm.close_litellm_async_clients()
     assert text == answer.choices[0].message.content
     assert called.choices[0].message.tool_calls[0].function.name == "get_weather"
     assert len(embedded.data) == 1
