@@ -30,7 +30,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
 
 # Names only: what they parse is in openai/parsers, which a test holds equal to these.
-TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "pythonic")
+TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
@@ -330,13 +330,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # not a number is not, either
             raise ConfigError(f"{_flag(name)} must be greater than 0, not {value}")
 
 
 def _not_negative(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 0:
+        if not getattr(config, name) >= 0:
             raise ConfigError(f"{_flag(name)} cannot be negative: {getattr(config, name)}")
 
 

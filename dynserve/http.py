@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
@@ -18,6 +21,7 @@ from dynserve.errors import ConfigError, translate
 
 log = logging.getLogger(__name__)
 
+DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 GOODBYE = 5  # seconds that open connections get when the server stops
 
 
@@ -61,56 +65,91 @@ class Limits(NamedTuple):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with bounds in size and time on a request's headers, and errors as JSON."""
+    """uvicorn's, with bounds in size and time on what a connection sends around bodies, and errors as JSON.
+
+    One timer watches over all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body
+    that nobody wants any more. Bodies that are wanted have the application's bounds.
+    """
 
     limits = Limits()
     _timer: asyncio.TimerHandle | None = None
-    _in_headers = False
-    _size = 0  # of headers that are arriving in several pieces
+    _in_headers = _in_body = False
+    _size = 0  # of headers or trailers that are arriving in several pieces
+    _some_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_timer()
+        self._start_timer(self.limits.header_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self._in_headers
+        headers, body = self._in_headers, self._in_body
+        if not headers and not body and b"pgrade" in data:
+            data = _UPGRADE.sub(b"\r\n", data, count=1)
+        self._some_body = False
         super().data_received(data)
-        if before and self._in_headers:  # all of it was headers
-            self._size += len(data)
-            if self._size > self.limits.header_bytes:
-                self._refuse(431, "the request's headers are too large")
+        # all of it was headers, or (where a body has come to an end) trailers
+        if (headers and self._in_headers) or (body and self._in_body and not self._some_body):
+            self._grow(len(data))
+        between = not self._in_headers and not self._in_body and self._idle
+        if between and self._timer is None and self.timeout_keep_alive_task is None:
+            self._start_timer(self.limits.header_s)  # an empty line, say, ended uvicorn's wait for a next request
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["dynserve.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         self._in_headers, self._size = True, 0
         if self._timer is None:
-            self._start_timer()
+            self._start_timer(self.limits.header_s)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+        else:
+            self._grow(len(name) + len(value))  # a trailer: nobody asks for it
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        self._in_headers = False
+        self._in_headers, self._in_body, self._size = False, True, 0
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
         if not self.transport.is_closing():
             super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._some_body, self._size = True, 0
+        if self.cycle is not None and not self.transport.is_closing():
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._in_body = False
+        self._stop_timer()
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
 
-    def on_body(self, body: bytes) -> None:
-        if self.cycle is not None and not self.transport.is_closing():
-            super().on_body(body)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_body and not self.transport.is_closing():
+            self._start_timer(DRAIN)  # who is still sending may read the answer first
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is not a valid HTTP request")
 
-    def _start_timer(self) -> None:
-        self._timer = self.loop.call_later(self.limits.header_s, self._too_slow)
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self.limits.header_bytes:
+            self._refuse(431, "the request's headers are too large")
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._too_slow)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -118,18 +157,42 @@ class _Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        self._timer = None
+        if not self._idle:  # the next request is not complete while this one is being answered: look again later
+            self._start_timer(self.limits.header_s)
+        elif self._in_body:
+            self.transport.close()
+        else:
             self._refuse(408, "the request did not arrive in time")
 
     def _refuse(self, status: int, message: str) -> None:
+        """The last word on this connection; not into the middle of an answer."""
         if self.transport.is_closing():
             return
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
-        body = json.dumps({"error": error}).encode()
-        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
+        if self._idle:
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+            body = json.dumps({"error": error}).encode()
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+# HTTP/2 is offered by some clients (Java's, curl --http2); the parser would drop the body of such a request.
+_UPGRADE = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*\r\n", re.IGNORECASE)
+
+
+def check_tls(tls: Tls) -> None:
+    """Raises ConfigError for files that are not there, not PEM, not a pair, or need a password."""
+
+    def no_password() -> str:
+        raise ConfigError(f"--tls-key {tls.key} is encrypted; give one without a password")
+
+    for flag, path in (("--tls-certificate", tls.certificate), ("--tls-key", tls.key)):
+        with translate({OSError: ConfigError}, f"{flag} {path}"):
+            Path(path).read_bytes()
+    with translate({OSError: ConfigError}, f"--tls-certificate {tls.certificate} and --tls-key {tls.key} are no pair"):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, no_password)
 
 
 @asynccontextmanager
@@ -147,8 +210,8 @@ async def serving(
         http=type("_Bounded", (_Protocol,), {"limits": bounds}), ws="none",
         ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
     )  # fmt: skip
-    with translate({OSError: ConfigError}, "--tls-certificate and --tls-key cannot be used"):
-        config.load()  # the files are read here
+    if tls is not None:
+        check_tls(tls)
     server = _Server(config)
     task = asyncio.create_task(server.serve([sock]))
     try:

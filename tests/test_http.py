@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from dynserve.cluster import Cluster
 from dynserve.errors import ConfigError
-from dynserve.http import Limits, Tls, bind, serving
+from dynserve.http import Limits, Tls, bind, check_tls, serving
 from tests.conftest import MODEL, until
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
@@ -77,6 +78,96 @@ async def test_headers_that_do_not_come_are_not_waited_for() -> None:
         assert error_of(await raw(port))[0] == 408
 
 
+async def test_trailers_have_a_bound_and_are_never_kept() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    async with served(Limits(header_bytes=2000)) as (port, _):
+        for trailers in ([b"a: b\r\n" * 100] * 40, [b"a: ", *[b"x" * 500] * 40]):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head)
+            for trailer in trailers:
+                writer.write(trailer)
+                await asyncio.sleep(0.001)
+            async with asyncio.timeout(5):
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()  # to the end: the connection is closed
+            writer.close()
+
+
+async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynserve.http.DRAIN", 0.2)
+    start = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    async with served(Limits(header_s=0.3)) as (port, _):
+        answer = await raw(port, start, b"x", pause=0.05)
+        assert answer.startswith(b"HTTP/1.1 404")  # and then the end
+        rest = b"x" * 1000 + b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        assert (await raw(port, start, rest, pause=0.05)).count(b"HTTP/1.1") == 2
+
+
+async def test_an_empty_line_does_not_hold_a_connection() -> None:
+    async with served(Limits(header_s=0.3)) as (port, _):
+        answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n", pause=0.05)
+        assert answer.startswith(b"HTTP/1.1 200") and b"408" in answer
+
+
+async def test_nonsense_behind_a_request_does_not_get_into_its_answer() -> None:
+    async with Cluster(aggregated=1, executor="simulated", engine={"step_ms": 20}) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        body = json.dumps(ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        async with serving(cluster.app, sock):
+            answer = await raw(sock.getsockname()[1], head + body, b"NONSENSE\r\n\r\n", pause=0.2)
+        assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+        await until(lambda: cluster.frontend.gate.open == 0)
+
+
+async def test_an_offer_of_http2_is_passed_over() -> None:
+    body = json.dumps(ASK).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    head += b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with served() as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + body)
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_loses_its_connection(caplog: pytest.LogCaptureFixture) -> None:
+    engine = {"speed": 0}
+    options = {"max_stream_bytes": 200_000}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine, options=options) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        ask = {"model": MODEL, "prompt": ["x"] * 64, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        body = json.dumps(ask).encode()
+        async with serving(cluster.app, sock):
+            reader, writer = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1], limit=1000)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            await until(lambda: cluster.frontend.gate.open == 1)
+            await until(lambda: cluster.frontend.gate.open == 0, seconds=30)
+            with contextlib.suppress(ConnectionError):
+                assert b"[DONE]" not in await reader.read()
+            writer.close()
+    assert "without completing response" not in caplog.text and "cannot be handled" not in caplog.text
+
+
+async def test_a_body_of_nothing_but_mistakes_is_refused_at_once() -> None:
+    async with served() as (port, cluster):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            for path, body in (
+                ("/v1/chat/completions", {"messages": [1] * 300_000}),
+                ("/v1/completions", {"prompt": [None] * 300_000}),
+                ("/v1/completions", {"prompt": "x", "logit_bias": {f"a{i}": 1 for i in range(100_000)}}),
+                ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": [1] * 300_000}]}),
+                ("/v1/responses", {"input": [1] * 300_000}),
+                ("/v1/embeddings", {"input": [{}] * 300_000}),
+            ):
+                answer = await client.post(path, json={"model": MODEL} | body)
+                assert answer.status_code == 400
+        lag = cluster.frontend.metrics.loop_lag
+        slow = [s.value for m in lag.collect() for s in m.samples if s.labels.get("le") in ("0.5", "+Inf")]
+        assert slow[0] == slow[1]  # nothing took half a second
+
+
 async def test_a_connection_that_is_kept_alive_is_no_slow_request() -> None:
     async with (
         served(Limits(header_s=0.2)) as (port, _),
@@ -99,7 +190,7 @@ async def test_a_body_has_a_bound_in_size_and_in_time() -> None:
             assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 50\r\n\r\n{"
         status, message = error_of(await raw(port, head))
-        assert status == 400 and "did not arrive within" in message
+        assert status == 408 and "did not arrive within" in message
         assert cluster.frontend.gate.open == 0
 
 
@@ -159,12 +250,23 @@ async def test_https_is_served_with_a_certificate(pem: Tls) -> None:
                 assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
 
 
+async def test_a_key_with_a_password_is_a_sentence_and_no_question(pem: Tls, tmp_path: Path) -> None:
+    locked = tmp_path / "locked.pem"
+    command = ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", pem.key, "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ConfigError, match="is encrypted"):
+        check_tls(Tls(pem.certificate, str(locked)))
+
+
 async def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     sock = bind("127.0.0.1", 0, "--http-port")
     nothing = tmp_path / "empty.pem"
     nothing.write_text("")
-    for path in (str(nothing), "/nowhere.pem"):
-        with pytest.raises(ConfigError, match="--tls-certificate and --tls-key cannot be used"):
+    for path, message in (
+        (str(nothing), "are no pair"),
+        ("/nowhere.pem", "--tls-certificate /nowhere.pem: .*No such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             async with serving(lambda: None, sock, None, Tls(path, path)):
                 pass
     sock.close()

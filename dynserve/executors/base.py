@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Output(msgspec.Struct, gc=False):
-    """What one engine step did for one request. The one with a `reason` or an `error` is the last.
+    """What one engine step did for one request. The one with a `reason` or an `error` is the last. Cached tokens and times
+    are told in the first and in the last.
 
     `reason` is `stop` (end of turn or a stop token), `length`, or `handoff` (prefill done; `handoff` says where).
     A stop token is not in `token_ids`: it is consumed, and named in `stop_token`. With `prompt_logprobs` asked for, the

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from dynserve.errors import (
     BadRequest,
-    CallerError,
     ContextTooLong,
+    DynserveError,
     HandoffBroken,
     HandoffError,
     HandoffMismatch,
@@ -229,11 +229,11 @@ class Engine:
         """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
         raised would take its owner with it."""
         assert self._guides is not None
-        failure: CallerError | TimedOut | InternalError | None = None
+        failure: DynserveError | None = None
         try:
             async with asyncio.timeout(GUIDE_TIMEOUT):
                 sequence.matcher = await self._guides.matcher(guide)
-        except CallerError as error:
+        except DynserveError as error:
             failure = error
         except TimeoutError:
             failure = TimedOut(f"the grammar was not compiled within {GUIDE_TIMEOUT:.0f} s")

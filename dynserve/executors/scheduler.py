@@ -36,9 +36,30 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "matcher",
-        "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed", "state", "ticket",
-        "tokens", "transfer_s", "whole",
+        "admitted",
+        "admitted_at",
+        "arrived",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "eos",
+        "fetch",
+        "hashes",
+        "matcher",
+        "memo",
+        "pooled",
+        "prefill_s",
+        "prompt_len",
+        "prompt_logprobs",
+        "queue_s",
+        "request",
+        "seed",
+        "state",
+        "ticket",
+        "tokens",
+        "told",
+        "transfer_s",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
@@ -55,7 +76,7 @@ class Sequence:
         self.computed = 0
         self.cached_tokens = request.prior.cached_tokens if request.prior else 0
         self.fetch = request.handoff is not None  # once; a failed or preempted fetch is computed here instead
-        self.admitted = False
+        self.admitted = self.told = False
         self.state = State.WAITING
         self.queue_s = self.transfer_s = self.prefill_s = self.admitted_at = 0.0
         # every position of the prompt is looked at, so nothing of it may come from the cache
@@ -313,7 +334,7 @@ class Scheduler:
             output = Output([], "stop", embedding=new.embedding)
         elif stop.max_tokens == 0:
             output = Output([], "length")
-        elif ended and sequence.generated >= stop.min_tokens:
+        elif ended and (sequence.matcher is not None or sequence.generated >= stop.min_tokens):
             output = Output([], "stop", None, new.token_id)
         else:
             sequence.tokens.append(new.token_id)
@@ -324,10 +345,12 @@ class Scheduler:
                 output.reason = "handoff"
         if first and sequence.prompt_logprobs:
             output.logprobs = [*sequence.prompt_logprobs, *(output.logprobs or [])]
-        if output.reason is not None:
+        if output.reason is not None or not sequence.told:
+            sequence.told = True  # with the first output: a stop string may make it the last
             output.cached_tokens = sequence.cached_tokens
             output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s
             output.prefill_s = sequence.prefill_s
+        if output.reason is not None:
             self.running.remove(sequence)
             if output.reason == "handoff":
                 sequence.state = State.HELD

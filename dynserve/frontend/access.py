@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PREFIX = "sk-dyn-"
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+MOST = 2**31 - 1  # of any limit
 LIMITS = ("rpm", "tpm", "concurrency", "priority")
 
 
@@ -53,8 +54,25 @@ def parse_keys(text: str, where: str) -> list[Key]:
         key = _parse_line(line, f"{where}, line {number}")
         if any(other.name == key.name for other in keys):
             raise ConfigError(f"{where}, line {number}: {key.name} is there twice")
+        if any(other.digest == key.digest for other in keys):
+            raise ConfigError(f"{where}, line {number}: this key is there twice, under another name")
         keys.append(key)
     return keys
+
+
+def read_keys(path: Path) -> list[Key]:
+    """Raises ConfigError for a file that cannot be read, or has a line that is none."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-keys-file {path}: {getattr(error, 'strerror', None) or error}") from error
+    return parse_keys(text, f"--api-keys-file {path}")
+
+
+def check_keys(keys_file: str | None) -> None:
+    """Raises ConfigError for a keys file that cannot be used, before anything is waited for."""
+    if keys_file is not None:
+        read_keys(Path(keys_file))
 
 
 def _parse_line(line: str, where: str) -> Key:
@@ -70,9 +88,10 @@ def _parse_line(line: str, where: str) -> Key:
         try:
             limits[limit] = int(value)
         except ValueError:
-            raise ConfigError(f"{where}: {word!r} is not a whole number") from None
-        if limits[limit] < 1 and limit != "priority":
-            raise ConfigError(f"{where}: {limit} must be at least 1")
+            raise ConfigError(f"{where}: {word[:40]!r} is not a whole number") from None
+        least = -MOST if limit == "priority" else 1
+        if not least <= limits[limit] <= MOST:
+            raise ConfigError(f"{where}: {limit} must be between {least} and {MOST}")
     return Key(name=name, digest=bytes.fromhex(digest[1]), **limits)
 
 
@@ -117,6 +136,7 @@ class Visit:
     def __init__(self, gate: Gate, usage: _Usage | None) -> None:
         self._gate, self._usage = gate, usage
         self._closed = False
+        self._charged = 0
         gate.open += 1
         if usage is not None:
             usage.open += 1
@@ -132,6 +152,12 @@ class Visit:
             return wished or 0
         return min(wished if wished is not None else (most or 0), most or 0)
 
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def charge(self, tokens: int) -> None:
         """Prompt tokens, before they are computed. Raises RateLimited."""
         usage, now = self._usage, self._gate.clock()
@@ -142,6 +168,12 @@ class Visit:
                 f"key {usage.key.name}: {tokens} tokens are over its limit of {usage.key.tpm} a minute", wait
             )
         usage.tokens.take(tokens, now)
+        self._charged = tokens
+
+    def give_back(self) -> None:
+        """The prompt was not computed, after all."""
+        self.used(-self._charged)
+        self._charged = 0
 
     def used(self, tokens: int) -> None:
         """Answer tokens, when they are known."""
@@ -183,6 +215,7 @@ class Gate:
         self._by_digest: dict[bytes, list[_Usage]] = {}  # by the first bytes: the rest is compared in constant time
         self.open = 0
         if self._path is not None:
+            self._stamp = _stamp(self._path)
             self._read(self._path)
 
     def enter(self, headers: Mapping[str, str]) -> Visit:
@@ -201,29 +234,28 @@ class Gate:
         return Visit(self, usage)
 
     def look(self) -> None:
-        """Reads the file again when it has changed. One that is wrong changes nothing."""
+        """Reads the file again when it has changed. One that is wrong changes nothing, and is said to be, once."""
         if self._path is None:
             return
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            if _stamp(self._path) != self._stamp:
-                self._read(self._path)
-                log.info("%d API keys read anew", sum(map(len, self._by_digest.values())))
-        except (OSError, ConfigError) as error:
+            self._read(self._path)
+        except ConfigError as error:
             log.error("the keys stay as they were: %s", error)
-            self._stamp = _stamp(self._path) if self._path.exists() else None
+        else:
+            log.info("%d API keys read anew", sum(map(len, self._by_digest.values())))
 
     def _read(self, path: Path) -> None:
-        try:
-            stamp, text = _stamp(path), path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys-file {path}: {getattr(error, 'strerror', None) or error}") from error
-        keys = parse_keys(text, f"--api-keys-file {path}")
+        keys = read_keys(path)
         before = {usage.key: usage for usages in self._by_digest.values() for usage in usages}
-        self._by_digest = {}
+        found: dict[bytes, list[_Usage]] = {}
         for key in keys:
             usage = before.get(key) or _Usage(key, self.clock())
-            self._by_digest.setdefault(key.digest[:4], []).append(usage)
-        self._stamp = stamp
+            found.setdefault(key.digest[:4], []).append(usage)
+        self._by_digest = found
 
     def _known(self, secret: str) -> _Usage:
         digest = digest_of(secret)
@@ -257,6 +289,10 @@ def _limited(message: str, wait: float) -> RateLimited:
     return error
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes with every writing of the file; None where it cannot be seen."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
     return found.st_mtime_ns, found.st_ino

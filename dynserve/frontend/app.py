@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# headers that a web page may read
+EXPOSED = ["x-request-id", "x-dynserve-warning", "x-dynserve-explain", "retry-after"]
+EXPOSED += [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
+
 R = TypeVar("R", bound=fields.Request)
 Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
@@ -68,7 +72,7 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
             allow_origins=[origin.strip() for origin in config.cors_origins.split(",")],
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-dynserve-warning", "x-dynserve-explain", "retry-after"],
+            expose_headers=EXPOSED,
         )
     return app
 
@@ -117,8 +121,9 @@ class _Edge:
             asked, kind, frame = make(given)
             model = self.serving(asked.model)
             order = await self._order(asked, model, kind, frame)
+            response = self._respond(request, visit, given, asked, order)
             visit.charge(order.prompt_tokens)
-            return self._respond(request, visit, given, asked, order)
+            return response
         except BaseException:
             visit.close()
             raise
@@ -173,43 +178,42 @@ def _add_generation(app: FastAPI, edge: _Edge) -> None:
 
 
 def _add_text(app: FastAPI, edge: _Edge) -> None:
-    async def read(request: Request, form: type[R]) -> R:
-        edge.enter(request).close()  # these are counted, and over at once
-        return await edge.parse(request, form)
-
     @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
     async def count_tokens(request: Request) -> JSONResponse:
-        asked = await read(request, CountRequest)
-        preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
-        prepared = await edge.off_loop(chat.size(), lambda: prepare_chat(chat, preprocessor))
-        return JSONResponse({"input_tokens": len(prepared.prompts[0]) // 4})
+        with edge.enter(request):
+            asked = await edge.parse(request, CountRequest)
+            preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
+            prepared = await edge.off_loop(chat.size(), lambda: prepare_chat(chat, preprocessor))
+            return JSONResponse({"input_tokens": len(prepared.prompts[0]) // 4})
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        asked = await read(request, TokenizeRequest)
-        model = edge.model(asked.model)
-        preprocessor = model.preprocessor
+        with edge.enter(request):
+            asked = await edge.parse(request, TokenizeRequest)
+            model = edge.model(asked.model)
+            preprocessor = model.preprocessor
 
-        def ids() -> list[int]:
-            if asked.prompt is not None:
-                return preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens)
-            return preprocessor.chat(asked.chat().conversation())[1]
+            def ids() -> list[int]:
+                if asked.prompt is not None:
+                    return preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens)
+                return preprocessor.chat(asked.chat().conversation())[1]
 
-        tokens: list[int] = await edge.off_loop(asked.size(), ids)
-        found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
-        if asked.return_token_strs:
-            found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
-        return Response(msgspec.json.encode(found), media_type="application/json")
+            tokens: list[int] = await edge.off_loop(asked.size(), ids)
+            found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
+            if asked.return_token_strs:
+                found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
+            return Response(msgspec.json.encode(found), media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
     async def detokenize(request: Request) -> JSONResponse:
-        asked = await read(request, DetokenizeRequest)
-        preprocessor = edge.model(asked.model).preprocessor
-        if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
-            raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
-        skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
-        text = await edge.off_loop(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
-        return JSONResponse({"prompt": text})
+        with edge.enter(request):
+            asked = await edge.parse(request, DetokenizeRequest)
+            preprocessor = edge.model(asked.model).preprocessor
+            if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
+                raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
+            skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
+            text = await edge.off_loop(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
+            return JSONResponse({"prompt": text})
 
 
 def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
@@ -228,7 +232,8 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
     @app.get("/v1/requests/{request_id:path}/why")
     async def why(request: Request, request_id: str) -> dict[str, Any]:
         edge.enter(request).close()
-        decision = frontend.pipeline.decisions.get(request_id)
+        decisions = frontend.pipeline.decisions
+        decision = decisions.get(request_id) or decisions.get(f"{request_id}/0")  # the first of several answers
         if decision is None:
             raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
         return decision.told()
@@ -268,7 +273,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(request, InternalError("internal error; the frontend's log has the details"), 500, {})
+        return answer(request, InternalError("internal error; the frontend's log has the details"), 500, _CLOSE)
+
+
+_CLOSE = {"connection": "close"}  # the server gives up the connection after an error that nobody expected
 
 
 class NoSuchRequest(NotFound):

@@ -13,7 +13,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from dynserve.config import FrontendConfig
-from dynserve.errors import BadRequest, BodyTooLarge, Cancelled, Overloaded, TimedOut
+from dynserve.errors import BadRequest, BodyTooLarge, CallerError, Cancelled, Overloaded, TimedOut
 from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Prompt
 from dynserve.openai.order import Order
@@ -30,8 +30,12 @@ T = TypeVar("T")
 
 
 async def body_of(request: Request, config: FrontendConfig) -> bytes:
-    """Raises BodyTooLarge for a body over the limit, before all of it is read; BadRequest for one that does not come."""
+    """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come."""
     parts: list[bytes] = []
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() else 0
+    if size > config.max_body_bytes:
+        raise BodyTooLarge(f"the body is larger than {config.max_body_bytes:,} bytes")
     size = 0
     try:
         async with asyncio.timeout(config.receive_timeout_s):
@@ -41,10 +45,14 @@ async def body_of(request: Request, config: FrontendConfig) -> bytes:
                     raise BodyTooLarge(f"the body is larger than {config.max_body_bytes:,} bytes")
                 parts.append(part)
     except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {config.receive_timeout_s:.0f} s") from None
+        raise SlowBody(f"the body did not arrive within {config.receive_timeout_s:.0f} s") from None
     except ClientDisconnect:
         raise Cancelled("the client left before its request was complete") from None
     return b"".join(parts)
+
+
+class SlowBody(CallerError):
+    code, status = "request_timeout", 408
 
 
 def request_id(request: Request) -> str:

@@ -14,12 +14,12 @@ from starlette.types import Receive, Send
 
 from dynserve.errors import Cancelled, DynserveError
 from dynserve.frontend.access import Visit
+from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.frontend.response import _SSE, TokenResponse, until_left
 from dynserve.openai.formats.base import to_json
 from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
 from dynserve.wire.link import Finished, Usage
-from dynserve.wire.requests import TokenLogprob
 
 AT_ONCE = 64  # answers of one request that are being made
 
@@ -32,7 +32,7 @@ class FanOut(TokenResponse):
         *, group: int, keep: int, request_id: str,
     ) -> None:  # fmt: skip
         super().__init__(pipeline, prompts[0], visit, headers)
-        self._prompts, self._group, self._keep, self._id = prompts, group, keep, request_id
+        self._prompts, self._group, self._keep, self._request_id = prompts, group, keep, request_id
         self._answers = [_Answer() for _ in prompts]
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._sending = asyncio.Lock()
@@ -40,6 +40,7 @@ class FanOut(TokenResponse):
     async def _answer(self, receive: Receive, send: Send) -> None:
         async with contextlib.AsyncExitStack() as stack:
             runs = [await stack.enter_async_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
+            self._runs = runs
             await stack.enter_async_context(until_left(receive, runs))
             async with _first_error(), asyncio.TaskGroup() as group:
                 for run, answer in zip(runs, self._answers, strict=True):
@@ -50,7 +51,7 @@ class FanOut(TokenResponse):
         async with self._gate:
             async for burst in self._timed(run):
                 for record in burst:
-                    answer.note(record.logprobs)
+                    answer.note(record)
                 last = burst[-1]
                 if isinstance(last, Finished) and last.handoff is None:
                     answer.usage = last.usage
@@ -107,8 +108,10 @@ class _Answer:
         self.usage = Usage(0, 0, 0)
         self._sum, self._count = 0.0, 0
 
-    def note(self, logprobs: list[TokenLogprob] | None) -> None:
-        for entry in logprobs or ():
+    def note(self, record: Record) -> None:
+        # where those of the prompt were asked for, they are in front
+        count = len(record.token_ids)
+        for entry in (record.logprobs or [])[-count:] if count else ():
             self._sum += entry.logprob
             self._count += 1
 

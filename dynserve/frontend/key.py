@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         secret = PREFIX + token_urlsafe(32)
         limits = [f"{name}={value}" for name in LIMITS if (value := getattr(config, name)) is not None]
         line = " ".join([config.name, f"sha256:{digest_of(secret).hex()}", *limits])
+        if [key.name for key in parse_keys(line, "the new key")] != [config.name]:
+            raise ConfigError(f"--name {config.name!r}: letters, digits and . @ _ - make a name")
         if config.file is None:
-            parse_keys(line, "the new key")
             print(f"{secret}\n\nfor --api-keys-file:\n{line}")
         else:
             _append(Path(config.file), line)
@@ -42,12 +43,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Only the owner may read a new file. Raises ConfigError when the file would not be right afterwards."""
+    """In one step, so that a server never reads half of it; a new file is its owner's only.
+
+    Raises:
+        ConfigError: the file would not be right afterwards.
+    """
     try:
         before = path.read_text() if path.exists() else ""
         text = before + ("" if not before or before.endswith("\n") else "\n") + line + "\n"
         parse_keys(text, str(path))
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
             file.write(text)
-    except OSError as error:
-        raise ConfigError(f"--file {path}: {error.strerror}") from error
+        fresh.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file {path}: {getattr(error, 'strerror', None) or error}") from error

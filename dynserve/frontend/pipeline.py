@@ -173,6 +173,11 @@ class Run:
                 self.decision.queued_s = self._clock() - began
                 self._pipeline.metrics.queued.labels(self._prompt.model).observe(self.decision.queued_s)
 
+    @property
+    def was_placed(self) -> bool:
+        """Some worker was asked to compute it."""
+        return bool(self._placed)
+
     def cancel(self, error: DynserveError) -> None:
         """The client has left: whoever waits for records gets `error`."""
         self.outcome = "cancelled"
@@ -182,13 +187,14 @@ class Run:
         for reply in self._replies:
             reply.fail(error)
 
-    def limit(self, scope: asyncio.Timeout) -> None:
-        """What ends the sending to a client who does not read."""
+    def limit(self, scope: asyncio.Timeout | None) -> None:
+        """What ends the sending to a client who does not read; None when nothing is sent any more."""
         self._scope = scope
 
     def _cut(self) -> None:
         self._pipeline.metrics.slow_clients.inc()
-        if self._scope is not None:
+        # several answers to one client share the scope, and one of them may have ended it already
+        if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     def close(self) -> None:

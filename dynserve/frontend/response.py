@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,11 +42,16 @@ class TokenResponse(Response):
         # deliberately not Starlette's own start: there is no body to render
         self.background = None
         self._pipeline, self._prompt, self._visit = pipeline, prompt, visit
+        self._request_id = prompt.id
         self._more: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._began = asyncio.get_running_loop().time()
         self._sent = False
+        self._runs: list[Run] = []
+        self._abort: Callable[[], None] | None = None
+        self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._abort = scope.get("dynserve.abort")
         try:
             await self._answer(receive, send)
         except Cancelled:
@@ -57,10 +62,11 @@ class TokenResponse(Response):
             log.exception("request %s failed", self._prompt.id)
             await self._failed(InternalError("internal error; the frontend's log has the details"), send)
         finally:
-            self._visit.close()
+            self._settle()
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         async with self._pipeline.answer(self._prompt) as run, until_left(receive, [run]):
+            self._runs = [run]
             await (self._stream if self._prompt.render.stream else self._unary)(run, send)
 
     async def _stream(self, run: Run, send: Send) -> None:
@@ -97,12 +103,22 @@ class TokenResponse(Response):
                 metrics.output_tokens.labels(model).inc(last.usage.completion_tokens)
                 metrics.cached_tokens.labels(model).inc(last.usage.cached_tokens)
                 self._visit.used(last.usage.completion_tokens)
+                self._told.add(run)
+
+    def _settle(self) -> None:
+        """However it ended, what was made is paid for; and what never began is not."""
+        for run in self._runs:
+            if run not in self._told:
+                self._visit.used(len(run.tokens))
+        if not any(run.was_placed for run in self._runs):
+            self._visit.give_back()
+        self._visit.close()
 
     async def _failed(self, error: DynserveError, send: Send) -> None:
         if not isinstance(error, CallerError):
             log.warning("request %s failed: %s", self._prompt.id, error)
         body = msgspec.json.encode(error_object(error, anthropic=self._prompt.render.kind == "message"))
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(LAST_WORD):
                 if self._sent:
                     event = b"event: error\ndata: " + body + b"\n\n"
@@ -110,6 +126,10 @@ class TokenResponse(Response):
                 else:
                     retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
                     await self._whole(error.status, body, send, retry)
+        except TimeoutError:
+            if self._abort is not None:  # it reads nothing: a closing that waits for it would never come
+                self._abort()
+                await asyncio.sleep(0)
 
     async def _whole(self, status: int, body: bytes, send: Send, more: Headers) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
@@ -118,7 +138,7 @@ class TokenResponse(Response):
 
     async def _start(self, status: int, headers: Headers, send: Send) -> None:
         self._sent = True
-        headers = [*headers, *self._more, (b"x-request-id", self._prompt.id.encode("latin-1", "replace"))]
+        headers = [*headers, *self._more, (b"x-request-id", self._request_id.encode("latin-1", "replace"))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
@@ -138,6 +158,8 @@ async def until_left(receive: Receive, runs: Sequence[Run]) -> AsyncIterator[Non
         raise TimedOut("the client did not read its answer in time") from None
     finally:
         leaving.cancel()
+        for run in runs:
+            run.limit(None)
 
 
 def _left(runs: Sequence[Run], leaving: asyncio.Task[None]) -> None:

@@ -9,11 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dynserve.errors import BadRequest
-from dynserve.openai.fields import MAX_N, Count, SamplingFields, StreamOptions
+from dynserve.openai.fields import MAX_N, Count, Many, SamplingFields, StreamOptions
 from dynserve.openai.prompt import Conversation
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 MAX_TOOLS = 512
+OVERHEAD = 50  # characters: what a message or a call costs beside its text
 
 
 class ContentPart(BaseModel):
@@ -50,8 +51,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Many[ContentPart] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -135,25 +136,25 @@ class ChatRequest(SamplingFields):
         "web_search_options": "give a search function in tools",
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Many[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     # accepted, without a meaning here
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
@@ -195,7 +196,7 @@ class ChatRequest(SamplingFields):
 
     def size(self) -> int:
         """Characters of the prompt, roughly: what decides whether it is worth a thread."""
-        size = sum(_size(message) for message in self.messages)
+        size = sum(_size(message) for message in self.messages) + len(str(self.chat_template_kwargs or ""))
         for tool in self.tools or ():
             size += 200 + len(tool.function.description or "") + len(str(tool.function.parameters))
         return size
@@ -230,4 +231,5 @@ class ChatRequest(SamplingFields):
 def _size(message: Message) -> int:
     content = message.content
     size = len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content or ())
-    return size + sum(len(str(call.function.arguments)) for call in message.tool_calls or ())
+    calls = sum(OVERHEAD + len(str(call.function.arguments)) for call in message.tool_calls or ())
+    return OVERHEAD + size + calls

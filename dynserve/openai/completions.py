@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from dynserve.errors import BadRequest
-from dynserve.openai.fields import MAX_INT, MAX_N, Request, SamplingFields, StreamOptions
+from dynserve.openai.fields import MAX_INT, MAX_N, Many, Request, SamplingFields, StreamOptions
 from dynserve.openai.prompt import Preprocessor
 
 MAX_PROMPTS = 2048  # in one request
 DEFAULT_TOKENS = 16  # OpenAI's own for this API
-Prompts = str | list[int] | list[str] | list[list[int]]
+Prompts = str | Many[int] | Many[str] | Many[Many[int]]
 
 
 class CompletionRequest(SamplingFields):
@@ -32,7 +32,7 @@ class CompletionRequest(SamplingFields):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
 
     def check(self) -> None:
         super().check()

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dynserve.config import nearest
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.wire.requests import Sampling, Stop
 
 MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024  # characters
+MAX_STOP_LENGTH = 256  # characters
 MAX_N = 128
 MAX_INT = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 M = TypeVar("M", bound="Request")
+T = TypeVar("T")
+# of which the first wrong item is enough: a list of a million would make a million errors
+Many = Annotated[list[T], Field(fail_fast=True)]
+MAX_BIASES = 1024
+
+
+def _few(biases: Any) -> Any:
+    """Checked before the entries are, each of which could be wrong."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} entries, at most {MAX_BIASES} are possible")
+    return biases
 
 
 class Request(BaseModel):
@@ -59,9 +71,9 @@ class SamplingFields(Request):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
+    stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Many[TokenId] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
@@ -152,6 +164,14 @@ def validated(make: Callable[[], M]) -> M:
 
 def bad_request(error: ValidationError) -> BadRequest:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or _is_field(part))
     message = f"{where}: {first['msg']}" if where else f"the body is not a JSON object: {first['msg']}"
     return BadRequest(message, param=where or None)
+
+
+def _is_field(part: str) -> bool:
+    """Beside fields, pydantic names the member of a union that it tried, as `str` or `list[int]`."""
+    return re.fullmatch(r"[a-z_][a-z0-9_]*", part) is not None and part not in _TYPES
+
+
+_TYPES = {"str", "int", "float", "bool", "list", "dict", "none"}

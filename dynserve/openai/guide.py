@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import keyword
+from collections.abc import Iterable
 from typing import Any
 
 from dynserve.errors import BadRequest
@@ -13,6 +15,7 @@ from dynserve.wire.discovery import Card
 from dynserve.wire.requests import Guide
 
 MAX_GRAMMAR = 256 << 10  # characters
+MAX_DEPTH, MAX_NODES = 64, 4_000  # of a JSON schema
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Format = dict[str, Any]  # of a structural tag
 
@@ -45,10 +48,10 @@ def _plain(asked: ChatRequest | CompletionRequest) -> Guide | None:
     if form is not None and form.type == "json_object":
         return Guide(kind="json", text=_text(ANY_OBJECT))
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
-        return Guide(kind="json", text=_text(form.json_schema.schema_))
+        return Guide(kind="json", text=_text(_checked(form.json_schema.schema_)))
     if asked.guided_json is not None:
         given = asked.guided_json
-        return Guide(kind="json", text=given if isinstance(given, str) else _text(given))
+        return Guide(kind="json", text=_text(_checked(_schema(given) if isinstance(given, str) else given)))
     if asked.guided_regex is not None:
         return Guide(kind="regex", text=asked.guided_regex)
     if asked.guided_grammar is not None:
@@ -65,6 +68,8 @@ def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
     forced = choice == "required" or isinstance(choice, NamedTool)
     single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
+        for tool in tools:
+            _arguments(tool)
         return Guide(kind="grammar", text=_pythonic(tools, single)) if forced else _plain(asked)
     style = STYLES.get(card.tool_parser)
     if style is None:
@@ -108,9 +113,39 @@ def _list(style: Style, tools: list[Tool], single: bool) -> Format:
 
 
 def _call(style: Style, tool: Tool) -> Format:
-    schema = tool.function.parameters or ANY_OBJECT
-    content = {"type": "json_schema", "json_schema": schema}
+    content = {"type": "json_schema", "json_schema": _of_object(tool.function.parameters)}
     return {"type": "tag", "begin": style.begin.replace("{}", tool.function.name), "content": content, "end": style.end}
+
+
+def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments are an object even where their schema does not say so, or in a way that the compiler does not see."""
+    if not schema or (isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1):
+        return ANY_OBJECT
+    shaped = schema.get("type") == "object" or bool(_SHAPES & schema.keys())
+    return _checked(schema) if shaped else ANY_OBJECT
+
+
+def _checked(schema: Any) -> Any:
+    """Raises BadRequest for a schema whose grammar would take minutes to compile."""
+    nodes, level = 0, [schema]
+    for _ in range(MAX_DEPTH):
+        children = [child for node in level for child in _children(node)]
+        nodes += len(children)
+        if nodes > MAX_NODES:
+            raise BadRequest(f"a schema may have {MAX_NODES:,} values in it at most", param="response_format")
+        if not children:
+            return schema
+        level = children
+    raise BadRequest(f"a schema may be nested {MAX_DEPTH} deep at most", param="response_format")
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
+
+
+_SHAPES = {"properties", "$ref", "anyOf", "oneOf", "allOf"}
 
 
 def _as_format(guide: Guide) -> Format:
@@ -138,10 +173,7 @@ def _pythonic(tools: list[Tool], single: bool) -> str:
     """A list of calls with keyword arguments by the names of the schema; the values are any literals."""
     calls, rules = [], []
     for at, tool in enumerate(tools):
-        parameters = tool.function.parameters or {}
-        named = [name for name in parameters.get("properties", {}) if isinstance(name, str) and name.isidentifier()]
-        required = [name for name in named if name in parameters.get("required", [])]
-        optional = [name for name in named if name not in required]
+        required, optional = _arguments(tool)
         one = " | ".join(f"{_text(name + '=')} value" for name in optional)
         first = ' ", " '.join(f"{_text(name + '=')} value" for name in required)
         more = f'(", " ({one}))*' if one else ""
@@ -151,6 +183,33 @@ def _pythonic(tools: list[Tool], single: bool) -> str:
     call = f"({' | '.join(calls)})"
     root = f'root ::= "[" {call} {"" if single else f"""(", " {call})*"""} "]"'
     return "\n".join([root, *rules, _LITERALS])
+
+
+def _arguments(tool: Tool) -> tuple[list[str], list[str]]:
+    """Names of the required and the other parameters, as Python can spell them.
+
+    Raises:
+        BadRequest: the tool or a required parameter has a name that Python cannot.
+    """
+    if not all(map(_spellable, tool.function.name.split("."))):
+        raise BadRequest(
+            f"this model calls tools as Python functions: {tool.function.name!r} cannot be one", param="tools"
+        )
+    parameters = tool.function.parameters or {}
+    properties, needed = parameters.get("properties"), parameters.get("required")
+    names = list(properties) if isinstance(properties, dict) else []
+    wanted = {name for name in needed if isinstance(name, str)} if isinstance(needed, list) else set()
+    for name in wanted:
+        if not _spellable(name):
+            raise BadRequest(
+                f"this model calls tools as Python functions: {name!r} cannot be a parameter", param="tools"
+            )
+    required = [name for name in names if name in wanted]
+    return required, [name for name in names if name not in wanted and _spellable(name)]
+
+
+def _spellable(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 _LITERALS = r"""value ::= string | number | "True" | "False" | "None" | list | dict

@@ -19,7 +19,7 @@ from dynserve.openai.chat import (
     Tool,
     ToolName,
 )
-from dynserve.openai.fields import MAX_STOP_LENGTH, MAX_STOPS, Count, Request, validated
+from dynserve.openai.fields import MAX_STOPS, Count, Many, Request, StopString, validated
 
 
 class Block(BaseModel):
@@ -30,14 +30,14 @@ class Block(BaseModel):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | Many[Block] | None = None
     thinking: str | None = None
 
 
 class Turn(BaseModel):
     model_config = ConfigDict(extra="allow")
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Many[Block]
 
 
 class MessageTool(BaseModel):
@@ -60,6 +60,16 @@ class ThinkingOptions(BaseModel):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
+class OutputFormat(BaseModel):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    format: OutputFormat | None = None
+
+
 class CountRequest(Request):
     """What both calls share."""
 
@@ -68,9 +78,9 @@ class CountRequest(Request):
         "container": "there is none here",
     }
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
-    system: str | list[Block] | None = None
-    tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Many[Turn], Field(min_length=1)]
+    system: str | Many[Block] | None = None
+    tools: Annotated[Many[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     thinking: ThinkingOptions | None = None
 
@@ -101,8 +111,9 @@ class CountRequest(Request):
         if self.tool_choice is not None:
             fields["tool_choice"] = self._choice(self.tool_choice)
             fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
-        if self.thinking is not None:
-            fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.type != "disabled"}
+        # Anthropic's models think only when asked to
+        thinking = self.thinking is not None and self.thinking.type != "disabled"
+        fields["chat_template_kwargs"] = {"enable_thinking": thinking}
         return fields
 
     @staticmethod
@@ -120,9 +131,9 @@ class MessagesRequest(CountRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    stop_sequences: (
-        Annotated[list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)] | None
-    ) = None
+    stop_sequences: Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # its older name
     metadata: dict[str, Any] | None = None  # accepted, without a meaning here
     service_tier: str | None = None
 
@@ -134,8 +145,13 @@ class MessagesRequest(CountRequest):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stop": self.stop_sequences,
+            "response_format": self._format(),
         }
         return super()._fields() | {name: value for name, value in own.items() if value is not None}
+
+    def _format(self) -> dict[str, Any] | None:
+        form = (self.output_config.format if self.output_config else None) or self.output_format
+        return None if form is None else {"type": "json_schema", "json_schema": {"schema": form.schema_}}
 
 
 def _turn(turn: Turn, where: str) -> list[Message]:

@@ -76,9 +76,12 @@ def order_chat(
 ) -> Order:
     """Raises BadRequest or ContextTooLong for what this model cannot do."""
     guide = guide_of(asked, card)
-    thoughts = _reasoning(card, prepared.text)
+    thoughts = _reasoning(card, prepared.text, continued=asked.continue_final_message)
     if guide is not None and thoughts is not None:
-        guide = msgspec.structs.replace(guide, thought=_thought(thoughts, preprocessor))
+        thought = _thought(thoughts, preprocessor)
+        guide = msgspec.structs.replace(guide, thought=thought)
+        if thought is None and thoughts.open:
+            thoughts = None  # the grammar holds from the first token on: no thought can come
     render = Render(
         kind=kind,
         response_id=HEADS[kind] + secrets.token_hex(16),
@@ -180,10 +183,11 @@ def _numbered(render: Render, index: int, count: int) -> Render:
     return render if count == 1 else msgspec.structs.replace(render, index=index, part=True)
 
 
-def _reasoning(card: Card, prompt: str) -> Reasoning | None:
-    if not card.reasoning_parser:
+def _reasoning(card: Card, prompt: str, *, continued: bool) -> Reasoning | None:
+    parser = card.reasoning_parser
+    if not parser:
         return None
-    return Reasoning(parser=card.reasoning_parser, open=reasoning.is_open(card.reasoning_parser, prompt))
+    return Reasoning(parser=parser, open=reasoning.is_open(parser, prompt, continued=continued))
 
 
 def _thought(thoughts: Reasoning, preprocessor: Preprocessor) -> Thought | None:

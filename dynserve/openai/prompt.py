@@ -70,6 +70,8 @@ class Preprocessor:
             raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions")
+        if conversation.continue_last:
+            ours["messages"] = _marked(conversation.messages)
         try:
             text = self._template.render(ours | dict(conversation.variables))
         except (
@@ -77,7 +79,7 @@ class Preprocessor:
         ) as error:  # a template is code from elsewhere, and may raise anything about messages it dislikes
             reason = str(error) or type(error).__name__
             raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
-        return _without_end(text, conversation) if conversation.continue_last else text
+        return _unbroken(_before_mark(text) if conversation.continue_last else text)
 
     def _opens_thoughts(self) -> bool:
         """Whether it is the template that begins thoughts, rather than the model."""
@@ -94,13 +96,28 @@ class Preprocessor:
         return ids
 
 
-def _without_end(text: str, conversation: Conversation) -> str:
-    """Cuts what a template writes behind the last turn, so that the answer goes on with it."""
-    last = str(conversation.messages[-1].get("content") or "").rstrip()
-    at = text.rfind(last)
-    if not last or at < 0:
+_MARK = "\ue000here the answer goes on\ue001"  # no text that anybody writes
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last turn with a mark at its end, so that what a template writes behind it can be told apart."""
+    return [*messages[:-1], {**messages[-1], "content": str(messages[-1].get("content") or "") + _MARK}]
+
+
+def _before_mark(text: str) -> str:
+    at = text.rfind(_MARK)
+    if at < 0:
         raise BadRequest("the last message cannot be continued: the template does not show its text", param="messages")
-    return text[: at + len(last)]
+    return text[:at]
+
+
+def _unbroken(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become replacement characters."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ class Renderer:
 
     def __init__(self, render: Render, stop: Stop, prompt: bytes, vocabulary: Vocabulary) -> None:
         self._render, self._prompt, self._vocabulary = render, prompt, vocabulary
-        keep = markers(render.tools)
+        keep = markers(render.tools, render.reasoning)
         self._detokenizer = vocabulary.detokenizer(skip_special=render.skip_special_tokens, keep=keep)
         self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
         self._parser = chain(render.tools, render.reasoning)
@@ -33,7 +33,6 @@ class Renderer:
         self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._opened = not render.stream
         self._echo = render.echo
-        self._answering = render.reasoning is None
         self._thought = False  # something of a thought was said
         self._reasoning_tokens = 0
         self.tokens = 0
@@ -84,7 +83,8 @@ class Renderer:
         usage = self._note_usage()
         end = End(reason, usage, self._stops.matched if self._stops is not None else None)
         if not self._render.stream:
-            return self._format.body(self._said, end, self._take_logprobs()), usage
+            self._said.rest = self._take_logprobs()
+            return self._format.body(self._said, end), usage
         if not self._opened:
             data += self._open()
         return data + self._format.last(end, self._take_logprobs()), usage
@@ -101,7 +101,7 @@ class Renderer:
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
-        if not self._answering:
+        if self._parser is not None and self._parser.thinking:
             self._reasoning_tokens += tokens
         if self._render.continuous_usage:
             self._note_usage()
@@ -119,7 +119,7 @@ class Renderer:
     def _emit_content(self, text: str) -> bytes:
         if not self._render.stream:
             if text:
-                self._said.add((Content(text),))
+                self._said.add((Content(text),), self._take_logprobs())
             return b""
         if not text:
             return self._opening()
@@ -128,11 +128,11 @@ class Renderer:
         return self._open() + self._format.content(text, self._take_logprobs())
 
     def _emit_pieces(self, pieces: list[Piece]) -> bytes:
-        if pieces and not self._answering:
-            self._thought = self._thought or any(isinstance(piece, Thinking) for piece in pieces)
-            self._answering = not isinstance(pieces[-1], Thinking)
+        if not self._thought and self._render.reasoning is not None:
+            self._thought = any(isinstance(piece, Thinking) for piece in pieces)
         if not self._render.stream:
-            self._said.add(pieces)
+            if pieces:
+                self._said.add(pieces, self._take_logprobs())
             return b""
         data = self._opening()
         for piece in pieces:

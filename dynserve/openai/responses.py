@@ -24,7 +24,7 @@ from dynserve.openai.chat import (
     ToolCall,
     ToolName,
 )
-from dynserve.openai.fields import Count, Request, StreamOptions, validated
+from dynserve.openai.fields import Count, Many, Request, StreamOptions, validated
 
 
 class Item(BaseModel):
@@ -33,11 +33,11 @@ class Item(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ContentPart] | None = None
+    output: str | Many[ContentPart] | None = None
 
 
 class FlatTool(BaseModel):
@@ -82,7 +82,7 @@ class ResponsesRequest(Request):
         "background": "wait for the answer, or stream it",
     }
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -90,12 +90,12 @@ class ResponsesRequest(Request):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatNamed | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[str] | None = None
+    include: Many[str] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     priority: int | None = None
     metadata: dict[str, Any] | None = None
@@ -136,26 +136,30 @@ class ResponsesRequest(Request):
         return asked
 
     def frame(self) -> str:
-        """What a response repeats of its request, as JSON."""
+        """What a response repeats of its request, as JSON. Raises BadRequest for numbers that JSON does not have."""
+        try:
+            return json.dumps(self._repeated(), allow_nan=False)
+        except ValueError as error:
+            raise BadRequest(f"the request has a number that is no JSON: {error}") from error
+
+    def _repeated(self) -> dict[str, Any]:
         tool_choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, FlatNamed) else self.tool_choice
         text = self.text.model_dump(by_alias=True, exclude_none=True) if self.text else {}
-        return json.dumps(
-            {
-                "instructions": self.instructions,
-                "max_output_tokens": self.max_output_tokens,
-                "metadata": self.metadata or {},
-                "parallel_tool_calls": self.parallel_tool_calls is not False,
-                "previous_response_id": None,
-                "reasoning": {"effort": self.reasoning.effort if self.reasoning else None, "summary": None},
-                "store": False,
-                "temperature": self.temperature,
-                "text": {"format": {"type": "text"}} | text,
-                "tool_choice": tool_choice or "auto",
-                "tools": [tool.model_dump(exclude_none=True) for tool in self.tools or ()],
-                "top_p": self.top_p,
-                "truncation": "disabled",
-            }
-        )
+        return {
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": self.reasoning.effort if self.reasoning else None, "summary": None},
+            "store": False,
+            "temperature": self.temperature,
+            "text": {"format": {"type": "text"}} | text,
+            "tool_choice": tool_choice or "auto",
+            "tools": [tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            "top_p": self.top_p,
+            "truncation": "disabled",
+        }
 
     def _wants_logprobs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())

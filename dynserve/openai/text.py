@@ -8,15 +8,15 @@ from pydantic import Field
 
 from dynserve.errors import BadRequest
 from dynserve.openai.chat import ChatRequest, Message, Tool
-from dynserve.openai.fields import Request, TokenId, validated
+from dynserve.openai.fields import Many, Request, TokenId, validated
 
 
 class TokenizeRequest(Request):
     """A text, or a conversation as the chat template renders it."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    tools: Many[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -42,5 +42,5 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: list[TokenId]
+    tokens: Many[TokenId]
     skip_special_tokens: bool = False

@@ -28,6 +28,7 @@ class Answer:
         self.ticket = 0  # set once the executor has taken the request
         self._ended = ended
         self._closed = False
+        self._first: Output | None = None  # knows what the prompt has cost
         self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
         if request.prior is not None:
             self._renderer.replay(request.prior)
@@ -63,6 +64,7 @@ class Answer:
         if output.embedding:
             self._embedded(output)
             return
+        self._first = self._first or output
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)
@@ -75,11 +77,12 @@ class Answer:
             self._finish(output, data, output.reason)
 
     def _finish(self, output: Output, data: bytes, reason: str) -> None:
+        told = output if output.reason is not None or self._first is None else self._first
         if not self.request.prior:
-            self._renderer.cached_tokens = output.cached_tokens
+            self._renderer.cached_tokens = told.cached_tokens
         last, usage = self._renderer.finish(reason, output.stop_token)
         counted = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        usage = Usage(*counted, output.queue_s, output.transfer_s, output.prefill_s, usage.reasoning_tokens)
+        usage = Usage(*counted, told.queue_s, told.transfer_s, told.prefill_s, usage.reasoning_tokens)
         self.link.send(
             Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)
         )

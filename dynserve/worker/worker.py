@@ -126,10 +126,10 @@ class Worker:
     def accept(self, payload: bytes) -> bytes:
         """The request plane's handler: an acknowledgement at once, the answer over the link."""
         try:
-            ack = self.take(requests.decode_request(payload))
+            request = requests.decode_request(payload)
         except MALFORMED as error:
-            ack = Refused(InternalError.code, f"not a request of this version: {error}")
-        return requests.encode(ack)
+            return requests.encode(Refused(InternalError.code, f"not a request of this version: {error}"))
+        return requests.encode(self.take(request))
 
     def take(self, request: GenerateRequest) -> Ack:
         """Starts the request, or says why not. Taking the same request twice is taking it once."""
@@ -152,6 +152,10 @@ class Worker:
         except (CallerError, ClusterError, InternalError) as error:
             self.counts["refused"] += 1
             return Refused(error.code, str(error))
+        except Exception as error:  # one request must never cost the link that it came by
+            log.exception("request %s cannot be started", request.id)
+            self.counts["refused"] += 1
+            return Refused(InternalError.code, f"the request cannot be started: {type(error).__name__}")
         self._answers[key] = answer
         self.counts["accepted"] += 1
         return Accepted()

@@ -136,6 +136,25 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(keys: Path) -> Non
     held.close()
 
 
+@pytest.mark.parametrize("text", ["eve sha256:" + "0" * 64 + " rpm=" + "9" * 400, "\udcff", "nonsense"])
+def test_no_text_in_the_file_ends_a_running_server(keys: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate(str(keys), 10)
+    keys.write_bytes(text.encode("utf-8", "surrogateescape"))
+    os.utime(keys, ns=(1, 1))
+    for _ in range(3):
+        gate.look()
+    assert len(caplog.records) == 1
+    assert gate.enter(bearer(SECRET)).name == "ann"
+
+
+def test_what_was_charged_can_be_given_back_once(keys: Path) -> None:
+    visit = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
+    visit.charge(70)
+    visit.give_back()
+    visit.give_back()
+    assert dict(visit.headers())["x-ratelimit-remaining-tokens"] == "100"
+
+
 def test_limits_survive_a_reading_of_the_file_that_does_not_change_them(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
     for _ in range(2):
@@ -154,7 +173,9 @@ def test_limits_survive_a_reading_of_the_file_that_does_not_change_them(keys: Pa
         ("ann secret", "line 1: expected `name sha256"),
         (line("ann", SECRET, "rpn=5"), r"unknown limit 'rpn' \(did you mean rpm\?\)"),
         (line("ann", SECRET, "rpm=many"), "'rpm=many' is not a whole number"),
-        (line("ann", SECRET, "rpm=0"), "rpm must be at least 1"),
+        (line("ann", SECRET, "rpm=0"), "rpm must be between 1 and"),
+        (line("ann", SECRET, "rpm=" + "9" * 400), "rpm must be between 1 and|not a whole number"),
+        (line("ann", SECRET) + line("bob", SECRET), "line 2: this key is there twice"),
         (line("ann", SECRET) + line("ann", OTHER), "line 2: ann is there twice"),
     ],
 )
@@ -184,5 +205,9 @@ def test_dynserve_key_makes_a_key_that_opens_its_file(tmp_path: Path) -> None:
     assert again.returncode == 2 and "ann is there twice" in again.stderr
     shown = key("--name", "bob", "--priority", "3").stdout
     assert shown.startswith("sk-dyn-") and "bob sha256:" in shown and "priority=3" in shown
-    wrong = key("--name", "two words")
-    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    for name in ("two words", "#x", ""):
+        wrong = key("--name", name)
+        assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and not wrong.stdout
+    path.write_bytes(b"\xff\xfe")
+    broken = key("--name", "cy", "--file", str(path))
+    assert broken.returncode == 2 and "Traceback" not in broken.stderr

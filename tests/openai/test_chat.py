@@ -148,10 +148,17 @@ def test_tools_are_shown_to_the_model_unless_it_must_not_call_them() -> None:
     )
 
 
-def test_a_last_message_of_the_assistant_can_be_continued() -> None:
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, "}]
+@pytest.mark.parametrize("said", ["1, 2, ", "<", "n", "im_end", "|>", "", "<|im_end|>"])
+def test_a_last_message_of_the_assistant_can_be_continued(said: str) -> None:
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": said}]
     text = PREPROCESSOR.render(chat(messages=messages, continue_final_message=True).conversation())
-    assert text.endswith("<|im_start|>assistant\n1, 2,")
+    assert text == f"<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n{said}"
+
+
+def test_halves_of_surrogates_in_old_calls_are_replaced() -> None:
+    call = {"function": {"name": "look", "arguments": '{"at": "\\ud83d"}'}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    assert "\ufffd" in PREPROCESSOR.chat(chat(messages=messages).conversation())[0]
 
 
 def test_reasoning_effort_is_said_in_the_words_of_templates() -> None:

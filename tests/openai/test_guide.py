@@ -20,7 +20,7 @@ from dynserve.wire.requests import Guide, ToolUse
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}},
     {"type": "function", "function": {"name": "now"}},
-    {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {"in": {"$ref": "#/$defs/place"}, "deep": {"type": "boolean"}}, "required": ["in"], "$defs": {"place": {"enum": ["here", "there"]}}}}},
+    {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {"at": {"$ref": "#/$defs/place"}, "deep": {"type": "boolean"}}, "required": ["at"], "$defs": {"place": {"enum": ["here", "there"]}}}}},
 ]  # fmt: skip
 
 
@@ -57,6 +57,7 @@ WRITTEN = {
     "hermes": ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>', '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', "\n"),
     "llama3_json": ('{"name": "add", "parameters": {"a": 1, "b": 2}}', '{"name": "now", "parameters": {}}', "; "),
     "mistral": ('{"name": "add", "arguments": {"a": 1, "b": 2}}', '{"name": "now", "arguments": {}}', ", "),
+    "mistral_v11": ('[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}', "[TOOL_CALLS]now[ARGS]{}", ""),
     "deepseek_v3": ('<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1, "b": 2}\n```<｜tool▁call▁end｜>', "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>", "\n"),
     "deepseek_v31": ('<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜>', "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>", ""),
     "pythonic": ("add(a=1, b=2)", "now()", ", "),
@@ -168,3 +169,56 @@ async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Guide) -
         with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
             await guides.matcher(found)
         await guides.matcher(Guide(kind="regex", text="a"))  # and the next is compiled as ever
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"description": "nothing in particular"},
+        {"type": "object", "allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]},
+        {"type": "object", "properties": {}},
+    ],
+)
+async def test_arguments_are_an_object_whatever_their_schema_leaves_open(parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    found = guide(tools=[tool], tool_choice="required")
+    call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
+    assert await accepts(found, call.format("{}"), call.format("null"), call.format("3")) == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ({"name": "my-tool"}, "'my-tool' cannot be one"),
+        ({"name": "import"}, "'import' cannot be one"),
+        (
+            {"name": "f", "parameters": {"properties": {"from": {}}, "required": ["from"]}},
+            "'from' cannot be a parameter",
+        ),
+    ],
+)
+def test_tools_that_python_cannot_spell_are_refused_by_models_that_write_python(function: Any, message: str) -> None:
+    for choice in ("auto", "required"):
+        with pytest.raises(BadRequest, match=message):
+            guide_of(chat(tools=[{"type": "function", "function": function}], tool_choice=choice), card("pythonic"))
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"properties": None}, {"properties": 5}, {"properties": {"a": {}}, "required": None}]
+)
+def test_odd_schemas_break_nothing(parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for style in TOOL_PARSERS:
+        guide_of(chat(tools=[tool], tool_choice="required"), card(style))
+
+
+def test_schemas_that_would_take_minutes_are_refused() -> None:
+    deep: Any = {"type": "integer"}
+    for _ in range(40):
+        deep = {"type": "object", "properties": {"a": deep}}
+    wide = {"enum": [str(number) for number in range(5000)]}
+    for schema, message in ((deep, "64 deep"), (wide, "4,000 values")):
+        for form in (schema, json.dumps(schema)):
+            with pytest.raises(BadRequest, match=message):
+                guide_of(chat(guided_json=form), card())

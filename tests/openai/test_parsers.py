@@ -96,6 +96,10 @@ TEXTS = [
     ("hermes", '<tool_call>\n{"name": "get_weather", "argum'),
     ("hermes", "<tool_call>not json</tool_call> and more"),
     ("hermes", '<tool_call>{"arguments": {}}</tool_call>'),
+    ("hermes", "use <tool_call> like this"),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>'),
+    ("llama3_json", '  {"x": 1}'),
+    ("pythonic", '[add(**{"a": 1})]'),
     ("llama3_json", '{"answer": 42}'),
     ("llama3_json", '{"name": "unknown", "parameters": {}}'),
     ("llama3_json", "  plain  "),
@@ -131,6 +135,25 @@ def test_parsers_take_any_text_and_cutting_changes_nothing(text: str, style: str
 def test_mixed_parts_of_calls_are_parsed_alike_in_any_cut(parts: list[str], sizes: list[int]) -> None:
     text = "".join(parts)
     assert parse(tools("hermes"), text, sizes) == parse(tools("hermes"), text)
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "expected"),
+    [
+        ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', [Call("add"), Arguments("{}")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "x\ny"}}</tool_call>', [Call("add"), Arguments('{"a": "x\\ny"}')]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "\\ud83d"}}</tool_call>', [Call("add"), Arguments('{"a": "\\ud83d"}')]),
+        ("deepseek_v31", '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": "x\ny"}<｜tool▁call▁end｜>', [Call("add"), Arguments('{"a": "x\\ny"}')]),
+        ("llama3_json", '{"name": "add", "parameters": {}}, {"name": "add", "parameters": {}}', [Call("add"), Arguments("{}")] * 2),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}', [Call("add"), Arguments('{"a": 1}')]),
+        ("hermes", 'before <tool_call>{"name": "add", "arguments": {}}</tool_call> after', [Content("before"), Call("add"), Arguments("{}"), Content(" after")]),
+    ],
+)  # fmt: skip
+@given(sizes=SIZES)
+def test_what_models_write_almost_right_is_understood(
+    style: str, text: str, expected: list[Piece], sizes: list[int]
+) -> None:
+    assert parse(tools(style), text, sizes) == expected
 
 
 def test_calls_that_a_grammar_holds_are_shown_as_they_grow() -> None:
@@ -182,6 +205,8 @@ def test_a_prompt_tells_whether_a_thought_is_open() -> None:
     assert not is_open("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert is_open("deepseek_r1", "<｜Assistant｜>")
     assert not is_open("deepseek_r1", "<｜Assistant｜></think>")
+    assert not is_open("deepseek_r1", "<｜Assistant｜>The answer is", continued=True)
+    assert is_open("qwen3", "assistant\n<think>\nFirst,", continued=True)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +214,8 @@ def test_a_prompt_tells_whether_a_thought_is_open() -> None:
     [
         ("{% if tools %}<tool_call>{% endif %}", {}, "hermes"),
         ("{% if tools %}[TOOL_CALLS]{% endif %}", {}, "mistral"),
+        ("{% if tools %}[TOOL_CALLS][ARGS]{% endif %}", {}, "mistral_v11"),
+        ("{% if tools %}<tool_call><function={% endif %}", {}, ""),
         ("{% if tools %}<｜tool▁calls▁begin｜> ```json{% endif %}", {}, "deepseek_v3"),
         ("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}", {}, "deepseek_v31"),
         ("{% if tools %}<|python_tag|>{% endif %}", {}, "llama3_json"),

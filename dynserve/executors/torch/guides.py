@@ -19,13 +19,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dynserve.errors import BadRequest
+from dynserve.errors import BadRequest, Overloaded
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
     import xgrammar
 
 CACHE_BYTES = 256 << 20  # of compiled grammars
+MAX_WAITING = 256  # grammars
 # JSON may have any white space between its parts; a model that is lost would fill its context with it
 MOST_WHITESPACE = 32
 
@@ -36,6 +37,7 @@ class Guides:
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._folder, self._vocab_size, self._eos = folder, vocab_size, list(eos)
         self._pool = ThreadPoolExecutor(1, "compile-grammar")
+        self._waiting = 0
         self._compiler: xgrammar.GrammarCompiler | None = None
 
     def __enter__(self) -> Guides:
@@ -45,8 +47,14 @@ class Guides:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def matcher(self, guide: Guide) -> Matcher:
-        """Raises BadRequest, with the compiler's reason, for a grammar that is none."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, guide)
+        """Raises BadRequest, with the compiler's reason, for a grammar that is none; Overloaded when too many wait."""
+        if self._waiting >= MAX_WAITING:
+            raise Overloaded(f"{self._waiting} grammars wait to be compiled")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, guide)
+        finally:
+            self._waiting -= 1
 
     def _matcher(self, guide: Guide) -> Matcher:
         import xgrammar

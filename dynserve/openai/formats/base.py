@@ -42,39 +42,48 @@ class Format(Protocol):
 
     def last(self, end: End, logprobs: Logprobs) -> bytes: ...
 
-    def body(self, said: Said, end: End, logprobs: Logprobs) -> bytes: ...
+    def body(self, said: Said, end: End) -> bytes: ...
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]: ...
 
 
 class Said:
-    """All of an answer so far."""
+    """All of an answer so far, in order; `parts` are pieces with the log-probabilities of their tokens."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self._content: list[str] = []
-        self._thoughts: list[str] = []
-        self.calls: list[SaidCall] = []
+        self.parts: list[tuple[Piece, Logprobs]] = []
+        self.rest: Logprobs = None  # log-probabilities of tokens behind the last piece
 
     @property
     def content(self) -> str:
-        return "".join(self._content)
+        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Content)])
 
     @property
     def thoughts(self) -> str:
-        return "".join(self._thoughts)
+        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Thinking)])
 
-    def add(self, pieces: Iterable[Piece]) -> None:
+    @property
+    def calls(self) -> list[SaidCall]:
+        found: list[SaidCall] = []
+        for piece, _ in self.parts:
+            if isinstance(piece, Call):
+                found.append(SaidCall(call_id(self._render, len(found)), piece.name))
+            elif isinstance(piece, Arguments):
+                found[-1].parts.append(piece.text)
+        return found
+
+    @property
+    def logprobs(self) -> Logprobs:
+        if self._render.logprobs is None:
+            return None
+        return [entry for _, entries in self.parts for entry in entries or ()] + (self.rest or [])
+
+    def add(self, pieces: Iterable[Piece], logprobs: Logprobs) -> None:
+        """`logprobs` are of the tokens since the last piece."""
         for piece in pieces:
-            match piece:
-                case Content(text):
-                    self._content.append(text)
-                case Thinking(text):
-                    self._thoughts.append(text)
-                case Call(name):
-                    self.calls.append(SaidCall(call_id(self._render, len(self.calls)), name))
-                case Arguments(text):
-                    self.calls[-1].parts.append(text)
+            self.parts.append((piece, logprobs))
+            logprobs = None
 
 
 class SaidCall:
@@ -106,9 +115,18 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
+def one_line(data: bytes) -> bytes:
+    """JSON without the characters that some clients take for the end of a line, although they are none in a stream."""
+    if data.isascii():
+        return data
+    for char in ("\u0085", "\u2028", "\u2029"):
+        data = data.replace(char.encode(), b"\\u%04x" % ord(char))
+    return data
+
+
 def event(kind: str, data: bytes) -> bytes:
     """A named server-sent event."""
-    return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+    return b"event: " + kind.encode() + b"\ndata: " + one_line(data) + b"\n\n"
 
 
 def quoted(text: str) -> bytes:

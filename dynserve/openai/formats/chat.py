@@ -12,6 +12,7 @@ from dynserve.openai.formats.base import (
     Logprobs,
     Said,
     call_id,
+    one_line,
     quoted,
     to_json,
     usage_object,
@@ -90,7 +91,7 @@ class ChatFormat(_Choices):
 
     def content(self, text: str, logprobs: Logprobs) -> bytes:
         if logprobs is None and not self._render.continuous_usage:
-            return self._content + to_json(text) + self._plain_end
+            return self._content + one_line(to_json(text)) + self._plain_end
         return self._delta(b'"content":' + to_json(text), logprobs)
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
@@ -110,24 +111,24 @@ class ChatFormat(_Choices):
 
     def last(self, end: End, logprobs: Logprobs) -> bytes:
         reason = to_json(self._reason(end, self._calls >= 0))
-        entries = to_json({"content": logprobs}) if logprobs else b"null"
+        entries = one_line(to_json({"content": logprobs})) if logprobs else b"null"
         return self._choice + b'"delta":{},"logprobs":' + entries + self._end(reason) + self._after(end)
 
-    def body(self, said: Said, end: End, logprobs: Logprobs) -> bytes:
+    def body(self, said: Said, end: End) -> bytes:
+        calls, logprobs = said.calls, said.logprobs
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         if said.thoughts:
             message["reasoning_content"] = said.thoughts
-        if said.calls:
+        if calls:
             message["content"] = said.content or None
             message["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                for c in said.calls
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls
             ]
         choice = {
             "index": self._render.index,
             "message": message,
             "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
-            "finish_reason": self._reason(end, bool(said.calls)),
+            "finish_reason": self._reason(end, bool(calls)),
         }
         return self._whole(choice, end)
 
@@ -136,8 +137,8 @@ class ChatFormat(_Choices):
         return self._one(entry.token_id, entry.logprob, vocabulary) | {"top_logprobs": top}
 
     def _delta(self, delta: bytes, logprobs: Logprobs) -> bytes:
-        entries = b"null" if logprobs is None else to_json({"content": logprobs})
-        return self._choice + b'"delta":{' + delta + b'},"logprobs":' + entries + self._end()
+        entries = b"null" if logprobs is None else one_line(to_json({"content": logprobs}))
+        return self._choice + b'"delta":{' + one_line(delta) + b'},"logprobs":' + entries + self._end()
 
     def _reason(self, end: End, called: bool) -> str:
         """As OpenAI: a call that the client asked for by name ends with `stop`."""
@@ -161,17 +162,18 @@ class CompletionFormat(_Choices):
         return b""
 
     def content(self, text: str, logprobs: Logprobs) -> bytes:
-        entries = b"null" if logprobs is None else to_json(self._columns(logprobs))
-        return self._text + to_json(text) + b',"logprobs":' + entries + self._end()
+        entries = b"null" if logprobs is None else one_line(to_json(self._columns(logprobs)))
+        return self._text + one_line(to_json(text)) + b',"logprobs":' + entries + self._end()
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         return self.content(piece[0], logprobs)  # only ever content: completions have no parsers
 
     def last(self, end: End, logprobs: Logprobs) -> bytes:
-        entries = to_json(self._columns(logprobs)) if logprobs else b"null"
+        entries = one_line(to_json(self._columns(logprobs))) if logprobs else b"null"
         return self._text + b'"","logprobs":' + entries + self._end(to_json(end.reason)) + self._after(end)
 
-    def body(self, said: Said, end: End, logprobs: Logprobs) -> bytes:
+    def body(self, said: Said, end: End) -> bytes:
+        logprobs = said.logprobs
         columns = None if logprobs is None else self._columns(logprobs)
         choice = {
             "index": self._render.index, "text": said.content, "logprobs": columns, "finish_reason": end.reason,
@@ -187,6 +189,8 @@ class CompletionFormat(_Choices):
         top = {
             vocabulary.token_text(id_): max(lp, LEAST_LOGPROB) for id_, lp in entry.top[: self._render.logprobs or 0]
         }
+        if top:  # what was said is always among them, likely or not
+            top.setdefault(text, max(entry.logprob, LEAST_LOGPROB))
         return {"token": text, "logprob": max(entry.logprob, LEAST_LOGPROB), "top": top, "offset": offset}
 
     @staticmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
+
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.formats.base import End, Logprobs, Said, call_id, event, to_json
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
@@ -49,14 +51,23 @@ class MessageFormat:
         data = to_json({"type": "message_delta", "delta": delta, "usage": _usage(end.usage)})
         return self._close() + event("message_delta", data) + event("message_stop", b'{"type":"message_stop"}')
 
-    def body(self, said: Said, end: End, logprobs: Logprobs) -> bytes:
+    def body(self, said: Said, end: End) -> bytes:
         blocks: list[dict[str, Any]] = []
-        if said.thoughts:
-            blocks.append({"type": "thinking", "thinking": said.thoughts, "signature": ""})
-        if said.content or not said.calls:
-            blocks.append({"type": "text", "text": said.content})
-        blocks += [{"type": "tool_use", "id": c.id, "name": c.name, "input": _input(c.arguments)} for c in said.calls]
-        return to_json(self._message(blocks, *_stop(end, bool(said.calls))) | {"usage": _usage(end.usage)})
+        for piece, _ in said.parts:
+            match piece:
+                case Content(text):
+                    _last(blocks, "text", text=[])["text"].append(text)
+                case Thinking(text):
+                    _last(blocks, "thinking", thinking=[], signature="")["thinking"].append(text)
+                case Call(name):
+                    blocks.append(
+                        {"type": "tool_use", "id": call_id(self._render, self._calls), "name": name, "input": []}
+                    )
+                    self._calls += 1
+                case Arguments(text):
+                    blocks[-1]["input"].append(text)
+        content = [whole for block in blocks if (whole := _whole(block)) is not None]
+        return to_json(self._message(content, *_stop(end, bool(self._calls))) | {"usage": _usage(end.usage)})
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         return {}
@@ -107,9 +118,24 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _input(arguments: str) -> Any:
-    """The object that a call's arguments are; what an answer's end has cut is given as it stands."""
+def _last(blocks: list[dict[str, Any]], kind: str, **fields: Any) -> dict[str, Any]:
+    """The last block, or a new one where that is of another kind."""
+    if not blocks or blocks[-1]["type"] != kind:
+        blocks.append({"type": kind} | fields)
+    return blocks[-1]
+
+
+def _whole(block: dict[str, Any]) -> dict[str, Any] | None:
+    """A block with its parts put together; None for a call whose arguments the answer's end has cut: an object that is not
+    whole cannot be said here, and `stop_reason` tells of the end."""
+    match block["type"]:
+        case "text":
+            return block | {"text": "".join(block["text"])}
+        case "thinking":
+            return block | {"thinking": "".join(block["thinking"])}
+    arguments = "".join(block["input"])
     try:
-        return json.loads(arguments)
+        json.loads(arguments)
     except ValueError:
-        return {"partial_json": arguments}
+        return None
+    return block | {"input": msgspec.Raw(arguments.encode())}

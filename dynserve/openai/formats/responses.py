@@ -60,23 +60,13 @@ class ResponseFormat:
                 return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
 
     def last(self, end: End, logprobs: Logprobs) -> bytes:
-        status = "incomplete" if end.reason == "length" else "completed"
-        closed = self._close(status)
-        if not self._output:  # an answer of nothing is still a message
-            closed = self._open("message") + self._close(status)
+        status, closed = self._end(end)
         return closed + self._event(f"response.{status}", response=self._response(status, self._output, end.usage))
 
-    def body(self, said: Said, end: End, logprobs: Logprobs) -> bytes:
-        status = "incomplete" if end.reason == "length" else "completed"
-        self._kind = ""
-        for kind, text in (("reasoning", said.thoughts), ("message", said.content)):
-            if text or (kind == "message" and not said.calls):
-                self._kind, self._text, self._logprobs = kind, [text], (logprobs or []) if kind == "message" else []
-                self._output.append(self._item(status))
-        for call in said.calls:
-            self._kind, self._text, self._call = "function_call", [call.arguments], (call.id, call.name)
-            self._output.append(self._item(status))
-        return to_json(self._response(status, self._output, end.usage))
+    def body(self, said: Said, end: End) -> bytes:
+        for piece, logprobs in said.parts:
+            self.piece(piece, logprobs)
+        return to_json(self._response(self._end(end)[0], self._output, end.usage))
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         def one(token_id: int, logprob: float) -> dict[str, Any]:
@@ -86,6 +76,14 @@ class ResponseFormat:
 
         top = [one(id_, logprob) for id_, logprob in entry.top[: self._render.logprobs or 0]]
         return one(entry.token_id, entry.logprob) | {"top_logprobs": top}
+
+    def _end(self, end: End) -> tuple[str, bytes]:
+        """The answer's status, and the events of its last item's end."""
+        status = "incomplete" if end.reason == "length" else "completed"
+        closed = self._close(status)
+        if not self._output:  # an answer of nothing is still a message
+            closed = self._open("message") + self._close(status)
+        return status, closed
 
     def _response(self, status: str, output: list[Any], usage: Usage | None) -> dict[str, Any]:
         return self._frame | {

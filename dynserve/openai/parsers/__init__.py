@@ -26,6 +26,8 @@ _TOOLS_BY_TEMPLATE = {
     "<|python_tag|>": "llama3_json",
     "<|python_start|>": "pythonic",
 }
+# Forms that no parser here reads although their marks are those of another: XML within, of Qwen3-Coder and GLM.
+_UNKNOWN = ("<function=", "<arg_key>")
 _TOOLS_BY_TYPE = {
     "qwen2": "hermes",
     "qwen3": "hermes",
@@ -52,23 +54,24 @@ def chain(tools: ToolUse | None, thoughts: Reasoning | None) -> Parser | None:
     return _Both(think_parser, call_parser)
 
 
-def markers(tools: ToolUse | None) -> tuple[str, ...]:
+def markers(tools: ToolUse | None, thoughts: Reasoning | None) -> tuple[str, ...]:
     """Texts that must be seen although a tokenizer may take them for special."""
-    if tools is None or tools.parser not in STYLES:
-        return ()
-    style = STYLES[tools.parser]
-    return (*style.markers, *style.after, "[ARGS]", "<｜tool▁sep｜>")
+    found: tuple[str, ...] = () if thoughts is None else (reasoning.BEGIN, reasoning.END)
+    if tools is not None and tools.parser in STYLES:
+        style = STYLES[tools.parser]
+        found += (*style.markers, *style.after, "[ARGS]", "<｜tool▁sep｜>")
+    return found
 
 
 def detect_tools(template: str, config: Mapping[str, Any]) -> str:
     """The tool parser for a model, by its template or else its type; empty when its template knows no tools."""
-    if "tools" not in template:
+    if "tools" not in template or any(mark in template for mark in _UNKNOWN):
         return ""
     for mark, parser in _TOOLS_BY_TEMPLATE.items():
         if mark in template:
             if parser == "deepseek_v3" and "```json" not in template:
                 return "deepseek_v31"
-            return parser
+            return "mistral_v11" if parser == "mistral" and "[ARGS]" in template else parser
     return _TOOLS_BY_TYPE.get(str(config.get("model_type")), "")
 
 
@@ -90,6 +93,10 @@ class _Both:
 
     def __init__(self, thoughts: Parser, calls: Parser) -> None:
         self._thoughts, self._calls = thoughts, calls
+
+    @property
+    def thinking(self) -> bool:
+        return self._thoughts.thinking
 
     def push(self, text: str) -> list[Piece]:
         return self._through(self._thoughts.push(text))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Content(NamedTuple):
@@ -30,6 +31,11 @@ Piece = Content | Thinking | Call | Arguments
 
 
 class Parser(Protocol):
+    @property
+    def thinking(self) -> bool:
+        """The next token is not one of the answer yet."""
+        ...
+
     def push(self, text: str) -> list[Piece]:
         """The pieces that are certain with this text."""
         ...
@@ -37,6 +43,16 @@ class Parser(Protocol):
     def finish(self) -> list[Piece]:
         """The answer has ended: what was held back."""
         ...
+
+
+def json_text(value: Any) -> str:
+    """JSON that is UTF-8, too. Raises ValueError for numbers that JSON does not have."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair can be written as an escape only
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
 def held_back(text: str, strings: Iterable[str]) -> int:

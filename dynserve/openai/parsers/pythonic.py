@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
 from typing import Any
 
-from dynserve.openai.parsers.base import Arguments, Call, Content, Piece
+from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, json_text
 
 MOST_CALLS_TEXT = 100_000  # characters; a longer list is text
 
@@ -18,6 +17,10 @@ class PythonicCalls:
         self._names = names
         self._held = ""
         self._plain = False
+
+    @property
+    def thinking(self) -> bool:
+        return False
 
     def push(self, text: str) -> list[Piece]:
         if self._plain:
@@ -51,14 +54,13 @@ def _calls(text: str, names: tuple[str, ...]) -> list[Piece] | None:
         return None
     pieces: list[Piece] = []
     for call in body.elts:
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             return None
         name = ast.unparse(call.func)
         if name not in names:
             return None
         try:
-            arguments = {str(k.arg): _literal(k.value) for k in call.keywords if k.arg is not None}
-            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            text = json_text({str(k.arg): _literal(k.value) for k in call.keywords})
         except (ValueError, TypeError, RecursionError):
             return None
         pieces += [Call(name), Arguments(text)]

@@ -12,8 +12,11 @@ BEGIN, END = "<think>", "</think>"
 NAMES = {"qwen3": False, "deepseek_r1": True}
 
 
-def is_open(parser: str, prompt: str) -> bool:
-    """Whether an answer to this prompt (rendered text) begins within a thought."""
+def is_open(parser: str, prompt: str, *, continued: bool = False) -> bool:
+    """Whether an answer to this prompt (rendered text) begins within a thought. `continued`: the prompt holds the beginning
+    of the answer, in which a thought may have begun and ended."""
+    if continued:
+        return prompt.rfind(BEGIN) > prompt.rfind(END)
     end = prompt.rstrip()
     return end.endswith(BEGIN) or (NAMES[parser] and not end.endswith(END))
 
@@ -47,6 +50,11 @@ class ThinkTags:
         if self._state is _State.ANSWER and self._held:
             pieces.append(Content(self._take(len(self._held))))
         return pieces
+
+    @property
+    def thinking(self) -> bool:
+        """The next token is not one of the answer yet."""
+        return self._state in (_State.START, _State.THOUGHT)
 
     def finish(self) -> list[Piece]:
         """A thought without an end is a thought; a tag that never was complete is text."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, held_back
+from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, held_back, json_text
 
 MOST_HEADER = 512  # characters between a marker and the JSON
 
@@ -43,6 +43,8 @@ class Style:
 _OBJECT = re.compile(r"\s*(?=\{)")
 _WRAPPED = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
+_MISTRAL = re.compile(r"\s*(?:\[\s*(?=\{)|(?=\{)|(?P<name>[\w.-]+)\s*(?:\[ARGS\])?\s*(?=\{))")
+
 STYLES = {
     "hermes": Style(
         markers=("<tool_call>",),
@@ -55,7 +57,7 @@ STYLES = {
     "llama3_json": Style(
         markers=("<|python_tag|>",),
         header=_OBJECT,
-        after=(";",),
+        after=(";", ","),
         leading=True,
         begin='{"name": "{}", "parameters": ',
         end="}",
@@ -63,13 +65,20 @@ STYLES = {
     ),
     "mistral": Style(
         markers=("[TOOL_CALLS]",),
-        header=re.compile(r"\s*(?:\[\s*(?=\{)|(?=\{)|(?P<name>[\w.-]+)\s*(?:\[ARGS\])?\s*(?=\{))"),
+        header=_MISTRAL,
         after=(",", "]"),
         begin='{"name": "{}", "arguments": ',
         end="}",
         opening="[TOOL_CALLS][",
         separator=", ",
         closing="]",
+    ),
+    "mistral_v11": Style(
+        markers=("[TOOL_CALLS]",),
+        header=_MISTRAL,
+        after=(",", "]"),
+        begin="[TOOL_CALLS]{}[ARGS]",
+        end="",
     ),
     "deepseek_v3": Style(
         markers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
@@ -114,7 +123,12 @@ class JsonCalls:
         self._name: str | None = None
         self._value = JsonEnd()
         self._wrapped = False  # one more brace is to come
-        self._called = False
+        self._called = self._talked = False
+        self._space = ""  # behind a call
+
+    @property
+    def thinking(self) -> bool:
+        return False
 
     def push(self, text: str) -> list[Piece]:
         self._held += text
@@ -154,7 +168,7 @@ class JsonCalls:
             return False
         self._state = _State.CONTENT
         if begin.startswith("{"):
-            self._state, self._held = _State.OPEN, begin
+            self._state, self._raw, self._held = _State.OPEN, self._held[: -len(begin)], begin
         return True
 
     def _content(self, pieces: list[Piece]) -> bool:
@@ -163,8 +177,13 @@ class JsonCalls:
         if found:
             at, marker = min(found)
             # white space before a call belongs to the call
-            self._say(pieces, held[:at].rstrip())
-            self._state, self._raw, self._held = _State.OPEN, held[at : at + len(marker)], held[at + len(marker) :]
+            said = held[:at].rstrip()
+            self._say(pieces, said)
+            self._state, self._raw, self._held = (
+                _State.OPEN,
+                held[len(said) : at + len(marker)],
+                held[at + len(marker) :],
+            )
             return True
         certain = held[: len(held) - held_back(held, self._style.markers)].rstrip()
         self._say(pieces, certain)
@@ -216,7 +235,9 @@ class JsonCalls:
     def _after(self) -> bool:
         """Swallows what closes a call, and finds out whether another follows."""
         style = self._style
-        self._held = self._held.lstrip()
+        rest = self._held.lstrip()
+        self._space += self._held[: len(self._held) - len(rest)]
+        self._held = rest
         if not self._held:
             return False
         if self._wrapped and self._held.startswith("}"):
@@ -224,18 +245,20 @@ class JsonCalls:
             return True
         for string in style.after:
             if self._held.startswith(string):
-                self._held = self._held[len(string) :]
+                self._held, self._space = self._held[len(string) :], ""
                 return True
         for marker in style.markers:
             if self._held.startswith(marker):
-                self._state, self._raw, self._held = _State.OPEN, marker, self._held[len(marker) :]
+                self._state, self._space, self._raw, self._held = _State.OPEN, "", marker, self._held[len(marker) :]
                 return True
         if self._held.startswith("{") and (style.leading or style.opening):
             self._state = _State.OPEN
             return True
         if any(string.startswith(self._held) for string in (*style.after, *style.markers)):
             return False
-        self._state = _State.CONTENT
+        # between two pieces of text there was a call, and the white space stays
+        self._state, self._held = _State.CONTENT, (self._space if self._talked else "") + self._held
+        self._space = ""
         return True
 
     def _whole(self) -> list[Piece] | None:
@@ -245,16 +268,18 @@ class JsonCalls:
         if value is None:
             return None
         if self._name is not None:
-            return [Call(self._name), Arguments(text)]
+            return [Call(self._name), Arguments(text if _is_strict(text) else json_text(value))]
         name = value.get("name")
-        arguments = value.get("arguments", value.get("parameters", {}))
+        arguments = value.get("arguments", value.get("parameters"))
+        if arguments is None:
+            arguments = {}
         if isinstance(arguments, str):  # some models write them as OpenAI does: JSON within a string
             arguments = _object(arguments)
-        if not isinstance(name, str) or not isinstance(arguments, dict):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
             return None
         if self._style.leading and name not in self._names:
             return None  # an answer that only looks like a call
-        return [Call(name), Arguments(json.dumps(arguments, ensure_ascii=False))]
+        return [Call(name), Arguments(json_text(arguments))]
 
     def _is_over(self) -> bool:
         """The end of a call without a call; a code fence may yet be the beginning of one."""
@@ -267,9 +292,9 @@ class JsonCalls:
         self._raw = ""
         return True
 
-    @staticmethod
-    def _say(pieces: list[Piece], text: str) -> None:
+    def _say(self, pieces: list[Piece], text: str) -> None:
         if text:
+            self._talked = True
             pieces.append(Content(text))
 
 
@@ -307,8 +332,24 @@ class JsonEnd:
 
 
 def _object(text: str) -> dict[str, Any] | None:
+    """Models write line breaks into strings, which JSON does not allow and everyone understands."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, strict=False, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _is_strict(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_NAME = re.compile(r"[^\s\ud800-\udfff]{1,256}")
