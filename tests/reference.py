@@ -20,6 +20,11 @@ class Reference:
         self.dim = self.c.get("head_dim") or self.c["hidden_size"] // self.c["num_attention_heads"]
 
     def logits(self, ids: list[int]) -> Tensor:
+        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
+        return F.linear(self.states(ids), head)
+
+    def states(self, ids: list[int]) -> Tensor:
+        """Behind the last norm, `[T, hidden]`."""
         x = self.w["model.embed_tokens.weight"][torch.tensor(ids)]
         for i in range(self.c["num_hidden_layers"]):
             p = f"model.layers.{i}."
@@ -27,8 +32,7 @@ class Reference:
             h = self.norm(x, p + "post_attention_layernorm.weight")
             gate = F.silu(self.linear(h, p + "mlp.gate_proj")) * self.linear(h, p + "mlp.up_proj")
             x = x + self.linear(gate, p + "mlp.down_proj")
-        head = self.w.get("lm_head.weight", self.w["model.embed_tokens.weight"])
-        return F.linear(self.norm(x, "model.norm.weight"), head)
+        return self.norm(x, "model.norm.weight")
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         said: list[int] = []

@@ -142,6 +142,7 @@ def prompts_of(order: Order, id_: str, model: str, salt: str | None, wished: Wis
             explain=wished.explain and not several,
             guide=part.guide,
             pool=part.pool,
+            twin=number > 0 and part.tokens == order.parts[number - 1].tokens,
         )
         for number, part in enumerate(order.parts)
     ]

@@ -63,6 +63,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     explain: bool = False
     guide: Guide | None = None
     pool: Literal["mean", "last"] | None = None  # the answer is an embedding
+    twin: bool = False  # the same prompt is under way already: what it will find in a cache cannot be told
 
     @property
     def whole(self) -> bool:
@@ -263,7 +264,7 @@ class Run:
         """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""
         placed.close()
         placement.usage = last.usage
-        if placed.cached_tokens is not None and not self._prompt.whole:
+        if placed.cached_tokens is not None and not self._prompt.whole and not self._prompt.twin:
             self._pipeline.predictions.note(placed.worker, placed.cached_tokens, last.usage.cached_tokens)
 
     async def _start(self, phase: Phase, peer: Peer, prior: Prior | None, handoff: Handoff | None) -> Reply:

@@ -67,7 +67,7 @@ def test_no_generated_request_makes_the_server_fail(schema: Any, target: Target,
     @given(case=_operations(schema)[operation].as_strategy(generation_mode=mode))
     def attempt(case: Any) -> None:
         if isinstance(case.body, dict):
-            _aim(case.body, target.model)
+            _aim(case.body, target.model, mode)
         _judge(operation, case.call(base_url=target.root, timeout=DEADLINE, headers=headers))
 
     headers = {"authorization": f"Bearer {target.key}"}
@@ -92,9 +92,10 @@ def _judge(operation: str, response: Any) -> None:
         assert response.text.endswith(("data: [DONE]\n\n", '"message_stop"}\n\n', "}\n\n"))
 
 
-def _aim(body: dict[str, Any], model: str) -> None:
-    """Most requests are for the model that is there, and for answers that end soon."""
-    if isinstance(body.get("model"), str) and len(body["model"]) % 8:
+def _aim(body: dict[str, Any], model: str, mode: Any = GenerationMode.POSITIVE) -> None:
+    """Most requests are for the model that is there, and for answers that end soon. Those that mean well are also spared
+    what a schema cannot say, so that many of them get as far as an answer."""
+    if isinstance(body.get("model"), str) and (mode is GenerationMode.POSITIVE or len(body["model"]) % 8 < 7):
         body["model"] = model
     for field, most in (
         ("max_tokens", 12),
@@ -105,7 +106,50 @@ def _aim(body: dict[str, Any], model: str) -> None:
     ):
         if isinstance(body.get(field), int) and body[field] > most:
             body[field] = most
-    if "max_tokens" not in body and "messages" in body:
+    if body.get("max_tokens") is None and body.get("max_completion_tokens") is None and "messages" in body:
         body["max_tokens"] = 12
-    if "input" in body and "max_output_tokens" not in body:
+    if "input" in body and body.get("max_output_tokens") is None:
         body["max_output_tokens"] = 12
+    if mode is GenerationMode.POSITIVE:
+        _mend(body)
+
+
+def _mend(body: dict[str, Any]) -> None:
+    if body.get("stream_options"):
+        body["stream"] = True
+    for message in body.get("messages") or ():
+        if message["role"] != "assistant":
+            message.pop("tool_calls", None)
+        for content in (message.get("content"), body.get("system")):
+            for block in content if isinstance(content, list) else ():
+                block.update(type="text", text=str(block.get("text")))
+        if message.get("content") is None:
+            message["content"] = "x"
+    if body.get("messages"):
+        body.pop("prompt", None)
+        body["continue_final_message"] = False
+    for field in ("prompt", "input"):
+        if isinstance(body.get(field), str | list):
+            body[field] = _prompts(body[field])
+    if not body.get("tools") and "tool_choice" in body:
+        del body["tool_choice"]
+    grammars = [
+        f for f in ("response_format", "guided_json", "guided_regex", "guided_grammar", "guided_choice") if body.get(f)
+    ]
+    for field in grammars if body.get("tool_choice") else grammars[1:]:
+        del body[field]
+    body.pop("logit_bias", None)
+
+
+def _prompts(given: Any) -> Any:
+    if isinstance(given, str):
+        return given or "x"
+    if not given:
+        return "x"
+    if isinstance(given[0], int):
+        return [abs(id_) % 2048 for id_ in given]
+    if isinstance(given[0], dict):
+        return [
+            item if item.get("role") and item.get("content") else {"role": "user", "content": "x"} for item in given
+        ]
+    return [_prompts(item) for item in given]

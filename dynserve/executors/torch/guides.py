@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,17 +62,15 @@ class Guides:
             self._compiler = self._make_compiler()
         compiler = self._compiler
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                match guide.kind:
-                    case "json":
-                        compiled = compiler.compile_json_schema(guide.text, max_whitespace_cnt=MOST_WHITESPACE)
-                    case "regex":
-                        compiled = compiler.compile_regex(guide.text)
-                    case "grammar":
-                        compiled = compiler.compile_grammar(guide.text)
-                    case "structural_tag":
-                        compiled = compiler.compile_structural_tag(json.dumps(_bounded(json.loads(guide.text))))
+            match guide.kind:
+                case "json":
+                    compiled = compiler.compile_json_schema(guide.text, max_whitespace_cnt=MOST_WHITESPACE)
+                case "regex":
+                    compiled = compiler.compile_regex(guide.text)
+                case "grammar":
+                    compiled = compiler.compile_grammar(guide.text)
+                case "structural_tag":
+                    compiled = compiler.compile_structural_tag(json.dumps(_bounded(json.loads(guide.text))))
         except (RuntimeError, ValueError, TypeError) as error:
             raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=_PARAM[guide.kind]) from error
         return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size, self._eos, guide.thought)
@@ -111,9 +108,9 @@ class Matcher:
         self._seen = 0
         self._thinking = thought is not None and thought.open
 
-    def mask(self, generated: Sequence[int], logits: Tensor) -> None:
-        """Sets the logits (`[vocab]`) of all tokens that may not come next to minus infinity."""
-        for token in generated[self._seen :]:
+    def mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
+        """Sets the logits (`[vocab]`) of all tokens that may not come after `tokens` to minus infinity."""
+        for token in tokens[prompt_len + self._seen :]:
             self._take(token)
         if self._thinking:
             logits[self._eos] = float("-inf")  # an answer of nothing but a thought would escape the grammar

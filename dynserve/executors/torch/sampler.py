@@ -57,7 +57,7 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
     sampling = sequence.request.sampling
     logits = _penalised(raw.clone(), sequence)
     if sequence.matcher is not None:
-        sequence.matcher.mask(sequence.tokens[sequence.prompt_len :], logits)
+        sequence.matcher.mask(sequence.tokens, sequence.prompt_len, logits)
     token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
     return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
 
