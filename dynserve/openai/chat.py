@@ -114,6 +114,18 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
+class AllowedSet(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[Many[NamedTool], Field(min_length=1)]
+
+
+class AllowedTools(BaseModel):
+    """Some of the tools, for this answer."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+
 class JsonSchema(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
     name: str | None = None
@@ -144,7 +156,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Many[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | AllowedTools | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -185,8 +197,20 @@ class ChatRequest(SamplingFields):
         )
 
     def callable_tools(self) -> list[Tool]:
-        """A model that must not call tools is not told of them."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
+        """A model is not told of tools that it must not call."""
+        choice, tools = self.tool_choice, list(self.tools or ())
+        if isinstance(choice, AllowedTools):
+            names = {tool.function.name for tool in choice.allowed_tools.tools}
+            return [tool for tool in tools if tool.function.name in names]
+        return [] if choice == "none" else tools
+
+    @property
+    def must_call(self) -> bool:
+        """The answer is a tool call, or several."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or isinstance(choice, NamedTool)
 
     def answer_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -206,8 +230,12 @@ class ChatRequest(SamplingFields):
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BadRequest(f"tools: {twice} is there twice", param="tools")
-        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
-            raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
+        chosen: list[NamedTool] = [self.tool_choice] if isinstance(self.tool_choice, NamedTool) else []
+        if isinstance(self.tool_choice, AllowedTools):
+            chosen = self.tool_choice.allowed_tools.tools
+        for name in (tool.function.name for tool in chosen):
+            if name not in names:
+                raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
         if self.tool_choice == "required" and not names:
             raise BadRequest("tool_choice: required needs tools", param="tool_choice")
 
@@ -223,8 +251,7 @@ class ChatRequest(SamplingFields):
                 )
         if len(given) > 1:
             raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-        if given and forced:
+        if given and self.must_call:
             raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
 
 

@@ -65,7 +65,7 @@ def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
     tools, choice = asked.callable_tools(), asked.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    forced = choice == "required" or isinstance(choice, NamedTool)
+    forced = asked.must_call
     single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
         for tool in tools:

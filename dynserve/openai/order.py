@@ -207,10 +207,9 @@ def _tool_use(asked: ChatRequest, card: Card) -> ToolUse | None:
         return None
     if card.tool_parser not in parsers.TOOL_PARSERS:
         raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
-    named = isinstance(asked.tool_choice, NamedTool)
     return ToolUse(
         parser=card.tool_parser,
         names=tuple(tool.function.name for tool in tools),
-        enforced=named or asked.tool_choice == "required" or enforces_calls(card),
-        named=named,
+        enforced=asked.must_call or enforces_calls(card),
+        named=isinstance(asked.tool_choice, NamedTool),
     )

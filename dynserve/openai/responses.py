@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dynserve.errors import BadRequest
 from dynserve.openai.chat import (
     MAX_TOOLS,
+    AllowedSet,
+    AllowedTools,
     CalledFunction,
     ChatRequest,
     ContentPart,
@@ -56,6 +58,12 @@ class FlatNamed(BaseModel):
     name: str
 
 
+class FlatAllowed(BaseModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[Many[FlatNamed], Field(min_length=1)]
+
+
 class TextFormat(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -91,7 +99,7 @@ class ResponsesRequest(Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatNamed | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatAllowed | FlatNamed | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -143,7 +151,8 @@ class ResponsesRequest(Request):
             raise BadRequest(f"the request has a number that is no JSON: {error}") from error
 
     def _repeated(self) -> dict[str, Any]:
-        tool_choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, FlatNamed) else self.tool_choice
+        choice = self.tool_choice
+        tool_choice = choice.model_dump() if isinstance(choice, BaseModel) else choice
         text = self.text.model_dump(by_alias=True, exclude_none=True) if self.text else {}
         return {
             "instructions": self.instructions,
@@ -177,9 +186,13 @@ class ResponsesRequest(Request):
         return messages
 
     def _tool_choice(self) -> Any:
-        if isinstance(self.tool_choice, FlatNamed):
-            return NamedTool(function=NamedFunction(name=self.tool_choice.name))
-        return self.tool_choice
+        choice = self.tool_choice
+        if isinstance(choice, FlatNamed):
+            return _named(choice)
+        if isinstance(choice, FlatAllowed):
+            allowed = AllowedSet(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+            return AllowedTools(type="allowed_tools", allowed_tools=allowed)
+        return choice
 
     def _format(self) -> ResponseFormat | None:
         form = self.text.format if self.text else None
@@ -217,6 +230,10 @@ def _add(messages: list[Message], item: Item, where: str) -> None:
             pass  # thoughts of earlier turns are not shown to the model again
         case other:
             raise BadRequest(f"{where}: items of type {other!r} are not supported", param=where)
+
+
+def _named(tool: FlatNamed) -> NamedTool:
+    return NamedTool(function=NamedFunction(name=tool.name))
 
 
 def _tool(tool: FlatTool) -> Tool:

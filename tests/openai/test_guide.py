@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynserve.config import TINY_MODEL
-from dynserve.errors import BadRequest
-from dynserve.executors.torch.guides import Guides
+from dynserve.errors import BadRequest, Overloaded
+from dynserve.executors.torch.guides import MAX_THREADS, Guides
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.completions import CompletionRequest
 from dynserve.openai.fields import parsed
@@ -16,6 +18,7 @@ from dynserve.openai.guide import MAX_GRAMMAR, enforces_calls, guide_of
 from dynserve.openai.parsers import TOOL_PARSERS, Arguments, Call, chain
 from dynserve.wire.discovery import Card
 from dynserve.wire.requests import Guide, ToolUse
+from tests.conftest import until
 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}},
@@ -44,12 +47,11 @@ def guide(tool_parser: str = "hermes", **fields: Any) -> Guide:
 
 async def accepts(found: Guide, *texts: str) -> list[bool]:
     """Whether each text is a whole sentence of the grammar, as the engine's compiler reads it."""
-    with Guides(Path(TINY_MODEL), 2048, [2]) as guides:
-        out = []
-        for text in texts:
-            matcher = (await guides.matcher(found))._matcher
-            out.append(matcher.accept_string(text) and matcher.is_completed())
-        return out
+    guides, out = Guides(Path(TINY_MODEL), 2048, [2]), []
+    for text in texts:
+        matcher = (await guides.matcher(found))._matcher
+        out.append(matcher.accept_string(text) and matcher.is_completed())
+    return out
 
 
 # how each family writes a call of `add` with these arguments, and one of `now`
@@ -165,10 +167,32 @@ def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], its: Card, m
     ],
 )
 async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Guide) -> None:
-    with Guides(Path(TINY_MODEL), 2048, [2]) as guides:
-        with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
-            await guides.matcher(found)
-        await guides.matcher(Guide(kind="regex", text="a"))  # and the next is compiled as ever
+    guides = Guides(Path(TINY_MODEL), 2048, [2])
+    with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
+        await guides.matcher(found)
+    await guides.matcher(Guide(kind="regex", text="a"))  # and the next is compiled as ever
+
+
+async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    guides, release = Guides(Path(TINY_MODEL), 2048, [2]), threading.Event()
+    compile_one = guides._matcher
+
+    def sometimes_for_ever(found: Guide) -> Any:
+        if found.text == "slow":
+            release.wait(30)
+        return compile_one(found)
+
+    monkeypatch.setattr(guides, "_matcher", sometimes_for_ever)
+    for _ in range(MAX_THREADS):
+        await guides.matcher(Guide(kind="regex", text="a"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await guides.matcher(Guide(kind="regex", text="slow"))
+    with pytest.raises(Overloaded, match="4 grammars take long"):
+        await guides.matcher(Guide(kind="regex", text="a"))
+    release.set()
+    await until(lambda: guides._threads == 0)
+    await guides.matcher(Guide(kind="regex", text="a"))
 
 
 @pytest.mark.parametrize(
@@ -222,3 +246,22 @@ def test_schemas_that_would_take_minutes_are_refused() -> None:
         for form in (schema, json.dumps(schema)):
             with pytest.raises(BadRequest, match=message):
                 guide_of(chat(guided_json=form), card())
+
+
+async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
+    for mode, may_talk in (("auto", True), ("required", False)):
+        allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        asked = chat(tools=TOOLS, tool_choice=choice)
+        assert [tool.function.name for tool in asked.callable_tools()] == ["now"]
+        found = guide(tools=TOOLS, tool_choice=choice)
+        add, now, _ = WRITTEN["hermes"]
+        assert await accepts(found, now, add, "Hello") == [True, False, may_talk]
+    with pytest.raises(BadRequest, match="names 'see'"):
+        chat(
+            tools=TOOLS,
+            tool_choice={
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "see"}}]},
+            },
+        )

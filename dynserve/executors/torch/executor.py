@@ -81,8 +81,7 @@ async def open_executor(
         engine.connect(transceiver, tasks)
         stepper.start(engine)
         try:
-            with guides:
-                yield engine
+            yield engine
         finally:
             engine.handoffs.cancel_all()
             await stepper.stop()

@@ -6,11 +6,12 @@ Compiling is done in a thread of its own; matching in the engine's thread, betwe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dynserve.errors import BadRequest, Overloaded
+from dynserve.errors import BadRequest, InternalError, Overloaded
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
@@ -26,41 +27,68 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 << 20  # of compiled grammars
 MAX_WAITING = 256  # grammars
+MAX_THREADS = 4
 # JSON may have any white space between its parts; a model that is lost would fill its context with it
 MOST_WHITESPACE = 32
 
 
 class Guides:
-    """Use as a context: leaving it ends the compiling thread. xgrammar is imported with the first grammar."""
+    """Compiles one grammar at a time, each in a thread of its own: one that takes for ever holds up neither the others nor
+    the end of the process. xgrammar is imported with the first grammar."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._folder, self._vocab_size, self._eos = folder, vocab_size, list(eos)
-        self._pool = ThreadPoolExecutor(1, "compile-grammar")
+        self._turn = asyncio.Semaphore(1)
         self._waiting = 0
+        self._threads = 0  # that are at work, those that nobody waits for any more too
+        self._lock = threading.Lock()
         self._compiler: xgrammar.GrammarCompiler | None = None
 
-    def __enter__(self) -> Guides:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
     async def matcher(self, guide: Guide) -> Matcher:
-        """Raises BadRequest, with the compiler's reason, for a grammar that is none; Overloaded when too many wait."""
+        """Raises BadRequest, with the compiler's reason, for a grammar that is none; Overloaded when too many wait, or too
+        many are still at it."""
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars wait to be compiled")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._matcher, guide)
+            async with self._turn:
+                if self._threads >= MAX_THREADS:
+                    raise Overloaded(f"{self._threads} grammars take long to be compiled; try again later")
+                return await self._compiled(guide)
         finally:
             self._waiting -= 1
+
+    async def _compiled(self, guide: Guide) -> Matcher:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Matcher] = loop.create_future()
+
+        def tell(matcher: Matcher | None, error: Exception | None) -> None:
+            self._threads -= 1
+            if done.cancelled():
+                return
+            if matcher is not None:
+                done.set_result(matcher)
+            else:
+                done.set_exception(error or InternalError("no grammar"))
+
+        def work() -> None:
+            matcher, failure = None, None
+            try:
+                matcher = self._matcher(guide)
+            except Exception as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop was closed under us: the process is ending
+                loop.call_soon_threadsafe(tell, matcher, failure)
+
+        self._threads += 1
+        threading.Thread(target=work, name="compile-grammar", daemon=True).start()
+        return await done
 
     def _matcher(self, guide: Guide) -> Matcher:
         import xgrammar
 
-        if self._compiler is None:
-            self._compiler = self._make_compiler()
-        compiler = self._compiler
+        with self._lock:
+            compiler = self._compiler = self._compiler or self._make_compiler()
         try:
             match guide.kind:
                 case "json":
