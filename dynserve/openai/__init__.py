@@ -1,1 +1,1 @@
-"""OpenAI's protocol on both ends: requests in (protocol, prompt), bytes out (detokenize, render)."""
+"""The APIs on both ends: requests in (one module each, then `order`), bytes out (`render`, `parsers`, `formats`)."""
