@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from dynserve.config import nearest
 from dynserve.errors import (
     BadRequest,
     DynserveError,
@@ -98,8 +99,9 @@ class _Edge:
         frontend = self._frontend
         model = frontend.pipeline.model(name)
         if model is None:
-            known = ", ".join(frontend.fleet.models) or "none yet"
-            raise ModelNotFound(f"The model {name!r} does not exist here; models: {known}", param="model")
+            models = frontend.fleet.models
+            known = f"models: {', '.join(models) or 'none yet'}{nearest(name[:200], models)}"
+            raise ModelNotFound(f"The model {name[:200]!r} does not exist here; {known}", param="model")
         return model
 
     def serving(self, name: str) -> Model:

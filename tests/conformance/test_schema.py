@@ -104,7 +104,7 @@ def _aim(body: dict[str, Any], model: str, mode: Any = GenerationMode.POSITIVE) 
         ("n", 3),
         ("best_of", 3),
     ):
-        if isinstance(body.get(field), int) and body[field] > most:
+        if isinstance(body.get(field), int | float) and body[field] > most:
             body[field] = most
     if body.get("max_tokens") is None and body.get("max_completion_tokens") is None and "messages" in body:
         body["max_tokens"] = 12
