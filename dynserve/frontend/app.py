@@ -26,7 +26,7 @@ from dynserve.errors import (
 )
 from dynserve.frontend.access import Visit
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.edge import Threads, body_of, prompts_of, request_id, warning_of, wishes
+from dynserve.frontend.edge import Threads, Wishes, body_of, prompts_of, request_id, warning_of, wishes
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
 from dynserve.frontend.response import TokenResponse, error_object
@@ -123,9 +123,10 @@ class _Edge:
             asked, kind, frame = make(given)
             model = self.serving(asked.model)
             order = await self._order(asked, model, kind, frame)
-            response = self._respond(request, visit, given, asked, order)
+            session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
+            wished = wishes(request, visit, asked.priority, session)
             visit.charge(order.prompt_tokens)
-            return response
+            return self._respond(request, visit, given, asked, order, wished)
         except BaseException:
             visit.close()
             raise
@@ -143,11 +144,9 @@ class _Edge:
         return order_completion(other, prepared, card, preprocessor)
 
     def _respond(
-        self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order
+        self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order, wished: Wishes
     ) -> Response:
-        session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
         salt = None if isinstance(asked, EmbeddingRequest) else asked.cache_salt
-        wished = wishes(request, visit, asked.priority, session)
         id_ = request_id(request)
         prompts = prompts_of(order, id_, asked.model, salt, wished)
         headers = visit.headers() + warning_of(given.unknown)
