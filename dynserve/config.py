@@ -134,8 +134,7 @@ class FrontendConfig(Planes):
         )  # fmt: skip
         if self.router_herd_factor < 1:
             raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
+        _tls(self)
         _ports(self, "http_port", "link_port")
 
 
@@ -195,6 +194,11 @@ class UpConfig:
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
     http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")
     router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
+    api_keys_file: str | None = option(
+        None, "clients need a key of this file, which `dynserve key` writes", "DYN_API_KEYS_FILE"
+    )
+    tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
+    tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
     executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
     extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
     override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")
@@ -207,6 +211,7 @@ class UpConfig:
     def __post_init__(self) -> None:
         _positive(self, "start_timeout_s")
         _ports(self, "http_port")
+        _tls(self)
         if min(self.prefill, self.decode, self.aggregated) < 0:
             raise ConfigError("--prefill, --decode and --aggregated cannot be negative")
         if (self.prefill > 0) != (self.decode > 0):
@@ -338,6 +343,11 @@ def _not_negative(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{_flag(name)} cannot be negative: {getattr(config, name)}")
+
+
+def _tls(config: Any) -> None:
+    if (config.tls_certificate is None) != (config.tls_key is None):
+        raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
 
 
 def _one_of(config: Any, name: str, known: Sequence[str]) -> None:

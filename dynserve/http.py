@@ -182,6 +182,14 @@ class _Protocol(HttpToolsProtocol):
 _UPGRADE = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*\r\n", re.IGNORECASE)
 
 
+def tls_of(certificate: str | None, key: str | None) -> Tls | None:
+    """None where there is none. Raises what `check_tls` raises."""
+    if certificate is None or key is None:
+        return None
+    check_tls(tls := Tls(certificate, key))
+    return tls
+
+
 def check_tls(tls: Tls) -> None:
     """Raises ConfigError for files that are not there, not PEM, not a pair, or need a password."""
 

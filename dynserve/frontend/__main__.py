@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dynserve.config import FrontendConfig
 from dynserve.frontend.access import check_keys
 from dynserve.frontend.frontend import Frontend, check_policy
-from dynserve.http import Limits, Tls, bind, check_tls, serving, url_of
+from dynserve.http import Limits, bind, serving, tls_of, url_of
 from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
 
@@ -20,9 +20,7 @@ async def run(config: FrontendConfig, stop: Stop) -> None:
     check_policy(config)
     check_keys(config.api_keys_file)
     sock = bind(config.http_host, config.http_port, "--http-port")
-    tls = Tls(config.tls_certificate, config.tls_key) if config.tls_certificate and config.tls_key else None
-    if tls is not None:
-        check_tls(tls)
+    tls = tls_of(config.tls_certificate, config.tls_key)
     url = url_of(sock, "https" if tls else "http")
     limits = Limits(config.max_header_bytes, config.receive_timeout_s)
     async with (

@@ -127,9 +127,13 @@ class _Edge:
             wished = wishes(request, visit, asked.priority, session)
             visit.charge(order.prompt_tokens)
             return self._respond(request, visit, given, asked, order, wished)
-        except BaseException:
+        except BaseException as error:
             visit.close()
-            raise
+            if isinstance(error, DynserveError) or not isinstance(error, Exception):
+                raise
+            # answered by the same handler as all others: the connection and its headers stay in order
+            log.exception("request %s failed", request_id(request))
+            raise InternalError("internal error; the frontend's log has the details") from error
 
     async def _order(self, asked: Generating, model: Model, kind: Kind, frame: str) -> Order:
         preprocessor, card = model.preprocessor, model.card

@@ -22,7 +22,8 @@ import httpx
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
-from dynserve.http import bind
+from dynserve.frontend.access import check_keys
+from dynserve.http import bind, tls_of
 from dynserve.local.child import Child, Spec
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.openai.model_files import check_model_folder
@@ -66,6 +67,8 @@ def check(config: UpConfig) -> None:
     engine_args(
         WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
     )
+    check_keys(config.api_keys_file)
+    tls_of(config.tls_certificate, config.tls_key)
     bind(config.http_host, config.http_port, "--http-port").close()
 
 
@@ -85,11 +88,10 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
         sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
         "--http-port", str(config.http_port), "--router-mode", config.router_mode,
     ]  # fmt: skip
+    frontend += _handed_on(config, "api_keys_file", "tls_certificate", "tls_key")
     worker = [sys.executable, "-m", "dynserve.worker", *common, "--model-path", config.model_path]
     worker += ["--executor", config.executor]
-    for flag in ("served_model_name", "extra_engine_args", "override_engine_args"):
-        if (value := getattr(config, flag)) is not None:
-            worker += [f"--{flag.replace('_', '-')}", value]
+    worker += _handed_on(config, "served_model_name", "extra_engine_args", "override_engine_args")
     workers = [
         Spec(f"{name}-{i + 1}", [*worker, "--disaggregation-mode", role])
         for name, role, number in (
@@ -100,6 +102,12 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
         for i in range(number)
     ]
     return Plan(servers, Spec("frontend", frontend), workers, etcd_url, nats_url)
+
+
+def _handed_on(config: UpConfig, *names: str) -> list[str]:
+    """Flags of a child that are ours, too, where they were given."""
+    given = [(name, getattr(config, name)) for name in names if getattr(config, name) is not None]
+    return [word for name, value in given for word in (f"--{name.replace('_', '-')}", value)]
 
 
 class _Cluster:
@@ -113,7 +121,7 @@ class _Cluster:
         self._frontend = make(plan.frontend, restart=True, died=self._died)
         self._workers = [make(spec, restart=True, died=self._died) for spec in plan.workers]
         self._began = time.monotonic()
-        self._url = f"http://{config.http_host}:{config.http_port}"
+        self._url = f"{'https' if config.tls_key else 'http'}://{config.http_host}:{config.http_port}"
         self._instances: list[dict[str, Any]] = []
 
     async def start(self) -> None:
@@ -121,7 +129,8 @@ class _Cluster:
         for child in [*self._servers, self._frontend, *self._workers]:
             await child.start()
         said, last = 0.0, ""
-        async with httpx.AsyncClient(trust_env=False, timeout=1.0) as client:
+        # its own child: whoever else the certificate convinces is not asked
+        async with httpx.AsyncClient(trust_env=False, timeout=1.0, verify=False) as client:
             while missing := await self._missing(client):
                 if self.broken.done():
                     self.broken.result()

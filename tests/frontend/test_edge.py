@@ -141,3 +141,15 @@ def test_unknown_fields_are_named_in_a_header_of_plain_characters() -> None:
         == f"ignored unknown fields: a, b??set-cookie:?x, {'?' * 64}"
     )
     assert warning_of([f"f{i}" for i in range(20)])[0][1].endswith("and 12 more")
+
+
+async def test_a_fault_of_ours_is_told_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("secret details")
+
+    async with cluster(cors_origins="*") as c, c.client() as client:
+        monkeypatch.setattr("dynserve.frontend.app.order_chat", fault)
+        answer = await client.post("/v1/chat/completions", json=ASK, headers={"origin": "https://a.example"})
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
+        assert "secret" not in answer.text and answer.headers["access-control-allow-origin"] == "*"
+        assert c.frontend.gate.open == 0
