@@ -75,6 +75,7 @@ class Unauthorized(CallerError):
 
 class RateLimited(CallerError):
     code, status, kind, retryable = "rate_limit_exceeded", 429, "rate_limit_error", True
+    headers: tuple[tuple[str, str], ...] = ()  # that say more of the limit
 
 
 class Cancelled(CallerError):
@@ -139,10 +140,10 @@ def _tree(root: type[DynserveError]) -> Iterator[type[DynserveError]]:
 _BY_CODE: dict[str, type[DynserveError]] = {cls.code: cls for cls in _tree(DynserveError)}
 
 
-def from_wire(code: str, message: str) -> DynserveError:
+def from_wire(code: str, message: str, param: str | None = None) -> DynserveError:
     """The error that a peer reported; an unknown code is an internal error that names it."""
     cls = _BY_CODE.get(code)
-    return cls(message) if cls else InternalError(f"{code}: {message}")
+    return cls(message, param=param) if cls else InternalError(f"{code}: {message}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -58,10 +58,11 @@ class Tls(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of what a connection may send before it is known what it wants."""
+    """Of what a connection may send before it is known what it wants, and of how long it may read nothing."""
 
     header_bytes: int = 64 << 10
     header_s: float = 60.0
+    write_s: float = 60.0  # without the client reading anything
 
 
 class _Protocol(HttpToolsProtocol):
@@ -75,7 +76,9 @@ class _Protocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _in_headers = _in_body = False
     _size = 0  # of headers or trailers that are arriving in several pieces
-    _some_body = False
+    _some_body = _began = False  # in this piece
+    _last = False  # the connection ends with the rest of the body
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -83,16 +86,17 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         headers, body = self._in_headers, self._in_body
         if not headers and not body and b"pgrade" in data:
             data = _UPGRADE.sub(b"\r\n", data, count=1)
-        self._some_body = False
+        self._some_body = self._began = False
         super().data_received(data)
         # all of it was headers, or (where a body has come to an end) trailers
-        if (headers and self._in_headers) or (body and self._in_body and not self._some_body):
+        if (headers and self._in_headers and not self._began) or (body and self._in_body and not self._some_body):
             self._grow(len(data))
         between = not self._in_headers and not self._in_body and self._idle
         if between and self._timer is None and self.timeout_keep_alive_task is None:
@@ -101,7 +105,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["dynserve.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
-        self._in_headers, self._size = True, 0
+        self._in_headers, self._began, self._size = True, True, 0
         if self._timer is None:
             self._start_timer(self.limits.header_s)
 
@@ -116,8 +120,13 @@ class _Protocol(HttpToolsProtocol):
         self._in_headers, self._in_body, self._size = False, True, 0
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
-        if not self.transport.is_closing():
-            super().on_headers_complete()
+        if self.transport.is_closing():
+            return
+        super().on_headers_complete()
+        self._last = False
+        if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
+            self.cycle.keep_alive = False
+        self.cycle.transport = _Polite(self.transport, self._close_politely)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0
@@ -129,11 +138,32 @@ class _Protocol(HttpToolsProtocol):
         self._stop_timer()
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
+            if self._last:
+                self.transport.close()
 
     def on_response_complete(self) -> None:
+        newest = not self.pipeline  # what `_in_body` is about
         super().on_response_complete()
-        if self._in_body and not self.transport.is_closing():
+        if newest and self._in_body and not self.transport.is_closing():
             self._start_timer(DRAIN)  # who is still sending may read the answer first
+
+    def _close_politely(self) -> None:
+        """The answer was the last one. A client that is still sending would never read it if this was the end."""
+        if self._in_body and not self.pipeline and not self.transport.is_closing():
+            self._last = True
+            self._start_timer(DRAIN)
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.limits.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is not a valid HTTP request")
@@ -158,7 +188,9 @@ class _Protocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if not self._idle:  # the next request is not complete while this one is being answered: look again later
+        if self._last:
+            self.transport.close()
+        elif not self._idle:  # the next request is not complete while this one is being answered: look again later
             self._start_timer(self.limits.header_s)
         elif self._in_body:
             self.transport.close()
@@ -169,13 +201,23 @@ class _Protocol(HttpToolsProtocol):
         """The last word on this connection; not into the middle of an answer."""
         if self.transport.is_closing():
             return
-        if self._idle:
+        if self._idle or not (self.cycle.response_started or self.pipeline):
             error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode() + body)
+        if not self._idle:
+            self.cycle.disconnected = True  # nothing more is written
+            self.cycle.message_event.set()
         self.transport.close()
+
+
+class _Polite:
+    """The transport as an answer sees it: it may be told to close, and does so in its own time."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
 
 
 # HTTP/2 is offered by some clients (Java's, curl --http2); the parser would drop the body of such a request.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -101,6 +102,60 @@ async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: 
         assert answer.startswith(b"HTTP/1.1 404")  # and then the end
         rest = b"x" * 1000 + b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
         assert (await raw(port, start, rest, pause=0.05)).count(b"HTTP/1.1") == 2
+
+
+async def test_requests_one_behind_the_other_are_all_answered() -> None:
+    body = b"x" * 3000
+    post = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 3000\r\n\r\n"
+    get = b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with served(Limits(header_bytes=2000)) as (port, _):
+        answer = await raw(port, post[:20], post[20:] + body + get[:20], get[20:], pause=0.02)
+        assert answer.count(b"HTTP/1.1 ") == 2 and b"HTTP/1.1 200" in answer
+        plain = post.replace(b"POST", b"GET").replace(b"content-length: 3000\r\n", b"")
+        assert (await raw(port, plain * 50 + get)).count(b"HTTP/1.1 ") == 51
+
+
+@pytest.mark.parametrize("header", [b"connection: close\r\n", b"expect: 100-continue\r\n", b""])
+async def test_who_is_still_sending_can_read_an_early_answer(header: bytes) -> None:
+    async with served(max_body_bytes=1000) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + header + b"content-length: 4000000\r\n\r\n")
+        if b"expect" not in header:
+            for _ in range(40):
+                writer.write(b"x" * 100_000)
+                await writer.drain()
+        async with asyncio.timeout(10):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 413") and (b"connection: close" in head.lower()) == bool(header)
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            assert json.loads(await reader.readexactly(length))["error"]["code"] == "body_too_large"
+        writer.close()
+
+
+async def test_a_body_that_breaks_off_in_nonsense_is_told_so() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    async with served() as (port, cluster):
+        assert error_of(await raw(port, head, b"ZZ\r\nfoo\r\n", pause=0.05))[0] == 400
+        await until(lambda: cluster.frontend.gate.open == 0)
+
+
+async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
+    ask = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
+    async with served(Limits(write_s=0.3)) as (port, _):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+
+        async def ask_on() -> None:
+            while True:
+                await loop.sock_sendall(sock, ask * 20)
+                await asyncio.sleep(0.02)
+
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(10):
+                await ask_on()
+        sock.close()
 
 
 async def test_an_empty_line_does_not_hold_a_connection() -> None:

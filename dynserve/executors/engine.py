@@ -149,7 +149,7 @@ class Engine:
             live = self._live.get(sequence.ticket)
             if live is None:
                 continue  # aborted; its command frees what it holds
-            if output.reason is not None:
+            if output.reason is not None or output.error is not None:
                 del self._live[sequence.ticket]
                 if output.reason == "handoff":
                     output.handoff = self._open_handoff(sequence)

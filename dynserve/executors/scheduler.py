@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
+from dynserve.errors import DynserveError
 from dynserve.executors.base import Output
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.routing.hashing import extend, next_hash, seed_for
@@ -113,6 +114,7 @@ class Sampled(NamedTuple):
     token_id: int
     logprob: TokenLogprob | None = None
     embedding: bytes = b""  # instead of the token, for a request with `pool`
+    error: DynserveError | None = None  # instead of the token, and the sequence's end
 
 
 class Scheduler:
@@ -330,7 +332,9 @@ class Scheduler:
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         stop, first = sequence.request.stop, not sequence.generated
         ended = new.token_id in sequence.eos or new.token_id in stop.token_ids
-        if new.embedding:
+        if new.error is not None:
+            output = Output([], error=new.error)
+        elif new.embedding:
             output = Output([], "stop", embedding=new.embedding)
         elif stop.max_tokens == 0:
             output = Output([], "length")
@@ -350,7 +354,7 @@ class Scheduler:
             output.cached_tokens = sequence.cached_tokens
             output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s
             output.prefill_s = sequence.prefill_s
-        if output.reason is not None:
+        if output.reason is not None or output.error is not None:
             self.running.remove(sequence)
             if output.reason == "handoff":
                 sequence.state = State.HELD

@@ -164,9 +164,8 @@ class Visit:
         if usage is None or usage.tokens is None:
             return
         if (wait := usage.tokens.wait(tokens, now)) > 0:
-            raise _limited(
-                f"key {usage.key.name}: {tokens} tokens are over its limit of {usage.key.tpm} a minute", wait
-            )
+            message = f"key {usage.key.name}: {tokens} tokens are over its limit of {usage.key.tpm} a minute"
+            raise _limited(message, wait, usage, now)
         usage.tokens.take(tokens, now)
         self._charged = tokens
 
@@ -182,19 +181,7 @@ class Visit:
 
     def headers(self) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-*`, for keys with limits."""
-        found: list[tuple[str, str]] = []
-        if self._usage is None:
-            return found
-        now = self._gate.clock()
-        for what, bucket in (("requests", self._usage.requests), ("tokens", self._usage.tokens)):
-            if bucket is not None:
-                left = bucket.left(now)
-                found += [
-                    (f"x-ratelimit-limit-{what}", str(bucket.most)),
-                    (f"x-ratelimit-remaining-{what}", str(max(0, int(left)))),
-                    (f"x-ratelimit-reset-{what}", f"{(bucket.most - left) * 60 / bucket.most:.3f}s"),
-                ]
-        return found
+        return [] if self._usage is None else _told(self._usage, self._gate.clock())
 
     def close(self) -> None:
         if not self._closed:
@@ -269,24 +256,38 @@ class Gate:
     def _limit(self, usage: _Usage) -> None:
         key, now = usage.key, self.clock()
         if key.concurrency is not None and usage.open >= key.concurrency:
-            raise _limited(f"key {key.name} has {usage.open} requests open, as many as it may", 1)
+            raise _limited(f"key {key.name} has {usage.open} requests open, as many as it may", 1, usage, now)
         if usage.requests is not None:
             if (wait := usage.requests.wait(1, now)) > 0:
-                raise _limited(f"key {key.name} is over its limit of {key.rpm} requests a minute", wait)
+                raise _limited(f"key {key.name} is over its limit of {key.rpm} requests a minute", wait, usage, now)
             usage.requests.take(1, now)
 
 
 def _presented(headers: Mapping[str, str]) -> str:
     scheme, _, secret = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
+    if scheme.lower() == "bearer" and secret.strip():
         return secret.strip()
     return headers.get("x-api-key", "").strip()  # how Anthropic's clients send it
 
 
-def _limited(message: str, wait: float) -> RateLimited:
+def _limited(message: str, wait: float, usage: _Usage, now: float) -> RateLimited:
     error = RateLimited(message)
     error.retry_after = max(1, math.ceil(wait))
+    error.headers = tuple(_told(usage, now))
     return error
+
+
+def _told(usage: _Usage, now: float) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for what, bucket in (("requests", usage.requests), ("tokens", usage.tokens)):
+        if bucket is not None:
+            left = bucket.left(now)
+            found += [
+                (f"x-ratelimit-limit-{what}", str(bucket.most)),
+                (f"x-ratelimit-remaining-{what}", str(max(0, int(left)))),
+                (f"x-ratelimit-reset-{what}", f"{(bucket.most - left) * 60 / bucket.most:.3f}s"),
+            ]
+    return found
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ from dynserve.errors import (
     ModelNotFound,
     NotFound,
     NoWorker,
+    RateLimited,
     Unauthorized,
 )
 from dynserve.frontend.access import Visit
@@ -110,6 +111,12 @@ class _Edge:
             raise NoWorker(f"no worker serves {name} at the moment")
         return model
 
+    @staticmethod
+    def told(request: Request, body: Any, asked: fields.Request | None = None) -> Response:
+        """An answer that is known at once."""
+        headers = {"x-request-id": request_id(request)} | dict(warning_of(asked.unknown if asked else []))
+        return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
+
     async def off_loop(self, size: int, work: Callable[[], Any]) -> Any:
         return await self._threads.run(size, work)
 
@@ -184,12 +191,12 @@ def _add_generation(app: FastAPI, edge: _Edge) -> None:
 
 def _add_text(app: FastAPI, edge: _Edge) -> None:
     @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
-    async def count_tokens(request: Request) -> JSONResponse:
+    async def count_tokens(request: Request) -> Response:
         with edge.enter(request):
             asked = await edge.parse(request, CountRequest)
             preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
             prepared = await edge.off_loop(chat.size(), lambda: prepare_chat(chat, preprocessor))
-            return JSONResponse({"input_tokens": len(prepared.prompts[0]) // 4})
+            return edge.told(request, {"input_tokens": len(prepared.prompts[0]) // 4}, asked)
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
@@ -207,10 +214,10 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
             found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
             if asked.return_token_strs:
                 found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
-            return Response(msgspec.json.encode(found), media_type="application/json")
+            return edge.told(request, found, asked)
 
     @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
-    async def detokenize(request: Request) -> JSONResponse:
+    async def detokenize(request: Request) -> Response:
         with edge.enter(request):
             asked = await edge.parse(request, DetokenizeRequest)
             preprocessor = edge.model(asked.model).preprocessor
@@ -218,30 +225,30 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
                 raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
             skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
             text = await edge.off_loop(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
-            return JSONResponse({"prompt": text})
+            return edge.told(request, {"prompt": text}, asked)
 
 
 def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> Response:
         edge.enter(request).close()
         served = [name for name in frontend.fleet.models if frontend.fleet.serves(name)]
-        return {"object": "list", "data": [_model_object(frontend, name) for name in served]}
+        return edge.told(request, {"object": "list", "data": [_model_object(frontend, name) for name in served]})
 
     @app.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> dict[str, Any]:
+    async def model(request: Request, model: str) -> Response:
         edge.enter(request).close()
         edge.serving(model)
-        return _model_object(frontend, model)
+        return edge.told(request, _model_object(frontend, model))
 
     @app.get("/v1/requests/{request_id:path}/why")
-    async def why(request: Request, request_id: str) -> dict[str, Any]:
+    async def why(request: Request, request_id: str) -> Response:
         edge.enter(request).close()
         decisions = frontend.pipeline.decisions
         decision = decisions.get(request_id) or decisions.get(f"{request_id}/0")  # the first of several answers
         if decision is None:
             raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
-        return decision.told()
+        return edge.told(request, decision.told())
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -259,7 +266,7 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     def answer(request: Request, error: DynserveError, status: int, headers: dict[str, str]) -> JSONResponse:
-        body = error_object(error, anthropic=request.url.path.startswith("/v1/messages"))
+        body = error_object(error, anthropic=request.url.path in _ANTHROPICS)
         return JSONResponse(body, status, headers={"x-request-id": request_id(request)} | headers)
 
     @app.exception_handler(DynserveError)
@@ -267,6 +274,8 @@ def _add_errors(app: FastAPI) -> None:
         headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
         if isinstance(error, Unauthorized):
             headers["www-authenticate"] = "Bearer"
+        if isinstance(error, RateLimited):
+            headers |= dict(error.headers)
         return answer(request, error, error.status, headers)
 
     @app.exception_handler(HTTPException)
@@ -282,6 +291,9 @@ def _add_errors(app: FastAPI) -> None:
 
 
 _CLOSE = {"connection": "close"}  # the server gives up the connection after an error that nobody expected
+
+
+_ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
 
 
 class NoSuchRequest(NotFound):

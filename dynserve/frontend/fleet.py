@@ -228,9 +228,9 @@ class Fleet:
                         del peer.replies[stream]
                     reply.put(message, 0)
                     reply.channel.close()
-            case Failed(stream=stream, code=code, message=text):
+            case Failed(stream=stream, code=code, message=text, param=param):
                 if (reply := peer.replies.pop(stream, None)) is not None:
-                    reply.fail(from_wire(code, text))
+                    reply.fail(from_wire(code, text, param))
             case SubmitReply(stream=stream, ack=ack):
                 reply = peer.replies.get(stream)
                 if reply is not None and not reply.ack.done():

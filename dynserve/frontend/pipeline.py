@@ -306,8 +306,8 @@ class Run:
                 raise Overloaded(f"worker {peer.id} has {waiting} requests waiting")
             case Draining():
                 raise WorkerLost(f"worker {peer.id} is leaving")
-            case Refused(code=code, message=message):
-                raise from_wire(code, message)
+            case Refused(code=code, message=message, param=param):
+                raise from_wire(code, message, param)
 
     async def _submit(self, peer: Peer, request: GenerateRequest, reply: Reply) -> Ack:
         """Over NATS; over the link when NATS is down, too small for it, or silent. A worker takes it once."""

@@ -48,6 +48,7 @@ class TokenResponse(Response):
         self._sent = False
         self._runs: list[Run] = []
         self._abort: Callable[[], None] | None = None
+        self._refused = False  # for the caller's fault
         self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +58,7 @@ class TokenResponse(Response):
         except Cancelled:
             log.debug("request %s: the client has left", self._prompt.id)
         except DynserveError as error:
+            self._refused = isinstance(error, CallerError)
             await self._failed(error, send)
         except Exception:
             log.exception("request %s failed", self._prompt.id)
@@ -110,7 +112,8 @@ class TokenResponse(Response):
         for run in self._runs:
             if run not in self._told:
                 self._visit.used(len(run.tokens))
-        if not any(run.was_placed for run in self._runs):
+        computed = any(run.tokens for run in self._runs) if self._refused else any(run.was_placed for run in self._runs)
+        if not computed:
             self._visit.give_back()
         self._visit.close()
 

@@ -48,10 +48,11 @@ def _plain(asked: ChatRequest | CompletionRequest) -> Guide | None:
     if form is not None and form.type == "json_object":
         return Guide(kind="json", text=_text(ANY_OBJECT))
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
-        return Guide(kind="json", text=_text(_checked(form.json_schema.schema_)))
+        return Guide(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
     if asked.guided_json is not None:
         given = asked.guided_json
-        return Guide(kind="json", text=_text(_checked(_schema(given) if isinstance(given, str) else given)))
+        schema = _schema(given) if isinstance(given, str) else given
+        return Guide(kind="json", text=_text(_checked(schema, "guided_json")))
     if asked.guided_regex is not None:
         return Guide(kind="regex", text=asked.guided_regex)
     if asked.guided_grammar is not None:
@@ -119,24 +120,27 @@ def _call(style: Style, tool: Tool) -> Format:
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments are an object even where their schema does not say so, or in a way that the compiler does not see."""
-    if not schema or (isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1):
+    if not schema or _OPEN & schema.keys():
+        return ANY_OBJECT
+    branches = [branch for word in ("anyOf", "oneOf") for branch in _children(schema.get(word))]
+    if any(isinstance(branch, dict) and branch.get("type", "object") != "object" for branch in branches):
         return ANY_OBJECT
     shaped = schema.get("type") == "object" or bool(_SHAPES & schema.keys())
-    return _checked(schema) if shaped else ANY_OBJECT
+    return _checked(schema, "tools") if shaped else ANY_OBJECT
 
 
-def _checked(schema: Any) -> Any:
+def _checked(schema: Any, param: str) -> Any:
     """Raises BadRequest for a schema whose grammar would take minutes to compile."""
     nodes, level = 0, [schema]
     for _ in range(MAX_DEPTH):
         children = [child for node in level for child in _children(node)]
         nodes += len(children)
         if nodes > MAX_NODES:
-            raise BadRequest(f"a schema may have {MAX_NODES:,} values in it at most", param="response_format")
+            raise BadRequest(f"a schema may have {MAX_NODES:,} values in it at most", param=param)
         if not children:
             return schema
         level = children
-    raise BadRequest(f"a schema may be nested {MAX_DEPTH} deep at most", param="response_format")
+    raise BadRequest(f"a schema may be nested {MAX_DEPTH} deep at most", param=param)
 
 
 def _children(node: Any) -> Iterable[Any]:
@@ -145,7 +149,8 @@ def _children(node: Any) -> Iterable[Any]:
     return node if isinstance(node, list) else ()
 
 
-_SHAPES = {"properties", "$ref", "anyOf", "oneOf", "allOf"}
+_SHAPES = {"properties", "$ref", "anyOf", "oneOf"}
+_OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler looks at nothing else
 
 
 def _as_format(guide: Guide) -> Format:

@@ -61,6 +61,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
     stream: int
     code: str
     message: str
+    param: str | None = None  # the field that is at fault
 
 
 class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):

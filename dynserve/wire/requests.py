@@ -180,6 +180,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
     code: str
     message: str
+    param: str | None = None  # the field that is at fault
 
 
 Ack = Accepted | Busy | Draining | Refused

@@ -104,7 +104,7 @@ class Answer:
 
     def _fail(self, error: DynserveError) -> None:
         self._executor.abort(self.ticket)
-        self.link.send(Failed(self.request.stream, error.code, str(error)))
+        self.link.send(Failed(self.request.stream, error.code, str(error), error.param))
         self._end("failed")
 
     def _end(self, outcome: str) -> None:

@@ -151,7 +151,7 @@ class Worker:
             answer.start(self.executor)
         except (CallerError, ClusterError, InternalError) as error:
             self.counts["refused"] += 1
-            return Refused(error.code, str(error))
+            return Refused(error.code, str(error), error.param)
         except Exception as error:  # one request must never cost the link that it came by
             log.exception("request %s cannot be started", request.id)
             self.counts["refused"] += 1

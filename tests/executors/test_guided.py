@@ -100,6 +100,21 @@ async def test_a_grammar_that_is_none_is_the_requests_last_word(opened: Opener) 
     assert (await answer(executor, make_request(PROMPT)))[1].reason == "length"
 
 
+async def test_a_grammar_that_is_slow_to_follow_ends_its_own_request_only(opened: Opener) -> None:
+    executor = await opened()
+    slow = Guide(kind="regex", text="(([a-z]{0,80}){0,80}){0,80}x")
+    others = [
+        answer(executor, make_request([i, *PROMPT], id=f"r{i}", stop=Stop(max_tokens=60, ignore_eos=True)))
+        for i in range(5, 9)
+    ]
+    async with asyncio.timeout(60):
+        found = await asyncio.gather(answer(executor, guided(slow)), *others, return_exceptions=True)
+    assert isinstance(found[0], BadRequest) and "too long to follow" in str(found[0])
+    for other in found[1:]:
+        assert isinstance(other, tuple) and len(other[0]) == 60
+    await until(lambda: executor.load().free_blocks == 200)
+
+
 async def test_an_abort_while_its_grammar_is_compiled_leaves_nothing(opened: Opener) -> None:
     executor = await opened()
     told: list[Output] = []

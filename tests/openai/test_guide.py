@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynserve.config import TINY_MODEL
-from dynserve.errors import BadRequest, Overloaded
+from dynserve.errors import BadRequest
 from dynserve.executors.torch.guides import MAX_THREADS, Guides
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.completions import CompletionRequest
@@ -175,24 +175,31 @@ async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Guide) -
 
 async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     guides, release = Guides(Path(TINY_MODEL), 2048, [2]), threading.Event()
-    compile_one = guides._matcher
+    compile_one = guides._compile_now
 
-    def sometimes_for_ever(found: Guide) -> Any:
-        if found.text == "slow":
+    def sometimes_for_ever(key: tuple[str, str]) -> Any:
+        if "slow" in key[1]:
             release.wait(30)
-        return compile_one(found)
+        return compile_one(key)
 
-    monkeypatch.setattr(guides, "_matcher", sometimes_for_ever)
-    for _ in range(MAX_THREADS):
-        await guides.matcher(Guide(kind="regex", text="a"))
+    monkeypatch.setattr(guides, "_compile_now", sometimes_for_ever)
+    known, slow = Guide(kind="regex", text="a"), [Guide(kind="regex", text=f"slow{i}") for i in range(MAX_THREADS)]
+    await guides.matcher(known)
+    for number, found in enumerate(slow):
+        await guides.matcher(Guide(kind="regex", text=f"quick{number}"))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await guides.matcher(Guide(kind="regex", text="slow"))
-    with pytest.raises(Overloaded, match="4 grammars take long"):
-        await guides.matcher(Guide(kind="regex", text="a"))
+                await guides.matcher(found)
+        with pytest.raises(BadRequest, match="too long to compile"):  # nobody waits for it a second time
+            await guides.matcher(found)
+    await guides.matcher(known)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await guides.matcher(Guide(kind="regex", text="new"))
     release.set()
-    await until(lambda: guides._threads == 0)
-    await guides.matcher(Guide(kind="regex", text="a"))
+    await guides.matcher(Guide(kind="regex", text="new"))
+    await until(lambda: not guides._slow)
+    await guides.matcher(slow[0])
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,10 @@ async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pyte
         {},
         {"description": "nothing in particular"},
         {"type": "object", "allOf": [{"properties": {"a": {}}}, {"required": ["a"]}]},
+        {"allOf": [{"type": "null"}]},
+        {"type": "object", "const": 1},
+        {"type": "object", "enum": [1, 2]},
+        {"anyOf": [{"type": "null"}, {"type": "object"}]},
         {"type": "object", "properties": {}},
     ],
 )
@@ -244,8 +255,9 @@ def test_schemas_that_would_take_minutes_are_refused() -> None:
     wide = {"enum": [str(number) for number in range(5000)]}
     for schema, message in ((deep, "64 deep"), (wide, "4,000 values")):
         for form in (schema, json.dumps(schema)):
-            with pytest.raises(BadRequest, match=message):
+            with pytest.raises(BadRequest, match=message) as refused:
                 guide_of(chat(guided_json=form), card())
+            assert refused.value.param == "guided_json"
 
 
 async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:

@@ -147,6 +147,8 @@ def test_mixed_parts_of_calls_are_parsed_alike_in_any_cut(parts: list[str], size
         ("llama3_json", '{"name": "add", "parameters": {}}, {"name": "add", "parameters": {}}', [Call("add"), Arguments("{}")] * 2),
         ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}', [Call("add"), Arguments('{"a": 1}')]),
         ("hermes", 'before <tool_call>{"name": "add", "arguments": {}}</tool_call> after', [Content("before"), Call("add"), Arguments("{}"), Content(" after")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> <', [Call("add"), Arguments("{}")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> x<', [Call("add"), Arguments("{}"), Content("x<")]),
     ],
 )  # fmt: skip
 @given(sizes=SIZES)

@@ -11,15 +11,17 @@ import json
 import os
 import re
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dynserve.errors import BadRequest, InternalError, Overloaded
+from dynserve.errors import BadRequest, Overloaded
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
@@ -28,80 +30,107 @@ if TYPE_CHECKING:
 CACHE_BYTES = 256 << 20  # of compiled grammars
 MAX_WAITING = 256  # grammars
 MAX_THREADS = 4
+MAX_KEPT = 128  # grammars
+# seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
+MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
 # JSON may have any white space between its parts; a model that is lost would fill its context with it
 MOST_WHITESPACE = 32
 
 
+_Key = tuple[str, str]  # kind and text
+T = TypeVar("T")
+
+
 class Guides:
-    """Compiles one grammar at a time, each in a thread of its own: one that takes for ever holds up neither the others nor
-    the end of the process. xgrammar is imported with the first grammar."""
+    """Compiles grammars, each in a thread of its own: one that takes for ever holds up neither the others nor the process's
+    end. xgrammar is imported with the first grammar."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._folder, self._vocab_size, self._eos = folder, vocab_size, list(eos)
-        self._turn = asyncio.Semaphore(1)
+        self._threads = asyncio.Semaphore(MAX_THREADS)  # held as long as a thread is at work, waited for or not
         self._waiting = 0
-        self._threads = 0  # that are at work, those that nobody waits for any more too
+        self._compiled: OrderedDict[_Key, xgrammar.CompiledGrammar] = OrderedDict()
+        self._slow: OrderedDict[_Key, None] = OrderedDict()  # those that somebody has given up waiting for
         self._lock = threading.Lock()
         self._compiler: xgrammar.GrammarCompiler | None = None
 
     async def matcher(self, guide: Guide) -> Matcher:
-        """Raises BadRequest, with the compiler's reason, for a grammar that is none; Overloaded when too many wait, or too
-        many are still at it."""
+        """What one answer follows the grammar with.
+
+        Raises:
+            BadRequest: the grammar is none, or takes too long to compile.
+            Overloaded: too many wait for theirs.
+        """
+        key = (guide.kind, guide.text)
+        if key not in self._compiled:
+            await self._compile(key)
+        import xgrammar  # a second's work, done by the thread that compiled
+
+        self._compiled.move_to_end(key)
+        return Matcher(xgrammar.GrammarMatcher(self._compiled[key]), self._vocab_size, self._eos, guide.thought)
+
+    async def _compile(self, key: _Key) -> None:
+        if key in self._slow:
+            raise BadRequest("this grammar takes too long to compile", param=_PARAM[key[0]])
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars wait to be compiled")
         self._waiting += 1
         try:
-            async with self._turn:
-                if self._threads >= MAX_THREADS:
-                    raise Overloaded(f"{self._threads} grammars take long to be compiled; try again later")
-                return await self._compiled(guide)
+            await self._threads.acquire()
         finally:
             self._waiting -= 1
+        done = self._start(key)
+        try:
+            await done
+        except asyncio.CancelledError:
+            _remember(self._slow, key, None)
+            raise
 
-    async def _compiled(self, guide: Guide) -> Matcher:
+    def _start(self, key: _Key) -> asyncio.Future[None]:
+        """A thread for one grammar; the future is done when it is in `_compiled`."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Matcher] = loop.create_future()
+        done: asyncio.Future[None] = loop.create_future()
 
-        def tell(matcher: Matcher | None, error: Exception | None) -> None:
-            self._threads -= 1
+        def tell(compiled: xgrammar.CompiledGrammar | None, error: BaseException | None) -> None:
+            self._threads.release()
+            self._slow.pop(key, None)
+            if compiled is not None:
+                _remember(self._compiled, key, compiled)
             if done.cancelled():
                 return
-            if matcher is not None:
-                done.set_result(matcher)
+            if error is None:
+                done.set_result(None)
             else:
-                done.set_exception(error or InternalError("no grammar"))
+                done.set_exception(error)
 
         def work() -> None:
-            matcher, failure = None, None
+            compiled, failure = None, None
             try:
-                matcher = self._matcher(guide)
-            except Exception as error:
+                compiled = self._compile_now(key)
+            except BaseException as error:
                 failure = error
             with contextlib.suppress(RuntimeError):  # the loop was closed under us: the process is ending
-                loop.call_soon_threadsafe(tell, matcher, failure)
+                loop.call_soon_threadsafe(tell, compiled, failure)
 
-        self._threads += 1
         threading.Thread(target=work, name="compile-grammar", daemon=True).start()
-        return await done
+        return done
 
-    def _matcher(self, guide: Guide) -> Matcher:
-        import xgrammar
-
+    def _compile_now(self, key: _Key) -> xgrammar.CompiledGrammar:
         with self._lock:
             compiler = self._compiler = self._compiler or self._make_compiler()
+        kind, text = key
         try:
-            match guide.kind:
+            match kind:
                 case "json":
-                    compiled = compiler.compile_json_schema(guide.text, max_whitespace_cnt=MOST_WHITESPACE)
+                    return compiler.compile_json_schema(text, max_whitespace_cnt=MOST_WHITESPACE)
                 case "regex":
-                    compiled = compiler.compile_regex(guide.text)
+                    return compiler.compile_regex(text)
                 case "grammar":
-                    compiled = compiler.compile_grammar(guide.text)
-                case "structural_tag":
-                    compiled = compiler.compile_structural_tag(json.dumps(_bounded(json.loads(guide.text))))
+                    return compiler.compile_grammar(text)
+                case _:
+                    return compiler.compile_structural_tag(json.dumps(_bounded(json.loads(text))))
         except (RuntimeError, ValueError, TypeError) as error:
-            raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=_PARAM[guide.kind]) from error
-        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size, self._eos, guide.thought)
+            raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=_PARAM[kind]) from error
 
     def _make_compiler(self) -> xgrammar.GrammarCompiler:
         import xgrammar
@@ -123,7 +152,10 @@ class Guides:
 
 
 class Matcher:
-    """One answer on its way through a grammar. While the model thinks, anything goes but the end."""
+    """One answer on its way through a grammar. While the model thinks, anything goes but the end.
+
+    What may come next is found out between two steps of everyone's: a grammar for which that takes long ends its request.
+    """
 
     def __init__(
         self, matcher: xgrammar.GrammarMatcher, vocab_size: int, eos: list[int], thought: Thought | None
@@ -134,10 +166,23 @@ class Matcher:
         self._apply = xgrammar.apply_token_bitmask_inplace
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._seen = 0
+        self._spent = 0.0  # seconds
         self._thinking = thought is not None and thought.open
 
     def mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
-        """Sets the logits (`[vocab]`) of all tokens that may not come after `tokens` to minus infinity."""
+        """Sets the logits (`[vocab]`) of all tokens that may not come after `tokens` to minus infinity.
+
+        Raises:
+            BadRequest: that takes too long with this grammar.
+        """
+        began = time.thread_time()
+        self._mask(tokens, prompt_len, logits)
+        spent = time.thread_time() - began
+        self._spent += spent
+        if spent > MOST_AT_ONCE or self._spent > MOST_SPENT + MOST_PER_TOKEN * self._seen:
+            raise BadRequest("this grammar takes too long to follow; simplify what repeats within it")
+
+    def _mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
         for token in tokens[prompt_len + self._seen :]:
             self._take(token)
         if self._thinking:
@@ -167,6 +212,12 @@ class Matcher:
     def _only_the_end(self, logits: Tensor) -> None:
         logits.fill_(float("-inf"))
         logits[self._eos] = 0.0
+
+
+def _remember(kept: OrderedDict[_Key, T], key: _Key, value: T) -> None:
+    kept[key] = value
+    if len(kept) > MAX_KEPT:
+        kept.popitem(last=False)
 
 
 _PARAM = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sampled, Sequence
 from dynserve.wire.requests import Sampling, TokenLogprob
 
@@ -57,7 +58,10 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
     sampling = sequence.request.sampling
     logits = _penalised(raw.clone(), sequence)
     if sequence.matcher is not None:
-        sequence.matcher.mask(sequence.tokens, sequence.prompt_len, logits)
+        try:
+            sequence.matcher.mask(sequence.tokens, sequence.prompt_len, logits)
+        except BadRequest as error:  # the others of this step have done nothing wrong
+            return Sampled(0, error=error)
     token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
     return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
 

@@ -99,7 +99,7 @@ class SaidCall:
 def call_id(render: Render, number: int) -> str:
     """The same on every worker that renders this answer. Mistral's templates take ids of nine characters only."""
     name = hashlib.sha256(f"{render.response_id}/{render.index}/{number}".encode()).hexdigest()
-    if render.tools is not None and render.tools.parser == "mistral":
+    if render.tools is not None and render.tools.parser.startswith("mistral"):
         return name[:9]
     return f"call_{name[:24]}"
 

@@ -141,8 +141,10 @@ class JsonCalls:
         """What was held back; a call that is not whole is text, unless it was already shown."""
         state, rest = self._state, self._raw + self._held
         self._raw = self._held = ""
-        if state is _State.AFTER or (state is _State.JSON and self._enforced):
-            return []  # closing strings, or a call that the answer's end has cut
+        if state is _State.JSON and self._enforced:
+            return []  # a call that the answer's end has cut
+        if state is _State.AFTER and any(string.startswith(rest) for string in ("}", *self._style.after)):
+            return []  # the beginning of what closes a call, or nothing
         if state is _State.CONTENT and self._called:
             rest = rest.rstrip()
         return [Content(rest)] if rest else []
