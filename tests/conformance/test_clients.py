@@ -6,6 +6,7 @@ import json
 import warnings
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel
@@ -65,23 +66,26 @@ async def test_langchain_answers_streams_calls_and_structures(target: Target) ->
     from langchain_core.utils.function_calling import convert_to_openai_tool
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-    common: Any = {"base_url": f"{target.root}/v1", "api_key": target.key, "max_retries": 0}
-    model = ChatOpenAI(model=target.model, temperature=0, max_tokens=300, **common)
-    answer = await model.ainvoke("What is 3+4?")
-    assert answer.content and answer.usage_metadata
-    assert "".join([str(part.content) async for part in model.astream("What is 3+4?")]) == answer.content
-    tools = model.bind_tools([WEATHER], tool_choice="required")
-    called = await tools.ainvoke("What is the weather in Paris?")
-    (call, *_) = called.tool_calls
-    assert call["name"] == "get_weather"
-    history = [HumanMessage("What is the weather in Paris?"), called, ToolMessage("sunny", tool_call_id=call["id"])]
-    assert (await model.bind_tools([WEATHER]).ainvoke(history)).content
-    for method in ("json_schema", "function_calling"):
-        structured = model.with_structured_output(Weather, method=method)  # type: ignore[arg-type]
-        assert isinstance(await structured.ainvoke("Weather?"), Weather)
-    assert convert_to_openai_tool(Weather)["function"]["name"] == "Weather"
-    embeddings = OpenAIEmbeddings(model=target.model, check_embedding_ctx_length=False, **common)
-    assert len(await embeddings.aembed_documents(["red dog", "blue cat"])) == 2
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as connections:
+        common: Any = {
+            "base_url": f"{target.root}/v1", "api_key": target.key, "max_retries": 0, "http_async_client": connections,
+        }  # fmt: skip
+        model = ChatOpenAI(model=target.model, temperature=0, max_tokens=300, **common)
+        answer = await model.ainvoke("What is 3+4?")
+        assert answer.content and answer.usage_metadata
+        assert "".join([str(part.content) async for part in model.astream("What is 3+4?")]) == answer.content
+        tools = model.bind_tools([WEATHER], tool_choice="required")
+        called = await tools.ainvoke("What is the weather in Paris?")
+        (call, *_) = called.tool_calls
+        assert call["name"] == "get_weather"
+        history = [HumanMessage("What is the weather in Paris?"), called, ToolMessage("sunny", tool_call_id=call["id"])]
+        assert (await model.bind_tools([WEATHER]).ainvoke(history)).content
+        for method in ("json_schema", "function_calling"):
+            structured = model.with_structured_output(Weather, method=method)  # type: ignore[arg-type]
+            assert isinstance(await structured.ainvoke("Weather?"), Weather)
+        assert convert_to_openai_tool(Weather)["function"]["name"] == "Weather"
+        embeddings = OpenAIEmbeddings(model=target.model, check_embedding_ctx_length=False, **common)
+        assert len(await embeddings.aembed_documents(["red dog", "blue cat"])) == 2
 
 
 async def test_litellm_answers_streams_and_calls(target: Target) -> None:

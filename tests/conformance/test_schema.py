@@ -1,8 +1,8 @@
 """What the OpenAPI description allows, and what it does not, thrown at the server by schemathesis.
 
-    FUZZ_EXAMPLES=2500 python -m pytest tests/conformance/test_schema.py    # some 20,000 requests
+    FUZZ_EXAMPLES=1300 python -m pytest tests/conformance/test_schema.py    # some 20,000 requests
 
-Nothing may fail on our side, hang, or stay open. A few dozen of each kind of request are part of every run of the suite.
+Nothing may fail on our side, hang, or stay open. A dozen of each kind of request, right and wrong, are part of every run of the suite.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from schemathesis.config import SchemathesisConfig
 
 from tests.conformance.conftest import Target
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))
 DEADLINE = 30.0  # seconds for one answer
 SEEN: collections.Counter[tuple[str, int]] = collections.Counter()
 
