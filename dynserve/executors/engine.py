@@ -37,7 +37,7 @@ from dynserve.wire.requests import GenerateRequest, Guide, Handoff
 
 log = logging.getLogger(__name__)
 
-GUIDE_TIMEOUT = 30.0  # seconds for a grammar to be compiled
+GUIDE_TIMEOUT = 60.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
 
 
 class Guides(Protocol):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 256 << 20  # of compiled grammars
 MAX_WAITING = 256  # grammars
 MAX_THREADS = 4
+MOST_WAIT, MOST_COMPILE = 10.0, 30.0  # seconds
 MAX_KEPT = 128  # grammars
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
 MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
@@ -71,20 +72,25 @@ class Guides:
 
     async def _compile(self, key: _Key) -> None:
         if key in self._slow:
-            raise BadRequest("this grammar takes too long to compile", param=_PARAM[key[0]])
+            raise BadRequest("this grammar takes too long to compile", param=_PARAM[key[0]])  # it did before
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars wait to be compiled")
         self._waiting += 1
         try:
-            await self._threads.acquire()
+            async with asyncio.timeout(MOST_WAIT):
+                await self._threads.acquire()
+        except TimeoutError:
+            raise Overloaded("other grammars take long to compile; try again later") from None
         finally:
             self._waiting -= 1
         done = self._start(key)
         try:
-            await done
-        except asyncio.CancelledError:
+            async with asyncio.timeout(MOST_COMPILE):
+                await done
+        except TimeoutError:
             _remember(self._slow, key, None)
-            raise
+            message = f"this grammar takes longer than {MOST_COMPILE:.0f} s to compile"
+            raise BadRequest(message, param=_PARAM[key[0]]) from None
 
     def _start(self, key: _Key) -> asyncio.Future[None]:
         """A thread for one grammar; the future is done when it is in `_compiled`."""
