@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dynserve.errors import BadRequest, Overloaded
+from dynserve.errors import BadRequest, InternalError, Overloaded
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
@@ -63,14 +63,16 @@ class Guides:
             Overloaded: too many wait for theirs.
         """
         key = (guide.kind, guide.text)
-        if key not in self._compiled:
-            await self._compile(key)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = await self._compile(key)
+        else:
+            self._compiled.move_to_end(key)
         import xgrammar  # a second's work, done by the thread that compiled
 
-        self._compiled.move_to_end(key)
-        return Matcher(xgrammar.GrammarMatcher(self._compiled[key]), self._vocab_size, self._eos, guide.thought)
+        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size, self._eos, guide.thought)
 
-    async def _compile(self, key: _Key) -> None:
+    async def _compile(self, key: _Key) -> xgrammar.CompiledGrammar:
         if key in self._slow:
             raise BadRequest("this grammar takes too long to compile", param=_PARAM[key[0]])  # it did before
         if self._waiting >= MAX_WAITING:
@@ -86,16 +88,16 @@ class Guides:
         done = self._start(key)
         try:
             async with asyncio.timeout(MOST_COMPILE):
-                await done
+                return await done
         except TimeoutError:
             _remember(self._slow, key, None)
             message = f"this grammar takes longer than {MOST_COMPILE:.0f} s to compile"
             raise BadRequest(message, param=_PARAM[key[0]]) from None
 
-    def _start(self, key: _Key) -> asyncio.Future[None]:
-        """A thread for one grammar; the future is done when it is in `_compiled`."""
+    def _start(self, key: _Key) -> asyncio.Future[xgrammar.CompiledGrammar]:
+        """A thread for one grammar, which gives back its place when it has ended."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[xgrammar.CompiledGrammar] = loop.create_future()
 
         def tell(compiled: xgrammar.CompiledGrammar | None, error: BaseException | None) -> None:
             self._threads.release()
@@ -104,10 +106,10 @@ class Guides:
                 _remember(self._compiled, key, compiled)
             if done.cancelled():
                 return
-            if error is None:
-                done.set_result(None)
+            if compiled is not None:
+                done.set_result(compiled)
             else:
-                done.set_exception(error)
+                done.set_exception(error or InternalError("no grammar came of it"))
 
         def work() -> None:
             compiled, failure = None, None
@@ -118,7 +120,10 @@ class Guides:
             with contextlib.suppress(RuntimeError):  # the loop was closed under us: the process is ending
                 loop.call_soon_threadsafe(tell, compiled, failure)
 
-        threading.Thread(target=work, name="compile-grammar", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="compile-grammar", daemon=True).start()
+        except RuntimeError as error:  # no more threads are to be had
+            tell(None, error)
         return done
 
     def _compile_now(self, key: _Key) -> xgrammar.CompiledGrammar:
