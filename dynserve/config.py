@@ -289,7 +289,9 @@ def _parser(prog: str, cls: type, options: Sequence[Field[Any]], types: Mapping[
             parts.append(f"default {opt.default}")
         if opt.metadata["env"]:
             parts.append(f"env {opt.metadata['env']}")
-        parser.add_argument(_flag(opt.name), metavar=_meta(types[opt.name]), help="; ".join(parts).replace("%", "%%"))
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if types[opt.name] is bool else {}
+        meta = _meta(types[opt.name])
+        parser.add_argument(_flag(opt.name), metavar=meta, help="; ".join(parts).replace("%", "%%"), **alone)
     return parser
 
 
@@ -298,6 +300,8 @@ def _flag(name: str) -> str:
 
 
 def _meta(kind: Any) -> str:
+    if kind is bool:
+        return "true|false"
     for scalar, meta in ((int, "N"), (float, "X")):
         if kind is scalar or scalar in get_args(kind):
             return meta

@@ -68,3 +68,17 @@ def test_addresses_come_with_and_without_a_scheme() -> None:
 
 def test_the_router_has_the_same_defaults_from_a_frontend_as_by_itself() -> None:
     assert router_options(FrontendConfig()) == RouterOptions()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], False),
+        (["--strict-fields"], True),
+        (["--strict-fields", "true"], True),
+        (["--strict-fields", "false"], False),
+    ],
+)
+def test_a_switch_may_stand_alone(argv: list[str], expected: bool) -> None:
+    config = load(FrontendConfig, "x", [*argv, "--http-port", "1"], {})
+    assert config.strict_fields is expected and config.http_port == 1
