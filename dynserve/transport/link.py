@@ -141,7 +141,8 @@ class TcpLink(Framed, asyncio.Protocol):
         super().__init__(worker_side=worker_side)
         self._accept = accept
         self._transport: asyncio.Transport | None = None
-        self._rest = bytearray()
+        self._rest = bytearray()  # the beginning of a frame
+        self._need = 4  # bytes of it, to go on
 
     def write(self, frame: bytes | bytearray) -> None:
         transport = self._transport
@@ -165,15 +166,19 @@ class TcpLink(Framed, asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._rest += data
+            if len(self._rest) < self._need:
+                return  # or a large frame would be copied with every piece of it
             data = bytes(self._rest)
             self._rest.clear()
         view, at, end = memoryview(data), 0, len(data)
+        self._need = 4
         while end - at >= 4 and not self._closed:
             (size,) = _length.unpack_from(view, at)
             if size > MAX_FRAME:
                 self.abort(f"sent a frame of {size} bytes; the most is {MAX_FRAME}")
                 return
             if end - at - 4 < size:
+                self._need = 4 + size
                 break
             self.feed(view[at + 4 : at + 4 + size])
             at += 4 + size

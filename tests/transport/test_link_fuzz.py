@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynserve.cluster import Cluster
-from dynserve.transport.link import MAX_FRAME, TcpLinks
+from dynserve.transport.link import MAX_FRAME, TcpLink, TcpLinks
 from dynserve.transport.memory import MemoryLink
 from dynserve.wire import link
 from dynserve.wire.requests import Accepted, Busy, TokenLogprob
@@ -167,3 +169,24 @@ async def test_handlers_that_stumble_cost_their_link_and_nothing_else(caplog: py
         again = await links.dial(address, End())
         assert not again.closed
         again.close()
+
+
+@given(st.lists(st.integers(0, 300), max_size=8), st.lists(st.integers(1, 90), min_size=1, max_size=9))
+def test_frames_arrive_whole_however_their_bytes_are_cut(sizes: list[int], cuts: list[int]) -> None:
+    async def pass_through() -> list[Any]:
+        heard = End()
+        peer = TcpLink(worker_side=False)
+        peer.start(heard)  # type: ignore[arg-type]
+        sent = [link.Tokens(size, b"x" * size, [size]) for size in sizes]
+        raw = b"".join(struct.pack("<I", len(f)) + f for f in (msgspec.msgpack.encode([message]) for message in sent))
+        at, turn = 0, 0
+        while at < len(raw):
+            size = cuts[turn % len(cuts)]
+            peer.data_received(raw[at : at + size])
+            at, turn = at + size, turn + 1
+        peer.ended("done")
+        assert not peer._rest
+        assert [message for burst in heard.bursts for message in burst] == sent
+        return sent
+
+    asyncio.run(pass_through())
