@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class DynserveError(Exception):
@@ -144,6 +144,20 @@ def from_wire(code: str, message: str, param: str | None = None) -> DynserveErro
     """The error that a peer reported; an unknown code is an internal error that names it."""
     cls = _BY_CODE.get(code)
     return cls(message, param=param) if cls else InternalError(f"{code}: {message}")
+
+
+def error_object(error: DynserveError, *, anthropic: bool = False) -> dict[str, Any]:
+    """OpenAI's error body; with Anthropic's names around and in it for the API that is Anthropic's."""
+    body = {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}
+    if not anthropic:
+        return {"error": body}
+    return {"type": "error", "error": body | {"type": _ANTHROPIC.get(error.status, "api_error")}}
+
+
+_ANTHROPIC = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 @contextmanager

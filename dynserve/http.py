@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dynserve.errors import ConfigError, translate
+from dynserve.errors import BadRequest, ConfigError, error_object, translate
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,7 @@ class _Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._idle or not (self.cycle.response_started or self.pipeline):
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
-            body = json.dumps({"error": error}).encode()
+            body = json.dumps(error_object(BadRequest(message))).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode() + body)

@@ -37,30 +37,9 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "admitted",
-        "admitted_at",
-        "arrived",
-        "blocks",
-        "cached_tokens",
-        "computed",
-        "eos",
-        "fetch",
-        "hashes",
-        "matcher",
-        "memo",
-        "pooled",
-        "prefill_s",
-        "prompt_len",
-        "prompt_logprobs",
-        "queue_s",
-        "request",
-        "seed",
-        "state",
-        "ticket",
-        "tokens",
-        "told",
-        "transfer_s",
-        "whole",
+        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "matcher",
+        "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed", "state", "ticket",
+        "tokens", "told", "transfer_s", "whole",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:

@@ -147,10 +147,10 @@ class Visit:
 
     def priority(self, wished: int | None) -> int:
         """A key's priority is a ceiling; without keys everyone may wish."""
-        most = self._usage.key.priority if self._usage else None
         if self._usage is None:
             return wished or 0
-        return min(wished if wished is not None else (most or 0), most or 0)
+        most = self._usage.key.priority or 0
+        return most if wished is None else min(wished, most)
 
     def __enter__(self) -> Visit:
         return self

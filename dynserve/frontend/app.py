@@ -24,13 +24,14 @@ from dynserve.errors import (
     NoWorker,
     RateLimited,
     Unauthorized,
+    error_object,
 )
 from dynserve.frontend.access import Visit
 from dynserve.frontend.decisions import KEPT
 from dynserve.frontend.edge import Threads, Wishes, body_of, prompts_of, request_id, warning_of, wishes
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
-from dynserve.frontend.response import TokenResponse, error_object
+from dynserve.frontend.response import TokenResponse
 from dynserve.openai import fields
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.completions import CompletionRequest, EmbeddingRequest
@@ -83,7 +84,7 @@ class _Edge:
     """What the routes share: who asks, what for, and the order that it comes to."""
 
     def __init__(self, frontend: Frontend, threads: Threads) -> None:
-        self._frontend, self._threads = frontend, threads
+        self._frontend, self.threads = frontend, threads
         self._config = frontend.config
 
     def enter(self, request: Request) -> Visit:
@@ -117,9 +118,6 @@ class _Edge:
         headers = {"x-request-id": request_id(request)} | dict(warning_of(asked.unknown if asked else []))
         return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
 
-    async def off_loop(self, size: int, work: Callable[[], Any]) -> Any:
-        return await self._threads.run(size, work)
-
     async def generate(
         self, request: Request, form: type[R], make: Callable[[R], tuple[Generating, Kind, str]]
     ) -> Response:
@@ -146,10 +144,10 @@ class _Edge:
         preprocessor, card = model.preprocessor, model.card
         if isinstance(asked, ChatRequest):
             chat = asked
-            prepared = await self._threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
+            prepared = await self.threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
             return order_chat(chat, prepared, card, preprocessor, kind, frame)
         other = asked
-        prepared = await self._threads.run(other.size(), lambda: prepare_prompts(other, preprocessor))
+        prepared = await self.threads.run(other.size(), lambda: prepare_prompts(other, preprocessor))
         if isinstance(other, EmbeddingRequest):
             return order_embedding(other, prepared, card)
         return order_completion(other, prepared, card, preprocessor)
@@ -195,7 +193,7 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
         with edge.enter(request):
             asked = await edge.parse(request, CountRequest)
             preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
-            prepared = await edge.off_loop(chat.size(), lambda: prepare_chat(chat, preprocessor))
+            prepared = await edge.threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
             return edge.told(request, {"input_tokens": len(prepared.prompts[0]) // 4}, asked)
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
@@ -205,12 +203,12 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
             model = edge.model(asked.model)
             preprocessor = model.preprocessor
 
-            def ids() -> list[int]:
-                if asked.prompt is not None:
-                    return preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens)
-                return preprocessor.chat(asked.chat().conversation())[1]
-
-            tokens: list[int] = await edge.off_loop(asked.size(), ids)
+            if asked.prompt is not None:
+                text, special = asked.prompt, asked.add_special_tokens
+                tokens = await edge.threads.run(len(text), lambda: preprocessor.tokenize(text, special=special))
+            else:
+                chat = asked.chat()
+                tokens = await edge.threads.run(chat.size(), lambda: preprocessor.chat(chat.conversation())[1])
             found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
             if asked.return_token_strs:
                 found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
@@ -224,7 +222,7 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
             if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
                 raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
             skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
-            text = await edge.off_loop(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
+            text = await edge.threads.run(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
             return edge.told(request, {"prompt": text}, asked)
 
 

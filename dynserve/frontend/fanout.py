@@ -16,7 +16,7 @@ from dynserve.errors import Cancelled, DynserveError
 from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
-from dynserve.frontend.response import _SSE, TokenResponse, until_left
+from dynserve.frontend.response import SSE, TokenResponse, until_left
 from dynserve.openai.formats.base import to_json
 from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
 from dynserve.wire.link import Finished, Usage
@@ -62,7 +62,7 @@ class FanOut(TokenResponse):
     async def _chunk(self, data: bytes, send: Send) -> None:
         async with self._sending:
             if not self._sent:
-                await self._start(200, _SSE, send)
+                await self._start(200, SSE, send)
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _end(self, send: Send) -> None:

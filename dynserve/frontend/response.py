@@ -11,23 +11,23 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut
+from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut, error_object
 from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.openai.formats.base import event
 from dynserve.wire.link import Finished
 
 log = logging.getLogger(__name__)
 
 LAST_WORD = 1.0  # seconds that an error event may take to be sent
 
-_SSE = [
+SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -76,7 +76,7 @@ class TokenResponse(Response):
             data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
             if data:
                 if not self._sent:
-                    await self._start(200, _SSE, send)
+                    await self._start(200, SSE, send)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         last = b": explain " + run.explained() + b"\n\n" if self._prompt.explain else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -124,8 +124,7 @@ class TokenResponse(Response):
         try:
             async with asyncio.timeout(LAST_WORD):
                 if self._sent:
-                    event = b"event: error\ndata: " + body + b"\n\n"
-                    await send({"type": "http.response.body", "body": event, "more_body": False})
+                    await send({"type": "http.response.body", "body": event("error", body), "more_body": False})
                 else:
                     retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
                     await self._whole(error.status, body, send, retry)
@@ -174,17 +173,3 @@ def _left(runs: Sequence[Run], leaving: asyncio.Task[None]) -> None:
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def error_object(error: DynserveError, *, anthropic: bool = False) -> dict[str, Any]:
-    """OpenAI's error body; with Anthropic's names around and in it for the API that is Anthropic's."""
-    body = {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}
-    if not anthropic:
-        return {"error": body}
-    return {"type": "error", "error": body | {"type": _ANTHROPIC.get(error.status, "api_error")}}
-
-
-_ANTHROPIC = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
-}  # fmt: skip

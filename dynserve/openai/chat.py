@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dynserve.errors import BadRequest
-from dynserve.openai.fields import MAX_N, Count, Many, SamplingFields, StreamOptions
+from dynserve.openai.fields import AnswerFields, Count, Many
 from dynserve.openai.prompt import Conversation
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -139,7 +139,7 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(AnswerFields):
     prompt_field: ClassVar[str] = "messages"
     refused: ClassVar[Mapping[str, str]] = {
         "functions": "use tools",
@@ -149,9 +149,6 @@ class ChatRequest(SamplingFields):
     }
 
     messages: Annotated[Many[Message], Field(min_length=1)]
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -159,10 +156,6 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | AllowedTools | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
-    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
@@ -175,14 +168,21 @@ class ChatRequest(SamplingFields):
         super().check()
         for at, message in enumerate(self.messages):
             message.check(f"messages.{at}")
-        if self.stream_options is not None and not self.stream:
-            raise BadRequest("stream_options needs stream: true", param="stream_options")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise BadRequest("continue_final_message needs a last message of the assistant", param="messages")
         self._check_tools()
-        self._check_formats()
+        form = self.response_format
+        schema = form.json_schema.schema_ if form is not None and form.json_schema is not None else None
+        if form is not None and form.type == "json_schema" and schema is None:
+            raise BadRequest("response_format of type json_schema needs json_schema.schema", param="response_format")
+        if self.must_call and (given := self.grammars()):
+            raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
+
+    def grammars(self) -> list[str]:
+        formed = self.response_format is not None and self.response_format.type != "text"
+        return ["response_format"] * formed + super().grammars()
 
     def conversation(self) -> Conversation:
         variables: dict[str, Any] = {}
@@ -238,21 +238,6 @@ class ChatRequest(SamplingFields):
                 raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
         if self.tool_choice == "required" and not names:
             raise BadRequest("tool_choice: required needs tools", param="tool_choice")
-
-    def _check_formats(self) -> None:
-        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-        given = [name for name in fields if getattr(self, name) is not None]
-        form = self.response_format
-        if form is not None and form.type != "text":
-            given.insert(0, "response_format")
-            if form.type == "json_schema" and (form.json_schema is None or form.json_schema.schema_ is None):
-                raise BadRequest(
-                    "response_format of type json_schema needs json_schema.schema", param="response_format"
-                )
-        if len(given) > 1:
-            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
-        if given and self.must_call:
-            raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
 
 
 def _size(message: Message) -> int:

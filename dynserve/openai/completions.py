@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from dynserve.errors import BadRequest
-from dynserve.openai.fields import MAX_INT, MAX_N, Many, Request, SamplingFields, StreamOptions
+from dynserve.openai.fields import MAX_INT, MAX_N, AnswerFields, Many, Request
 from dynserve.openai.prompt import Preprocessor
 
 MAX_PROMPTS = 2048  # in one request
@@ -16,28 +16,19 @@ DEFAULT_TOKENS = 16  # OpenAI's own for this API
 Prompts = str | Many[int] | Many[str] | Many[Many[int]]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(AnswerFields):
     refused: ClassVar[Mapping[str, str]] = {
         "suffix": "these models continue a text, they do not fill gaps in it; put everything into the prompt",
     }
 
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
-    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
 
     def check(self) -> None:
         super().check()
-        if self.stream_options is not None and not self.stream:
-            raise BadRequest("stream_options needs stream: true", param="stream_options")
         if self.max_tokens == 0 and not self.echo:
             raise BadRequest("max_tokens: 0 needs echo: true, or there is no answer", param="max_tokens")
         if self.best_of is not None:
@@ -45,10 +36,6 @@ class CompletionRequest(SamplingFields):
                 raise BadRequest(f"best_of must be at least n, which is {self.n or 1}", param="best_of")
             if self.stream and self.best_of > (self.n or 1):
                 raise BadRequest("best_of cannot be streamed: the best is known at the end", param="best_of")
-        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-        given = [name for name in fields if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
         check_prompts(self.prompt, "prompt", (self.best_of or self.n or 1))
 
     def size(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
@@ -110,8 +110,14 @@ class Windowed:
         return text
 
 
+def tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `tokenizer.json` says of how text is cut and put together; not its vocabulary, which takes long to write out."""
+    parts = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    return {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+
+
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+    decoder = tokenizer_parts(tokenizer)["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
     return [step.get("type") for step in steps] == ["ByteLevel"]
 

@@ -146,20 +146,46 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis; none is made here
 
 
+class AnswerFields(SamplingFields):
+    """What chats and completions share beside sampling: streams, choices, grammars."""
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options needs stream: true", param="stream_options")
+        given = self.grammars()
+        if len(given) > 1:
+            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+
+    def grammars(self) -> list[str]:
+        """Names of the fields that ask for a form of the answer."""
+        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+        return [name for name in fields if getattr(self, name) is not None]
+
+
 def parsed(model: type[M], body: bytes) -> M:
     """Raises BadRequest that names the first field that is wrong, in a sentence."""
-    request = validated(lambda: model.model_validate_json(body))
-    request.check()
-    return request
+    return validated(lambda: model.model_validate_json(body))
 
 
 def validated(make: Callable[[], M]) -> M:
+    """What `make` makes, checked as a whole, too. Raises what `parsed` raises."""
     try:
-        return make()
+        request = make()
     except ValidationError as error:
         raise bad_request(error) from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
+    request.check()
+    return request
 
 
 def bad_request(error: ValidationError) -> BadRequest:

@@ -69,9 +69,8 @@ def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
     forced = asked.must_call
     single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
-        for tool in tools:
-            _arguments(tool)
-        return Guide(kind="grammar", text=_pythonic(tools, single)) if forced else _plain(asked)
+        calls = _pythonic(tools, single)  # refuses what cannot be spelled, whether it must be called or not
+        return Guide(kind="grammar", text=calls) if forced else _plain(asked)
     style = STYLES.get(card.tool_parser)
     if style is None:
         raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
@@ -220,7 +219,7 @@ def _spellable(name: str) -> bool:
 _LITERALS = r"""value ::= string | number | "True" | "False" | "None" | list | dict
 list ::= "[" (value (", " value)*)? "]"
 dict ::= "{" (string ": " value (", " string ": " value)*)? "}"
-string ::= "\"" ([^"\\\r\n] | "\\" ["\\/bfnrt'])* "\""
+string ::= "\"" ([^"\\\r\n] | "\\" ["\\bfnrt'])* "\""
 number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+-]? [0-9]+)?"""
 
 

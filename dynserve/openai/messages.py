@@ -90,9 +90,7 @@ class CountRequest(Request):
         Raises:
             BadRequest: a block or a tool has no meaning for a chat.
         """
-        asked = validated(lambda: ChatRequest.model_validate(self._fields()))
-        asked.check()
-        return asked
+        return validated(lambda: ChatRequest.model_validate(self._fields()))
 
     def _fields(self) -> dict[str, Any]:
         messages: list[Message] = []

@@ -9,9 +9,9 @@ from typing import Literal
 import msgspec
 
 from dynserve.errors import BadRequest, ContextTooLong
-from dynserve.openai import parsers
 from dynserve.openai.chat import ChatRequest, NamedTool
 from dynserve.openai.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, prompt_ids
+from dynserve.openai.fields import AnswerFields
 from dynserve.openai.guide import enforces_calls, guide_of
 from dynserve.openai.parsers import reasoning
 from dynserve.openai.prompt import Preprocessor
@@ -82,16 +82,9 @@ def order_chat(
         guide = msgspec.structs.replace(guide, thought=thought)
         if thought is None and thoughts.open:
             thoughts = None  # the grammar holds from the first token on: no thought can come
-    render = Render(
-        kind=kind,
-        response_id=HEADS[kind] + secrets.token_hex(16),
-        model=asked.model,
-        created=int(time.time()),
-        stream=bool(asked.stream),
-        usage=bool(asked.stream_options and asked.stream_options.include_usage),
-        continuous_usage=bool(asked.stream_options and asked.stream_options.continuous_usage_stats),
+    render = msgspec.structs.replace(
+        _render(asked, kind),
         logprobs=asked.wanted_logprobs(),
-        skip_special_tokens=asked.skip_special_tokens,
         reasoning=thoughts,
         tools=_tool_use(asked, card),
         frame=frame,
@@ -114,18 +107,7 @@ def order_completion(asked: CompletionRequest, prepared: Prepared, card: Card, p
     guide = guide_of(asked, card)
     keep = asked.n or 1
     group = asked.best_of or keep
-    render = Render(
-        kind="completion",
-        response_id=HEADS["completion"] + secrets.token_hex(16),
-        model=asked.model,
-        created=int(time.time()),
-        stream=bool(asked.stream),
-        usage=bool(asked.stream_options and asked.stream_options.include_usage),
-        continuous_usage=bool(asked.stream_options and asked.stream_options.continuous_usage_stats),
-        logprobs=asked.logprobs,
-        skip_special_tokens=asked.skip_special_tokens,
-        echo=bool(asked.echo),
-    )
+    render = msgspec.structs.replace(_render(asked, "completion"), logprobs=asked.logprobs, echo=bool(asked.echo))
     count = len(prepared.prompts) * group
     # the likeliest can only be told by their log-probabilities
     logprobs = 0 if group > keep and asked.logprobs is None else asked.logprobs
@@ -179,6 +161,21 @@ def order_embedding(asked: EmbeddingRequest, prepared: Prepared, card: Card) -> 
     return Order(parts=parts)
 
 
+def _render(asked: AnswerFields, kind: Kind) -> Render:
+    """What answers of text have in common."""
+    options = asked.stream_options
+    return Render(
+        kind=kind,
+        response_id=HEADS[kind] + secrets.token_hex(16),
+        model=asked.model,
+        created=int(time.time()),
+        stream=bool(asked.stream),
+        usage=options is not None and options.include_usage,
+        continuous_usage=options is not None and options.continuous_usage_stats,
+        skip_special_tokens=asked.skip_special_tokens,
+    )
+
+
 def _numbered(render: Render, index: int, count: int) -> Render:
     return render if count == 1 else msgspec.structs.replace(render, index=index, part=True)
 
@@ -205,8 +202,6 @@ def _tool_use(asked: ChatRequest, card: Card) -> ToolUse | None:
     tools = asked.callable_tools()
     if not tools:
         return None
-    if card.tool_parser not in parsers.TOOL_PARSERS:
-        raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
     return ToolUse(
         parser=card.tool_parser,
         names=tuple(tool.function.name for tool in tools),

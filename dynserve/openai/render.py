@@ -121,11 +121,8 @@ class Renderer:
             if text:
                 self._said.add((Content(text),), self._take_logprobs())
             return b""
-        if not text:
-            return self._opening()
-        if self._opened:
-            return self._format.content(text, self._take_logprobs())
-        return self._open() + self._format.content(text, self._take_logprobs())
+        opening = self._opening()
+        return opening + self._format.content(text, self._take_logprobs()) if text else opening
 
     def _emit_pieces(self, pieces: list[Piece]) -> bytes:
         if not self._thought and self._render.reasoning is not None:

@@ -121,7 +121,7 @@ class ResponsesRequest(Request):
         Raises:
             BadRequest: an item or a tool has no meaning for a chat.
         """
-        asked = validated(
+        return validated(
             lambda: ChatRequest(
                 model=self.model,
                 messages=self._messages(),
@@ -140,8 +140,6 @@ class ResponsesRequest(Request):
                 priority=self.priority,
             )
         )
-        asked.check()
-        return asked
 
     def frame(self) -> str:
         """What a response repeats of its request, as JSON. Raises BadRequest for numbers that JSON does not have."""

@@ -15,6 +15,8 @@ from collections import OrderedDict
 
 from tokenizers import Tokenizer
 
+from dynserve.openai.detokenize import tokenizer_parts
+
 ENTRY = 300  # bytes that an entry takes beside its text and ids
 
 
@@ -85,7 +87,7 @@ class Segments:
         if any(t.lstrip or t.rstrip or t.single_word for t in tokens if not t.normalized):
             return False  # these reach into their neighbours
         # Metaspace's scheme `first` looks at whether a piece begins the text
-        return '"prepend_scheme": "first"' not in json.dumps(json.loads(self._tokenizer.to_str()).get("pre_tokenizer"))
+        return '"prepend_scheme": "first"' not in json.dumps(tokenizer_parts(self._tokenizer)["pre_tokenizer"])
 
 
 def _size(piece: str, ids: array[int]) -> int:

@@ -29,16 +29,11 @@ class TokenizeRequest(Request):
     def chat(self) -> ChatRequest:
         """For a conversation; raises BadRequest for messages that are none."""
         kwargs = self.chat_template_kwargs
-        asked = validated(
+        return validated(
             lambda: ChatRequest(
                 model=self.model, messages=self.messages or [], tools=self.tools, chat_template_kwargs=kwargs
             )
         )
-        asked.check()
-        return asked
-
-    def size(self) -> int:
-        return len(self.prompt) if self.prompt is not None else self.chat().size()
 
 
 class DetokenizeRequest(Request):

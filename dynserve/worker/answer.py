@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
 from dynserve.openai.detokenize import Vocabulary
@@ -81,8 +83,9 @@ class Answer:
         if not self.request.prior:
             self._renderer.cached_tokens = told.cached_tokens
         last, usage = self._renderer.finish(reason, output.stop_token)
-        counted = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        usage = Usage(*counted, told.queue_s, told.transfer_s, told.prefill_s, usage.reasoning_tokens)
+        usage = msgspec.structs.replace(
+            usage, queue_s=told.queue_s, transfer_s=told.transfer_s, prefill_s=told.prefill_s
+        )
         self.link.send(
             Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)
         )

@@ -4,14 +4,18 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.openai.chat import ChatRequest
-from dynserve.openai.completions import CompletionRequest, prompt_ids
+from dynserve.openai.completions import CompletionRequest, EmbeddingRequest, prompt_ids
 from dynserve.openai.fields import parsed
+from dynserve.openai.messages import CountRequest
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import Conversation, Preprocessor, sampling_defaults
+from dynserve.openai.responses import ResponsesRequest
+from dynserve.openai.text import DetokenizeRequest
 from dynserve.wire.requests import Sampling
 
 PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
@@ -207,3 +211,28 @@ def test_a_seed_is_drawn_once_when_none_is_given() -> None:
     assert sampling_of(chat(seed=5), defaults).seed == 5
     choices = [chat(seed=5).sampling(defaults, logprobs=None, prompt_logprobs=False, choice=i).seed for i in range(3)]
     assert choices == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 20_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 20_000}]}),
+        (ChatRequest, HELLO | {"tools": [1] * 20_000}),
+        (ChatRequest, HELLO | {"stop_token_ids": ["a"] * 20_000}),
+        (CompletionRequest, {"prompt": [None] * 20_000}),
+        (CompletionRequest, {"prompt": [[None] * 20_000]}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {f"a{i}": 1 for i in range(20_000)}}),
+        (EmbeddingRequest, {"input": [{}] * 20_000}),
+        (CountRequest, {"messages": [{"role": "user", "content": [1] * 20_000}]}),
+        (ResponsesRequest, {"input": [1] * 20_000}),
+        (DetokenizeRequest, {"tokens": ["a"] * 20_000}),
+    ],
+)
+def test_a_list_of_mistakes_is_not_a_list_of_errors(form: Any, body: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "m"} | body).encode()
+    with pytest.raises(ValidationError) as wrong:
+        form.model_validate_json(raw)
+    assert wrong.value.error_count() < 20  # each costs memory, and time of the event loop
+    with pytest.raises(BadRequest):
+        parsed(form, raw)

@@ -278,3 +278,9 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
                 "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "see"}}]},
             },
         )
+
+
+async def test_texts_in_pythons_calls_have_only_escapes_that_python_knows() -> None:
+    found = guide("pythonic", tools=TOOLS, tool_choice="required")
+    whole = [f'[find(at="{text}")]' for text in ("plain / text", r"a\\b\n\"c\"", r"a\/b", r"a\qb")]
+    assert await accepts(found, *whole) == [True, True, False, False]

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dynserve.errors import BadRequest, InternalError, Overloaded
+from dynserve.openai.detokenize import tokenizer_parts
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
@@ -236,8 +237,7 @@ _PARAM = {"json": "response_format", "regex": "guided_regex", "grammar": "guided
 
 def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
     """How the vocabulary writes bytes, in xgrammar's words, and whether texts get a space in front."""
-    parts: dict[str, Any] = json.loads(tokenizer.to_str())
-    found = json.dumps([parts.get("decoder"), parts.get("pre_tokenizer"), parts.get("normalizer")])
+    found = json.dumps(tokenizer_parts(tokenizer))
     if '"ByteLevel"' in found:
         return "BYTE_LEVEL", '"add_prefix_space": true' in found
     prefix = '"Prepend"' in found or '"prepend_scheme": "first"' in found or '"prepend_scheme": "always"' in found

@@ -129,5 +129,12 @@ def event(kind: str, data: bytes) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + one_line(data) + b"\n\n"
 
 
-def quoted(text: str) -> bytes:
-    return to_json(text)
+def logprob_object(entry: TokenLogprob, vocabulary: Vocabulary, top: int) -> dict[str, Any]:
+    """OpenAI's, of chats and Responses, with the `top` likeliest tokens."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = vocabulary.token_bytes(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+    likeliest = [one(id_, logprob) for id_, logprob in entry.top[:top]]
+    return one(entry.token_id, entry.logprob) | {"top_logprobs": likeliest}

@@ -12,8 +12,8 @@ from dynserve.openai.formats.base import (
     Logprobs,
     Said,
     call_id,
+    logprob_object,
     one_line,
-    quoted,
     to_json,
     usage_object,
 )
@@ -33,7 +33,7 @@ def chunk_head(render: Render) -> bytes:
     """Of every chunk, up to its choices."""
     return (
         b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":['
-        % (quoted(render.response_id), OBJECTS[render.kind][1].encode(), render.created, quoted(render.model))
+        % (to_json(render.response_id), OBJECTS[render.kind][1].encode(), render.created, to_json(render.model))
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def usage_chunk(render: Render, usage: Usage) -> bytes:
 def body_of(render: Render, choices: Sequence[bytes], usage: Usage) -> bytes:
     """The whole answer, of choices that are JSON already."""
     return b'{"id":%b,"object":"%b","created":%d,"model":%b,"choices":[%b],"usage":%b}' % (
-        quoted(render.response_id), OBJECTS[render.kind][0].encode(), render.created, quoted(render.model),
+        to_json(render.response_id), OBJECTS[render.kind][0].encode(), render.created, to_json(render.model),
         b",".join(choices), to_json(usage_object(usage)),
     )  # fmt: skip
 
@@ -133,8 +133,7 @@ class ChatFormat(_Choices):
         return self._whole(choice, end)
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
-        top = [self._one(id_, logprob, vocabulary) for id_, logprob in entry.top[: self._render.logprobs or 0]]
-        return self._one(entry.token_id, entry.logprob, vocabulary) | {"top_logprobs": top}
+        return logprob_object(entry, vocabulary, self._render.logprobs or 0)
 
     def _delta(self, delta: bytes, logprobs: Logprobs) -> bytes:
         entries = b"null" if logprobs is None else one_line(to_json({"content": logprobs}))
@@ -144,11 +143,6 @@ class ChatFormat(_Choices):
         """As OpenAI: a call that the client asked for by name ends with `stop`."""
         tools = self._render.tools
         return "tool_calls" if called and end.reason == "stop" and tools and not tools.named else end.reason
-
-    @staticmethod
-    def _one(token_id: int, logprob: float, vocabulary: Vocabulary) -> dict[str, Any]:
-        raw = vocabulary.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
 
 
 class CompletionFormat(_Choices):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.formats.base import LEAST_LOGPROB, End, Logprobs, Said, call_id, event, to_json
+from dynserve.openai.formats.base import End, Logprobs, Said, call_id, event, logprob_object, to_json
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import Render, TokenLogprob
@@ -69,13 +69,7 @@ class ResponseFormat:
         return to_json(self._response(self._end(end)[0], self._output, end.usage))
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
-        def one(token_id: int, logprob: float) -> dict[str, Any]:
-            raw = vocabulary.token_bytes(token_id)
-            text = raw.decode("utf-8", "replace")
-            return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
-
-        top = [one(id_, logprob) for id_, logprob in entry.top[: self._render.logprobs or 0]]
-        return one(entry.token_id, entry.logprob) | {"top_logprobs": top}
+        return logprob_object(entry, vocabulary, self._render.logprobs or 0)
 
     def _end(self, end: End) -> tuple[str, bytes]:
         """The answer's status, and the events of its last item's end."""
