@@ -12,6 +12,7 @@ COMMANDS = {
     "up": ("dynserve.local.up", "start a whole cluster on this machine"),
     "frontend": ("dynserve.frontend.__main__", "the OpenAI server"),
     "worker": ("dynserve.worker.__main__", "one worker"),
+    "doctor": ("dynserve.doctor.report", "look at this machine: what would go wrong, and what to do"),
     "key": ("dynserve.frontend.key", "make an API key"),
 }
 

@@ -33,6 +33,29 @@ Pooling = Literal["auto", "mean", "last", "none"]
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
+# What other servers call what we have, and what to write instead.
+FOREIGN = {
+    "--model": "--model-path",
+    "--model-name": "--served-model-name",
+    "--is-prefill-worker": "--disaggregation-mode prefill",
+    "--is-decode-worker": "--disaggregation-mode decode",
+    "--gpu-memory-utilization": "--free-gpu-memory-fraction",
+    "--mem-fraction-static": "--free-gpu-memory-fraction",
+    "--max-model-len": "--max-seq-len",
+    "--context-length": "--max-seq-len",
+    "--max-num-seqs": "--max-batch-size",
+    "--max-num-batched-tokens": "--max-num-tokens",
+    "--block-size": "--kv-block-size",
+    "--tp": "--tensor-parallel-size",
+    "--tp-size": "--tensor-parallel-size",
+    "--pp": "--pipeline-parallel-size",
+    "--extra-llm-api-options": "--extra-engine-args",
+    "--enable-lora": "--lora-adapters",
+    "--lora-modules": "--lora-adapters",
+    "--host": "--http-host",
+    "--port": "--http-port",
+}
+
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
 
 
@@ -165,14 +188,23 @@ class WorkerConfig(Planes):
     reasoning_parser: str = option(
         "auto", "how it marks its thoughts: auto, none, " + ", ".join(REASONING_PARSERS), "DYN_REASONING_PARSER"
     )
+    engine_stall_s: float = option(
+        60.0, "trtllm: an engine that is silent for so long, and then for as long to a request of our own, is dead",
+        "DYN_ENGINE_STALL_S",
+    )  # fmt: skip
+    lora_adapters: str | None = option(
+        None, "trtllm: LoRA adapters, as name=folder,name=folder; clients ask for them as models", "DYN_LORA_ADAPTERS"
+    )
     pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
     drain_timeout_s: float = option(30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S")
 
     def __post_init__(self) -> None:
         _positive(
             self, "max_seq_len", "max_batch_size", "max_num_tokens", "kv_block_size", "max_queue",
-            "tensor_parallel_size", "pipeline_parallel_size", "drain_timeout_s",
+            "tensor_parallel_size", "pipeline_parallel_size", "drain_timeout_s", "engine_stall_s",
         )  # fmt: skip
+        if self.adapters and self.executor != "trtllm":
+            raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} has none")
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
         _ports(self, "system_port")
@@ -180,6 +212,21 @@ class WorkerConfig(Planes):
     @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model_path).resolve().name
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Name to folder."""
+        found: dict[str, str] = {}
+        for entry in filter(None, (self.lora_adapters or "").split(",")):
+            name, _, folder = entry.strip().partition("=")
+            if not name or not folder:
+                raise ConfigError(f"--lora-adapters: {entry!r} is not name=folder")
+            if name in found or name == self.model_name:
+                raise ConfigError(f"--lora-adapters: there are two models of the name {name!r}")
+            if not Path(folder).is_dir():
+                raise ConfigError(f"--lora-adapters: {folder} is not a folder")
+            found[name] = folder
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +321,8 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
+            if (ours := FOREIGN.get(flag)) is not None and ours.split()[0] in self._option_string_actions:
+                raise ConfigError(f"unknown option {flag}: here it is {ours}; see {self.prog} --help")
             raise ConfigError(
                 f"unknown option {flag}{nearest(flag, self._option_string_actions)}; see {self.prog} --help"
             )

@@ -21,6 +21,7 @@ DynserveError
 │   ├── HandoffGone              delivered, expired or cancelled before
 │   └── HandoffBroken            the transfer itself failed
 ├── InternalError           500  our fault
+│   └── EngineDied               of a worker; exit code 3
 └── ConfigError             a flag, file or environment variable; printed as one sentence, exit code 2
 """
 
@@ -39,6 +40,7 @@ class DynserveError(Exception):
     kind: ClassVar[str] = "server_error"  # OpenAI's `error.type`
     retryable: ClassVar[bool] = False
     retry_after: int = 1  # seconds, for those that are
+    exit_code: ClassVar[int] = 1  # of a process that ends with it
 
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
         super().__init__(message or type(self).code)
@@ -126,8 +128,12 @@ class InternalError(DynserveError):
     pass
 
 
+class EngineDied(InternalError):
+    exit_code = 3
+
+
 class ConfigError(DynserveError):
-    code = "config"
+    code, exit_code = "config", 2
 
 
 def _tree(root: type[DynserveError]) -> Iterator[type[DynserveError]]:

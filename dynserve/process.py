@@ -66,7 +66,8 @@ def run_role(
 
 
 def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: str) -> NoReturn:
-    """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 (by the caller) after a wrong configuration."""
+    """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 after a wrong configuration, 3 after the
+    death of a worker's engine. What is left then are threads of others' code, which nothing waits for."""
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -91,5 +92,7 @@ def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: st
         raise
     except DynserveError as error:
         log.error("%s", error)
-        code = 1
-    raise SystemExit(code)
+        code = error.exit_code
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,6 +73,33 @@ class Backoff:
     def next(self) -> float:
         wait, self._next = self._next, min(self._most, self._next * 2)
         return wait * random.uniform(0.75, 1.25)
+
+
+async def detached(call: Callable[..., T], *args: Any) -> T:
+    """Runs a blocking call in a thread of its own, which nothing waits for: neither a deadline of the caller's nor the
+    end of the process. For calls of others' code that may never return."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast(T, result))
+
+    def work() -> None:
+        result, failure = None, None
+        try:
+            result = call(*args)
+        except BaseException as error:
+            failure = error if isinstance(error, Exception) else RuntimeError(f"a thread ended with {error!r}")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=work, name=getattr(call, "__name__", "detached"), daemon=True).start()
+    return await done
 
 
 async def persist(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -161,6 +162,24 @@ def deploy(servers: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     yield make
     for deployment in made:
         deployment.stop()
+
+
+DOUBLES = Path(__file__).parent / "doubles"
+
+
+@pytest.fixture
+def trtllm_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The double of tensorrt_llm can be imported, its engine a thread of this process."""
+    monkeypatch.syspath_prepend(str(DOUBLES))
+    monkeypatch.setenv("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
+    for name in ("TRITON_LIBCUDA_PATH", "LC_ALL", "HF_HUB_OFFLINE"):  # what the executor sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    yield
+    for llm in getattr(sys.modules.get("tensorrt_llm.llmapi.llm"), "MADE", []):
+        atexit.unregister(llm.shutdown)
+        llm._executor.join()
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -277,7 +277,11 @@ def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
     [
         ("worker", ["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
         ("worker", ["--modle-path", "x"], "unknown option --modle-path (did you mean --model-path?)"),
-        ("worker", ["--executor", "trtllm"], "--executor trtllm is not part of this version"),
+        ("worker", ["--executor", "trtllm"], "--executor trtllm needs TensorRT-LLM, which cannot be imported here"),
+        ("worker", ["--model", "x"], "unknown option --model: here it is --model-path"),
+        ("worker", ["--is-prefill-worker"], "here it is --disaggregation-mode prefill"),
+        ("worker", ["--gpu-memory-utilization", "0.9"], "here it is --free-gpu-memory-fraction"),
+        ("worker", ["--max-model-len=4096"], "here it is --max-seq-len"),
         ("frontend", ["--router-mode", "magic"], "'magic' is not one of kv, round-robin, random"),
         ("frontend", ["--router-policy", "no_such_module:Class"], "cannot import no_such_module"),
         ("frontend", ["--router-herd-factor", "0.5"], "--router-herd-factor must be 1 or more"),

@@ -102,7 +102,7 @@ def test_a_second_ctrl_c_kills_and_a_killed_up_takes_everything_along(tmp_path: 
         (["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
         (["--model-path", str(Path(__file__).parent)], "has no config.json in it"),
         (["--decod", "1"], "unknown option --decod (did you mean --decode?)"),
-        (["--executor", "trtllm"], "--executor trtllm is not part of this version"),
+        (["--executor", "trtllm"], "`up` does not start TensorRT-LLM workers"),
         (["--override-engine-args", '{"num_block": 1}'], "unknown key 'num_block' (did you mean num_blocks?)"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -56,6 +56,8 @@ class Limits(NamedTuple):
     vocab_size: int
     guides: bool = False  # grammars can be followed
     embedding_size: int = 0  # 0: it makes no embeddings
+    adapters: tuple[str, ...] = ()  # LoRA adapters by name
+    pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
 
 
 class Executor(Protocol):
@@ -82,10 +84,23 @@ class Executor(Protocol):
         """Unknown and finished tickets are ignored."""
         ...
 
+    def taken(self, ticket: int) -> None:
+        """The hand-off that this prefill left has done its work: the decode worker has answered."""
+        ...
+
+    @property
+    def targets(self) -> Sequence[Executor]:
+        """What routers choose among: the executor itself, or one per KV cache of an engine that has several."""
+        ...
+
     def load(self) -> Load: ...
 
     def counters(self) -> Mapping[str, float]:
-        """For `/metrics`: whatever this executor counts, by names that end in `_total`."""
+        """For `/metrics`: what this executor counts, by names that end in `_total`; other names are of values now."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """For `/health`: what it says of itself."""
         ...
 
     def listen_kv(self, listener: KvListener) -> None:
@@ -117,7 +132,11 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
             executor.abort(ticket)
 
 
-_HOMES = {"torch": "dynserve.executors.torch.executor", "simulated": "dynserve.executors.simulated"}
+_HOMES = {
+    "torch": "dynserve.executors.torch.executor",
+    "simulated": "dynserve.executors.simulated",
+    "trtllm": "dynserve.executors.trtllm.executor",
+}
 
 
 def open_executor(
@@ -126,7 +145,7 @@ def open_executor(
     """The executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process.
 
     Raises:
-        ConfigError: it is not installed, or not part of this version.
+        ConfigError: it is not installed, or not usable as it is configured.
     """
     opened: AbstractAsyncContextManager[Executor] = executor_module(config.executor).open_executor(
         config, instance_id, transceivers
@@ -136,10 +155,7 @@ def open_executor(
 
 def executor_module(name: str) -> Any:
     """Imports what the executor needs, now and not before."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise ConfigError(f"--executor {name} is not part of this version; use {' or '.join(_HOMES)}")
     try:
-        return import_module(home)
+        return import_module(_HOMES[name])
     except ImportError as error:
         raise ConfigError(f"--executor {name} needs a package that is not installed: {error}") from error

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -26,8 +27,8 @@ from dynserve.errors import (
     TimedOut,
     Unavailable,
 )
-from dynserve.executors.base import KvListener, Limits, Output, Sink
-from dynserve.executors.handoff import HandoffTable
+from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink
+from dynserve.executors.handoff import End, HandoffTable
 from dynserve.executors.scheduler import Fetch, Sampled, Scheduler, Sequence, Slice, State
 from dynserve.executors.transceiver import BlockStore, Transceiver
 from dynserve.routing.hashing import sequence_hash
@@ -119,6 +120,16 @@ class Engine:
         self._post(partial(self._abort_sequence, live[0]))
         if (task := self._fetches.get(ticket)) is not None:
             task.cancel()
+
+    def taken(self, ticket: int) -> None:
+        self.handoffs.cancel(ticket)  # one that was delivered is closed already; this one was not needed
+
+    @property
+    def targets(self) -> Seq[Executor]:
+        return (self,)
+
+    def describe(self) -> Mapping[str, str]:
+        return {}
 
     def load(self) -> Load:
         load = self._load
@@ -250,7 +261,7 @@ class Engine:
         self._commands.append(command)
         self._wake()
 
-    def _release(self, ticket: int) -> None:
+    def _release(self, ticket: int, how: End) -> None:
         self._post(partial(self._scheduler.release_held, ticket))
 
     def _open_handoff(self, sequence: Sequence) -> Handoff:

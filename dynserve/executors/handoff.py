@@ -24,7 +24,7 @@ from itertools import count
 from xxhash import xxh3_64_intdigest
 
 from dynserve.errors import HandoffGone, HandoffMismatch
-from dynserve.routing.hashing import sequence_hash
+from dynserve.routing.hashing import adapter_salt, sequence_hash
 from dynserve.wire.requests import GenerateRequest, Handoff
 
 
@@ -45,9 +45,9 @@ class Entry:
 
 
 class HandoffTable:
-    """All open hand-offs of one executor. `release(ticket)` frees a prefill's blocks."""
+    """All open hand-offs of one executor. `release(ticket, how)` frees a prefill's blocks."""
 
-    def __init__(self, owner: str, ttl_s: float, release: Callable[[int], None]) -> None:
+    def __init__(self, owner: str, ttl_s: float, release: Callable[[int, End], None]) -> None:
         self._owner, self._ttl_s, self._release = owner, ttl_s, release
         self._open: dict[int, Entry] = {}
         self._by_ticket: dict[int, int] = {}
@@ -58,12 +58,15 @@ class HandoffTable:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, ticket: int, request: GenerateRequest, blocks: list[int], num_bytes: int, state: bytes) -> Handoff:
+    def open(
+        self, ticket: int, request: GenerateRequest, blocks: list[int], num_bytes: int, state: bytes, id_: int = 0
+    ) -> Handoff:
+        """`id_` is one that the executor has given already; 0 takes the next."""
         handoff = Handoff(
-            id=next(self._ids),
+            id=id_ or next(self._ids),
             owner=self._owner,
             request_id=request.id,
-            sequence_hash=sequence_hash(request.prompt, request.cache_salt),
+            sequence_hash=sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt)),
             num_tokens=len(request.prompt) // 4,
             num_bytes=num_bytes,
             ttl_s=self._ttl_s,
@@ -79,6 +82,13 @@ class HandoffTable:
         id_ = self._by_ticket.get(ticket)
         if id_ is not None:
             self._end_or_stop(id_, End.CANCELLED)
+        return id_ is not None
+
+    def deliver(self, ticket: int) -> bool:
+        """For executors that do not see the transfer themselves. False when that prefill left no open hand-off."""
+        id_ = self._by_ticket.get(ticket)
+        if id_ is not None:
+            self._end_or_stop(id_, End.DELIVERED)
         return id_ is not None
 
     def cancel_all(self) -> None:
@@ -124,4 +134,4 @@ class HandoffTable:
             del self._by_ticket[entry.ticket]
             entry.timer.cancel()
             self.ended[how] += 1
-            self._release(entry.ticket)
+            self._release(entry.ticket, how)

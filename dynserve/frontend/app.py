@@ -101,7 +101,7 @@ class _Edge:
         frontend = self._frontend
         model = frontend.pipeline.model(name)
         if model is None:
-            models = frontend.fleet.models
+            models = frontend.fleet.names()
             known = f"models: {', '.join(models) or 'none yet'}{nearest(name[:200], models)}"
             raise ModelNotFound(f"The model {name[:200]!r} does not exist here; {known}", param="model")
         return model
@@ -230,7 +230,7 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         edge.enter(request).close()
-        served = [name for name in frontend.fleet.models if frontend.fleet.serves(name)]
+        served = [name for name in frontend.fleet.names() if frontend.fleet.serves(name)]
         return edge.told(request, {"object": "list", "data": [_model_object(frontend, name) for name in served]})
 
     @app.get("/v1/models/{model:path}")
@@ -346,11 +346,13 @@ def _inline(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -
 
 
 def _model_object(frontend: Frontend, name: str) -> dict[str, Any]:
-    card = frontend.fleet.models[name].card
-    return {
+    model = frontend.fleet.model(name)
+    assert model is not None
+    found: dict[str, Any] = {
         "id": name,
         "object": "model",
         "created": int(frontend.started_at or time.time()),
         "owned_by": "dynserve",
-        "max_model_len": card.max_seq_len,
+        "max_model_len": model.card.max_seq_len,
     }
+    return found if name == model.card.model else found | {"parent": model.card.model}

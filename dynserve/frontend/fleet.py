@@ -20,7 +20,7 @@ from dynserve.tasks import Backoff, OwnedTasks
 from dynserve.transport.base import Change, Link, Put
 from dynserve.transport.planes import FetchFile
 from dynserve.wire import decoded, discovery, events
-from dynserve.wire.discovery import Card, WorkerInstance
+from dynserve.wire.discovery import Card, WorkerInstance, unlike
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
     Cancel,
@@ -31,6 +31,7 @@ from dynserve.wire.link import (
     Snapshot,
     SnapshotRequest,
     SubmitReply,
+    Taken,
     Tokens,
     Welcome,
 )  # fmt: skip
@@ -39,6 +40,7 @@ from dynserve.wire.requests import Ack
 log = logging.getLogger(__name__)
 
 Record = Tokens | Finished
+_HANDING_OVER = ("prefill", "decode")
 
 
 class Reply:
@@ -67,6 +69,11 @@ class Reply:
         if not self.ack.done():
             self.ack.set_exception(error)
             self.ack.exception()  # it may be that nobody waits for the acknowledgement any more
+
+    def taken(self) -> None:
+        """The hand-off that the stream left has done its work."""
+        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
+            self.peer.link.send(Taken(self.stream))
 
     def close(self) -> None:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
@@ -134,13 +141,26 @@ class Fleet:
             found = self._pools[model, role] = [
                 p.target
                 for p in self.peers.values()
-                if p.usable and p.target and p.instance and (p.instance.role, p.instance.card.model) == (role, model)
+                if p.usable and p.target and p.instance and p.instance.role == role and p.instance.card.serves(model)
             ]
         return found
 
+    def names(self) -> list[str]:
+        """Of models, and of their adapters."""
+        adapters = {name for peer in self.peers.values() if peer.instance for name in peer.instance.card.adapters}
+        return [*self.models, *sorted(adapters - self.models.keys())]
+
+    def model(self, name: str) -> Model | None:
+        """The model of that name, or the one that an adapter of that name belongs to."""
+        return self.models.get(name) or self.models.get(self._base(name))
+
+    def adapter(self, name: str) -> str:
+        """The name itself where it is an adapter's; empty where it is a model's."""
+        return "" if name in self.models or self._base(name) == name else name
+
     def serves(self, model: str) -> bool:
         """Every role that the model needs is there."""
-        if model not in self.models:
+        if self.model(model) is None:
             return False
         if self.targets(model, "prefill_and_decode"):
             return True
@@ -155,6 +175,10 @@ class Fleet:
             return any(has_room(t, "prefill") for t in prefill) and any(has_room(t, "decode") for t in decode)
         both = self.targets(model, "prefill_and_decode")
         return not both or any(has_room(t, "aggregated") for t in both)
+
+    def _base(self, name: str) -> str:
+        cards = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
+        return next((card.model for card in cards if name in card.adapters), name)
 
     # discovery
 
@@ -172,6 +196,7 @@ class Fleet:
             peer_.leaving = True
             if peer_.link is None:
                 self._forget(peer_)
+            self._look_again(peer_)
 
     def load_reported(self, payload: bytes) -> None:
         report = decoded(events.decode_load, payload, "a load report")
@@ -219,6 +244,7 @@ class Fleet:
             reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
         if peer.instance is None or peer.leaving:
             self._forget(peer)
+        self._look_again(peer)
 
     def _received_other(self, peer: Peer, message: FromWorker) -> None:
         match message:
@@ -284,7 +310,7 @@ class Fleet:
 
     def _check(self, peer: Peer) -> None:
         """Compares a worker with the model it joins: the model's first worker defines the block size, the files that this
-        frontend has define what text means."""
+        frontend has define what text means. Hand-offs need workers of one kind: those that are there already decide."""
         assert peer.instance is not None
         card = peer.instance.card
         model = self.models.get(card.model)
@@ -293,13 +319,36 @@ class Fleet:
             if card.model not in self._loading:
                 self._loading[card.model] = self._tasks.create_task(self._load(card.model))
             return
-        cause = difference(card.parity, model.parity)
+        cause = self._unpaired(peer) or difference(card.parity, model.parity)
         if cause is None and card.files != model.card.files:
             cause = f"its {_differing(card.files, model.card.files)} differs from that of the model's other workers"
         peer.problem = f"refused: {cause}" if cause else ""
         if cause:
             log.error("worker %s %s", peer.id, peer.problem)
         self._let_in(peer)
+
+    def _unpaired(self, peer: Peer) -> str | None:
+        """Why it could not hand over to, or take over from, a worker that is routed to."""
+        ours = peer.instance
+        if ours is None or not ours.card.pairing or ours.role not in _HANDING_OVER:
+            return None
+        for other in self.peers.values():
+            theirs = other.instance
+            if other is peer or theirs is None or not other.usable or theirs.role not in _HANDING_OVER:
+                continue
+            if theirs.card.model != ours.card.model or not theirs.card.pairing:
+                continue
+            if found := unlike(ours.card.pairing, theirs.card.pairing, "this worker", other.id):
+                return f"it cannot hand over KV caches here: {found}"
+        return None
+
+    def _look_again(self, gone: Peer) -> None:
+        """One that went may have been what kept others out."""
+        if gone.instance is None:
+            return
+        for peer in list(self.peers.values()):
+            if peer.instance is not None and peer.problem and peer.instance.card.model == gone.instance.card.model:
+                self._check(peer)
 
     def _let_in(self, peer: Peer) -> None:
         """Makes the peer a target once it is linked, described and without a problem."""

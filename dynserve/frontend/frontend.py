@@ -145,7 +145,7 @@ class Frontend:
 
     def health(self) -> dict[str, Any]:
         """`instances` lists workers whose link is up, and says of each whether it is routed to."""
-        models = [name for name in self.fleet.models if self.fleet.serves(name)]
+        models = [name for name in self.fleet.names() if self.fleet.serves(name)]
         registered = self._registration is not None and self._registration.registered.is_set()
         return {
             "status": "healthy" if models else "starting",

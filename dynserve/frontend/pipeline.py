@@ -21,6 +21,7 @@ from dynserve.frontend.admission import Admission, Waiting
 from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
 from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply
 from dynserve.metrics import FrontendMetrics
+from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
 from dynserve.wire import MALFORMED, events, requests
@@ -86,7 +87,7 @@ class Pipeline:
         self.streams = count(time.time_ns() // 1000)
 
     def model(self, name: str) -> Model | None:
-        return self.fleet.models.get(name)
+        return self.fleet.model(name)
 
     @asynccontextmanager
     async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
@@ -118,9 +119,9 @@ class Run:
         self.began = self._clock()
         self.deadline = self.began + pipeline.timeout_s
         self.decision = Decision(prompt.id, prompt.model, len(prompt.tokens) // 4, self.began)
-        self._ask = Ask(
-            prompt.tokens, prompt.cache_salt, model=prompt.model, session=prompt.session, instances=prompt.instances
-        )
+        self._adapter = pipeline.fleet.adapter(prompt.model)
+        salt = adapter_salt(self._adapter, prompt.cache_salt)
+        self._ask = Ask(prompt.tokens, salt, model=prompt.model, session=prompt.session, instances=prompt.instances)
         self._waiting: Waiting | None = None
         self._replies: list[Reply] = []
         self._placed: list[Placed] = []
@@ -158,7 +159,9 @@ class Run:
         if last is None or last.handoff is None:
             return
         prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
+        prefilled = self._replies[-1]
         async for burst in self._phase("decode", "decode", prior, last.handoff):
+            prefilled.taken()
             yield burst
 
     async def _enter(self) -> None:
@@ -277,7 +280,7 @@ class Run:
             id=prompt.id,
             stream=stream,
             reply_to=pipeline.frontend_id,
-            model=prompt.model,
+            model=peer.instance.card.model if peer.instance is not None else prompt.model,
             phase=phase,
             prompt=prompt.tokens,
             sampling=prompt.sampling,
@@ -285,6 +288,8 @@ class Run:
             render=prompt.render,
             timeout_s=self.deadline - asyncio.get_running_loop().time(),
             cache_salt=prompt.cache_salt,
+            adapter=self._adapter,
+            priority=prompt.priority,
             prior=prior,
             handoff=handoff,
             guide=prompt.guide,

@@ -63,7 +63,10 @@ def check(config: UpConfig) -> None:
     """Everything that would make a child fail at once is said here, once, before anything is started."""
     check_model_folder(Path(config.model_path))
     if config.executor not in ("torch", "simulated"):
-        raise ConfigError(f"--executor {config.executor} is not part of this version; use torch or simulated")
+        raise ConfigError(
+            "`up` does not start TensorRT-LLM workers, which need a GPU and options of their own each: start them one by "
+            "one, as the README's section on TensorRT-LLM does"
+        )
     engine_args(
         WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
     )

@@ -25,6 +25,11 @@ def seed_for(salt: str) -> int:
     return xxh3_64_intdigest(salt.encode(), SEED) if salt else SEED
 
 
+def adapter_salt(adapter: str, salt: str) -> str:
+    """The salt under which a LoRA adapter's blocks are named: equal tokens have other states with it."""
+    return f"lora:{adapter}\0{salt}" if adapter else salt
+
+
 def local_hashes(tokens: bytes, block_size: int, seed: int = SEED) -> list[int]:
     """One hash per full block of `tokens` (u32 little-endian), each of its own tokens only."""
     width = 4 * block_size

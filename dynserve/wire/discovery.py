@@ -5,6 +5,7 @@ dynserve/v1/{namespace}/instances/{role}/{instance_id}
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -29,6 +30,12 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     guides: bool = False  # its answers can be made to follow a grammar
     pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
     embedding_size: int = 0
+    adapters: list[str] = []  # LoRA adapters: models by these names
+    pairing: dict[str, str] = {}  # what prefill and decode workers must have in common to hand over KV caches
+
+    def serves(self, name: str) -> bool:
+        """Whether that is the model, or one of its adapters."""
+        return name == self.model or name in self.adapters
 
 
 class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
@@ -55,6 +62,14 @@ encode = msgspec.json.Encoder().encode
 decode = msgspec.json.Decoder(Instance).decode
 
 FRONTEND = "frontend"
+
+
+def unlike(theirs: Mapping[str, str], ours: Mapping[str, str], they: str, we: str) -> str:
+    """What two workers' `pairing` does not have in common, in words; empty when they can hand over KV caches."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name, 'not said')} on {they} and {ours.get(name, 'not said')} on {we}"
+    return ""
 
 
 def parse(key: str, value: bytes) -> Instance | None:

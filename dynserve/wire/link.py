@@ -112,12 +112,18 @@ class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
     request: int = 0
 
 
+class Taken(msgspec.Struct, frozen=True, array_like=True, tag=26):
+    """The hand-off that the stream left has done its work: its decode worker has answered. No answer follows."""
+
+    stream: int
+
+
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
 FromWorker = Hello | Tokens | Finished | Failed | SubmitReply | Snapshot | WorkerPing
-FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | FrontendPing
+FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | Taken | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into
 decode_from_worker = msgspec.msgpack.Decoder(list[FromWorker]).decode

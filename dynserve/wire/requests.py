@@ -151,6 +151,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     render: Render
     timeout_s: float
     cache_salt: str = ""
+    adapter: str = ""  # name of a LoRA adapter; empty: the model itself
+    priority: int = 0  # higher goes first, where the engine has a queue in order of priority
     prior: Prior | None = None
     handoff: Handoff | None = None
     guide: Guide | None = None

@@ -23,18 +23,20 @@ log = logging.getLogger("dynserve.worker")
 async def run(config: WorkerConfig, stop: Stop) -> None:
     check_model_folder(Path(config.model_path))
     instance_id = new_instance_id(config.disaggregation_mode)
-    worker: Worker | None = None
+    workers: list[Worker] = []
     async with AsyncExitStack() as stack:
         sock = bind(config.system_host, config.system_port, "--system-port")
         system_url = url_of(sock)
-        await stack.enter_async_context(serving(system_app(lambda: worker), sock))
+        await stack.enter_async_context(serving(system_app(lambda: workers), sock))
         # torch takes a second to import: that second is there while the planes are waited for
         importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
         planes = await stack.enter_async_context(open_planes(config, instance_id))
         await importing
         executor = await stack.enter_async_context(open_executor(config, instance_id))
-        serving_it = serving_worker(config, executor, planes, instance_id, system_url)
-        worker = await stack.enter_async_context(serving_it)
+        for at, target in enumerate(executor.targets):  # several, when an engine has several KV caches
+            name = instance_id if len(executor.targets) == 1 else f"{instance_id}-{at}"
+            serving_it = serving_worker(config, target, planes, name, system_url)
+            workers.append(await stack.enter_async_context(serving_it))
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s leaves: finishing what it has", instance_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -11,10 +12,11 @@ from dynserve.metrics import WorkerMetrics
 from dynserve.worker.worker import Worker
 
 
-def system_app(get_worker: Callable[[], Worker | None]) -> FastAPI:
-    """`get_worker` gives None until the executor is open: the server answers from the first second on."""
+def system_app(get_workers: Callable[[], Sequence[Worker]]) -> FastAPI:
+    """`get_workers` gives none until the executor is open: the server answers from the first second on. There are several
+    when one engine has several KV caches."""
     app = FastAPI(title="dynserve worker", docs_url=None, redoc_url=None)
-    metrics = WorkerMetrics(get_worker)
+    metrics = WorkerMetrics(get_workers)
 
     @app.get("/live")
     async def live() -> dict[str, str]:
@@ -22,21 +24,12 @@ def system_app(get_worker: Callable[[], Worker | None]) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        worker = get_worker()
-        if worker is None:
+        told = [_told(worker) for worker in get_workers()]
+        if not told:
             return JSONResponse({"status": "starting"}, 503)
-        status = "draining" if worker.draining else "ready" if worker.ready else "starting"
-        load = worker.executor.load()
-        body = {
-            "status": status,
-            "id": worker.id,
-            "role": worker.config.disaggregation_mode,
-            "model": worker.config.model_name,
-            "frontends": list(worker.links),
-            "load": {name: getattr(load, name) for name in load.__struct_fields__},
-            "requests": dict(worker.counts),
-        }
-        return JSONResponse(body, 200 if status == "ready" else 503)
+        worst = next((one["status"] for one in told if one["status"] != "ready"), "ready")
+        body = told[0] if len(told) == 1 else {"status": worst, "ranks": told}
+        return JSONResponse(body, 200 if worst == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics_page() -> Response:
@@ -44,10 +37,23 @@ def system_app(get_worker: Callable[[], Worker | None]) -> FastAPI:
 
     @app.get("/files/{digest}")
     async def file(digest: str) -> Response:
-        worker = get_worker()
-        content = worker.files.get(digest) if worker is not None else None
+        content = next((worker.files[digest] for worker in get_workers() if digest in worker.files), None)
         if content is None:
             return JSONResponse({"error": f"no model file {digest}"}, 404)
         return Response(content, media_type="application/octet-stream")
 
     return app
+
+
+def _told(worker: Worker) -> dict[str, Any]:
+    load = worker.executor.load()
+    return {
+        "status": "draining" if worker.draining else "ready" if worker.ready else "starting",
+        "id": worker.id,
+        "role": worker.config.disaggregation_mode,
+        "model": worker.config.model_name,
+        "frontends": list(worker.links),
+        "load": {name: getattr(load, name) for name in load.__struct_fields__},
+        "requests": dict(worker.counts),
+        **({"executor": said} if (said := dict(worker.executor.describe())) else {}),
+    }

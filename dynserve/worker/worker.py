@@ -39,6 +39,7 @@ from dynserve.wire.link import (
     SnapshotRequest,
     Submit,
     SubmitReply,
+    Taken,
     Tokens,
 )
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
@@ -98,6 +99,8 @@ class Worker:
             guides=limits.guides,
             pooling=pooling(self.config) if limits.embedding_size else "",
             embedding_size=limits.embedding_size,
+            adapters=list(limits.adapters),
+            pairing=dict(limits.pairing),
         )
         return WorkerInstance(
             id=self.id,
@@ -172,6 +175,11 @@ class Worker:
             answer.close()  # frees the hand-off, if it is still there
         self._note_done(key)
 
+    def _taken(self, key: tuple[str, int]) -> None:
+        if (answer := self._handed_off.pop(key, None)) is not None:
+            self.executor.taken(answer.ticket)
+            self._note_done(key)
+
     def _ended(self, answer: Answer, outcome: str) -> None:
         key = (answer.request.reply_to, answer.request.stream)
         if self._answers.pop(key, None) is not None:
@@ -196,6 +204,8 @@ class Worker:
             match message:
                 case Cancel(stream=stream):
                     self._cancel((frontend, stream))
+                case Taken(stream=stream):
+                    self._taken((frontend, stream))
                 case Submit(request=request):
                     link.send(SubmitReply(request.stream, self.take(request)))
                 case SnapshotRequest(request=number):

@@ -34,7 +34,7 @@ class Side:
 
     def __init__(self, name: str, fill: int, layout: str = "same", ttl: float = 30) -> None:
         self.released: list[int] = []
-        self.table = HandoffTable(name, ttl, self.released.append)
+        self.table = HandoffTable(name, ttl, lambda ticket, how: self.released.append(ticket))
         self.store = Store(fill, layout)
         self.transceiver: Transceiver
 

@@ -1,0 +1,167 @@
+"""What the doctor looks at of the cluster to be: model, engine options, planes, ports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynserve.config import WorkerConfig, host_port, nearest
+from dynserve.doctor.report import DoctorConfig, Finding
+from dynserve.errors import ConfigError, DynserveError
+from dynserve.executors.engine_args import engine_args
+from dynserve.executors.trtllm import PIN
+from dynserve.executors.trtllm.names import ARGS
+from dynserve.executors.trtllm.options import Options, llm_arguments, read_options, resolved_backend
+from dynserve.openai.model_files import check_model_folder, read_model_files
+
+TIMEOUT = 2.0  # seconds
+
+
+def model(config: DoctorConfig) -> Iterator[Finding]:
+    if config.worker_role is None:
+        return  # a frontend needs none
+    folder = Path(config.model_path)
+    try:
+        check_model_folder(folder)
+        from dynserve.openai.prompt import Preprocessor
+
+        preprocessor = Preprocessor(read_model_files(folder))
+    except (DynserveError, ValueError) as error:
+        yield Finding("model", "fail", str(error), "give --model-path a Hugging Face folder on this machine")
+        return
+    weights = list(folder.glob("*.safetensors"))
+    if not weights and config.engine != "simulated":
+        yield Finding("model", "fail", f"{folder} has no safetensors", "download the weights, too")
+        return
+    size = sum(file.stat().st_size for file in weights) / 1e9
+    vocabulary = preprocessor.tokenizer.get_vocab_size()
+    yield Finding("model", "ok", f"{folder.resolve().name}: {size:.2g} GB of weights, {vocabulary:,} tokens")
+
+
+def options(config: DoctorConfig) -> Iterator[Finding]:
+    role = config.worker_role
+    if role is None:
+        return
+    try:
+        made = WorkerConfig(
+            model_path=config.model_path,
+            disaggregation_mode=role,
+            executor=config.engine,
+            extra_engine_args=config.extra_engine_args,
+            override_engine_args=config.override_engine_args,
+        )
+        if config.engine != "trtllm":
+            engine_args(made)
+            yield Finding("engine options", "ok", f"fit a {role} worker")
+            return
+        with _Heard() as heard:
+            given = read_options(made)
+            backend = (given.values.get("cache_transceiver_config") or {}).get("backend")
+            llm_arguments(given, made, ARGS, PIN)
+    except ConfigError as error:
+        yield Finding("engine options", "fail", " ".join(str(error).split()))
+        return
+    for text in heard.lines:
+        yield Finding("engine options", "warn", text)
+    yield from _names(given)
+    moves = f", KV caches move over {resolved_backend(backend, PIN)}" if backend else ""
+    yield Finding("engine options", "ok", f"fit a {role} worker{moves}")
+
+
+def nats(config: DoctorConfig) -> Iterator[Finding]:
+    host, port = host_port(config.nats_url, "--nats-url", 4222)
+    try:
+        with socket.create_connection((host, port), TIMEOUT) as sock:
+            greeting = sock.recv(4096)
+    except OSError as error:
+        yield _unreachable("NATS", config.nats_url, error, "NATS_URL")
+        return
+    if greeting.startswith(b"INFO "):
+        yield Finding("NATS", "ok", config.nats_url)
+    else:
+        yield Finding("NATS", "fail", f"{config.nats_url} is not a NATS server", "look at the port")
+
+
+def etcd(config: DoctorConfig) -> Iterator[Finding]:
+    host, port = host_port(config.etcd_url, "--etcd-url", 2379)
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{host}:{port}/version", timeout=TIMEOUT) as answer:
+            told = answer.read(4096)
+    except OSError as error:
+        yield _unreachable("etcd", config.etcd_url, error, "ETCD_URL")
+        return
+    except (ValueError, EOFError) as error:
+        yield Finding("etcd", "fail", f"{config.etcd_url} does not speak HTTP: {error}", "look at the port")
+        return
+    if b"etcdserver" in told:
+        yield Finding("etcd", "ok", config.etcd_url)
+    else:
+        yield Finding("etcd", "fail", f"{config.etcd_url} is not an etcd", "look at the port")
+
+
+def ports(config: DoctorConfig) -> Iterator[Finding]:
+    wanted = [("HTTP port", config.http_port, "--http-port")] if config.role in (None, "frontend") else []
+    if config.worker_role is not None and config.system_port:
+        wanted.append(("system port", config.system_port, "--system-port"))
+    for name, port, flag in wanted:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError as error:
+                yield Finding(name, "fail", f"{port}: {error.strerror}", f"free it, or choose another with {flag}")
+            else:
+                yield Finding(name, "ok", f"{port} is free")
+
+
+CLUSTER = (model, options, nats, etcd, ports)
+
+
+def _names(given: Options) -> Iterator[Finding]:
+    """By the pin's own list, which has less than an installed package: an unknown key is only suspicious at the top."""
+    for name, value in given.values.items():
+        nested = ARGS.get(name)
+        if name not in ARGS:
+            hint = nearest(name, ARGS) or ": a worker asks the installed package"
+            yield Finding(
+                "engine options", "warn", f"{given.place(name)}: {name!r} is not a key that is known here{hint}"
+            )
+        elif nested is not None and isinstance(value, dict):
+            for key in value.keys() - nested.keys():
+                where = given.place(name, key)
+                text = f"{where}: unknown key {key!r} in {name}{nearest(key, nested)}"
+                yield Finding("engine options", "fail", text)
+
+
+def _unreachable(name: str, url: str, error: OSError, variable: str) -> Finding:
+    """Where nobody named a server, `dynserve up` starts one."""
+    reason = getattr(error, "reason", None) or error.strerror or error
+    cure = f"start it, or set {variable}; `dynserve up` starts one of its own"
+    return Finding(name, "fail" if os.environ.get(variable) else "warn", f"{url} cannot be reached: {reason}", cure)
+
+
+class _Heard(logging.Handler):
+    """What the reading of options warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        self._log = logging.getLogger("dynserve.executors.trtllm")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> _Heard:
+        self._log.addHandler(self)
+        self._propagated, self._log.propagate = self._log.propagate, False
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._log.removeHandler(self)
+        self._log.propagate = self._propagated

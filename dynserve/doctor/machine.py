@@ -1,0 +1,196 @@
+"""What the doctor looks at on the machine itself. Nothing here imports TensorRT-LLM, Triton or NIXL: that may take a
+minute, or end the process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from dynserve.config import WorkerConfig
+from dynserve.doctor.report import DoctorConfig, Finding, State
+from dynserve.errors import ConfigError
+from dynserve.executors.trtllm import PIN
+from dynserve.executors.trtllm import environment as env
+from dynserve.executors.trtllm.options import read_options, resolved_backend
+
+TESTED = (PIN, "1.2.1")
+NVIDIA_SMI = "nvidia-smi"
+SHARED_MEMORY = 1 << 30  # bytes
+OPEN_FILES = 4096
+
+
+def python(config: DoctorConfig) -> Iterator[Finding]:
+    found = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    yield Finding("python", "ok", found)
+
+
+def gpu(config: DoctorConfig) -> Iterator[Finding]:
+    needed: State = "fail" if config.trtllm else "skip"
+    fields = "name,memory.total,memory.free,driver_version,compute_cap"
+    told = _run(NVIDIA_SMI, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    if told is None:
+        cure = "start the container with --gpus all, or install NVIDIA's driver" if config.trtllm else ""
+        yield Finding("GPU", needed, f"none can be seen ({NVIDIA_SMI} does not answer)", cure)
+        return
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 4]
+    for at, (name, total, free, _, capability) in enumerate(rows):
+        share = float(free) / float(total) if float(total) else 0.0
+        text = f"{at}: {name}, {float(free) / 1024:.0f} of {float(total) / 1024:.0f} GiB free"
+        if float(capability) < 8.0:
+            yield Finding("GPU", "warn", f"{text}, compute capability {capability}", "bfloat16 needs 8.0: use float16")
+        elif share < 0.5:
+            yield Finding("GPU", "warn", text, "free_gpu_memory_fraction is a part of what is free: see who uses it")
+        else:
+            yield Finding("GPU", "ok", text)
+    if rows:
+        cuda = re.search(r"CUDA Version:\s*([\d.]+)", _run(NVIDIA_SMI) or "")
+        yield Finding("driver", "ok", f"{rows[0][3]}, CUDA up to {cuda[1] if cuda else 'unknown'}")
+
+
+def packages(config: DoctorConfig) -> Iterator[Finding]:
+    if config.role == "frontend":
+        return
+    found = _version("tensorrt_llm", "tensorrt-llm")
+    if found is None:
+        cure = f"use its release image, or pip install tensorrt-llm=={PIN}" if config.trtllm else ""
+        yield Finding("TensorRT-LLM", "fail" if config.trtllm else "skip", "is not installed", cure)
+    elif found in TESTED:
+        yield Finding("TensorRT-LLM", "ok", found)
+    else:
+        cure = f"dynserve was written against {PIN} (and {TESTED[1]}); what others do differently is not known"
+        yield Finding("TensorRT-LLM", "warn", found, cure)
+    if config.engine == "torch":
+        torch = _version("torch")
+        cure = "" if torch else "pip install 'dynserve[torch]'"
+        yield Finding("torch", "ok" if torch else "fail", torch or "is not installed", cure)
+        if not _version("xgrammar"):
+            cure = "pip install 'dynserve[torch]' for response_format, guided_* and tool_choice"
+            yield Finding("xgrammar", "warn", "is not installed", cure)
+
+
+def triton(config: DoctorConfig) -> Iterator[Finding]:
+    """Triton reads what ldconfig prints as UTF-8, unless it is told where libcuda is."""
+    if not config.trtllm:
+        return
+    found, broken = _version("triton"), env.ask_ldconfig(env.LDCONFIG).broken
+    folder = os.environ.get("TRITON_LIBCUDA_PATH") or env.libcuda_folder(os.environ)
+    name = f"triton {found or 'is not installed'}"
+    if folder:
+        text = f"{name}, libcuda in {folder}"
+        yield Finding("Triton", "ok", text + (f" (ldconfig lists {broken}, which is no UTF-8)" if broken else ""))
+    elif broken:
+        cure = f"set TRITON_LIBCUDA_PATH to the folder of {env.LIBCUDA}"
+        yield Finding("Triton", "fail", f"{name}; ldconfig lists {broken}, at which it would stop", cure)
+    else:
+        yield Finding("Triton", "warn", f"{name}; {env.LIBCUDA} is nowhere", "start the container with --gpus all")
+
+
+def transfer(config: DoctorConfig) -> Iterator[Finding]:
+    """NIXL's plugins, UCX's transports."""
+    if not config.trtllm:
+        return
+    backend = _backend(config)
+    if backend and resolved_backend(backend, PIN) != "NIXL":
+        yield Finding("NIXL", "skip", f"KV caches move over {backend}")
+        return
+    folders = env.nixl_plugin_folders()
+    named = os.environ.get("NIXL_PLUGINS_DIR")
+    try:
+        env.check_nixl(os.environ)
+    except Exception as error:
+        needed: State = "fail" if config.role in ("prefill", "decode") else "warn"
+        yield Finding("NIXL", needed, str(error))
+    else:
+        several = len(folders) > 1 and not named
+        cure = "keep one, or choose it with NIXL_PLUGINS_DIR: mixed ones crash" if several else ""
+        yield Finding("NIXL", "warn" if several else "ok", f"plugins in {named or ', '.join(folders)}", cure)
+    for warning in env.warnings(os.environ):
+        text, _, cure = warning.partition(": ")
+        yield Finding("UCX", "warn", text, cure)
+
+
+def mpi(config: DoctorConfig) -> Iterator[Finding]:
+    if not config.trtllm:
+        return
+    told = _run("mpirun", "--version")
+    if told is None:
+        yield Finding("MPI", "warn", "there is no mpirun", "TensorRT-LLM's image has OpenMPI; its import needs libmpi")
+    elif "Open MPI" in told:
+        yield Finding("MPI", "ok", told.splitlines()[0])
+    else:
+        yield Finding("MPI", "fail", f"{told.splitlines()[0]} is not OpenMPI", "use the image's: others hang at import")
+
+
+def locale(config: DoctorConfig) -> Iterator[Finding]:
+    if env.is_utf8(os.environ):
+        yield Finding("locale", "ok", "UTF-8")
+    else:
+        yield Finding("locale", "warn", "is not UTF-8", "export LC_ALL=C.UTF-8 (a trtllm worker sets it for itself)")
+
+
+def limits(config: DoctorConfig) -> Iterator[Finding]:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = files >= OPEN_FILES or files == resource.RLIM_INFINITY
+    cure = "" if enough else f"ulimit -n {min(65536, most) if most > 0 else 65536}"
+    yield Finding("open files", "ok" if enough else "warn", _amount(files), cure)
+    if not config.trtllm:
+        return
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = locked == resource.RLIM_INFINITY
+    cure = "" if unlimited else "docker run --ulimit memlock=-1: pinned memory and RDMA need it"
+    yield Finding("locked memory", "ok" if unlimited else "warn", _amount(locked), cure)
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        yield Finding("shared memory", "fail", "there is no /dev/shm", "mount one")
+        return
+    large = size >= SHARED_MEMORY
+    cure = "" if large else "docker run --ipc=host, or --shm-size=8g: the engine's processes share memory there"
+    yield Finding("shared memory", "ok" if large else "fail", f"{size / (1 << 20):,.0f} MiB in /dev/shm", cure)
+
+
+MACHINE = (python, gpu, packages, triton, transfer, mpi, locale, limits)
+
+
+def _run(*command: str) -> str | None:
+    """What a program prints; None when it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=15, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+
+
+def _backend(config: DoctorConfig) -> str | None:
+    """The transceiver's, as far as the engine options can be read."""
+    try:
+        given = read_options(
+            WorkerConfig(
+                model_path=config.model_path,
+                extra_engine_args=config.extra_engine_args,
+                override_engine_args=config.override_engine_args,
+            )
+        )
+    except ConfigError:
+        return None  # told of elsewhere
+    return (given.values.get("cache_transceiver_config") or {}).get("backend")
+
+
+def _version(*names: str) -> str | None:
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _amount(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"

@@ -1,0 +1,176 @@
+"""One TensorRT-LLM engine: how it starts, speaks, dies and ends. What a request is, `executor` knows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from xxhash import xxh3_64_intdigest
+
+from dynserve.config import WorkerConfig
+from dynserve.errors import DynserveError, EngineDied, InternalError
+from dynserve.executors.trtllm import state
+from dynserve.executors.trtllm.api import Api
+from dynserve.executors.trtllm.kv_events import KvStreams
+from dynserve.executors.trtllm.pump import Pump
+from dynserve.executors.trtllm.stats import Stats
+from dynserve.executors.trtllm.watch import Watch
+from dynserve.openai.model_files import model_config
+from dynserve.tasks import OwnedTasks, detached
+from dynserve.wire.events import KvEvent
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
+SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
+CANARY = [1, 2, 3]  # token ids that every vocabulary has
+CANARY_SALT = "dynserve-canary"
+MIN_GLOBAL_ID = 1 << 40  # smaller ones are the engine's own
+
+
+class Target(Protocol):
+    """The executor of one rank, as the engine sees it."""
+
+    stats: Stats
+
+    def kv_changed(self, events: list[KvEvent]) -> None: ...
+
+    def engine_died(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TrtllmEngine:
+    """What the executors of all ranks share. `start` before the first request, `close` after the last."""
+
+    def __init__(
+        self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, pairing: Mapping[str, str], tasks: OwnedTasks
+    ) -> None:
+        self.llm, self.api, self.pairing, self.tasks = llm, api, pairing, tasks
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ids = global_ids(instance_id)
+        args = llm.args
+        transceiver = args.cache_transceiver_config
+        self.disaggregates = transceiver is not None and transceiver.backend is not None
+        capacity = llm.get_kv_cache_capacity() if hasattr(llm, "get_kv_cache_capacity") else {}
+        self.block_size: int = capacity.get("tokensPerBlock") or args.kv_cache_config.tokens_per_block
+        # 0 until a row of statistics says it, on versions that cannot be asked
+        self.total_blocks: int = capacity.get("maxNumBlocks") or 0
+        self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
+        tells = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
+        self._streams = KvStreams(self.block_size, self.ranks) if tells else None
+        self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die)
+        self._pump = Pump(llm, self._streams, self._told)
+        self.heard = self._watch.heard
+        self._canaries = count(1)
+        self.targets: Sequence[Target] = ()
+
+    async def start(self) -> None:
+        """Its first token, which also arms what the pump reads.
+
+        Raises:
+            InternalError: it does not answer.
+        """
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await self.canary()
+                self._pump.start()
+                while not self.total_blocks and self.llm.args.enable_iter_perf_stats:
+                    await self.canary()
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise InternalError(f"the engine gave no token within {START_TIMEOUT:.0f} s of its start") from None
+        except DynserveError:
+            raise
+        except Exception as error:
+            raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
+        self._watch.heard()
+        self.tasks.create_task(self._watch.look())
+        self.tasks.create_task(self._watch.ask_health())
+
+    async def close(self) -> None:
+        """A dead engine is left alone: its own clean-up may wait for ever."""
+        self._pump.stop()
+        for target in self.targets:
+            target.close()
+        if self.failed.done():
+            return
+        try:
+            async with asyncio.timeout(SHUTDOWN_TIMEOUT):
+                await detached(self.llm.shutdown)
+        except TimeoutError:
+            log.warning("the engine did not shut down within %.0f s; leaving it", SHUTDOWN_TIMEOUT)
+        except Exception as error:
+            log.warning("the engine's shutdown failed: %s", error)
+
+    def die(self, reason: str) -> None:
+        """Sticky: everyone who waits is told, and nothing new is taken."""
+        if self.failed.done():
+            return
+        log.error("the engine is dead: %s", reason)
+        self.failed.set_exception(EngineDied(f"the engine is dead: {reason}"))
+        self.failed.exception()  # whoever watches `failed` sees it; nobody needs to
+        self._pump.stop()
+        for target in self.targets:
+            target.engine_died()
+
+    async def canary(self) -> None:
+        """One token of a prompt of its own. The salt keeps it apart from the padding requests of attention DP."""
+        api = self.api
+        params = api.sampling(max_tokens=1, temperature=0.0, end_id=-1, pad_id=0, detokenize=False)
+        keywords: dict[str, Any] = {"streaming": True, "cache_salt": f"{CANARY_SALT}-{next(self._canaries)}"}
+        if self.disaggregates:
+            keywords["disaggregated_params"] = api.disaggregated(
+                request_type=state.BOTH, disagg_request_id=next(self.ids)
+            )
+        result = self.llm.generate_async(CANARY, params, **keywords)
+        try:
+            async for _ in result:
+                self._watch.heard()
+        except asyncio.CancelledError:
+            result.abort()
+            raise
+
+    def losses(self, rank: int) -> tuple[int, int]:
+        """Gaps in a rank's KV events, and blocks that were told of without their parents."""
+        if self._streams is None:
+            return 0, 0
+        stream = self._streams.ranks[rank]
+        return stream.gaps, stream.orphans
+
+    def _told(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+        self._watch.heard()
+        for rank, found in events.items():
+            self.targets[rank].kv_changed(found)
+        now = asyncio.get_running_loop().time()
+        for row in rows:
+            rank = row.get("attentionDpRank") or 0
+            if rank < len(self.targets):
+                self.targets[rank].stats.take(row, now)
+                self.total_blocks = self.targets[rank].stats.total_blocks
+
+
+def global_ids(instance_id: str) -> Iterator[int]:
+    """Ids of hand-offs: unique over all workers at any time, and in the range that TensorRT-LLM keeps for such ids."""
+    owner = 256 + xxh3_64_intdigest(instance_id.encode()) % ((1 << 31) - 512)
+    return count(owner << 32 | 1)
+
+
+def pairing_of(api: Api, llm: Any, model_path: str, backend: str) -> dict[str, str]:
+    """What the two sides of a hand-off must have in common: TensorRT-LLM's own messages do not say."""
+    args = llm.args
+    config = model_config(Path(model_path))
+    dtype = args.dtype if args.dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    kv_dtype = args.kv_cache_config.dtype
+    transceiver = args.cache_transceiver_config
+    return {
+        "tensorrt_llm": api.version,
+        "transceiver backend": backend,
+        "transceiver runtime": str(getattr(transceiver, "transceiver_runtime", None) or "CPP"),
+        "tokens_per_block": str(args.kv_cache_config.tokens_per_block),
+        "KV cache dtype": kv_dtype if kv_dtype != "auto" else dtype,
+    }

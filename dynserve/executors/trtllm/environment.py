@@ -1,0 +1,160 @@
+"""What must be right before `import tensorrt_llm`: variables that are read at import or in static initialisers of C++, and
+libraries whose absence ends in a crash instead of an error.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import glob
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, MutableMapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from dynserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LDCONFIG = "/sbin/ldconfig"
+LIBCUDA = "libcuda.so.1"
+_CUDA_FOLDERS = (
+    "/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64", "/usr/lib/wsl/lib", "/usr/local/cuda/compat/lib.real", "/usr/local/cuda/compat",
+)  # fmt: skip
+_NIXL_PLUGINS = (
+    "/opt/nvidia/nvda_nixl/lib*/plugins", "/opt/nvidia/nvda_nixl/lib/*/plugins", "/usr/local/nixl/lib*/plugins",
+    "/usr/local/nixl/lib/*/plugins", "/usr/lib/*/plugins",
+)  # fmt: skip
+_SHOWN = ("TRITON_LIBCUDA_PATH", "LC_ALL", "NIXL_PLUGINS_DIR", "LD_LIBRARY_PATH", "UCX_TLS", "UCX_NET_DEVICES")
+_CUDA_TRANSPORTS = ("cuda", "all", "^")
+
+
+class Ldconfig(NamedTuple):
+    """What the loader's cache lists. `broken` is the line that is no UTF-8, as ASCII."""
+
+    folders: list[str]  # that hold libcuda.so.1
+    broken: str
+
+
+def prepare(environ: MutableMapping[str, str], model_path: str) -> None:
+    """Sets what is missing and leaves alone what was set. Logs what matters for GPUs and KV transfers."""
+    if not environ.get("TRITON_LIBCUDA_PATH") and (folder := libcuda_folder(environ)):
+        environ["TRITON_LIBCUDA_PATH"] = folder  # Triton does not run ldconfig then
+    if not is_utf8(environ):
+        environ["LC_ALL"] = "C.UTF-8"
+        environ.setdefault("PYTHONUTF8", "1")  # for the processes that the engine starts
+    if Path(model_path).is_dir():
+        environ.setdefault("HF_HUB_OFFLINE", "1")  # a local model is not looked for elsewhere
+    for warning in warnings(environ):
+        log.warning("%s", warning)
+    found = [f"{name}={environ[name]}" for name in sorted({*_SHOWN, *_transfer_names(environ)}) if environ.get(name)]
+    log.info("environment: %s", " ".join(found) or "nothing set that matters")
+
+
+def warnings(environ: MutableMapping[str, str]) -> list[str]:
+    """Settings that are known to break KV transfers."""
+    found = []
+    transports = environ.get("UCX_TLS", "")
+    if transports and not any(word in transports for word in _CUDA_TRANSPORTS):
+        found.append(
+            f"UCX_TLS={transports} leaves out CUDA memory; KV transfers will fail with 'UCX CUDA support was not found': "
+            "unset it, or add cuda_copy,cuda_ipc"
+        )
+    if environ.get("NIXL_BACKEND") and environ.get("TRTLLM_NIXL_KVCACHE_BACKEND"):
+        found.append("NIXL_BACKEND and TRTLLM_NIXL_KVCACHE_BACKEND are both set; keep only the second")
+    return found
+
+
+def is_utf8(environ: MutableMapping[str, str]) -> bool:
+    locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or ""
+    return "utf" in locale.lower() or environ.get("PYTHONUTF8") == "1"
+
+
+def libcuda_folder(environ: MutableMapping[str, str], folders: Iterable[str] = _CUDA_FOLDERS) -> str | None:
+    """Where the driver's library is, without anybody decoding what ldconfig prints."""
+    listed = environ.get("LD_LIBRARY_PATH", "").split(":")
+    for folder in [*filter(None, listed), *ask_ldconfig().folders, *folders]:
+        if Path(folder, LIBCUDA).exists():
+            return folder
+    return None
+
+
+def ask_ldconfig(command: str = LDCONFIG) -> Ldconfig:
+    try:
+        done = subprocess.run([command, "-p"], capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return Ldconfig([], "")
+    folders, broken = [], ""
+    for line in done.stdout.splitlines():
+        if not _decodes(line):
+            broken = broken or line.decode("ascii", "backslashreplace").strip()
+        elif LIBCUDA.encode() in line and b"=> " in line:
+            folders.append(str(Path(line.split(b"=> ")[1].decode()).parent))
+    return Ldconfig(folders, broken)
+
+
+def undecodable(error: UnicodeDecodeError) -> ConfigError:
+    """For an import that failed although `prepare` has run: there was no libcuda to name."""
+    broken = ask_ldconfig(LDCONFIG).broken
+    return ConfigError(
+        f"Triton cannot read what ldconfig prints ({error.reason}{f' in: {broken}' if broken else ''}), and no {LIBCUDA} "
+        "was found to make it unnecessary; set TRITON_LIBCUDA_PATH to the folder that holds it"
+    )
+
+
+def check_nixl(environ: MutableMapping[str, str]) -> None:
+    """NIXL without its plugins ends the process with a segmentation fault, in code that nobody can catch.
+
+    Raises:
+        ConfigError: there are none where NIXL looks.
+    """
+    named = environ.get("NIXL_PLUGINS_DIR")
+    if named and not _plugins(named):
+        raise ConfigError(
+            f"NIXL_PLUGINS_DIR={named} holds no libplugin_*.so: NIXL would crash there. Unset it to use the packaged ones, "
+            "or name the folder that has libplugin_UCX.so"
+        )
+    if named or nixl_plugin_folders():
+        return
+    raise ConfigError(
+        "no NIXL plugins are installed (libplugin_UCX.so was not found beside tensorrt_llm, in nixl's wheels or under "
+        "/opt/nvidia/nvda_nixl): this looks like a slim image, and NIXL would crash in it. Use TensorRT-LLM's complete "
+        "release image, or set NIXL_PLUGINS_DIR, or backend: UCX in cache_transceiver_config"
+    )
+
+
+def nixl_plugin_folders() -> list[str]:
+    """All folders with NIXL plugins; more than one means that installations are mixed."""
+    patterns = list(_NIXL_PLUGINS)
+    for package in ("tensorrt_llm", "nixl", "nixl_cu12", "nixl_cu13"):
+        spec = find_spec(package)
+        for root in (spec.submodule_search_locations or []) if spec is not None else []:
+            patterns += [f"{root}/libs/nixl/plugins", f"{root}/libs/nixl/lib/*/plugins"]
+    for root in sys.path:
+        if root.endswith("site-packages"):
+            patterns.append(f"{root}/.nixl*.libs/plugins")
+            patterns.append(f"{root}/nixl*.libs/plugins")
+    if (library := ctypes.util.find_library("nixl")) and os.path.isabs(library):
+        patterns.append(str(Path(library).parent / "plugins"))
+    return sorted({folder for pattern in patterns for folder in glob.glob(pattern) if _plugins(folder)})
+
+
+def _plugins(folder: str) -> list[str]:
+    return glob.glob(f"{glob.escape(folder)}/libplugin_*.so")
+
+
+def _transfer_names(environ: MutableMapping[str, str]) -> list[str]:
+    return [name for name in environ if re.match(r"(UCX|NIXL|TRTLLM|TLLM)_", name) and "KEY" not in name]
+
+
+def _decodes(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,477 @@
+"""The TensorRT-LLM executor: one per attention-DP rank of an engine, because each rank has a KV cache of its own and is
+a target of its own for routers. Without attention DP there is one.
+
+A request is a call of `generate_async` and a task that reads its results:
+
+    prefill     context_only: one token, then a hand-off, which is open until its decode worker has answered
+    decode      generation_only: goes on from the first token; when the transfer fails, computed here instead, once
+    aggregated  no params, or context_and_generation where there is a transceiver
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dynserve.config import WorkerConfig
+from dynserve.errors import (
+    BadRequest,
+    ConfigError,
+    ContextTooLong,
+    DynserveError,
+    HandoffBroken,
+    HandoffError,
+    HandoffMismatch,
+    InternalError,
+    Unavailable,
+    WorkerLost,
+)
+from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink
+from dynserve.executors.handoff import End, HandoffTable
+from dynserve.executors.trtllm import options as opts
+from dynserve.executors.trtllm import state
+from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
+from dynserve.executors.trtllm.api import Api, import_api
+from dynserve.executors.trtllm.engine import TrtllmEngine, pairing_of
+from dynserve.executors.trtllm.environment import check_nixl, prepare
+from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, sampling_of
+from dynserve.executors.trtllm.stats import Stats
+from dynserve.openai.model_files import eos_token_ids, model_limits
+from dynserve.routing.hashing import adapter_salt, sequence_hash
+from dynserve.tasks import detached, task_group
+from dynserve.wire.events import KvEvent, Load
+from dynserve.wire.requests import GenerateRequest
+
+log = logging.getLogger(__name__)
+
+TRANSFER_GRACE = 5.0  # seconds beyond the engine's own time limit of a transfer
+ABORT_TIMEOUT = 30.0  # seconds that an aborted request may take to end
+
+
+@asynccontextmanager
+async def open_executor(config: WorkerConfig, instance_id: str, transceivers: object = None) -> AsyncIterator[Executor]:
+    """Builds the engine (minutes, in a thread), sees it answer, and runs it until the block is left.
+
+    Raises:
+        ConfigError: an option, the model or the installation is not usable; said before weights are loaded.
+        InternalError: the engine could not start.
+    """
+    given = opts.read_options(config)
+    prepare(os.environ, config.model_path)
+    api = await detached(import_api)
+    log.info("tensorrt_llm %s", api.version)
+    schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
+    opts.check_names(given, schema, name)
+    arguments = opts.llm_arguments(given, config, schema, api.version)
+    backend = ((arguments.get("cache_transceiver_config") or {}).get("backend")) or ""
+    backend = backend and opts.resolved_backend(backend, api.version)
+    if backend == "NIXL":
+        check_nixl(os.environ)
+    llm = await detached(partial(_build, api, arguments, given))
+    async with task_group() as tasks:
+        pairing = pairing_of(api, llm, config.model_path, backend)
+        engine = TrtllmEngine(llm, api, config, instance_id, pairing, tasks)
+        engine.targets = targets = tuple(TrtllmExecutor(engine, config, instance_id, at) for at in range(engine.ranks))
+        try:
+            await engine.start()
+            yield targets[0]
+        finally:
+            await engine.close()
+
+
+def _build(api: Api, arguments: dict[str, Any], given: opts.Options) -> Any:
+    try:
+        return api.llm(**arguments)
+    except ValueError as error:
+        raise ConfigError(_explained(error, given)) from error
+    except Exception as error:
+        raise InternalError(f"TensorRT-LLM could not start: {type(error).__name__}: {error}") from error
+
+
+def _explained(error: ValueError, given: opts.Options) -> str:
+    """A pydantic error as one sentence per wrong value, each with its place."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return f"engine options: {error}"
+    said = []
+    for one in errors():
+        path = tuple(str(part) for part in one["loc"])
+        said.append(f"{given.place(*path)}: {'.'.join(path)}: {one['msg']} (not {one.get('input')!r})")
+    return "; ".join(said)
+
+
+class _Call:
+    """One request in the engine."""
+
+    __slots__ = (
+        "answered",
+        "began",
+        "context",
+        "cursor",
+        "local",
+        "made",
+        "request",
+        "result",
+        "sink",
+        "task",
+        "timer",
+    )
+
+    def __init__(self, request: GenerateRequest, sink: Sink, began: float) -> None:
+        self.request, self.began = request, began
+        self.sink: Sink | None = sink  # None: nobody listens any more
+        self.made = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client has
+        self.context = self.local = self.answered = False
+        self.result: Any = None
+        self.cursor: Cursor
+        self.task: asyncio.Task[None]
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class TrtllmExecutor:
+    """One rank's `Executor`."""
+
+    def __init__(self, engine: TrtllmEngine, config: WorkerConfig, instance_id: str, rank: int) -> None:
+        self._engine, self._loop, self._rank = engine, asyncio.get_running_loop(), rank
+        args, folder = engine.llm.args, Path(config.model_path)
+        vocab_size, context = model_limits(folder)
+        self._eos = tuple(eos_token_ids(folder))
+        thinks, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
+        self._terms = Terms(engine.api, self._eos, vocab_size, thinks, _adapters(config), within)
+        self._max_seq_len: int = args.max_seq_len or context
+        self._guides = args.guided_decoding_backend is not None
+        self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size)
+        timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
+        self._handoffs = HandoffTable(instance_id, (timeout_ms or opts.TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
+        self._contexts: dict[int, _Call] = {}  # those that left an open hand-off
+        self._held_tokens = 0  # of their prompts
+        self._tickets = count(1)
+        self._calls: dict[int, _Call] = {}
+        self._inside = 0  # in the engine, listened to or not
+        self._transfers: Counter[str] = Counter()
+        self._kv_listener: KvListener | None = None
+
+    @property
+    def limits(self) -> Limits:
+        engine, args = self._engine, self._engine.llm.args
+        blocks = self.stats.total_blocks or engine.total_blocks
+        return Limits(
+            engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
+            adapters=tuple(self._terms.adapters), pairing=engine.pairing if engine.disaggregates else {},
+        )  # fmt: skip
+
+    @property
+    def failed(self) -> asyncio.Future[None]:
+        return self._engine.failed
+
+    @property
+    def targets(self) -> Sequence[Executor]:
+        found: Any = self._engine.targets
+        return found  # type: ignore[no-any-return]
+
+    def load(self) -> Load:
+        return self.stats.load(self._inside, len(self._handoffs), self._held_tokens, self._loop.time())
+
+    def counters(self) -> Mapping[str, float]:
+        gaps, orphans = self._engine.losses(self._rank)
+        return {
+            **{f"handoffs_{how}_total": number for how, number in self._handoffs.ended.items()},
+            **{f"kv_transfers_{what}_total": number for what, number in self._transfers.items()},
+            "kv_event_gaps_total": gaps,
+            "kv_event_orphans_total": orphans,
+            **self.stats.counters(),
+        }
+
+    def describe(self) -> Mapping[str, str]:
+        said = "dead" if self.failed.done() else self.stats.state(self._inside, self._loop.time())
+        return {"engine": said, **self._engine.pairing}
+
+    def listen_kv(self, listener: KvListener) -> None:
+        self._kv_listener = listener
+
+    def kv_changed(self, events: list[KvEvent]) -> None:
+        if self._kv_listener is not None:
+            self._kv_listener(events)
+
+    # requests in
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+        if self.failed.done():
+            raise Unavailable("the engine is dead")
+        self._validate(request)
+        ticket, call = next(self._tickets), _Call(request, sink, self._loop.time())
+        params = self._take_over(request) if request.phase == "decode" else None
+        if params is not None and request.handoff is not None:
+            self._start(ticket, call, params)
+            limit = request.handoff.ttl_s + TRANSFER_GRACE
+            call.timer = self._loop.call_later(limit, self._transfer_overdue, ticket, call, limit)
+        elif request.phase == "prefill" and request.stop.max_tokens > 1:
+            call.context = True
+            self._start(ticket, call, self._params(state.CONTEXT))
+        else:
+            call.local = True
+            self._start(ticket, call, self._params(state.BOTH))
+        return ticket
+
+    def abort(self, ticket: int) -> None:
+        if self._handoffs.cancel(ticket):
+            return
+        if (call := self._calls.pop(ticket, None)) is not None:
+            self._let_go(call)
+
+    def taken(self, ticket: int) -> None:
+        self._handoffs.deliver(ticket)
+
+    def engine_died(self) -> None:
+        """Nothing is lost that another worker could not compute again."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            self._stop_timer(call)
+            sink, call.sink = call.sink, None
+            if sink is not None:
+                sink(Output([], error=WorkerLost("the worker's engine died")))
+
+    def close(self) -> None:
+        self._handoffs.cancel_all()
+        for ticket in list(self._calls):
+            self.abort(ticket)
+
+    def _validate(self, request: GenerateRequest) -> None:
+        args = self._engine.llm.args
+        length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
+        if length == 0:
+            raise ContextTooLong("the prompt is empty")
+        if length >= self._max_seq_len:
+            raise ContextTooLong(f"{length} tokens leave no room in a context of {self._max_seq_len}")
+        if not args.enable_chunked_prefill and args.max_num_tokens and length > args.max_num_tokens:
+            raise ContextTooLong(
+                f"{length} tokens are over max_num_tokens={args.max_num_tokens}; "
+                "set enable_chunked_prefill to take longer prompts"
+            )
+        if request.guide is not None and not self._guides:
+            raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
+        if request.pool is not None:
+            raise BadRequest("this model's workers make no embeddings", param="model")
+        if request.phase == "prefill" and not self._engine.disaggregates:
+            raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
+
+    def _take_over(self, request: GenerateRequest) -> Any:
+        """The context phase's params; None where they are of no use, and the prompt is computed here."""
+        handoff, engine = request.handoff, self._engine
+        try:
+            if handoff is None or not engine.disaggregates:
+                raise HandoffMismatch("there is no hand-off, or no transceiver to take it with")
+            name = sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt))
+            belongs = (request.id, name, len(request.prompt) // 4)
+            if (handoff.request_id, handoff.sequence_hash, handoff.num_tokens) != belongs:
+                raise HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
+            params = state.unpack(handoff.state, engine.pairing, engine.api)
+            if params.disagg_request_id != handoff.id:
+                raise HandoffMismatch(f"hand-off {handoff.id} carries the state of {params.disagg_request_id}")
+        except HandoffError as error:
+            self._note_failure(request, error)
+            return None
+        return params
+
+    def _params(self, kind: str) -> Any:
+        if not self._engine.disaggregates:
+            return None
+        return self._engine.api.disaggregated(request_type=kind, disagg_request_id=next(self._engine.ids))
+
+    def _start(self, ticket: int, call: _Call, params: Any) -> None:
+        """Into the engine. Raises CallerError for what it refuses, ClusterError when it is dead."""
+        request = call.request
+        prior = request.prior.token_ids if request.prior is not None else []
+        # what the client has is behind the prompt now, unless the engine says it again: after a transfer; or because a
+        # grammar must see the answer from its beginning, and then what it says is compared
+        again = bool(prior) and (not call.local or request.guide is not None)
+        done = 0 if again else len(prior)
+        prompt = prompt_of(request, prior=not again)
+        most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
+        sampling = sampling_of(
+            request, self._terms, max_tokens=1 if call.context else most,
+            min_tokens=max(0, request.stop.min_tokens - done),
+        )  # fmt: skip
+        end, others = ends_of(request, self._eos)
+        call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
+        call.result = self._generate(prompt, sampling, keywords_of(request, self._terms, params), call)
+        self._calls[ticket] = call
+        self._inside += 1
+        call.task = self._engine.tasks.create_task(self._consume(ticket, call))
+
+    def _generate(self, prompt: list[int], sampling: Any, keywords: dict[str, Any], call: _Call) -> Any:
+        engine = self._engine
+        try:
+            return engine.llm.generate_async(prompt, sampling, streaming=not call.context, **keywords)
+        except (engine.api.request_error, ValueError, TypeError, NotImplementedError) as error:
+            raise BadRequest(str(error)) from error
+        except Exception as error:
+            if engine.api.engine_dead is not None and isinstance(error, engine.api.engine_dead):
+                engine.die(str(error))
+                raise Unavailable("the engine is dead") from error
+            raise InternalError(f"the engine refused a request: {type(error).__name__}: {error}") from error
+
+    # answers out
+
+    async def _consume(self, ticket: int, call: _Call) -> None:
+        """A request's results, to their end. What goes wrong is the request's last word: a task that raised would take its
+        owner with it."""
+        engine, result, heard = self._engine, call.result, self._engine.heard
+        try:
+            async for _ in result:
+                heard()
+                if not call.answered:
+                    self._answered(call)
+                if call.sink is not None:
+                    self._give(ticket, call)
+        except asyncio.CancelledError:
+            result.abort()
+            raise
+        except engine.api.request_error as error:
+            self._request_failed(ticket, call, error)
+        except HandoffMismatch as error:
+            self._let_go_of(ticket, call)
+            self._compute_here(ticket, call, error)
+        except Exception as error:  # no fault of this request: the engine is gone
+            engine.die(f"{type(error).__name__}: {error}")
+        finally:
+            self._inside -= 1
+            self._stop_timer(call)
+
+    def _answered(self, call: _Call) -> None:
+        call.answered = True
+        if call.sink is None:
+            call.result.abort()  # it was asked for before it was safe
+            return
+        self._stop_timer(call)
+        if call.request.phase == "decode" and not call.local:
+            self._transfers["done"] += 1
+
+    def _give(self, ticket: int, call: _Call) -> None:
+        sink, request = call.sink, call.request
+        output = read_context(call.result, call.cursor) if call.context else call.cursor.read(call.result)
+        if output is None or sink is None:
+            return
+        if not output.reason:
+            over = call.made + len(output.token_ids) - request.stop.max_tokens
+            if over >= 0 and output.error is None:
+                self._end_here(ticket, call, output, over)
+        if not call.made or output.reason is not None:
+            note_costs(output, call.result, self._loop.time() - call.began)
+        call.made += len(output.token_ids)
+        if output.reason == "handoff":
+            self._hand_over(ticket, call, output)
+        if output.reason is not None or output.error is not None:
+            self._calls.pop(ticket, None)
+            call.sink = None
+        try:
+            sink(output)
+        except Exception:  # a request's fault must not be taken for the engine's
+            log.exception("request %s: its output could not be delivered", request.id)
+            self.abort(ticket)
+
+    def _end_here(self, ticket: int, call: _Call, output: Output, over: int) -> None:
+        """The engine may not count the token of the context phase: the answer ends where it was to end."""
+        if over:
+            del output.token_ids[-over:]
+            if output.logprobs is not None:
+                del output.logprobs[-over:]
+        output.reason = "length"
+        self._let_go_of(ticket, call)
+
+    def _hand_over(self, ticket: int, call: _Call, output: Output) -> None:
+        params = call.result.outputs[0].disaggregated_params
+        request = call.request
+        packed = state.pack(params, self._engine.pairing, self._engine.api)
+        output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=params.disagg_request_id)
+        self._contexts[ticket] = call
+        self._held_tokens += len(request.prompt) // 4
+
+    def _handoff_ended(self, ticket: int, how: End) -> None:
+        call = self._contexts.pop(ticket)
+        self._held_tokens -= len(call.request.prompt) // 4
+        if how is not End.DELIVERED and not self.failed.done():
+            call.result.abort()  # there is no other way to have the engine give up its blocks
+
+    # what goes wrong
+
+    def _request_failed(self, ticket: int, call: _Call, error: Exception) -> None:
+        if call.request.phase == "decode" and not call.local and not self._has_given(call):
+            self._compute_here(ticket, call, HandoffBroken(str(error)))
+            return
+        if call.request.guide is not None and not call.answered:
+            self._fail(ticket, call, BadRequest(str(error), param="response_format"))
+        else:
+            self._fail(ticket, call, InternalError(f"the engine failed the request: {error}"))
+
+    def _transfer_overdue(self, ticket: int, call: _Call, seconds: float) -> None:
+        if self._calls.get(ticket) is call:
+            self._let_go(call, keep_sink=True)
+            self._compute_here(ticket, call, HandoffBroken(f"nothing came within {seconds:.0f} s"))
+
+    def _compute_here(self, ticket: int, call: _Call, error: HandoffError) -> None:
+        """Instead of a transfer that failed; once, and only while the client has got nothing of it."""
+        sink, call.sink = call.sink, None
+        if sink is None:
+            return
+        if call.local or self._has_given(call):
+            call.sink = sink
+            self._fail(ticket, call, error)
+            return
+        self._note_failure(call.request, error)
+        again = _Call(call.request, sink, call.began)
+        again.local = True
+        try:
+            self._start(ticket, again, self._params(state.BOTH))
+        except DynserveError as failure:
+            again.result = call.result
+            self._fail(ticket, again, failure)
+
+    def _fail(self, ticket: int, call: _Call, error: DynserveError) -> None:
+        self._calls.pop(ticket, None)
+        sink, call.sink = call.sink, None
+        if sink is not None:
+            sink(Output([], error=error))
+
+    def _note_failure(self, request: GenerateRequest, error: HandoffError) -> None:
+        self._transfers["failed"] += 1
+        log.warning("request %s: %s; prefilling here instead", request.id, error)
+
+    def _has_given(self, call: _Call) -> bool:
+        prior = call.request.prior
+        return call.made > (len(prior.token_ids) if prior is not None else 0)
+
+    # ending
+
+    def _let_go_of(self, ticket: int, call: _Call) -> None:
+        if not call.result.finished:
+            self._calls.pop(ticket, None)
+            self._let_go(call, keep_sink=True)
+
+    def _let_go(self, call: _Call, *, keep_sink: bool = False) -> None:
+        """The engine need not go on with it. A decode request that has not answered yet is aborted when it does: an earlier
+        abort can bring the engine down. What has not ended in time is no longer waited for."""
+        if not keep_sink:
+            call.sink = None
+        self._stop_timer(call)
+        call.timer = self._loop.call_later(ABORT_TIMEOUT, call.task.cancel)
+        if call.answered or call.local or call.context:
+            call.result.abort()
+
+    @staticmethod
+    def _stop_timer(call: _Call) -> None:
+        if call.timer is not None:
+            call.timer.cancel()
+            call.timer = None
+
+
+def _adapters(config: WorkerConfig) -> dict[str, Adapter]:
+    return {name: Adapter(at, path) for at, (name, path) in enumerate(config.adapters.items(), 1)}

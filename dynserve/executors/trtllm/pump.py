@@ -1,0 +1,93 @@
+"""The thread that reads KV events and statistics, with an event loop of its own: rows are many dicts, and turning them into
+hashes must not hold up the answers.
+
+It starts after a first request, since the engine's getters are not armed before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dynserve.executors.trtllm.kv_events import KvStreams
+from dynserve.wire.events import KvEvent
+
+log = logging.getLogger(__name__)
+
+EVERY = 0.01  # seconds between looks at the events
+STATS_EVERY = 5  # looks at the events per look at the statistics
+MOST_AT_ONCE = 512  # events that are translated in one go
+MOST_AHEAD = 8  # batches that may wait for the event loop
+SAY_EVERY = 30.0  # seconds between complaints
+
+Told = Callable[[dict[int, list[KvEvent]], list[Mapping[str, Any]]], None]
+
+
+class Pump:
+    """`told` is called on the loop, with translated events by rank and statistics as they came."""
+
+    def __init__(self, llm: Any, streams: KvStreams | None, told: Told) -> None:
+        self._llm, self._streams, self._told = llm, streams, told
+        self._loop = asyncio.get_running_loop()
+        self._ahead = threading.Semaphore(MOST_AHEAD)
+        self._stopping = threading.Event()
+        self._said = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="trtllm-pump", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Does not wait for it: it may hang in a dead engine."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        asyncio.run(self._rounds())
+
+    async def _rounds(self) -> None:
+        count = 0
+        while not self._stopping.is_set():
+            if self._streams is not None:
+                while len(events := await self._read("get_kv_cache_events_async")) == MOST_AT_ONCE:
+                    self._tell(self._streams.translate(events), [])
+                if events and (found := self._streams.translate(events)):
+                    self._tell(found, [])
+            if count % STATS_EVERY == 0 and (rows := await self._read("get_stats_async")):
+                self._tell({}, rows)
+            count += 1
+            await asyncio.sleep(EVERY)
+
+    async def _read(self, getter: str) -> list[Mapping[str, Any]]:
+        """What is there now. An empty queue says so in one way or another, depending on the version."""
+        rows: list[Mapping[str, Any]] = []
+        try:
+            async for row in getattr(self._llm, getter)(0):
+                rows.append(row)
+                if len(rows) == MOST_AT_ONCE:
+                    break
+        except (asyncio.QueueEmpty, TimeoutError, IndexError):
+            pass
+        except Exception as error:  # whether the engine is dead, others find out
+            if time.monotonic() - self._said > SAY_EVERY:
+                self._said = time.monotonic()
+                log.warning("%s: %s: %s", getter, type(error).__name__, error)
+            await asyncio.sleep(0.2)
+        return rows
+
+    def _tell(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+        while not self._ahead.acquire(timeout=0.1):
+            if self._stopping.is_set():
+                return
+        try:
+            self._loop.call_soon_threadsafe(self._take, events, rows)
+        except RuntimeError:  # the loop is closed
+            self._stopping.set()
+
+    def _take(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+        self._ahead.release()
+        if not self._stopping.is_set():
+            self._told(events, rows)

@@ -1,0 +1,67 @@
+"""What a hand-off carries from the context phase to the generation phase: TensorRT-LLM's `DisaggregatedParams`, as msgpack.
+
+`opaque_state` is bytes and stays bytes; log-probabilities are objects there and triples here. Beside them stands what both
+sides must have in common, because TensorRT-LLM's own messages carry no version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from dynserve.errors import HandoffMismatch, translate
+from dynserve.executors.trtllm.api import Api
+from dynserve.wire import MALFORMED
+from dynserve.wire.discovery import unlike
+
+CONTEXT, GENERATION, BOTH = "context_only", "generation_only", "context_and_generation"
+
+
+class _Plain(msgspec.Struct, frozen=True, kw_only=True):
+    """Of `DisaggregatedParams`, what is plain data; the rest belongs to multimodal models, or is rebuilt."""
+
+    disagg_request_id: int | None = None
+    ctx_request_id: int | None = None
+    first_gen_tokens: list[int] | None = None
+    opaque_state: bytes | None = None
+    draft_tokens: list[int] | None = None
+    ctx_dp_rank: int | None = None
+    ctx_info_endpoint: Any = None  # text, or texts; the engine's own
+
+
+class _State(msgspec.Struct, frozen=True, kw_only=True):
+    pairing: dict[str, str]
+    plain: _Plain
+    logprobs: list[list[tuple[int, float, int | None]]] | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_State).decode
+_NOT_OURS: dict[type[BaseException], Any] = dict.fromkeys(MALFORMED, HandoffMismatch)
+
+
+def pack(params: Any, pairing: Mapping[str, str], api: Api) -> bytes:
+    """The params that a context phase has left."""
+    plain = _Plain(**{name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over})
+    entries = params.first_gen_log_probs
+    logprobs = [[(id_, e.logprob, e.rank) for id_, e in entry.items()] for entry in entries] if entries else None
+    return _encode(_State(pairing=dict(pairing), plain=plain, logprobs=logprobs))
+
+
+def unpack(state: bytes, pairing: Mapping[str, str], api: Api) -> Any:
+    """Params for the generation phase.
+
+    Raises:
+        HandoffMismatch: it was made by another executor, or by one that differs; the text names both values.
+    """
+    with translate(_NOT_OURS, "the hand-off is not one of TensorRT-LLM's"):
+        found = _decode(state)
+    if difference := unlike(found.pairing, pairing, "prefill", "decode"):
+        raise HandoffMismatch(difference)
+    plain = {n: getattr(found.plain, n) for n in _Plain.__struct_fields__ if n in api.handed_over}
+    logprobs = None
+    if found.logprobs is not None:
+        logprobs = [{id_: api.logprob(value, rank) for id_, value, rank in entry} for entry in found.logprobs]
+    return api.disaggregated(request_type=GENERATION, first_gen_log_probs=logprobs, **plain)

@@ -1,0 +1,513 @@
+"""The executor against the double, whose engine is a thread of this process. What all executors do alike is in
+tests/executors/test_executors.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dynserve.config import TINY_MODEL, WorkerConfig
+from dynserve.errors import BadRequest, ConfigError, EngineDied, InternalError, Unavailable, WorkerLost
+from dynserve.executors.base import Output, generate, open_executor
+from dynserve.executors.trtllm import executor as module
+from dynserve.executors.trtllm.executor import TrtllmExecutor
+from dynserve.executors.trtllm.request import priority_of
+from dynserve.routing.hashing import adapter_salt, rolling_hashes
+from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop, unpack_tokens
+from tests.conftest import make_request, until
+
+LONG = Stop(max_tokens=2000, ignore_eos=True)
+TRANSCEIVER = {"backend": "NIXL"}
+
+
+class Opener:
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack, self._count = stack, 0
+
+    async def __call__(self, *, config: dict[str, Any] | None = None, **engine: Any) -> TrtllmExecutor:
+        self._count += 1
+        defaults = {"kv_cache_config": {"max_tokens": 6400}, "cache_transceiver_config": TRANSCEIVER}
+        made = WorkerConfig(executor="trtllm", override_engine_args=json.dumps(defaults | engine), **(config or {}))
+        opened = await self._stack.enter_async_context(open_executor(made, f"w{self._count}"))
+        assert isinstance(opened, TrtllmExecutor)
+        return opened
+
+
+@pytest.fixture
+async def opened(trtllm_double: None) -> AsyncIterator[Opener]:
+    async with AsyncExitStack() as stack:
+        yield Opener(stack)
+
+
+@pytest.fixture(params=["1.3.0rc29", "1.2.1"])
+async def either(request: pytest.FixtureRequest, trtllm_double: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both versions of the interface."""
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", request.param)
+    async with AsyncExitStack() as stack:
+        yield Opener(stack)
+
+
+class Sink:
+    """Everything that one request was given."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+
+    def __call__(self, output: Output) -> None:
+        self.outputs.append(output)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    @property
+    def logprobs(self) -> list[Any]:
+        return [entry for output in self.outputs for entry in output.logprobs or []]
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.outputs) and (self.outputs[-1].reason is not None or self.outputs[-1].error is not None)
+
+
+async def asked(executor: Any, request: GenerateRequest) -> tuple[Sink, int]:
+    sink = Sink()
+    ticket = executor.submit(request, sink)
+    await until(lambda: sink.ended)
+    return sink, ticket
+
+
+async def handed_over(prefill: Any, decode: Any, request: GenerateRequest) -> tuple[Sink, Sink]:
+    first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    last = first.outputs[-1]
+    assert last.reason == "handoff", last
+    prior = Prior(first.tokens, first.logprobs)
+    rest, _ = await asked(decode, msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff))
+    prefill.taken(ticket)
+    return first, rest
+
+
+def prompt(length: int = 70, first: int = 300) -> list[int]:
+    return list(range(first, first + length))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": Sampling(temperature=0.0, logprobs=2)},
+        {"sampling": Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=7)},
+        {"sampling": Sampling(temperature=0.0, logit_bias={400: 100.0}), "stop": Stop(max_tokens=3, token_ids=(401,))},
+        {"guide": Guide(kind="regex", text="[0-9]{6}")},
+        {"cache_salt": "tenant"},
+    ],
+)
+async def test_both_phases_together_answer_as_one_worker_and_as_the_torch_executor(
+    either: Opener, changes: dict[str, Any]
+) -> None:
+    prefill, decode, both = await either(), await either(), await either()
+    request = make_request(prompt(), **changes)
+    whole, _ = await asked(both, request)
+    first, rest = await handed_over(prefill, decode, request)
+    assert first.tokens + rest.tokens == whole.tokens
+    assert [e.token_id for e in first.logprobs + rest.logprobs] == [e.token_id for e in whole.logprobs]
+    assert decode.counters()["kv_transfers_done_total"] == 1
+    assert prefill.counters()["handoffs_delivered_total"] == 1
+    async with open_executor(WorkerConfig(executor="torch"), "torch") as torch:
+        theirs, _ = await asked(torch, request)
+    assert theirs.tokens == whole.tokens and theirs.outputs[-1].reason == rest.outputs[-1].reason
+    assert [(e.token_id, e.top) for e in theirs.logprobs] == [(e.token_id, e.top) for e in whole.logprobs]
+
+
+async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
+    prefill, decode = await either(), await either()
+    # the tiny model's own end of turn, forced at once, and after three tokens
+    eos = 2
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    ends = json.loads((TINY_MODEL / "generation_config.json").read_text()).get("eos_token_id", config["eos_token_id"])
+    eos = ends[0] if isinstance(ends, list) else ends
+    bias = Sampling(temperature=0.0, logit_bias={eos: 1000.0})
+    at_once, _ = await asked(prefill, make_request(prompt(), phase="prefill", sampling=bias, stop=Stop(max_tokens=9)))
+    assert (at_once.tokens, at_once.outputs[-1].reason, at_once.outputs[-1].stop_token) == ([], "stop", eos)
+    assert prefill.load().open_handoffs == 0
+    stop = Stop(max_tokens=9, min_tokens=3)
+    _, rest = await handed_over(prefill, decode, make_request(prompt(), sampling=bias, stop=stop))
+    assert (len(rest.tokens), rest.outputs[-1].reason) == (2, "stop")
+
+
+async def test_one_token_and_none_need_no_hand_off(opened: Opener) -> None:
+    prefill = await opened()
+    for most in (0, 1):
+        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill", stop=Stop(max_tokens=most)))
+        assert (len(sink.tokens), sink.outputs[-1].reason) == (most, "length")
+    assert prefill.load().open_handoffs == 0
+
+
+async def test_a_prompts_own_probabilities_come_first_and_nothing_of_it_from_the_cache(either: Opener) -> None:
+    executor = await either()
+    await asked(executor, make_request(prompt()))
+    sampling = Sampling(temperature=0.0, logprobs=1, prompt_logprobs=True)
+    for _ in range(2):
+        sink, _ = await asked(executor, make_request(prompt(), sampling=sampling, stop=Stop(max_tokens=2)))
+        assert [e.token_id for e in sink.logprobs] == prompt() + sink.tokens
+        assert sink.outputs[-1].cached_tokens == 0
+
+
+async def test_a_client_who_leaves_a_decode_worker_early_does_not_bring_the_engine_down(opened: Opener) -> None:
+    prefill, decode = await opened(), await opened()
+    request = make_request(prompt(), stop=LONG)
+    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    handoff = first.outputs[-1].handoff
+    sink = Sink()
+    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=handoff)
+    decode.abort(decode.submit(decoding, sink))  # before a first response; the double's engine would crash
+    assert decode.load().running == 1, "it is still in the engine"
+    await until(lambda: decode.load().running == 0)
+    await until(lambda: decode.load().free_blocks == 200)
+    assert not sink.outputs and not decode.failed.done()
+
+
+async def test_a_hand_off_that_is_cancelled_frees_the_context_workers_blocks(opened: Opener) -> None:
+    prefill = await opened()
+    _, ticket = await asked(prefill, make_request(prompt(), phase="prefill"))
+    assert (prefill.load().open_handoffs, prefill.load().free_blocks) == (1, 197)
+    prefill.abort(ticket)
+    assert prefill.load().open_handoffs == 0
+    assert prefill.counters()["handoffs_cancelled_total"] == 1
+    ranks = prefill._engine.llm._executor
+    await until(lambda: ranks is not None and prefill.load().free_blocks == 200)
+
+
+async def test_a_hand_off_that_nobody_takes_expires(opened: Opener) -> None:
+    prefill = await opened(cache_transceiver_config=TRANSCEIVER | {"kv_transfer_timeout_ms": 100})
+    await asked(prefill, make_request(prompt(), phase="prefill"))
+    await until(lambda: prefill.load().open_handoffs == 0)
+    assert prefill.counters()["handoffs_expired_total"] == 1
+
+
+@pytest.mark.parametrize("guide", [None, Guide(kind="regex", text="[0-9]{6}")])
+async def test_a_transfer_that_fails_in_the_engine_is_computed_here_once(opened: Opener, guide: Guide | None) -> None:
+    prefill, decode = await opened(), await opened()
+    request = make_request(prompt(), guide=guide)
+    whole, _ = await asked(decode, msgspec.structs.replace(request, cache_salt=""))
+    request = msgspec.structs.replace(request, id="second")
+    first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    prefill.abort(ticket)  # the blocks are gone when the decode worker comes for them
+    await until(lambda: prefill.load().free_blocks == 200)
+    last = first.outputs[-1]
+    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=last.handoff)
+    rest, _ = await asked(decode, decoding)
+    assert first.tokens + rest.tokens == whole.tokens
+    assert decode.counters()["kv_transfers_failed_total"] == 1
+
+
+async def test_a_transfer_that_does_not_come_in_time_is_computed_here(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = await opened(), await opened()
+    request = make_request(prompt())
+    whole, _ = await asked(decode, request)
+    request = msgspec.structs.replace(request, id="second")
+    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    handoff = first.outputs[-1].handoff
+    assert handoff is not None
+    monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
+    monkeypatch.setattr(module, "ABORT_TIMEOUT", 0.2)
+    decode._engine.llm._executor.submit = lambda *_: None  # the engine never hears of it
+    sink = Sink()
+    decoding = msgspec.structs.replace(
+        request, phase="decode", prior=Prior(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.05)
+    )
+    decode.submit(decoding, sink)
+    del decode._engine.llm._executor.submit
+    await until(lambda: sink.ended)
+    assert first.tokens + sink.tokens == whole.tokens
+    assert decode.counters()["kv_transfers_failed_total"] == 1
+    await until(lambda: decode.load().running == 0)
+
+
+async def test_sides_that_differ_do_not_take_each_others_hand_offs(opened: Opener, caplog: Any) -> None:
+    prefill, decode = await opened(), await opened(kv_cache_config={"max_tokens": 6400, "dtype": "fp8"})
+    first, rest = await handed_over(prefill, decode, make_request(prompt()))
+    assert "KV cache dtype is bfloat16 on prefill and fp8 on decode" in caplog.text
+    assert len(first.tokens + rest.tokens) == 8 and decode.counters()["kv_transfers_failed_total"] == 1
+
+
+async def test_ids_of_hand_offs_are_global_ones(opened: Opener) -> None:
+    prefill = await opened()
+    ids = []
+    for _ in range(3):
+        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill"))
+        handoff = sink.outputs[-1].handoff
+        assert handoff is not None
+        ids.append(handoff.id)
+    assert len(set(ids)) == 3 and all((1 << 40) <= id_ < (1 << 63) - 1 for id_ in ids)
+
+
+def applied(events: list[KvEvent]) -> set[int]:
+    told: set[int] = set()
+    for event in events:
+        match event:
+            case Stored(parent=parent, hashes=new):
+                assert parent is None or parent in told
+                told |= set(new)
+            case Removed(hashes=gone):
+                told -= set(gone)
+            case Cleared():
+                told = set()
+    return told
+
+
+@pytest.mark.parametrize("engine", [{}, {"kv_cache_config": {"max_tokens": 6400, "max_attention_window": [64, 4096]}}])
+async def test_kv_events_name_the_blocks_that_the_torch_executor_names(either: Opener, engine: dict[str, Any]) -> None:
+    requests = [make_request(prompt(100 + 7 * i, 300 + 50 * (i % 3))) for i in range(6)]
+    found: list[KvEvent] = []
+    executor = await either(**engine)
+    executor.listen_kv(found.extend)
+    async with open_executor(WorkerConfig(executor="torch"), "torch") as torch:
+        expected: list[KvEvent] = []
+        torch.listen_kv(expected.extend)
+        for request in requests:
+            await asked(torch, request)
+    for request in requests:
+        await asked(executor, request)
+    await until(lambda: applied(found) == applied(expected))
+    assert executor.counters()["kv_event_gaps_total"] == 0
+
+
+async def test_salted_blocks_are_named_by_their_salt(opened: Opener) -> None:
+    executor = await opened()
+    found: list[KvEvent] = []
+    executor.listen_kv(found.extend)
+    request = make_request(prompt(), cache_salt="tenant")
+    await asked(executor, request)
+    await until(lambda: applied(found) == set(rolling_hashes(request.prompt, 32, "tenant")))
+
+
+async def test_an_overflow_of_events_is_noticed_and_healed_by_what_comes_later(opened: Opener) -> None:
+    executor = await opened(kv_cache_config={"max_tokens": 6400, "event_buffer_max_size": 2})
+    found: list[KvEvent] = []
+    executor.listen_kv(found.extend)
+    requests = [make_request(prompt(128, 300 + i), stop=Stop(max_tokens=40, ignore_eos=True)) for i in range(30)]
+    await asyncio.gather(*(asked(executor, request) for request in requests))
+    await until(lambda: executor.counters()["kv_event_gaps_total"] > 0)
+    assert any(isinstance(event, Cleared) for event in found)
+    await asyncio.sleep(0.1)
+    last = make_request(prompt(64, 900))
+    await asked(executor, last)
+    await until(lambda: set(rolling_hashes(last.prompt, 32)) <= applied(found))
+
+
+async def test_an_idle_engine_is_idle_and_not_unknown(opened: Opener) -> None:
+    executor = await opened()
+    assert executor.describe()["engine"] == "idle"
+    load = executor.load()
+    assert (load.running, load.waiting, load.free_blocks, load.total_blocks) == (0, 0, 200, 200)
+    sink = Sink()
+    ticket = executor.submit(make_request(prompt(), stop=LONG), sink)
+    await until(lambda: executor.describe()["engine"] == "busy" and executor.load().free_blocks < 200)
+    executor.abort(ticket)
+    await until(lambda: executor.describe()["engine"] == "idle" and executor.load().free_blocks == 200)
+    assert executor.counters()["engine_iterations_total"] > 0
+
+
+@pytest.mark.parametrize("version", ["1.3.0rc29", "1.2.1"])
+async def test_a_size_that_cannot_be_asked_for_is_read_from_a_row(
+    trtllm_double: None, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", version)
+    async with AsyncExitStack() as stack:
+        executor = await Opener(stack)()
+        assert (executor.limits.num_blocks, executor.limits.block_size) == (200, 32)
+
+
+async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(opened: Opener) -> None:
+    executor = await opened()
+    sinks = [Sink(), Sink()]
+    for sink in sinks:
+        executor.submit(make_request(prompt(), stop=LONG), sink)
+    await until(lambda: all(sink.outputs for sink in sinks))
+    executor._engine.llm._executor._died(RuntimeError("MPI worker rank 0 exited unexpectedly"))
+    await until(lambda: all(sink.ended for sink in sinks))
+    assert all(isinstance(sink.outputs[-1].error, WorkerLost) for sink in sinks)
+    with pytest.raises(EngineDied, match="MPI worker rank 0 exited unexpectedly"):
+        await executor.failed
+    with pytest.raises(Unavailable):
+        executor.submit(make_request(prompt()), Sink())
+    assert executor.describe()["engine"] == "dead"
+
+
+async def test_an_idle_engine_that_dies_is_noticed(opened: Opener) -> None:
+    executor = await opened()
+    executor._engine.llm._executor._fatal_error = RuntimeError("out of memory")
+    await until(lambda: executor.failed.done())
+    with pytest.raises(EngineDied, match="out of memory"):
+        await executor.failed
+
+
+async def test_an_engine_that_is_silent_even_to_a_canary_is_given_up(opened: Opener) -> None:
+    executor = await opened(config={"engine_stall_s": 0.3})
+    await asyncio.sleep(1.0)
+    assert not executor.failed.done(), "canaries keep an idle engine alive"
+    executor._engine.llm._executor.submit = lambda *_: None
+    sink = Sink()
+    executor.submit(make_request(prompt()), sink)
+    await until(lambda: sink.ended)
+    assert isinstance(sink.outputs[-1].error, WorkerLost)
+    with pytest.raises(EngineDied, match="not even one token"):
+        await executor.failed
+
+
+async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynserve.executors.trtllm import watch
+
+    monkeypatch.setattr(watch, "HEALTH_EVERY", 0.05)
+    executor = await opened()
+    executor._engine.llm._check_health = lambda: False
+    await until(lambda: executor.failed.done())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": Sampling(logit_bias={99999: 1.0})}, "token 99999 is not one of 0 to 2047"),
+        ({"guide": Guide(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
+        ({"adapter": "nobody"}, "no adapter 'nobody'"),
+        ({"pool": "mean"}, "no embeddings"),
+    ],
+)
+async def test_what_cannot_run_is_the_requests_fault(opened: Opener, changes: dict[str, Any], message: str) -> None:
+    executor = await opened()
+    with pytest.raises(BadRequest, match=message):
+        async for _ in generate(executor, make_request(prompt(), **changes)):
+            pass
+    sink, _ = await asked(executor, make_request(prompt()))
+    assert len(sink.tokens) == 8
+
+
+async def test_a_grammar_behind_a_thought_needs_the_engines_own_parser(opened: Opener) -> None:
+    thought = {"begin": 5, "end": 6, "open": False}
+    guide = msgspec.convert({"kind": "regex", "text": "[0-9]+", "thought": thought}, Guide)
+    with pytest.raises(BadRequest, match="reasoning_parser"):
+        (await opened()).submit(make_request(prompt(), guide=guide), Sink())
+    executor = await opened(reasoning_parser="qwen3")
+    sink, _ = await asked(executor, make_request(prompt(), guide=guide))
+    assert sink.outputs[-1].error is None
+
+
+async def test_without_a_grammar_backend_guides_are_refused(opened: Opener) -> None:
+    executor = await opened(guided_decoding_backend=None)
+    assert not executor.limits.guides
+    with pytest.raises(BadRequest, match="grammar"):
+        executor.submit(make_request(prompt(), guide=Guide(kind="regex", text="a")), Sink())
+
+
+async def test_an_adapter_answers_differently_and_shares_no_blocks(opened: Opener, tmp_path: Path) -> None:
+    adapter = tmp_path / "french"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"bias": {"444": 1000.0}}')
+    executor = await opened(config={"lora_adapters": f"french={adapter}"})
+    assert executor.limits.adapters == ("french",)
+    found: list[KvEvent] = []
+    executor.listen_kv(found.extend)
+    plain, _ = await asked(executor, make_request(prompt()))
+    request = make_request(prompt(), adapter="french")
+    other, _ = await asked(executor, request)
+    assert other.tokens == [444] * 8 != plain.tokens
+    assert other.outputs[-1].cached_tokens == 0
+    await until(lambda: set(rolling_hashes(request.prompt, 32, adapter_salt("french", ""))) <= applied(found))
+    prefill = await opened(config={"lora_adapters": f"french={adapter}"})
+    _, rest = await handed_over(prefill, executor, request)
+    assert rest.tokens == [444] * 7 and executor.counters()["kv_transfers_done_total"] == 1
+
+
+async def test_ranks_of_attention_parallelism_are_targets_of_their_own(opened: Opener) -> None:
+    executor = await opened(
+        config={"tensor_parallel_size": 2}, enable_attention_dp=True, kv_cache_config={"max_tokens": 3200}
+    )
+    first, second = executor.targets
+    assert first is executor and first is not second
+    found: dict[int, list[KvEvent]] = {0: [], 1: []}
+    for at, target in enumerate(executor.targets):
+        target.listen_kv(found[at].extend)
+    request = make_request(prompt())
+    await asked(second, request)
+    await until(lambda: applied(found[1]) == set(rolling_hashes(request.prompt, 32)))
+    assert found[0] == []
+    cached, _ = await asked(second, request)
+    cold, _ = await asked(first, request)
+    assert (cached.outputs[-1].cached_tokens, cold.outputs[-1].cached_tokens) == (64, 0)
+
+
+def test_priorities_keep_their_order_within_the_engines_range() -> None:
+    found = [priority_of(p) for p in (-(2**40), -3, -1, 0, 1, 2, 2**40)]
+    assert found == sorted(found) and priority_of(0) == 0.5
+    assert all(0 <= p <= 1 for p in found)
+
+
+async def test_a_priority_is_passed_where_there_is_one(either: Opener) -> None:
+    executor = await either(scheduler_config={} if "1.2" in _version() else {"waiting_queue_policy": "priority"})
+    sink, _ = await asked(executor, make_request(prompt(), priority=5))
+    assert len(sink.tokens) == 8
+
+
+def _version() -> str:
+    import os
+
+    return os.environ.get("TRTLLM_DOUBLE_VERSION", "")
+
+
+@pytest.mark.parametrize(
+    ("engine", "error", "message"),
+    [
+        ({"kv_cache_config": {"free_gpu_memory_fraction": 3}}, ConfigError, "between 0 and 1"),
+        (
+            {"max_batch_size": "many"},
+            ConfigError,
+            "--override-engine-args: max_batch_size: Input should be a valid integer",
+        ),
+        ({"kv_cache_config": {"max_tokns": 3}}, ConfigError, "did you mean max_tokens"),
+        ({"tensor_parallel_size": 64}, InternalError, "could not start.*GPUs"),
+    ],
+)
+async def test_what_the_engine_refuses_is_said_before_weights_are_loaded(
+    opened: Opener, engine: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        await opened(**engine)
+
+
+async def test_without_the_package_it_is_said_how_to_get_it() -> None:
+    assert "tensorrt_llm" not in sys.modules
+    with pytest.raises(ConfigError, match="release image, or pip install tensorrt-llm==1.3.0rc29"):
+        async with open_executor(WorkerConfig(executor="trtllm"), "w"):
+            pass
+
+
+async def test_a_step_of_several_tokens_and_a_slow_reader_lose_nothing(opened: Opener) -> None:
+    executor = await opened(stream_interval=5)
+    request = make_request(prompt(), stop=Stop(max_tokens=23, ignore_eos=True))
+    sink, _ = await asked(executor, request)
+    assert [len(output.token_ids) for output in sink.outputs] == [5, 5, 5, 5, 3]
+    plain, _ = await asked(await opened(), request)
+    assert sink.tokens == plain.tokens and unpack_tokens(request.prompt) == prompt()
+
+
+async def test_a_sink_that_raises_costs_only_its_request(opened: Opener) -> None:
+    executor = await opened()
+
+    def broken(output: Output) -> None:
+        raise ValueError("a fault of the renderer")
+
+    executor.submit(make_request(prompt(), stop=LONG), broken)
+    await until(lambda: executor.load().running == 0)
+    assert not executor.failed.done()
+    sink, _ = await asked(executor, make_request(prompt()))
+    assert len(sink.tokens) == 8

@@ -1,0 +1,239 @@
+"""TensorRT-LLM's KV events into ours: the quirks of the stream, and a property over whole histories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from dynserve.executors.trtllm.kv_events import KvStream, KvStreams
+from dynserve.routing.hashing import adapter_salt, rolling_hashes
+from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.requests import pack_tokens
+
+SIZE = 4
+A, B, C = list(range(4)), list(range(4, 8)), list(range(8, 12))
+
+
+class Engine:
+    """Writes events as TensorRT-LLM does, one id after the other."""
+
+    def __init__(self, window: int = 1024, rank: int | None = None) -> None:
+        self.window, self.rank, self.next = window, rank, 0
+
+    def event(self, data: dict[str, Any], window: int | None = None) -> dict[str, Any]:
+        event: dict[str, Any] = {"event_id": self.next, "window_size": window or self.window, "data": data}
+        if self.rank is not None:
+            event["attention_dp_rank"] = self.rank
+        self.next += 1
+        return event
+
+    def created(self, window: int | None = None) -> dict[str, Any]:
+        return self.event({"type": "created", "num_blocks_per_cache_level": [100, 0]}, window)
+
+    def stored(
+        self, *chain: list[int], parent: int | None = None, first: int = 1 << 63, window: int | None = None, **more: Any
+    ) -> dict[str, Any]:
+        data = {
+            "type": "stored",
+            "parent_hash": parent,
+            "blocks": [
+                {
+                    "type": "stored_block",
+                    "block_hash": first + at,
+                    "tokens": [{"type": "unique_token", "token_id": t, "token_extra_id": 0} for t in tokens],
+                    "cache_level": 0,
+                    "priority": 35,
+                    **{k: v for k, v in more.items() if k != "lora_name"},
+                }
+                for at, tokens in enumerate(chain)
+            ],
+        }
+        return self.event(data | ({"lora_name": more["lora_name"]} if "lora_name" in more else {}), window)
+
+    def removed(self, *names: int) -> dict[str, Any]:
+        return self.event({"type": "removed", "block_hashes": list(names)})
+
+
+def hashes(*blocks: list[int], salt: str = "") -> list[int]:
+    return rolling_hashes(pack_tokens([t for block in blocks for t in block]), SIZE, salt)
+
+
+BIG = 1 << 63
+
+
+def test_a_chain_becomes_our_rolling_hashes() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    found = stream.translate([engine.created(), engine.stored(A, B), engine.stored(C, parent=BIG + 1, first=77)])
+    a, b, c = hashes(A, B, C)
+    assert found == [Stored(None, [a, b]), Stored(b, [c])]
+
+
+def test_names_are_unsigned_and_may_be_text() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    event = engine.stored(A, first=(1 << 64) - 1)
+    text = engine.stored(B)
+    text["data"]["blocks"][0]["block_hash"] = "sha256:ab"
+    gone = engine.removed((1 << 64) - 1)
+    assert stream.translate([event, text, gone]) == [
+        Stored(None, hashes(A)), Stored(None, hashes(B)), Removed(hashes(A)),
+    ]  # fmt: skip
+
+
+def test_a_salt_and_an_adapter_name_other_blocks() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    events = [engine.stored(A, cache_salt="tenant"), engine.stored(A, first=1, lora_name="french", cache_salt=None)]
+    assert stream.translate(events) == [
+        Stored(None, hashes(A, salt="tenant")), Stored(None, hashes(A, salt=adapter_salt("french", ""))),
+    ]  # fmt: skip
+
+
+def test_a_childs_salt_is_its_parents() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    events = [engine.stored(A, cache_salt="t"), engine.stored(B, parent=BIG, first=5, cache_salt="t")]
+    assert stream.translate(events)[-1] == Stored(hashes(A, salt="t")[0], hashes(A, B, salt="t")[1:])
+
+
+def test_a_partial_block_and_all_behind_it_are_left_out() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    found = stream.translate([engine.stored(A, [4, 5], B), engine.stored(C, parent=BIG + 2, first=99)])
+    assert found == [Stored(None, hashes(A))]
+    assert stream.orphans == 0, "what hangs on a partial block is not lost"
+    assert stream.translate([engine.removed(BIG + 1, BIG + 2, 99)]) == []
+
+
+def test_a_partial_block_that_is_filled_comes_under_another_name() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.stored(A, [4, 5])])
+    found = stream.translate([engine.removed(BIG + 1), engine.stored(B, parent=BIG, first=7)])
+    assert found == [Stored(hashes(A)[0], hashes(A, B)[1:])]
+
+
+def test_blocks_of_images_are_left_out() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    image = engine.stored(A)
+    image["data"]["blocks"][0]["tokens"][2]["token_extra_id"] = 9
+    keyed = engine.stored(B, first=5, mm_keys=[{"type": "mm_key", "hash": "ff"}])
+    assert stream.translate([image, keyed]) == []
+
+
+def test_windows_other_than_the_largest_are_ignored() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    events = [engine.created(128), engine.created(), engine.stored(A, window=128, first=3), engine.stored(A)]
+    assert stream.translate(events)[-1] == Stored(None, hashes(A))
+    assert stream.blocks == 1
+
+
+def test_a_gap_in_ids_clears_even_when_the_event_would_be_ignored() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.created(), engine.stored(A)])
+    engine.next += 1
+    assert stream.translate([engine.created(128)]) == [Cleared()]
+    assert (stream.gaps, stream.blocks) == (1, 0)
+
+
+def test_after_a_gap_a_stored_child_proves_that_its_prefix_is_there() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.stored(A, B)])
+    engine.next += 3
+    found = stream.translate([engine.stored(C, parent=BIG + 1, first=50)])
+    a, b, c = hashes(A, B, C)
+    assert found == [Cleared(), Stored(None, [a, b]), Stored(b, [c])]
+
+
+def test_a_child_of_something_unknown_is_left_out_and_counted() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    assert stream.translate([engine.stored(A, parent=12345)]) == []
+    assert stream.orphans == 1
+
+
+def test_ids_that_begin_again_are_a_restart() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.created(), engine.stored(A)])
+    again = Engine()
+    assert stream.translate([again.created(), again.stored(B, first=9)]) == [Cleared(), Stored(None, hashes(B))]
+
+
+def test_children_go_before_their_parents_and_with_them() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    a, b, c = hashes(A, B, C)
+    stream.translate([engine.stored(A, B, C)])
+    assert stream.translate([engine.removed(BIG, BIG + 1, BIG + 2)]) == [Removed([c, b, a])]
+    stream.translate([engine.stored(A, B, C)])
+    assert stream.translate([engine.removed(BIG + 1)]) == [Removed([c, b])]
+    assert stream.translate([engine.removed(BIG + 2)]) == []
+
+
+def test_a_block_of_another_level_is_still_there() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    diff = {"type": "event_diff", "new_value": 1, "old_value": 0}
+    updated = {"type": "updated", "block_hash": BIG, "cache_level": diff, "priority": None}
+    assert stream.translate([engine.stored(A), engine.event(updated)]) == [Stored(None, hashes(A))]
+
+
+def test_an_event_that_cannot_be_understood_is_like_a_lost_one() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.stored(A)])
+    assert stream.translate([engine.event({"type": "stored", "blocks": [{}]})]) == [Cleared()]
+
+
+def test_ranks_are_apart() -> None:
+    first, second = Engine(rank=0), Engine(rank=1)
+    streams = KvStreams(SIZE, 2)
+    found = streams.translate([first.stored(A), second.stored(B), first.stored(C, first=8)])
+    assert found == {0: [Stored(None, hashes(A)), Stored(None, hashes(C))], 1: [Stored(None, hashes(B))]}
+    second.next += 1
+    assert streams.translate([second.stored(B), first.stored(A)]) == {1: [Cleared(), Stored(None, hashes(B))]}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["store", "remove", "lose"]), st.integers(0, 9)), max_size=60))
+def test_what_is_told_is_never_more_than_what_is_there(history: list[tuple[str, int]]) -> None:
+    """A tree of prefixes grows and shrinks at its leaves; some events are lost. Whatever we tell of is a prefix-closed part
+    of it, and all of it once nothing was lost."""
+    engine, stream = Engine(), KvStream(SIZE)
+    there: dict[tuple[int, ...], int] = {}  # path -> name
+    told: set[int] = set()
+    lost = False
+
+    def ours(path: tuple[int, ...]) -> list[int]:
+        return hashes(*[[step] * SIZE for step in path])
+
+    for what, at in history:
+        paths = [(), *there]
+        if what == "store":
+            path = (*paths[at % len(paths)], at)
+            if path in there:
+                continue
+            parent = there.get(path[:-1])
+            there[path] = name = BIG + hash(path) % 1000003
+            event = engine.stored([at] * SIZE, parent=parent, first=name)
+        else:
+            leaves = [path for path in there if not any(other[: len(path)] == path != other for other in there)]
+            if not leaves:
+                continue
+            event = engine.removed(there.pop(leaves[at % len(leaves)]))
+            if what == "lose":
+                lost = True
+                continue
+        told = applied(told, stream.translate([event]))
+        real = {ours(path)[-1] for path in there}
+        assert told <= real
+        assert all(set(ours(path)) <= told for path in there if ours(path)[-1] in told)
+        if not lost:
+            assert told == real
+
+
+def applied(told: set[int], events: list[KvEvent]) -> set[int]:
+    told = set(told)
+    for event in events:
+        match event:
+            case Stored(parent=parent, hashes=new):
+                assert parent is None or parent in told
+                told |= set(new)
+            case Removed(hashes=gone):
+                told -= set(gone)
+            case Cleared():
+                told = set()
+    return told
