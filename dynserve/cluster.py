@@ -19,7 +19,7 @@ from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.frontend.frontend import Frontend
 from dynserve.openai.model_files import digest, read_model_files
 from dynserve.transport.planes import MemoryWorld
-from dynserve.worker.worker import Worker, new_instance_id, serving_worker
+from dynserve.worker.worker import Worker, named_targets, new_instance_id, serving_worker
 
 READY_TIMEOUT = 60.0  # seconds
 
@@ -103,16 +103,18 @@ class Cluster:
         config = WorkerConfig(**(options | changes))
         id_ = new_instance_id(role)
         executor = await stack.enter_async_context(open_executor(config, id_, self._transceivers))
-        opened = serving_worker(config, executor, self._world.open(), id_, "memory:")
-        worker = await stack.enter_async_context(opened)
-        self.workers.append(worker)
-        return worker
+        workers = [
+            await stack.enter_async_context(serving_worker(config, target, self._world.open(), name, "memory:"))
+            for name, target in named_targets(id_, executor)
+        ]
+        self.workers += workers
+        return workers[0]
 
     async def _ready(self) -> None:
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 for frontend in self.frontends:
-                    while sum(peer.usable for peer in frontend.fleet.peers.values()) < len(self._roles):
+                    while sum(peer.usable for peer in frontend.fleet.peers.values()) < len(self.workers):
                         await asyncio.sleep(0.005)
         except TimeoutError:
             raise TimedOut(f"the cluster was not ready within {READY_TIMEOUT:.0f} s") from None

@@ -55,8 +55,8 @@ async def running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """A group of one is its one error, however deep."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+    """A group of one is its one error, however deep; the same error by two ways is one."""
+    while isinstance(error, BaseExceptionGroup) and len(set(map(id, error.exceptions))) == 1:
         error = error.exceptions[0]
     return error
 

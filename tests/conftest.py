@@ -30,10 +30,12 @@ MODEL = TINY_MODEL.name
 class Process:
     """A child that dies with the test."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as out:
-            self._popen = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+            self._popen = subprocess.Popen(
+                command, stdout=out, stderr=out, start_new_session=True, env=os.environ | (env or {})
+            )
         self.pid = self._popen.pid
 
     def alive(self) -> bool:
@@ -101,11 +103,12 @@ class Deployment:
         self.base = f"http://127.0.0.1:{self.port}"
         self.planes = ["--etcd-url", etcd_url, "--nats-url", nats_url, "--namespace", namespace]
         self.processes: list[Process] = []
+        self.env: dict[str, str] = {}  # beside the test's own
 
     def run(self, module: str, *flags: str) -> Process:
         self._count += 1
         log = self._folder / f"{module}-{self._count}.log"
-        process = Process([sys.executable, "-m", f"dynserve.{module}", *self.planes, *flags], log)
+        process = Process([sys.executable, "-m", f"dynserve.{module}", *self.planes, *flags], log, self.env)
         self.processes.append(process)
         return process
 

@@ -88,7 +88,7 @@ async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> Non
     for role in ("prefill", "prefill", "decode", "decode"):
         deployment.worker(role, engine=tight)
     deployment.wait_for(4)
-    bodies = [ask(case["prompt"]) for case in GOLDEN] + [ask(case["prompt"][:30], 200) for case in GOLDEN[:30]]
+    bodies = [ask(case["prompt"]) for case in GOLDEN] + [ask(case["prompt"][:30], 200) for case in GOLDEN[:16]]
     roomy = await texts(deployment.base, bodies[50:], 1)
     found = await texts(deployment.base, bodies, 32)
     assert found[:50] == [golden_text(case) for case in GOLDEN]

@@ -281,7 +281,7 @@ class Worker:
 
     async def watch_engine(self) -> None:
         """Ends the worker with the engine's own error."""
-        await self.executor.failed
+        await asyncio.shield(self.executor.failed)  # the end of this task is not the engine's
 
     async def warm_up(self) -> None:
         """One short answer through this worker's own endpoint: from here on, ready means serving.
@@ -420,3 +420,9 @@ async def serving_worker(
 def new_instance_id(role: str) -> str:
     """Readable in logs and unique: `prefill-1f6c0a52b9d3`."""
     return f"{role.replace('_', '-')}-{token_hex(6)}"
+
+
+def named_targets(instance_id: str, executor: Executor) -> list[tuple[str, Executor]]:
+    """What routers choose among, by instance id: several where one engine has several KV caches."""
+    targets = executor.targets
+    return [(instance_id if len(targets) == 1 else f"{instance_id}-{at}", one) for at, one in enumerate(targets)]

@@ -238,6 +238,7 @@ class TrtllmExecutor:
             sink, call.sink = call.sink, None
             if sink is not None:
                 sink(Output([], error=WorkerLost("the worker's engine died")))
+        self._handoffs.cancel_all()  # nobody will be able to take them
 
     def close(self) -> None:
         self._handoffs.cancel_all()

@@ -28,6 +28,7 @@ from dynserve.wire.requests import Handoff, TokenLogprob, pack_tokens, unpack_to
 from . import _messages as m
 
 PARTIALS = 6  # partial blocks that are kept
+SERVERS: list[Server] = []  # of this process, for tests that look at what an engine really holds
 
 
 class Transceivers(TcpTransceivers):
@@ -69,6 +70,11 @@ class Server:
         self._live: dict[int, Live] = {}
         self._ranks: list[Rank] = []
         self._wake = asyncio.Event()
+        SERVERS.append(self)
+
+    @property
+    def free_blocks(self) -> int:
+        return sum(rank.engine.load().free_blocks for rank in self._ranks)
 
     async def run(self) -> None:
         self._sock.setblocking(False)

@@ -1,0 +1,131 @@
+"""A whole cluster with TensorRT-LLM workers, in one process, on the double."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynserve import Cluster
+from tests.conftest import MODEL, until
+from tests.test_cluster import ASK, nothing_is_left
+
+ENGINE = {"cache_transceiver_config": {"backend": "NIXL"}, "kv_cache_config": {"max_tokens": 6400}}
+
+pytestmark = pytest.mark.usefixtures("trtllm_double")
+
+
+def cluster(**how: Any) -> Cluster:
+    return Cluster(**({"prefill": 1, "decode": 1, "executor": "trtllm", "engine": ENGINE} | how))
+
+
+async def test_a_pair_answers_and_counts_its_hand_offs() -> None:
+    async with cluster() as c, c.client() as client:
+        for body in (ASK, ASK | {"n": 2}, ASK | {"logprobs": True, "top_logprobs": 3}):
+            answer = (await client.post("/v1/chat/completions", json=body)).json()
+            assert {choice["message"]["content"] for choice in answer["choices"]} == {"7"}
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [3]}}}
+        answer = (await client.post("/v1/chat/completions", json=ASK | {"response_format": form})).json()
+        assert json.loads(answer["choices"][0]["message"]["content"]) == 3
+        prefill, decode = c.workers
+        await nothing_is_left(c)
+        assert prefill.executor.counters()["handoffs_delivered_total"] == 5
+        assert decode.executor.counters()["kv_transfers_done_total"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"cache_transceiver_config": {"backend": "NIXL", "transceiver_runtime": "CPP"}},
+            "transceiver runtime is CPP on this worker and PYTHON on prefill-",
+        ),
+        (
+            {"cache_transceiver_config": {"backend": "UCX"}},
+            "transceiver backend is UCX on this worker and NIXL on prefill-",
+        ),
+        ({"kv_cache_config": {"dtype": "fp8"}}, "KV cache dtype is fp8 on this worker and bfloat16 on prefill-"),
+        ({"kv_cache_config": {"tokens_per_block": 64}}, "tokens_per_block is 64 on this worker and 32 on prefill-"),
+    ],
+)
+async def test_workers_that_cannot_hand_over_to_each_other_are_refused_with_both_values(
+    change: dict[str, Any], said: str
+) -> None:
+    async with cluster() as c, c.client() as client:
+        worker = await c.add_worker("decode", override_engine_args=json.dumps(ENGINE | change))
+        peers = c.frontend.fleet.peers
+        await until(lambda: worker.id in peers and peers[worker.id].problem not in ("", "loading"))
+        assert said in peers[worker.id].problem
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
+        told = {i["id"]: i["state"] for i in (await client.get("/health")).json()["instances"]}
+        assert told[worker.id].startswith("refused: it cannot hand over KV caches here")
+
+
+async def test_another_version_is_refused_until_the_old_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    async with cluster() as c:
+        for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", "1.2.1")
+        worker = await c.add_worker("decode", override_engine_args=json.dumps(ENGINE))
+        peers = c.frontend.fleet.peers
+        await until(lambda: "refused" in peers[worker.id].problem)
+        assert "tensorrt_llm is 1.2.1 on this worker and 1.3.0rc29 on" in peers[worker.id].problem
+        for old in c.workers[:2]:
+            link = peers[old.id].link
+            assert link is not None
+            peers[old.id].leaving = True
+            c.frontend.fleet.lost(link, "gone")
+        await until(lambda: peers[worker.id].problem == "")
+        link.abort("gone")
+
+
+async def test_an_adapter_is_a_model_of_its_own_to_clients(tmp_path: Path) -> None:
+    adapter = tmp_path / "french"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"bias": {"444": 1000.0}}')
+    async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
+        await c.add_worker(
+            "prefill_and_decode", override_engine_args=json.dumps(ENGINE), lora_adapters=f"french={adapter}"
+        )
+        fleet = c.frontend.fleet
+        await until(lambda: len(fleet.targets("french", "prefill_and_decode")) == 1)
+        assert len(fleet.targets(MODEL, "prefill_and_decode")) == 2
+        models = (await client.get("/v1/models")).json()["data"]
+        assert [(m["id"], m.get("parent")) for m in models] == [(MODEL, None), ("french", MODEL)]
+        body = {"prompt": list(range(300, 370)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        answers = [
+            (await client.post("/v1/completions", json=body | {"model": name})).json()
+            for name in (MODEL, "french", "french")
+        ]
+        assert answers[0]["choices"][0]["text"] != answers[1]["choices"][0]["text"] == answers[2]["choices"][0]["text"]
+        assert [a["model"] for a in answers] == [MODEL, "french", "french"]
+        cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
+        assert cached == [0, 0, 64], "an adapter's blocks are not the model's"
+        missing = await client.post("/v1/completions", json=body | {"model": "frensh"})
+        assert missing.status_code == 404 and "did you mean french?" in missing.json()["error"]["message"]
+
+
+async def test_ranks_of_attention_parallelism_are_routed_to_by_what_they_hold() -> None:
+    engine = {"enable_attention_dp": True, "tensor_parallel_size": 2, "kv_cache_config": {"max_tokens": 3200}}
+    async with cluster(prefill=0, decode=0, aggregated=1, engine=engine) as c, c.client() as client:
+        first, second = (worker.id for worker in c.workers)
+        assert (first[-2:], second[-2:], first[:-2]) == ("-0", "-1", second[:-2])
+        prompts = [list(range(start, start + 100)) for start in range(300, 1900, 100)]
+
+        async def ask(prompt: list[int]) -> tuple[str, int]:
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": 2}
+            answer = await client.post("/v1/completions", json=body, headers={"x-dynserve-explain": "1"})
+            why = json.loads(answer.headers["x-dynserve-decision"]) if "x-dynserve-decision" in answer.headers else None
+            if why is None:
+                why = (await client.get(f"/v1/requests/{answer.headers['x-request-id']}/why")).json()
+            cached: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return why["placements"][0]["worker"], cached
+
+        went = [await ask(prompt) for prompt in prompts]
+        assert {worker for worker, _ in went} == {first, second}
+        await until(lambda: len(c.frontend.router.index) == 48)
+        assert [await ask(prompt) for prompt in prompts] == [(worker, 96) for worker, _ in went]
