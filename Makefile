@@ -22,6 +22,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/router.py $(ARGS)
 	$(BIN)/python benchmarks/plane.py $(ARGS)
+	$(BIN)/python benchmarks/trtllm.py $(ARGS)
 	$(BIN)/python benchmarks/preprocess.py $(ARGS)
 	$(BIN)/python benchmarks/shared_prompts.py $(ARGS)
 

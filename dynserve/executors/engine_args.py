@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import msgspec
 
 from dynserve.config import WorkerConfig, nearest
 from dynserve.errors import ConfigError
+from dynserve.executors.trtllm.names import ARGS, KV_CACHE, OLD, TRANSCEIVER, Schema
 
 log = logging.getLogger(__name__)
 
@@ -70,38 +70,11 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 # Right for TensorRT-LLM, without a meaning here; a file that is shared between executors may hold them.
-_TRTLLM_ONLY = frozenset(
-    [
-        "attention_dp_config",
-        "attn_backend",
-        "backend",
-        "batch_wait_timeout_ms",
-        "cuda_graph_config",
-        "disable_overlap_scheduler",
-        "dtype",
-        "enable_attention_dp",
-        "enable_autotuner",
-        "enable_iter_perf_stats",
-        "enable_iter_req_stats",
-        "guided_decoding_backend",
-        "load_format",
-        "max_beam_width",
-        "moe_config",
-        "moe_expert_parallel_size",
-        "moe_tensor_parallel_size",
-        "pipeline_parallel_size",
-        "print_iter_log",
-        "pytorch_backend_config",
-        "return_perf_metrics",
-        "scheduler_config",
-        "skip_tokenizer_init",
-        "speculative_config",
-        "stream_interval",
-        "tensor_parallel_size",
-        "torch_compile_config",
-        "trust_remote_code",
-    ]
-)
+_TRTLLM_ONLY = frozenset(ARGS.keys() | OLD) - frozenset(EngineArgs.__struct_fields__)
+_NESTED: dict[str, tuple[type[msgspec.Struct], Schema]] = {
+    "kv_cache_config": (KvCache, KV_CACHE),
+    "cache_transceiver_config": (CacheTransceiver, TRANSCEIVER),
+}
 
 
 def engine_args(config: WorkerConfig) -> EngineArgs:
@@ -147,36 +120,21 @@ def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
             continue
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), [*known, *_TRTLLM_ONLY])}")
-        if nested := {"kv_cache_config": KvCache, "cache_transceiver_config": CacheTransceiver}.get(key):
-            value = _nested(value, nested.__struct_fields__, key, where)
-            into[key] = into.get(key, {}) | value
+        if key in _NESTED:
+            into[key] = into.get(key, {}) | _nested(value, key, where)
         else:
             into[key] = value
 
 
-def _nested(value: Any, known: Iterable[str], key: str, where: str) -> dict[str, Any]:
+def _nested(value: Any, key: str, where: str) -> dict[str, Any]:
+    ours, theirs = _NESTED[key]
+    known = ours.__struct_fields__
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: {key} must hold keys and values, not {value!r}")
     for name in value:
-        if name not in known and name not in _NESTED_TRTLLM_ONLY:
+        if name not in known and name not in theirs:
             raise ConfigError(f"{where}: unknown key {name!r} in {key}{nearest(str(name), known)}")
     return {name: item for name, item in value.items() if name in known}
-
-
-_NESTED_TRTLLM_ONLY = frozenset(
-    [
-        "enable_partial_reuse",
-        "copy_on_partial_reuse",
-        "max_attention_window",
-        "host_cache_size",
-        "event_buffer_max_size",
-        "dtype",
-        "max_gpu_total_bytes",
-        "secondary_offload_min_priority",
-        "transceiver_runtime",
-        "kv_transfer_sender_future_timeout_ms",
-    ]
-)
 
 
 def _yaml(path: str) -> dict[str, Any]:
