@@ -75,7 +75,7 @@ class Backoff:
         return wait * random.uniform(0.75, 1.25)
 
 
-async def detached(call: Callable[..., T], *args: Any) -> T:
+def detached(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     """Runs a blocking call in a thread of its own, which nothing waits for: neither a deadline of the caller's nor the
     end of the process. For calls of others' code that may never return."""
     loop = asyncio.get_running_loop()
@@ -99,7 +99,7 @@ async def detached(call: Callable[..., T], *args: Any) -> T:
             loop.call_soon_threadsafe(tell, result, failure)
 
     threading.Thread(target=work, name=getattr(call, "__name__", "detached"), daemon=True).start()
-    return await done
+    return done
 
 
 async def persist(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,23 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(deploy: Any) -> Non
 PARTS = ("etcd", "nats", "frontend", "worker")
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(PARTS)), ids="-".join)
-def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, order: tuple[str, ...]) -> None:
-    etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
-    deployment: Deployment = deploy(etcd.url, nats.url)
+ORDERS = list(itertools.permutations(PARTS))
+
+
+@pytest.mark.parametrize("orders", list(zip(ORDERS[::2], ORDERS[1::2], strict=True)), ids=lambda o: "-".join(o[0]))
+def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, orders: list[tuple[str, ...]]) -> None:
+    """Two at a time, on as many cores."""
+    clusters = []
+    for number, order in enumerate(orders):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        etcd, nats = Server("etcd", folder), Server("nats", folder)
+        clusters.append((order, etcd, nats, deploy(etcd.url, nats.url)))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda found: answers_when_started_in_order(*found), clusters)) == [200, 200]
+
+
+def answers_when_started_in_order(order: tuple[str, ...], etcd: Server, nats: Server, deployment: Deployment) -> int:
     starters: dict[str, Any] = {
         "etcd": etcd.start,
         "nats": nats.start,
@@ -242,13 +256,8 @@ def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, order: tuple
             starters[part]()
             time.sleep(0.1)
         deployment.wait_for(1, seconds=20)
-        answer = httpx.post(
-            f"{deployment.base}/v1/chat/completions",
-            json={"model": MODEL, "messages": CHAT},
-            timeout=10,
-            trust_env=False,
-        )
-        assert answer.status_code == 200
+        url = f"{deployment.base}/v1/chat/completions"
+        return httpx.post(url, json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False).status_code
     finally:
         deployment.stop()
         etcd.kill()

@@ -69,6 +69,13 @@ class TrtllmEngine:
         self._canaries = count(1)
         self.targets: Sequence[Target] = ()
 
+    @property
+    def guessed_blocks(self) -> int:
+        """For a version that can neither be asked for the cache's size nor tells it in rows, because those are off."""
+        args = self.llm.args
+        tokens = args.kv_cache_config.max_tokens or args.max_num_tokens * args.max_batch_size
+        return max(1, int(tokens) // self.block_size)
+
     async def start(self) -> None:
         """Its first token, which also arms what the pump reads.
 

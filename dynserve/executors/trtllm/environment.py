@@ -27,8 +27,7 @@ _CUDA_FOLDERS = (
     "/usr/lib64", "/usr/lib/wsl/lib", "/usr/local/cuda/compat/lib.real", "/usr/local/cuda/compat",
 )  # fmt: skip
 _NIXL_PLUGINS = (
-    "/opt/nvidia/nvda_nixl/lib*/plugins", "/opt/nvidia/nvda_nixl/lib/*/plugins", "/usr/local/nixl/lib*/plugins",
-    "/usr/local/nixl/lib/*/plugins", "/usr/lib/*/plugins",
+    "/opt/nvidia/nvda_nixl/lib*/**/plugins", "/usr/local/nixl/lib*/**/plugins", "/usr/lib/*-linux-gnu/plugins",
 )  # fmt: skip
 _SHOWN = ("TRITON_LIBCUDA_PATH", "LC_ALL", "NIXL_PLUGINS_DIR", "LD_LIBRARY_PATH", "UCX_TLS", "UCX_NET_DEVICES")
 _CUDA_TRANSPORTS = ("cuda", "all", "^")
@@ -119,7 +118,12 @@ def check_nixl(environ: MutableMapping[str, str]) -> None:
             f"NIXL_PLUGINS_DIR={named} holds no libplugin_*.so: NIXL would crash there. Unset it to use the packaged ones, "
             "or name the folder that has libplugin_UCX.so"
         )
-    if named or nixl_plugin_folders():
+    folders = [named] if named else nixl_plugin_folders()
+    if len(folders) > 1:
+        log.warning(
+            "several NIXL installations (%s): mixed ones crash; choose with NIXL_PLUGINS_DIR", ", ".join(folders)
+        )
+    if folders:
         return
     raise ConfigError(
         "no NIXL plugins are installed (libplugin_UCX.so was not found beside tensorrt_llm, in nixl's wheels or under "
@@ -134,14 +138,14 @@ def nixl_plugin_folders() -> list[str]:
     for package in ("tensorrt_llm", "nixl", "nixl_cu12", "nixl_cu13"):
         spec = find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec is not None else []:
-            patterns += [f"{root}/libs/nixl/plugins", f"{root}/libs/nixl/lib/*/plugins"]
+            patterns += [f"{root}/libs/**/plugins", f"{root}/plugins", f"{root}/*.libs/plugins"]
     for root in sys.path:
-        if root.endswith("site-packages"):
-            patterns.append(f"{root}/.nixl*.libs/plugins")
-            patterns.append(f"{root}/nixl*.libs/plugins")
+        if root.endswith(("site-packages", "dist-packages")):
+            patterns += [f"{root}/.nixl*.libs/plugins", f"{root}/nixl*.libs/plugins"]
     if (library := ctypes.util.find_library("nixl")) and os.path.isabs(library):
         patterns.append(str(Path(library).parent / "plugins"))
-    return sorted({folder for pattern in patterns for folder in glob.glob(pattern) if _plugins(folder)})
+    found = {folder for pattern in patterns for folder in glob.glob(pattern, recursive=True) if _plugins(folder)}
+    return sorted(map(os.path.realpath, found))
 
 
 def _plugins(folder: str) -> list[str]:

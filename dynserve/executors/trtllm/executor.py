@@ -162,7 +162,7 @@ class TrtllmExecutor:
     @property
     def limits(self) -> Limits:
         engine, args = self._engine, self._engine.llm.args
-        blocks = self.stats.total_blocks or engine.total_blocks
+        blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
         return Limits(
             engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
             adapters=tuple(self._terms.adapters), pairing=engine.pairing if engine.disaggregates else {},

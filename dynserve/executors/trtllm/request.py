@@ -97,7 +97,7 @@ def prompt_of(request: GenerateRequest, *, prior: bool = False) -> list[int]:
 def salt_of(request: GenerateRequest) -> str:
     """A request that looks at its whole prompt must find nothing of it in the cache: tokens there have no logits."""
     if request.sampling.prompt_logprobs:
-        return f"{request.cache_salt}\0{request.id}"
+        return f"{request.cache_salt}:whole:{request.id}"
     return request.cache_salt
 
 

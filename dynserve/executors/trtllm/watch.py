@@ -48,19 +48,20 @@ class Watch:
 
     async def ask_health(self) -> None:
         """The engine's own check, which notices dead processes that nobody waits for."""
+        asked: asyncio.Future[bool] | None = None
         while True:
             await asyncio.sleep(HEALTH_EVERY)
-            try:
-                async with asyncio.timeout(HEALTH_TIMEOUT):
-                    healthy = await detached(self._llm._check_health)
-            except TimeoutError:
+            asked = asked or detached(self._llm._check_health)
+            done, _ = await asyncio.wait([asked], timeout=HEALTH_TIMEOUT)
+            if not done:
                 continue  # it waits for a dead process, or a busy one: `look` finds out
-            except Exception as error:
-                log.debug("_check_health: %s", error)
+            if (error := asked.exception()) is not None:
+                log.warning("the engine's own health check cannot be used: %s: %s", type(error).__name__, error)
                 return
-            if not healthy:
+            if not asked.result():
                 self._dead("its own health check says so")
                 return
+            asked = None
 
     async def _answers(self) -> bool:
         asked = self._clock()

@@ -104,20 +104,24 @@ def prompt(length: int = 70, first: int = 300) -> list[int]:
     return list(range(first, first + length))
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"sampling": Sampling(temperature=0.0, logprobs=2)},
+    {"sampling": Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=7)},
+    {"sampling": Sampling(temperature=0.0, logit_bias={400: 100.0}), "stop": Stop(max_tokens=3, token_ids=(401,))},
+    {"guide": Guide(kind="regex", text="[0-9]{6}")},
+    {"cache_salt": "tenant"},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampling": Sampling(temperature=0.0, logprobs=2)},
-        {"sampling": Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=7)},
-        {"sampling": Sampling(temperature=0.0, logit_bias={400: 100.0}), "stop": Stop(max_tokens=3, token_ids=(401,))},
-        {"guide": Guide(kind="regex", text="[0-9]{6}")},
-        {"cache_salt": "tenant"},
-    ],
+    ("version", "changes"),
+    [("1.3.0rc29", change) for change in CHANGES] + [("1.2.1", change) for change in CHANGES[:2]],
 )
 async def test_both_phases_together_answer_as_one_worker_and_as_the_torch_executor(
-    either: Opener, changes: dict[str, Any]
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, version: str, changes: dict[str, Any]
 ) -> None:
-    prefill, decode, both = await either(), await either(), await either()
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", version)
+    prefill, decode, both = await opened(), await opened(), await opened()
     request = make_request(prompt(), **changes)
     whole, _ = await asked(both, request)
     first, rest = await handed_over(prefill, decode, request)
