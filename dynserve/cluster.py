@@ -19,7 +19,7 @@ from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.frontend.frontend import Frontend
 from dynserve.openai.model_files import digest, read_model_files
 from dynserve.transport.planes import MemoryWorld
-from dynserve.worker.worker import Worker, named_targets, new_instance_id, serving_worker
+from dynserve.worker.worker import Worker, new_instance_id, serving_targets
 
 READY_TIMEOUT = 60.0  # seconds
 
@@ -103,10 +103,8 @@ class Cluster:
         config = WorkerConfig(**(options | changes))
         id_ = new_instance_id(role)
         executor = await stack.enter_async_context(open_executor(config, id_, self._transceivers))
-        workers = [
-            await stack.enter_async_context(serving_worker(config, target, self._world.open(), name, "memory:"))
-            for name, target in named_targets(id_, executor)
-        ]
+        serving = serving_targets(config, executor, self._world.open(), id_, "memory:")
+        workers = await stack.enter_async_context(serving)
         self.workers += workers
         return workers[0]
 

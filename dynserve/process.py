@@ -93,6 +93,11 @@ def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: st
     except DynserveError as error:
         log.error("%s", error)
         code = error.exit_code
+    except SystemExit:
+        raise
+    except BaseException:
+        log.exception("the process ends with an error that nobody expected")
+        code = 1
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)

@@ -39,6 +39,7 @@ class Output(msgspec.Struct, gc=False):
     prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
+    left: bool = False  # with the first output of a decode request: its hand-off was not taken, and is still open
     embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pool`
 
 
@@ -56,6 +57,7 @@ class Limits(NamedTuple):
     vocab_size: int
     guides: bool = False  # grammars can be followed
     embedding_size: int = 0  # 0: it makes no embeddings
+    kv_events: bool = True  # it tells what its cache holds, when it is asked to
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
 

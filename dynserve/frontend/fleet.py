@@ -28,6 +28,7 @@ from dynserve.wire.link import (
     Finished,
     FromWorker,
     Hello,
+    Left,
     Snapshot,
     SnapshotRequest,
     SubmitReply,
@@ -46,13 +47,14 @@ _HANDING_OVER = ("prefill", "decode")
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
-    __slots__ = ("_cut", "_timer", "ack", "channel", "peer", "stream")
+    __slots__ = ("_cut", "_timer", "ack", "channel", "left", "peer", "stream")
 
     def __init__(self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         self.peer, self.stream, self._cut = peer, stream, cut
         self.channel: Channel[Record] = Channel(bound)
         self.ack: asyncio.Future[Ack] = loop.create_future()
+        self.left = False  # the hand-off that it was given was not taken
         peer.replies[stream] = self
         self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
 
@@ -261,6 +263,9 @@ class Fleet:
                 reply = peer.replies.get(stream)
                 if reply is not None and not reply.ack.done():
                     reply.ack.set_result(ack)
+            case Left(stream=stream):
+                if (reply := peer.replies.get(stream)) is not None:
+                    reply.left = True
             case Snapshot():
                 self.feeds.snapshot(peer.id, message)
             case _:
@@ -283,7 +288,8 @@ class Fleet:
         self._peer_of[link] = peer
         link.send(Welcome(self._id))
         self.feeds.joined(peer.id, hello.epoch)
-        self._let_in(peer)
+        if peer.instance is not None:
+            self._check(peer)  # against those that are there by now
         if len(messages) > 1:
             self.received(link, messages[1:])
 
@@ -336,11 +342,31 @@ class Fleet:
             theirs = other.instance
             if other is peer or theirs is None or not other.usable or theirs.role not in _HANDING_OVER:
                 continue
-            if theirs.card.model != ours.card.model or not theirs.card.pairing:
+            if theirs.card.model != ours.card.model or not self._complete(theirs.card):
                 continue
             if found := unlike(ours.card.pairing, theirs.card.pairing, "this worker", other.id):
                 return f"it cannot hand over KV caches here: {found}"
         return None
+
+    def _complete(self, card: Card) -> bool:
+        """Whether workers of this kind are there for both phases: the last of a kind that is leaving keeps nobody out."""
+        roles = {
+            peer.instance.role
+            for peer in self.peers.values()
+            if peer.usable
+            and peer.instance is not None
+            and (peer.instance.card.model, peer.instance.card.pairing) == (card.model, card.pairing)
+        }
+        return bool(card.pairing) and roles >= set(_HANDING_OVER)
+
+    def paired(self, targets: list[Target], worker: str) -> list[Target]:
+        """Those that can take over from a worker; all of them when none can, and will have to compute."""
+        peer = self.peers.get(worker)
+        if peer is None or peer.instance is None or not peer.instance.card.pairing:
+            return targets
+        pairing = peer.instance.card.pairing
+        found = [t for t in targets if (p := self.peers[t.worker].instance) is not None and p.card.pairing == pairing]
+        return found or targets
 
     def _look_again(self, gone: Peer) -> None:
         """One that went may have been what kept others out."""

@@ -127,6 +127,7 @@ class Run:
         self._placed: list[Placed] = []
         self._cancelled: DynserveError | None = None
         self._scope: asyncio.Timeout | None = None
+        self._refused = False  # the last worker that was asked has said that it did not begin
         self.outcome = "finished"
         self.tokens: list[int] = []  # all that the client was given, to continue elsewhere
 
@@ -159,9 +160,14 @@ class Run:
         if last is None or last.handoff is None:
             return
         prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
-        prefilled = self._replies[-1]
+        prefilled, done = self._replies[-1], False
         async for burst in self._phase("decode", "decode", prior, last.handoff):
-            prefilled.taken()
+            if not done:
+                done = True
+                if self._replies[-1].left:
+                    prefilled.close()  # its blocks are of no use to anybody
+                else:
+                    prefilled.taken()
             yield burst
 
     async def _enter(self) -> None:
@@ -228,13 +234,17 @@ class Run:
             targets = local or [t for t in pipeline.fleet.targets(model, role) if t.worker not in excluded]
             if not targets:
                 break
+            if handoff is not None:
+                targets = pipeline.fleet.paired(list(targets), handoff.owner)
             why = "local prefill" if local else ""
             placed = pipeline.router.place(self._ask, phase, targets, self._clock(), why=why)
             self._placed.append(placed)
             placement = self.decision.placed(placed)
             started = False
+            peer = pipeline.fleet.peers[placed.worker]
+            self._refused = False
             try:
-                reply = await self._start(phase, pipeline.fleet.peers[placed.worker], prior, handoff)
+                reply = await self._start(phase, peer, prior, handoff)
                 while burst := await reply.channel.take():
                     if not started:
                         started = True
@@ -255,6 +265,8 @@ class Run:
                     raise
                 error = failure
                 excluded.add(placed.worker)
+                if not self._refused and peer.instance is not None and peer.instance.card.pairing:
+                    handoff = None  # that worker may have begun to take it: a second one must not
                 pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)
             finally:
@@ -296,7 +308,9 @@ class Run:
             pool=prompt.pool,
         )
         try:
-            self._raise_unless_accepted(peer, await self._submit(peer, request, reply))
+            ack = await self._submit(peer, request, reply)
+            self._refused = not isinstance(ack, Accepted)
+            self._raise_unless_accepted(peer, ack)
         except DynserveError:
             reply.close()  # a worker that was only slow must not begin later
             raise

@@ -86,6 +86,12 @@ class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
     pass
 
 
+class Left(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """A decode stream begins without the hand-off that it was given: whoever left that one still holds its blocks."""
+
+    stream: int
+
+
 # frontend to worker
 
 
@@ -122,7 +128,7 @@ class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
-FromWorker = Hello | Tokens | Finished | Failed | SubmitReply | Snapshot | WorkerPing
+FromWorker = Hello | Tokens | Finished | Failed | SubmitReply | Snapshot | Left | WorkerPing
 FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | Taken | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into

@@ -15,7 +15,7 @@ from dynserve.openai.model_files import check_model_folder
 from dynserve.process import Stop, run_role
 from dynserve.transport.planes import open_planes
 from dynserve.worker.system import system_app
-from dynserve.worker.worker import Worker, named_targets, new_instance_id, serving_worker
+from dynserve.worker.worker import Worker, new_instance_id, serving_targets
 
 log = logging.getLogger("dynserve.worker")
 
@@ -33,9 +33,7 @@ async def run(config: WorkerConfig, stop: Stop) -> None:
         planes = await stack.enter_async_context(open_planes(config, instance_id))
         await importing
         executor = await stack.enter_async_context(open_executor(config, instance_id))
-        for name, target in named_targets(instance_id, executor):
-            serving_it = serving_worker(config, target, planes, name, system_url)
-            workers.append(await stack.enter_async_context(serving_it))
+        workers += await stack.enter_async_context(serving_targets(config, executor, planes, instance_id, system_url))
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s leaves: finishing what it has", instance_id)

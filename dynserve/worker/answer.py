@@ -14,7 +14,7 @@ from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.formats.embedding import embedding_item
 from dynserve.openai.render import Renderer
 from dynserve.transport.base import Link
-from dynserve.wire.link import Failed, Finished, Tokens, Usage
+from dynserve.wire.link import Failed, Finished, Left, Tokens, Usage
 from dynserve.wire.requests import GenerateRequest
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,10 @@ class Answer:
         if output.embedding:
             self._embedded(output)
             return
-        self._first = self._first or output
+        if self._first is None:
+            self._first = output
+            if output.left:
+                self.link.send(Left(self.request.stream))
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)

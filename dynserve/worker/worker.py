@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -92,7 +92,7 @@ class Worker:
             max_batch_size=limits.max_batch_size,
             eos_token_ids=eos_token_ids(Path(self.config.model_path)),
             files=self._file_digests,
-            kv_events=self.config.kv_events,
+            kv_events=self.config.kv_events and limits.kv_events,
             parity=self._parity,
             tool_parser=self._tool_parser,
             reasoning_parser=self._reasoning_parser,
@@ -422,7 +422,34 @@ def new_instance_id(role: str) -> str:
     return f"{role.replace('_', '-')}-{token_hex(6)}"
 
 
-def named_targets(instance_id: str, executor: Executor) -> list[tuple[str, Executor]]:
-    """What routers choose among, by instance id: several where one engine has several KV caches."""
+@asynccontextmanager
+async def serving_targets(
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
+) -> AsyncIterator[list[Worker]]:
+    """A worker for each target of the executor: one, or several where an engine has several KV caches. Those leave
+    together: while one drains, another must not be given anything new."""
     targets = executor.targets
-    return [(instance_id if len(targets) == 1 else f"{instance_id}-{at}", one) for at, one in enumerate(targets)]
+    if len(targets) == 1:
+        async with serving_worker(config, executor, planes, instance_id, system_url) as worker:
+            yield [worker]
+        return
+    leave = asyncio.Event()
+    async with task_group() as tasks:
+        serving = []
+        for at, target in enumerate(targets):
+            ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
+            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url)
+            serving.append((tasks.create_task(_serve_until(one, ready, leave)), ready))
+        try:
+            yield [await ready for _, ready in serving]
+        finally:
+            leave.set()
+            await asyncio.wait([task for task, _ in serving])
+
+
+async def _serve_until(
+    opened: AbstractAsyncContextManager[Worker], ready: asyncio.Future[Worker], leave: asyncio.Event
+) -> None:
+    async with opened as worker:
+        ready.set_result(worker)
+        await leave.wait()

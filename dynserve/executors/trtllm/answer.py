@@ -7,6 +7,7 @@ from typing import Any
 
 from dynserve.errors import DynserveError, HandoffMismatch, InternalError, TimedOut
 from dynserve.executors.base import Output
+from dynserve.executors.trtllm.request import wants_prompt
 from dynserve.wire.requests import GenerateRequest, TokenLogprob
 
 UNLIKELY = -9999.0  # for a token that the engine gave no probability of; JSON has no infinity
@@ -16,14 +17,15 @@ class Cursor:
     """Reads one result. `stops` are the tokens that end an answer, the engine's end of turn first; `known` are tokens
     that the client has already and that the engine says again."""
 
-    __slots__ = ("_entries", "_known", "_logprobs", "_prompt", "_request", "_seen", "_stops", "_top")
+    __slots__ = ("_again", "_entries", "_known", "_logprobs", "_prompt", "_request", "_seen", "_stops", "_top")
 
     def __init__(self, request: GenerateRequest, stops: Sequence[int], known: Sequence[int] = ()) -> None:
         self._request, self._stops, self._known = request, stops, list(known)
         self._seen = self._entries = 0
+        self._again = bool(known)
         self._logprobs, self._top = request.sampling.logprobs is not None, request.sampling.logprobs or 0
         # whether those of the prompt are wanted, and still to come
-        self._prompt = request.sampling.prompt_logprobs and request.prior is None
+        self._prompt = wants_prompt(request)
 
     def read(self, result: Any) -> Output | None:
         """What is new in the result, or None when nothing is.
@@ -74,8 +76,10 @@ class Cursor:
             self._prompt = False
             found = prompt_entries(self._request.prompt, output.prompt_logprobs, self._top)
         tokens, entries = output.token_ids, output.logprobs
-        for at in range(self._entries, min(self._entries + count, len(entries))):
-            found.append(entry_of(tokens[at], entries[at], self._top))
+        # a version may have none of the tokens that the context phase gave
+        lacking = max(0, len(tokens) - len(entries)) if self._again else 0
+        for at in range(self._entries, min(self._entries + count, len(entries) + lacking)):
+            found.append(entry_of(tokens[at], entries[at - lacking], self._top))
         self._entries += count
         return found
 
@@ -104,7 +108,7 @@ def read_context(result: Any, cursor: Cursor) -> Output | None:
     tokens = list(output.token_ids)
     if reason not in ("not_finished", "length"):
         return cursor.last(output, tokens, reason or "nothing said")
-    if others or params is None or params.ctx_request_id is None or params.disagg_request_id is None:
+    if others or params is None or params.ctx_request_id is None:
         return Output(tokens, error=InternalError("the context phase left no hand-off that could be taken"))
     return Output(tokens, "handoff", cursor.logprobs(output, len(tokens)))
 

@@ -26,6 +26,7 @@ from dynserve.wire.events import KvEvent
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
+CAPACITY_TIMEOUT = 30.0  # seconds
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
 CANARY_SALT = "dynserve-canary"
@@ -48,24 +49,26 @@ class TrtllmEngine:
     """What the executors of all ranks share. `start` before the first request, `close` after the last."""
 
     def __init__(
-        self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, pairing: Mapping[str, str], tasks: OwnedTasks
-    ) -> None:
+        self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, pairing: Mapping[str, str],
+        capacity: Mapping[str, int], tasks: OwnedTasks,
+    ) -> None:  # fmt: skip
         self.llm, self.api, self.pairing, self.tasks = llm, api, pairing, tasks
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ids = global_ids(instance_id)
         args = llm.args
         transceiver = args.cache_transceiver_config
         self.disaggregates = transceiver is not None and transceiver.backend is not None
-        capacity = llm.get_kv_cache_capacity() if hasattr(llm, "get_kv_cache_capacity") else {}
         self.block_size: int = capacity.get("tokensPerBlock") or args.kv_cache_config.tokens_per_block
         # 0 until a row of statistics says it, on versions that cannot be asked
         self.total_blocks: int = capacity.get("maxNumBlocks") or 0
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
-        tells = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
-        self._streams = KvStreams(self.block_size, self.ranks) if tells else None
-        self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die)
+        self.tells_kv: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
+        self._streams = KvStreams(self.block_size, self.ranks) if self.tells_kv else None
+        self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die, tasks)
         self._pump = Pump(llm, self._streams, self._told)
-        self.heard = self._watch.heard
+        self.heard, self.alive = self._watch.heard, self._watch.alive
+        self._watching: list[asyncio.Task[None]] = []
+        self.closing = False
         self._canaries = count(1)
         self.targets: Sequence[Target] = ()
 
@@ -96,14 +99,19 @@ class TrtllmEngine:
         except Exception as error:
             raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
         self._watch.heard()
-        self.tasks.create_task(self._watch.look())
-        self.tasks.create_task(self._watch.ask_health())
+        self._watch.start()
+        watching = (self._watch.beat(), self._watch.look(), self._watch.ask_health())
+        self._watching = [self.tasks.create_task(one) for one in watching]
 
     async def close(self) -> None:
         """A dead engine is left alone: its own clean-up may wait for ever."""
         self._pump.stop()
+        self._watch.stop()
+        for task in self._watching:
+            task.cancel()
         for target in self.targets:
             target.close()
+        self.closing = True  # from here on nothing is asked of it
         if self.failed.done():
             return
         try:
@@ -138,9 +146,20 @@ class TrtllmEngine:
         try:
             async for _ in result:
                 self._watch.heard()
+        except api.request_error as error:  # whoever refuses is alive
+            log.warning("the canary was refused: %s", error)
         except asyncio.CancelledError:
-            result.abort()
+            self.abort(result)
             raise
+
+    def abort(self, result: Any) -> None:
+        """Of a request; nothing is asked of an engine that is dead or shut down."""
+        if self.closing or self.failed.done():
+            return
+        try:
+            result.abort()
+        except Exception as error:
+            log.warning("an abort failed: %s: %s", type(error).__name__, error)
 
     def losses(self, rank: int) -> tuple[int, int]:
         """Gaps in a rank's KV events, and blocks that were told of without their parents."""
@@ -159,6 +178,19 @@ class TrtllmEngine:
             if rank < len(self.targets):
                 self.targets[rank].stats.take(row, now)
                 self.total_blocks = self.targets[rank].stats.total_blocks
+
+
+async def capacity_of(llm: Any) -> Mapping[str, int]:
+    """What the KV cache holds, from versions that can be asked."""
+    if not hasattr(llm, "get_kv_cache_capacity"):
+        return {}
+    try:
+        async with asyncio.timeout(CAPACITY_TIMEOUT):
+            found: Mapping[str, int] = await detached(llm.get_kv_cache_capacity)
+            return found
+    except Exception as error:
+        log.warning("the engine does not tell its cache's size (%s: %s)", type(error).__name__, error)
+        return {}
 
 
 def global_ids(instance_id: str) -> Iterator[int]:

@@ -40,7 +40,7 @@ from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
 from dynserve.executors.trtllm.api import Api, import_api
-from dynserve.executors.trtllm.engine import TrtllmEngine, pairing_of
+from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of, pairing_of
 from dynserve.executors.trtllm.environment import check_nixl, prepare
 from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, sampling_of
 from dynserve.executors.trtllm.stats import Stats
@@ -78,7 +78,7 @@ async def open_executor(config: WorkerConfig, instance_id: str, transceivers: ob
     llm = await detached(partial(_build, api, arguments, given))
     async with task_group() as tasks:
         pairing = pairing_of(api, llm, config.model_path, backend)
-        engine = TrtllmEngine(llm, api, config, instance_id, pairing, tasks)
+        engine = TrtllmEngine(llm, api, config, instance_id, pairing, await capacity_of(llm), tasks)
         engine.targets = targets = tuple(TrtllmExecutor(engine, config, instance_id, at) for at in range(engine.ranks))
         try:
             await engine.start()
@@ -116,6 +116,8 @@ class _Call:
         "began",
         "context",
         "cursor",
+        "id",
+        "left",
         "local",
         "made",
         "request",
@@ -130,6 +132,8 @@ class _Call:
         self.sink: Sink | None = sink  # None: nobody listens any more
         self.made = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client has
         self.context = self.local = self.answered = False
+        self.left = False  # its hand-off was not taken
+        self.id = 0  # of the hand-off that a context phase leaves
         self.result: Any = None
         self.cursor: Cursor
         self.task: asyncio.Task[None]
@@ -165,7 +169,8 @@ class TrtllmExecutor:
         blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
         return Limits(
             engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
-            adapters=tuple(self._terms.adapters), pairing=engine.pairing if engine.disaggregates else {},
+            adapters=tuple(self._terms.adapters), kv_events=engine.tells_kv, pairing=engine.pairing if
+            engine.disaggregates else {},
         )  # fmt: skip
 
     @property
@@ -215,9 +220,11 @@ class TrtllmExecutor:
             call.timer = self._loop.call_later(limit, self._transfer_overdue, ticket, call, limit)
         elif request.phase == "prefill" and request.stop.max_tokens > 1:
             call.context = True
-            self._start(ticket, call, self._params(state.CONTEXT))
+            context = self._params(state.CONTEXT)
+            call.id = context.disagg_request_id
+            self._start(ticket, call, context)
         else:
-            call.local = True
+            call.local, call.left = True, request.phase == "decode"
             self._start(ticket, call, self._params(state.BOTH))
         return ticket
 
@@ -252,7 +259,7 @@ class TrtllmExecutor:
             raise ContextTooLong("the prompt is empty")
         if length >= self._max_seq_len:
             raise ContextTooLong(f"{length} tokens leave no room in a context of {self._max_seq_len}")
-        if not args.enable_chunked_prefill and args.max_num_tokens and length > args.max_num_tokens:
+        if request.phase != "decode" and not args.enable_chunked_prefill and length > (args.max_num_tokens or length):
             raise ContextTooLong(
                 f"{length} tokens are over max_num_tokens={args.max_num_tokens}; "
                 "set enable_chunked_prefill to take longer prompts"
@@ -274,7 +281,8 @@ class TrtllmExecutor:
             belongs = (request.id, name, len(request.prompt) // 4)
             if (handoff.request_id, handoff.sequence_hash, handoff.num_tokens) != belongs:
                 raise HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
-            params = state.unpack(handoff.state, engine.pairing, engine.api)
+            known = request.prior.logprobs if request.prior is not None else []
+            params = state.unpack(handoff.state, engine.pairing, engine.api, known)
             if params.disagg_request_id != handoff.id:
                 raise HandoffMismatch(f"hand-off {handoff.id} carries the state of {params.disagg_request_id}")
         except HandoffError as error:
@@ -297,22 +305,26 @@ class TrtllmExecutor:
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
         most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
-        sampling = sampling_of(
-            request, self._terms, max_tokens=1 if call.context else most,
-            min_tokens=max(0, request.stop.min_tokens - done),
-        )  # fmt: skip
+        args = self._engine.llm.args
+        if call.left and not args.enable_chunked_prefill and len(prompt) > (args.max_num_tokens or len(prompt)):
+            raise Unavailable("the hand-off was not taken, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
-        call.result = self._generate(prompt, sampling, keywords_of(request, self._terms, params), call)
+        least = max(0, request.stop.min_tokens - done)
+        call.result = self._generate(prompt, params, call, 1 if call.context else most, least)
         self._calls[ticket] = call
         self._inside += 1
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
-    def _generate(self, prompt: list[int], sampling: Any, keywords: dict[str, Any], call: _Call) -> Any:
-        engine = self._engine
+    def _generate(self, prompt: list[int], params: Any, call: _Call, most: int, least: int) -> Any:
+        engine, request = self._engine, call.request
         try:
+            sampling = sampling_of(request, self._terms, max_tokens=most, min_tokens=least)
+            keywords = keywords_of(request, self._terms, params)
             return engine.llm.generate_async(prompt, sampling, streaming=not call.context, **keywords)
-        except (engine.api.request_error, ValueError, TypeError, NotImplementedError) as error:
+        except DynserveError:
+            raise
+        except (engine.api.request_error, ValueError, NotImplementedError) as error:
             raise BadRequest(str(error)) from error
         except Exception as error:
             if engine.api.engine_dead is not None and isinstance(error, engine.api.engine_dead):
@@ -334,15 +346,13 @@ class TrtllmExecutor:
                 if call.sink is not None:
                     self._give(ticket, call)
         except asyncio.CancelledError:
-            result.abort()
+            if self._may_abort(call):
+                engine.abort(result)
             raise
         except engine.api.request_error as error:
             self._request_failed(ticket, call, error)
-        except HandoffMismatch as error:
-            self._let_go_of(ticket, call)
-            self._compute_here(ticket, call, error)
-        except Exception as error:  # no fault of this request: the engine is gone
-            engine.die(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            await self._engine_failed(ticket, call, error)
         finally:
             self._inside -= 1
             self._stop_timer(call)
@@ -350,34 +360,53 @@ class TrtllmExecutor:
     def _answered(self, call: _Call) -> None:
         call.answered = True
         if call.sink is None:
-            call.result.abort()  # it was asked for before it was safe
+            self._engine.abort(call.result)  # it was asked for before it was safe
             return
         self._stop_timer(call)
         if call.request.phase == "decode" and not call.local:
             self._transfers["done"] += 1
 
     def _give(self, ticket: int, call: _Call) -> None:
-        sink, request = call.sink, call.request
-        output = read_context(call.result, call.cursor) if call.context else call.cursor.read(call.result)
+        sink = call.sink
+        try:
+            output = self._output(ticket, call)
+        except HandoffMismatch as error:
+            self._let_go_of(ticket, call)
+            self._compute_here(ticket, call, error)
+            return
+        except Exception as error:  # a result that cannot be read is a fault of ours, and of this request only
+            log.exception("request %s: its result cannot be read", call.request.id)
+            self._let_go_of(ticket, call)
+            self._fail(ticket, call, InternalError(f"the engine's result cannot be read: {type(error).__name__}"))
+            return
         if output is None or sink is None:
             return
-        if not output.reason:
-            over = call.made + len(output.token_ids) - request.stop.max_tokens
-            if over >= 0 and output.error is None:
-                self._end_here(ticket, call, output, over)
-        if not call.made or output.reason is not None:
-            note_costs(output, call.result, self._loop.time() - call.began)
-        call.made += len(output.token_ids)
-        if output.reason == "handoff":
-            self._hand_over(ticket, call, output)
         if output.reason is not None or output.error is not None:
             self._calls.pop(ticket, None)
             call.sink = None
         try:
             sink(output)
         except Exception:  # a request's fault must not be taken for the engine's
-            log.exception("request %s: its output could not be delivered", request.id)
+            log.exception("request %s: its output could not be delivered", call.request.id)
             self.abort(ticket)
+
+    def _output(self, ticket: int, call: _Call) -> Output | None:
+        """What is new, as it goes to the client."""
+        output = read_context(call.result, call.cursor) if call.context else call.cursor.read(call.result)
+        if output is None:
+            return None
+        first = not self._has_given(call)
+        if output.reason != "handoff" and output.error is None:
+            over = call.made + len(output.token_ids) - call.request.stop.max_tokens
+            if over > 0 or (over == 0 and output.reason is None):
+                self._end_here(ticket, call, output, over)
+        if first or output.reason is not None:
+            note_costs(output, call.result, self._loop.time() - call.began)
+        output.left = first and call.left
+        call.made += len(output.token_ids)
+        if output.reason == "handoff":
+            self._hand_over(ticket, call, output)
+        return output
 
     def _end_here(self, ticket: int, call: _Call, output: Output, over: int) -> None:
         """The engine may not count the token of the context phase: the answer ends where it was to end."""
@@ -391,18 +420,29 @@ class TrtllmExecutor:
     def _hand_over(self, ticket: int, call: _Call, output: Output) -> None:
         params = call.result.outputs[0].disaggregated_params
         request = call.request
-        packed = state.pack(params, self._engine.pairing, self._engine.api)
-        output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=params.disagg_request_id)
+        packed = state.pack(params, call.id, self._engine.pairing, self._engine.api)
+        output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.id)
         self._contexts[ticket] = call
         self._held_tokens += len(request.prompt) // 4
 
     def _handoff_ended(self, ticket: int, how: End) -> None:
         call = self._contexts.pop(ticket)
         self._held_tokens -= len(call.request.prompt) // 4
-        if how is not End.DELIVERED and not self.failed.done():
-            call.result.abort()  # there is no other way to have the engine give up its blocks
+        if how is not End.DELIVERED:
+            self._engine.abort(call.result)  # there is no other way to have the engine give up its blocks
 
     # what goes wrong
+
+    async def _engine_failed(self, ticket: int, call: _Call, error: Exception) -> None:
+        """An error that says nothing of whose fault it is. A dead engine has said so, or gives no token any more: then all
+        of its requests may go elsewhere. Otherwise this one would bring down one worker after the other."""
+        engine = self._engine
+        dead = engine.api.engine_dead
+        if (dead is not None and isinstance(error, dead)) or not await engine.alive():
+            engine.die(f"{type(error).__name__}: {error}")
+            return
+        log.error("request %s: its result ended with %s: %s", call.request.id, type(error).__name__, error)
+        self._fail(ticket, call, InternalError(f"the engine's result ended with an error: {type(error).__name__}"))
 
     def _request_failed(self, ticket: int, call: _Call, error: Exception) -> None:
         if call.request.phase == "decode" and not call.local and not self._has_given(call):
@@ -429,11 +469,10 @@ class TrtllmExecutor:
             return
         self._note_failure(call.request, error)
         again = _Call(call.request, sink, call.began)
-        again.local = True
+        again.local = again.left = True
         try:
             self._start(ticket, again, self._params(state.BOTH))
         except DynserveError as failure:
-            again.result = call.result
             self._fail(ticket, again, failure)
 
     def _fail(self, ticket: int, call: _Call, error: DynserveError) -> None:
@@ -463,9 +502,16 @@ class TrtllmExecutor:
         if not keep_sink:
             call.sink = None
         self._stop_timer(call)
-        call.timer = self._loop.call_later(ABORT_TIMEOUT, call.task.cancel)
-        if call.answered or call.local or call.context:
-            call.result.abort()
+        limit, handoff = ABORT_TIMEOUT, call.request.handoff
+        if self._may_abort(call):
+            self._engine.abort(call.result)
+        elif handoff is not None:  # the engine has its own time limit for a transfer, and after that it answers
+            limit = handoff.ttl_s + TRANSFER_GRACE
+        call.timer = self._loop.call_later(limit, call.task.cancel)
+
+    @staticmethod
+    def _may_abort(call: _Call) -> bool:
+        return call.answered or call.local or call.context
 
     @staticmethod
     def _stop_timer(call: _Call) -> None:

@@ -41,6 +41,8 @@ class KvStream:
         self._present: dict[int | str, _Block] = {}
         self._before_gap: dict[int | str, _Block] = {}
         self._left_out: dict[int | str, None] = {}
+        # how many names there are of one block of ours: versions that do not tell salts have one for each
+        self._names: dict[int, int] = {}
         self.gaps = self.orphans = 0
 
     @property
@@ -99,7 +101,11 @@ class KvStream:
             known = self._present.get(name)
             if known is None:
                 known = self._add(name, parent, above, tokens, _seed(data, block))
-                stored.append(known.hash)
+                if self._names[known.hash] == 1:
+                    stored.append(known.hash)
+                elif stored:
+                    found.append(Stored(first, stored))
+                    stored = []
             elif stored:  # the chain goes on from a block that was there
                 found.append(Stored(first, stored))
                 stored = []
@@ -122,6 +128,7 @@ class KvStream:
         self._present[name] = block
         self._before_gap.pop(name, None)
         self._left_out.pop(name, None)
+        self._names[block.hash] = self._names.get(block.hash, 0) + 1
         if block.parent is not None:
             self._present[block.parent].children += 1
 
@@ -142,7 +149,16 @@ class KvStream:
         for key, old in chain:
             old.children = 0
             self._put(key, old)
-        found.append(Stored(first, [old.hash for _, old in chain]))
+        told: list[int] = []
+        for _, old in chain:
+            if self._names[old.hash] == 1:
+                told.append(old.hash)
+                continue
+            if told:
+                found.append(Stored(first, told))
+            first, told = old.hash, []
+        if told:
+            found.append(Stored(first, told))
         return chain[-1][1]
 
     def _removed(self, names: list[int | str], found: list[KvEvent]) -> None:
@@ -156,15 +172,20 @@ class KvStream:
                 continue  # went with its parent
             if block.children:
                 gone += self._drop_below(name)
-            gone.append(self._drop(name))
+            gone += self._drop(name)
         if gone:
             found.append(Removed(gone))
 
-    def _drop(self, name: int | str) -> int:
+    def _drop(self, name: int | str) -> list[int]:
+        """Our hash of it, unless it has another name still."""
         block = self._present.pop(name)
         if block.parent is not None and (above := self._present.get(block.parent)) is not None:
             above.children -= 1
-        return block.hash
+        self._names[block.hash] -= 1
+        if self._names[block.hash]:
+            return []
+        del self._names[block.hash]
+        return [block.hash]
 
     def _drop_below(self, name: int | str) -> list[int]:
         """Nothing can be reached beyond a block that is gone."""
@@ -174,10 +195,10 @@ class KvStream:
             if block.parent in below:
                 below.add(key)
         below.discard(name)
-        return [self._drop(key) for key, _ in reversed(ordered) if key in below]
+        return [hash_ for key, _ in reversed(ordered) if key in below for hash_ in self._drop(key)]
 
     def _forget(self, found: list[KvEvent]) -> None:
-        self._before_gap, self._present = self._present, {}
+        self._before_gap, self._present, self._names = self._present, {}, {}
         found[:] = [Cleared()]
 
     def _leave_out(self, blocks: list[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dynserve.errors import BadRequest
+from dynserve.errors import BadRequest, Unavailable
 from dynserve.executors.trtllm.api import Api
 from dynserve.wire.requests import GenerateRequest, Guide, unpack_tokens
 
@@ -58,7 +58,8 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         "frequency_penalty": sampling.frequency_penalty or None,
         "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None,
         "logprobs": sampling.logprobs,
-        "prompt_logprobs": (sampling.logprobs or 0) if sampling.prompt_logprobs else None,
+        # 0 would give none of them; a decode request has no states of its prompt
+        "prompt_logprobs": max(1, sampling.logprobs or 0) if wants_prompt(request) else None,
         "embedding_bias": _bias(sampling.logit_bias, terms.vocab_size) if sampling.logit_bias else None,
         "guided_decoding": _guided(request.guide, terms) if request.guide is not None else None,
     }
@@ -70,7 +71,7 @@ def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> d
     """The other keywords of `generate_async`, as far as this version has them.
 
     Raises:
-        BadRequest: an adapter that this worker does not have.
+        Unavailable: an adapter that this worker does not have.
     """
     api = terms.api
     found: dict[str, Any] = {"disaggregated_params": disaggregated}
@@ -83,7 +84,7 @@ def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> d
     if request.adapter:
         adapter = terms.adapters.get(request.adapter)
         if adapter is None:
-            raise BadRequest(f"this worker has no adapter {request.adapter!r}", param="model")
+            raise Unavailable(f"this worker has no adapter {request.adapter!r}")
         found["lora_request"] = api.lora(request.adapter, adapter.number, adapter.path)
     return {name: value for name, value in found.items() if name in api.keywords and value is not None}
 
@@ -99,6 +100,11 @@ def salt_of(request: GenerateRequest) -> str:
     if request.sampling.prompt_logprobs:
         return f"{request.cache_salt}:whole:{request.id}"
     return request.cache_salt
+
+
+def wants_prompt(request: GenerateRequest) -> bool:
+    """Whether log-probabilities of the prompt are to come, and have not come yet."""
+    return request.sampling.prompt_logprobs and request.prior is None
 
 
 def priority_of(priority: int) -> float:

@@ -6,7 +6,7 @@ sides must have in common, because TensorRT-LLM's own messages carry no version.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from dynserve.errors import HandoffMismatch, translate
 from dynserve.executors.trtllm.api import Api
 from dynserve.wire import MALFORMED
 from dynserve.wire.discovery import unlike
+from dynserve.wire.requests import TokenLogprob
 
 CONTEXT, GENERATION, BOTH = "context_only", "generation_only", "context_and_generation"
 
@@ -42,16 +43,17 @@ _decode = msgspec.msgpack.Decoder(_State).decode
 _NOT_OURS: dict[type[BaseException], Any] = dict.fromkeys(MALFORMED, HandoffMismatch)
 
 
-def pack(params: Any, pairing: Mapping[str, str], api: Api) -> bytes:
-    """The params that a context phase has left."""
-    plain = _Plain(**{name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over})
+def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
+    """The params that a context phase has left. `id_` is what it was given: not every version says it again."""
+    found = {name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over}
+    plain = _Plain(**(found | {"disagg_request_id": id_}))
     entries = params.first_gen_log_probs
     logprobs = [[(id_, e.logprob, e.rank) for id_, e in entry.items()] for entry in entries] if entries else None
     return _encode(_State(pairing=dict(pairing), plain=plain, logprobs=logprobs))
 
 
-def unpack(state: bytes, pairing: Mapping[str, str], api: Api) -> Any:
-    """Params for the generation phase.
+def unpack(state: bytes, pairing: Mapping[str, str], api: Api, known: Sequence[TokenLogprob] = ()) -> Any:
+    """Params for the generation phase. `known` are log-probabilities of the first tokens, for versions that leave them out.
 
     Raises:
         HandoffMismatch: it was made by another executor, or by one that differs; the text names both values.
@@ -64,4 +66,13 @@ def unpack(state: bytes, pairing: Mapping[str, str], api: Api) -> Any:
     logprobs = None
     if found.logprobs is not None:
         logprobs = [{id_: api.logprob(value, rank) for id_, value, rank in entry} for entry in found.logprobs]
+    elif known:
+        first = known[-len(found.plain.first_gen_tokens or ()) :]  # a prompt's own may be in front
+        logprobs = [_entry(one, api) for one in first]
     return api.disaggregated(request_type=GENERATION, first_gen_log_probs=logprobs, **plain)
+
+
+def _entry(known: TokenLogprob, api: Api) -> dict[int, Any]:
+    found = {id_: api.logprob(value, rank) for rank, (id_, value) in enumerate(known.top, 1)}
+    found.setdefault(known.token_id, api.logprob(known.logprob, None))
+    return found

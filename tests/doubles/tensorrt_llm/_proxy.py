@@ -85,6 +85,10 @@ class Proxy:
         self._sock.close()
 
     @property
+    def closed(self) -> bool:
+        return self._closing
+
+    @property
     def dead(self) -> bool:
         return getattr(self, "_fatal_error", None) is not None
 
@@ -92,7 +96,8 @@ class Proxy:
         try:
             self._sock.sendall(m.framed([message]))
         except OSError:
-            pass
+            if OLD and not self._closing and self._process is not None:
+                threading.Event().wait()  # the real one's queue to a process that is gone blocks for ever
 
     def _read(self) -> None:
         while (frame := m.read_frame(self._sock)) is not None:

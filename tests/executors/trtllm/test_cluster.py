@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dynserve import Cluster
+from dynserve.wire.requests import Accepted
 from tests.conftest import MODEL, until
 from tests.test_cluster import ASK, nothing_is_left
 
@@ -129,3 +130,57 @@ async def test_ranks_of_attention_parallelism_are_routed_to_by_what_they_hold() 
         assert {worker for worker, _ in went} == {first, second}
         await until(lambda: len(c.frontend.router.index) == 48)
         assert [await ask(prompt) for prompt in prompts] == [(worker, 96) for worker, _ in went]
+
+
+async def test_a_hand_off_that_no_decode_worker_can_take_is_given_up_and_not_counted_as_delivered() -> None:
+    other = json.dumps(ENGINE | {"kv_cache_config": {"max_tokens": 6400, "dtype": "fp8"}})
+    async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
+        prefill = await c.add_worker("prefill", override_engine_args=json.dumps(ENGINE))
+        decode = await c.add_worker("decode", override_engine_args=other)
+        await until(lambda: sum(peer.usable for peer in c.frontend.fleet.peers.values()) == 3)
+        answer = (await client.post("/v1/chat/completions", json=ASK)).json()
+        assert answer["choices"][0]["message"]["content"] == "7"
+        await until(lambda: prefill.executor.load().open_handoffs == 0)
+        assert prefill.executor.counters()["handoffs_cancelled_total"] == 1
+        assert "handoffs_delivered_total" not in prefill.executor.counters()
+        assert decode.executor.counters()["kv_transfers_failed_total"] == 1
+        # one that fits comes: from now on hand-offs go to it, and the odd one out is refused when it comes again
+        fitting = await c.add_worker("decode", override_engine_args=json.dumps(ENGINE))
+        await until(lambda: len(c.frontend.fleet.targets(MODEL, "decode")) == 2)
+        for _ in range(3):
+            assert (await client.post("/v1/chat/completions", json=ASK | {"user": "x"})).status_code == 200
+        assert fitting.executor.counters()["kv_transfers_done_total"] == 3
+        peer = c.frontend.fleet.peers[decode.id]
+        assert peer.link is not None
+        peer.link.abort("a flap")
+        await until(lambda: "refused" in peer.problem)
+        await nothing_is_left(c)
+
+
+async def test_a_second_decode_worker_does_not_take_what_the_first_may_have_begun_to_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with cluster(decode=2) as c, c.client() as client:
+        decoders = c.workers[1:]
+        dead: list[str] = []
+
+        def dying(worker: Any, take: Any) -> Any:
+            def first_dies(request: Any) -> Any:
+                if not dead and request.phase == "decode":
+                    dead.append(worker.id)
+                    link = c.frontend.fleet.peers[worker.id].link
+                    assert link is not None
+                    link.abort("power failure")
+                    return Accepted()
+                return take(request)
+
+            return first_dies
+
+        for worker in decoders:
+            monkeypatch.setattr(worker, "take", dying(worker, worker.take))
+        answer = await client.post("/v1/chat/completions", json=ASK)
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "7"
+        (other,) = (worker for worker in decoders if worker.id not in dead)
+        assert other.executor.counters()["kv_transfers_failed_total"] == 1, "it has computed it"
+        await nothing_is_left(c)
+        assert c.workers[0].executor.counters()["handoffs_cancelled_total"] == 1

@@ -169,6 +169,99 @@ async def test_a_prompts_own_probabilities_come_first_and_nothing_of_it_from_the
         assert sink.outputs[-1].cached_tokens == 0
 
 
+async def test_an_adapter_that_only_others_have_is_not_the_requests_fault(opened: Opener) -> None:
+    with pytest.raises(Unavailable, match="no adapter 'nobody'"):
+        (await opened()).submit(make_request(prompt(), adapter="nobody"), Sink())
+
+
+async def test_a_result_that_cannot_be_read_costs_only_its_request(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = await opened()
+    result = sys.modules["tensorrt_llm.executor.result"].GenerationResult
+    take = result._take
+
+    def poisoned(self: Any, response: Any) -> None:
+        take(self, response)
+        if self.prompt_token_ids[0] == 666:
+            raise AssertionError("logprobs length")
+
+    monkeypatch.setattr(result, "_take", poisoned)
+    sink, _ = await asked(executor, make_request([666, 667]))
+    assert isinstance(sink.outputs[-1].error, InternalError)
+    assert not executor.failed.done()
+    monkeypatch.setattr(module, "note_costs", lambda *_: 1 / 0)
+    sink, _ = await asked(executor, make_request(prompt()))
+    assert isinstance(sink.outputs[-1].error, InternalError) and not executor.failed.done()
+    monkeypatch.undo()
+
+
+async def test_a_long_prompt_is_taken_over_by_a_worker_that_could_not_prefill_it(opened: Opener) -> None:
+    small = {"enable_chunked_prefill": False, "max_num_tokens": 64}
+    prefill, decode = await opened(), await opened(**small)
+    request = make_request(prompt(90))
+    first, rest = await handed_over(prefill, decode, request)
+    assert len(first.tokens + rest.tokens) == 8
+    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=None)
+    with pytest.raises(Unavailable, match="too long to be prefilled here"):
+        decode.submit(decoding, Sink())
+
+
+async def test_an_abort_that_waits_is_given_up_without_an_abort(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = await opened(), await opened()
+    request = make_request(prompt(), stop=LONG)
+    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    handoff = first.outputs[-1].handoff
+    assert handoff is not None
+    monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
+    decode._engine.llm._executor.submit = lambda *_: None  # no response will ever come
+    decoding = msgspec.structs.replace(
+        request, phase="decode", prior=Prior(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.1)
+    )
+    decode.abort(decode.submit(decoding, Sink()))
+    del decode._engine.llm._executor.submit
+    await until(lambda: decode.load().running == 0)
+    sink, _ = await asked(decode, make_request(prompt()))
+    assert len(sink.tokens) == 8, "the double would be dead if it had been told to abort"
+
+
+async def test_a_hand_off_that_was_not_taken_says_so(opened: Opener) -> None:
+    prefill, decode = await opened(), await opened()
+    request = make_request(prompt())
+    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    handoff = msgspec.structs.replace(first.outputs[-1].handoff, sequence_hash=1)
+    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=handoff)
+    sink, _ = await asked(decode, decoding)
+    assert [output.left for output in sink.outputs] == [True] + [False] * (len(sink.outputs) - 1)
+    first, rest = await handed_over(prefill, decode, msgspec.structs.replace(request, id="next"))
+    assert not any(output.left for output in rest.outputs)
+
+
+async def test_an_engine_that_does_not_count_the_first_token_gives_no_token_too_many(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it does is not known of the real one."""
+    make = module.sampling_of
+
+    def one_more(*args: Any, **keywords: Any) -> Any:
+        params = make(*args, **keywords)
+        params.max_tokens += 1
+        return params
+
+    for interval in (1, 4):
+        monkeypatch.setattr(module, "sampling_of", make)
+        prefill, decode = await opened(), await opened(stream_interval=interval)
+        request = make_request(prompt(), id=f"r{interval}", stop=Stop(max_tokens=7, ignore_eos=True))
+        first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+        monkeypatch.setattr(module, "sampling_of", one_more)
+        last = first.outputs[-1]
+        decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=last.handoff)
+        rest, _ = await asked(decode, decoding)
+        assert (len(rest.tokens), rest.outputs[-1].reason) == (6, "length")
+
+
 async def test_a_client_who_leaves_a_decode_worker_early_does_not_bring_the_engine_down(opened: Opener) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt(), stop=LONG)
@@ -353,6 +446,14 @@ async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(o
     assert executor.describe()["engine"] == "dead"
 
 
+async def test_a_clean_end_is_not_taken_for_a_death(trtllm_double: None, caplog: Any) -> None:
+    async with AsyncExitStack() as stack:
+        executor = await Opener(stack)()
+        executor.submit(make_request(prompt(), stop=LONG), Sink())
+        await asked(executor, make_request(prompt(), phase="prefill"))
+    assert "dead" not in caplog.text and "failed" not in caplog.text
+
+
 async def test_an_idle_engine_that_dies_is_noticed(opened: Opener) -> None:
     executor = await opened()
     executor._engine.llm._executor._fatal_error = RuntimeError("out of memory")
@@ -388,7 +489,6 @@ async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytes
     [
         ({"sampling": Sampling(logit_bias={99999: 1.0})}, "token 99999 is not one of 0 to 2047"),
         ({"guide": Guide(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
-        ({"adapter": "nobody"}, "no adapter 'nobody'"),
         ({"pool": "mean"}, "no embeddings"),
     ],
 )

@@ -178,6 +178,16 @@ def test_an_event_that_cannot_be_understood_is_like_a_lost_one() -> None:
     assert stream.translate([engine.event({"type": "stored", "blocks": [{}]})]) == [Cleared()]
 
 
+def test_blocks_whose_salt_is_not_told_are_there_until_the_last_of_them_is_gone() -> None:
+    """1.2 tells no salts: equal tokens of two tenants have two names there, and one here."""
+    engine, stream = Engine(), KvStream(SIZE)
+    a, b = hashes(A, B)
+    events = [engine.stored(A, B), engine.stored(A, B, first=5)]
+    assert stream.translate(events) == [Stored(None, [a, b])]
+    assert stream.translate([engine.removed(5, 6)]) == []
+    assert stream.translate([engine.removed(BIG + 1, BIG)]) == [Removed([b, a])]
+
+
 def test_ranks_are_apart() -> None:
     first, second = Engine(rank=0), Engine(rank=1)
     streams = KvStreams(SIZE, 2)

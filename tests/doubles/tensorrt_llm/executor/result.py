@@ -76,6 +76,8 @@ class GenerationResult:
             self.candidate_metrics = self.per_pos_drafted = self.per_pos_accepted = self.spec_dec_totals = None
 
     def abort(self) -> None:
+        if self._proxy.closed:
+            raise AttributeError("'NoneType' object has no attribute 'send'")  # as the real one after its shutdown
         self._aborted = True
         early = self._given is not None and self._given.request_type == "generation_only" and not self._answered
         self._proxy.abort(self.request_id, early)
@@ -117,6 +119,8 @@ class GenerationResult:
         output.token_ids += response.token_ids
         if response.logprobs:
             output.logprobs += [_logprobs(entry) for entry in response.logprobs]
+        if OLD and output.logprobs and len(output.logprobs) != len(output.token_ids):
+            raise AssertionError("logprobs length: not one entry for each token")
         if response.prompt_logprobs:
             output.prompt_logprobs = [None, *(_logprobs(entry) for entry in response.prompt_logprobs[1:])]
         if response.cached_tokens >= 0:
@@ -132,10 +136,10 @@ class GenerationResult:
 
     def _context_params(self, response: Any) -> Any:
         found = response.disaggregated
-        logprobs = [_logprobs(entry) for entry in response.logprobs] if response.logprobs else None
+        logprobs = [_logprobs(entry) for entry in response.logprobs] if response.logprobs and not OLD else None
         values = {
             "request_type": "context_only",
-            "disagg_request_id": self._given.disagg_request_id,
+            "disagg_request_id": None if OLD else self._given.disagg_request_id,
             "ctx_request_id": self._given.disagg_request_id or self.request_id,
             "first_gen_tokens": list(response.token_ids),
             "first_gen_log_probs": logprobs,

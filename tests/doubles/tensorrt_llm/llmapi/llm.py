@@ -292,7 +292,7 @@ class _Call:
         biases = {} if bias is None else {int(at): float(bias[at]) for at in bias.nonzero()[:, 0]}
         if self.lora is not None:
             biases |= _adapter(self.lora)
-        prompt = params.prompt_logprobs is not None
+        prompt = bool(params.prompt_logprobs)  # 0 gives none
         return Sampling(
             temperature=0.0 if params._greedy else 1.0 if params.temperature is None else params.temperature,
             top_p=1.0 if params.top_p is None else params.top_p,
