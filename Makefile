@@ -11,7 +11,7 @@ serve: $(STAMP)
 	@exec $(BIN)/python -m dynserve up $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
