@@ -21,9 +21,10 @@ from dynserve.executors.trtllm import executor as module
 from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.executors.trtllm.request import priority_of
 from dynserve.routing.hashing import adapter_salt, rolling_hashes
-from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.events import Cleared, KvEvent
 from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop, unpack_tokens
 from tests.conftest import make_request, until
+from tests.executors.trtllm.test_kv_events import applied
 
 LONG = Stop(max_tokens=2000, ignore_eos=True)
 TRANSCEIVER = {"backend": "NIXL"}
@@ -351,20 +352,6 @@ async def test_ids_of_hand_offs_are_global_ones(opened: Opener) -> None:
         assert handoff is not None
         ids.append(handoff.id)
     assert len(set(ids)) == 3 and all((1 << 40) <= id_ < (1 << 63) - 1 for id_ in ids)
-
-
-def applied(events: list[KvEvent]) -> set[int]:
-    told: set[int] = set()
-    for event in events:
-        match event:
-            case Stored(parent=parent, hashes=new):
-                assert parent is None or parent in told
-                told |= set(new)
-            case Removed(hashes=gone):
-                told -= set(gone)
-            case Cleared():
-                told = set()
-    return told
 
 
 @pytest.mark.parametrize("engine", [{}, {"kv_cache_config": {"max_tokens": 6400, "max_attention_window": [64, 4096]}}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -227,7 +228,7 @@ def test_what_is_told_is_never_more_than_what_is_there(history: list[tuple[str, 
             if what == "lose":
                 lost = True
                 continue
-        told = applied(told, stream.translate([event]))
+        told = applied(stream.translate([event]), told)
         real = {ours(path)[-1] for path in there}
         assert told <= real
         assert all(set(ours(path)) <= told for path in there if ours(path)[-1] in told)
@@ -235,8 +236,9 @@ def test_what_is_told_is_never_more_than_what_is_there(history: list[tuple[str, 
             assert told == real
 
 
-def applied(told: set[int], events: list[KvEvent]) -> set[int]:
-    told = set(told)
+def applied(events: list[KvEvent], before: Iterable[int] = ()) -> set[int]:
+    """What they add up to, and that no block is there without the one before it."""
+    told = set(before)
     for event in events:
         match event:
             case Stored(parent=parent, hashes=new):
