@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from dynserve.errors import BadRequest, ConfigError, error_object, translate
 
@@ -127,6 +127,7 @@ class _Protocol(HttpToolsProtocol):
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
         self.cycle.transport = _Polite(self.transport, self._close_politely)  # type: ignore[assignment]
+        self.scope["dynserve.write"] = _chunks_of(self.cycle)  # type: ignore[typeddict-unknown-key]
 
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0
@@ -210,6 +211,20 @@ class _Protocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # nothing more is written
             self.cycle.message_event.set()
         self.transport.close()
+
+
+def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool]:
+    """A way past ASGI for a body that has begun: one chunk of it, written now or not at all. A message to `send` costs more
+    than the rest of a token."""
+    write, flow = cycle.transport.write, cycle.flow
+
+    def chunk(data: bytes) -> bool:
+        if flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    return chunk
 
 
 class _Polite:

@@ -47,6 +47,11 @@ class Channel(Generic[T]):
             self._closed, self._error = True, error
             self._wake()
 
+    @property
+    def waited_for(self) -> bool:
+        """The consumer has taken everything, and waits."""
+        return self._waiter is not None and not self._items and not self._waiter.done()
+
     async def take(self) -> list[T]:
         """All waiting items, at least one; `[]` when the channel has ended.
 

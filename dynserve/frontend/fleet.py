@@ -47,7 +47,7 @@ _HANDING_OVER = ("prefill", "decode")
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
-    __slots__ = ("_cut", "_timer", "ack", "channel", "left", "peer", "stream")
+    __slots__ = ("_cut", "_timer", "ack", "burst", "channel", "direct", "left", "peer", "stream")
 
     def __init__(self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -55,6 +55,9 @@ class Reply:
         self.channel: Channel[Record] = Channel(bound)
         self.ack: asyncio.Future[Ack] = loop.create_future()
         self.left = False  # the hand-off that it was given was not taken
+        # takes records in the link's own callback, when that can be done at once: no task is woken for them then
+        self.direct: Callable[[list[Tokens]], bool] | None = None
+        self.burst: list[Tokens] = []  # what one frame has for it
         peer.replies[stream] = self
         self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
 
@@ -63,6 +66,12 @@ class Reply:
         if not self.channel.put(record, size):
             self.fail(SlowClient("the client does not read its answer"))
             self._cut()
+
+    def flush(self) -> None:
+        burst, self.burst = self.burst, []
+        if self.direct is None or not self.direct(burst):
+            for record in burst:
+                self.put(record, len(record.data) + 32)
 
     def fail(self, error: DynserveError) -> None:
         """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
@@ -223,13 +232,25 @@ class Fleet:
         if peer is None:
             self._greet(link, messages)
             return
+        replies, touched = peer.replies, []
         for message in messages:
             if type(message) is Tokens:
-                reply = peer.replies.get(message.stream)
-                if reply is not None:
+                reply = replies.get(message.stream)
+                if reply is None:
+                    continue
+                if reply.burst:
+                    reply.burst.append(message)
+                elif reply.direct is not None and reply.channel.waited_for:
+                    reply.burst.append(message)
+                    touched.append(reply)
+                else:
                     reply.put(message, len(message.data) + 32)
             else:
+                if touched:  # nothing overtakes a stream's tokens
+                    _flush(touched)
                 self._received_other(peer, message)
+        if touched:
+            _flush(touched)
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -422,6 +443,12 @@ class SlowClient(InternalError):
     """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
 
     code = "slow_client"
+
+
+def _flush(replies: list[Reply]) -> None:
+    for reply in replies:
+        reply.flush()
+    replies.clear()
 
 
 def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Literal
@@ -25,7 +25,7 @@ from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
 from dynserve.wire import MALFORMED, events, requests
-from dynserve.wire.link import Finished, Submit
+from dynserve.wire.link import Finished, Submit, Tokens
 from dynserve.wire.requests import (
     Accepted,
     Ack,
@@ -43,6 +43,8 @@ from dynserve.wire.requests import (
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
 
 ACK_TIMEOUT = 1.0  # seconds
 ATTEMPTS = 4  # placements of one phase
@@ -129,6 +131,7 @@ class Run:
         self._scope: asyncio.Timeout | None = None
         self._refused = False  # the last worker that was asked has said that it did not begin
         self.outcome = "finished"
+        self.write: Write | None = None  # set by a response that has begun, and where bytes can be sent without waiting
         self.tokens: list[int] = []  # all that the client was given, to continue elsewhere
 
     async def records(self) -> AsyncIterator[list[Record]]:
@@ -258,6 +261,8 @@ class Run:
                         yield burst
                         return
                     yield burst
+                    if reply.direct is None and self.write is not None:
+                        reply.direct = self._directly(placed, self.write)
                 raise WorkerLost(f"worker {placed.worker} ended the stream without a last word")
             except ClusterError as failure:
                 placement.failure = failure.code
@@ -274,6 +279,22 @@ class Run:
         if isinstance(error, _NoAck):
             raise TimedOut(str(error)) from error
         raise error
+
+    def _directly(self, placed: Placed, write: Write) -> Callable[[list[Tokens]], bool]:
+        """Records from the link's callback into the client's socket, while nobody has to wait for anything."""
+        tokens, grew = self.tokens, placed.grew
+
+        def direct(burst: list[Tokens]) -> bool:
+            data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
+            if data and not write(data):
+                return False
+            before = len(tokens)
+            for record in burst:
+                tokens.extend(record.token_ids)
+            grew(len(tokens) - before)
+            return True
+
+        return direct
 
     def _note_end(self, placed: Placed, placement: Placement, last: Finished) -> None:
         """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut, error_object
 from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
-from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.pipeline import Pipeline, Prompt, Run, Write
 from dynserve.openai.formats.base import event
 from dynserve.wire.link import Finished
 
@@ -48,11 +48,12 @@ class TokenResponse(Response):
         self._sent = False
         self._runs: list[Run] = []
         self._abort: Callable[[], None] | None = None
+        self._write: Write | None = None
         self._refused = False  # for the caller's fault
         self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._abort = scope.get("dynserve.abort")
+        self._abort, self._write = scope.get("dynserve.abort"), scope.get("dynserve.write")
         try:
             await self._answer(receive, send)
         except Cancelled:
@@ -78,6 +79,7 @@ class TokenResponse(Response):
                 if not self._sent:
                     await self._start(200, SSE, send)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                run.write = self._write
         last = b": explain " + run.explained() + b"\n\n" if self._prompt.explain else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
