@@ -271,6 +271,7 @@ async def serving(
     bounds = limits or Limits()
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GOODBYE, server_header=False,
+        proxy_headers=False,
         http=type("_Bounded", (_Protocol,), {"limits": bounds}), ws="none",
         ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
     )  # fmt: skip

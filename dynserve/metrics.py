@@ -22,6 +22,7 @@ class FrontendMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._of: dict[str, ModelMetrics] = {}
         ours = self._registry
         self.accepted = Counter("dynserve_requests_accepted", "Requests placed", ["model"], registry=ours)
         self.ended = Counter(
@@ -90,8 +91,29 @@ class FrontendMetrics:
         )  # fmt: skip
         self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
 
+    def of(self, model: str) -> ModelMetrics:
+        """Those of one model: to find a label's value takes longer than to count."""
+        found = self._of.get(model)
+        if found is None:
+            found = self._of[model] = ModelMetrics(self, model)
+        return found
+
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class ModelMetrics:
+    """What is counted for every request."""
+
+    def __init__(self, metrics: FrontendMetrics, model: str) -> None:
+        self.accepted, self.in_flight = metrics.accepted.labels(model), metrics.in_flight.labels(model)
+        self.ttft, self.duration = metrics.ttft.labels(model), metrics.duration.labels(model)
+        self.prompt_tokens, self.output_tokens = (
+            metrics.prompt_tokens.labels(model),
+            metrics.output_tokens.labels(model),
+        )
+        self.cached_tokens = metrics.cached_tokens.labels(model)
+        self.ended = {how: metrics.ended.labels(model, how) for how in ("finished", "failed", "cancelled")}
 
 
 class WorkerMetrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from dynserve.config import FrontendConfig
 from dynserve.frontend.access import check_keys
 from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.http import Limits, bind, serving, tls_of, url_of
-from dynserve.process import Stop, run_role
+from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
 
 log = logging.getLogger("dynserve.frontend")
@@ -26,11 +25,9 @@ async def run(config: FrontendConfig, stop: Stop) -> None:
     async with (
         open_planes(config, "frontend") as planes,
         Frontend.open(config, planes, url) as frontend,
-        serving(frontend.app, sock, limits, tls),
+        serving(frontend.served, sock, limits, tls),
     ):
-        # what is there now stays: looking through all of it again and again would hold up every stream
-        gc.collect()
-        gc.freeze()
+        settle_memory()
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()
         log.info("stopping")

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor as Pool
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynserve.config import nearest
 from dynserve.errors import (
@@ -61,7 +62,8 @@ R = TypeVar("R", bound=fields.Request)
 Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
-def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
+def make_app(frontend: Frontend, pool: Pool) -> tuple[FastAPI, ASGIApp]:
+    """The app, and what a server is to serve: the same, by a shorter way where there is one."""
     app = FastAPI(title="dynserve", summary="OpenAI-compatible serving of large language models")
     config = frontend.config
     edge = _Edge(frontend, Threads(pool))
@@ -77,7 +79,8 @@ def make_app(frontend: Frontend, pool: Pool) -> FastAPI:
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
-    return app
+        return app, app  # whose headers are FastAPI's to add
+    return app, Direct(app, edge)
 
 
 class _Edge:
@@ -165,26 +168,50 @@ class _Edge:
         return FanOut(pipeline, prompts, visit, headers, group=order.group, keep=order.keep, request_id=id_)
 
 
+class _Route(NamedTuple):
+    form: type[Any]
+    make: Callable[[Any], tuple[Generating, Kind, str]]
+
+
+_GENERATING = {
+    "/v1/chat/completions": _Route(ChatRequest, lambda asked: (asked, "chat", "")),
+    "/v1/completions": _Route(CompletionRequest, lambda asked: (asked, "completion", "")),
+    "/v1/embeddings": _Route(EmbeddingRequest, lambda asked: (asked, "embedding", "")),
+    "/v1/responses": _Route(ResponsesRequest, lambda asked: (asked.chat(), "response", asked.frame())),
+    "/v1/messages": _Route(MessagesRequest, lambda asked: (asked.chat(), "message", "")),
+}
+
+
 def _add_generation(app: FastAPI, edge: _Edge) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_schema_of(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        return await edge.generate(request, ChatRequest, lambda asked: (asked, "chat", ""))
+    def add(path: str, route: _Route) -> None:
+        async def generate(request: Request) -> Response:
+            return await edge.generate(request, route.form, route.make)
 
-    @app.post("/v1/completions", openapi_extra=_schema_of(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        return await edge.generate(request, CompletionRequest, lambda asked: (asked, "completion", ""))
+        name = path.removeprefix("/v1/").replace("/", "_")
+        app.add_api_route(path, generate, methods=["POST"], name=name, openapi_extra=_schema_of(route.form))
 
-    @app.post("/v1/embeddings", openapi_extra=_schema_of(EmbeddingRequest))
-    async def embeddings(request: Request) -> Response:
-        return await edge.generate(request, EmbeddingRequest, lambda asked: (asked, "embedding", ""))
+    for path, route in _GENERATING.items():
+        add(path, route)
 
-    @app.post("/v1/responses", openapi_extra=_schema_of(ResponsesRequest))
-    async def responses(request: Request) -> Response:
-        return await edge.generate(request, ResponsesRequest, lambda asked: (asked.chat(), "response", asked.frame()))
 
-    @app.post("/v1/messages", openapi_extra=_schema_of(MessagesRequest))
-    async def messages(request: Request) -> Response:
-        return await edge.generate(request, MessagesRequest, lambda asked: (asked.chat(), "message", ""))
+class Direct:
+    """The generating routes, straight from the server; all else through FastAPI. Its layers take as long as all that a
+    short request needs of this frontend, and nothing of what they do is wanted here."""
+
+    def __init__(self, app: FastAPI, edge: _Edge) -> None:
+        self._app, self._edge = app, edge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = _GENERATING.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await self._edge.generate(request, route.form, route.make)
+        except DynserveError as error:
+            response = _refusal(request, error)
+        await response(scope, receive, send)
 
 
 def _add_text(app: FastAPI, edge: _Edge) -> None:
@@ -262,30 +289,35 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
         return Response(frontend.metrics_page(), media_type=frontend.metrics.content_type)
 
 
-def _add_errors(app: FastAPI) -> None:
-    def answer(request: Request, error: DynserveError, status: int, headers: dict[str, str]) -> JSONResponse:
-        body = error_object(error, anthropic=request.url.path in _ANTHROPICS)
-        return JSONResponse(body, status, headers={"x-request-id": request_id(request)} | headers)
+def _answer(request: Request, error: DynserveError, status: int, headers: dict[str, str]) -> JSONResponse:
+    body = error_object(error, anthropic=request.url.path in _ANTHROPICS)
+    return JSONResponse(body, status, headers={"x-request-id": request_id(request)} | headers)
 
+
+def _refusal(request: Request, error: DynserveError) -> JSONResponse:
+    headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RateLimited):
+        headers |= dict(error.headers)
+    return _answer(request, error, error.status, headers)
+
+
+def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(DynserveError)
     async def ours(request: Request, error: DynserveError) -> JSONResponse:
-        headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
-        if isinstance(error, Unauthorized):
-            headers["www-authenticate"] = "Bearer"
-        if isinstance(error, RateLimited):
-            headers |= dict(error.headers)
-        return answer(request, error, error.status, headers)
+        return _refusal(request, error)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         sentence = f"{error.detail}: {request.method} {request.url.path}"
         kind = NotFound if error.status_code == 404 else BadRequest
-        return answer(request, kind(sentence), error.status_code, dict(error.headers or {}))
+        return _answer(request, kind(sentence), error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(request, InternalError("internal error; the frontend's log has the details"), 500, _CLOSE)
+        return _answer(request, InternalError("internal error; the frontend's log has the details"), 500, _CLOSE)
 
 
 _CLOSE = {"connection": "close"}  # the server gives up the connection after an error that nobody expected

@@ -13,6 +13,7 @@ from secrets import token_hex
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from dynserve.config import FrontendConfig
 from dynserve.frontend.access import Gate
@@ -62,7 +63,7 @@ def check_policy(config: FrontendConfig) -> None:
 
 
 class Frontend:
-    """Use `Frontend.open`; `app` is what an ASGI server serves."""
+    """Use `Frontend.open`; `app` is a FastAPI app, `served` what an ASGI server is best given."""
 
     def __init__(self, config: FrontendConfig, planes: Planes, id_: str, fleet: Fleet, router: Router) -> None:
         self.config, self.id, self.fleet, self.router = config, id_, fleet, router
@@ -80,6 +81,7 @@ class Frontend:
         fleet.changed = self.admission.look
         router.ledger.listeners.append(lambda _: self.admission.look())
         self.app: FastAPI
+        self.served: ASGIApp  # the same, by a shorter way where there is one
 
     @staticmethod
     @asynccontextmanager
@@ -99,7 +101,7 @@ class Frontend:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
                 frontend = Frontend(config, planes, id_, fleet, router)
-                frontend.app = make_app(frontend, pool)
+                frontend.app, frontend.served = make_app(frontend, pool)
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._look())
                 tasks.create_task(frontend._watch_lag())

@@ -95,8 +95,9 @@ class Pipeline:
     async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
         """The request runs as long as the block. Leaving it early cancels everywhere."""
         run = Run(self, prompt)
-        self.metrics.accepted.labels(prompt.model).inc()
-        self.metrics.in_flight.labels(prompt.model).inc()
+        metrics = self.metrics.of(prompt.model)
+        metrics.accepted.inc()
+        metrics.in_flight.inc()
         try:
             yield run
         except asyncio.CancelledError:
@@ -108,8 +109,8 @@ class Pipeline:
             raise
         finally:
             run.close()
-            self.metrics.in_flight.labels(prompt.model).dec()
-            self.metrics.ended.labels(prompt.model, run.outcome).inc()
+            metrics.in_flight.dec()
+            metrics.ended[run.outcome].inc()
 
 
 class Run:

@@ -92,20 +92,20 @@ class TokenResponse(Response):
 
     async def _timed(self, run: Run) -> AsyncIterator[list[Record]]:
         """The run's records, with the times and counts of the request taken on the way."""
-        metrics, model, loop = self._pipeline.metrics, self._prompt.model, asyncio.get_running_loop()
+        metrics, loop = self._pipeline.metrics.of(self._prompt.model), asyncio.get_running_loop()
         first = True
         async for burst in run.records():
             if first:
                 first = False
                 run.decision.ttft_s = loop.time() - self._began
-                metrics.ttft.labels(model).observe(run.decision.ttft_s)
+                metrics.ttft.observe(run.decision.ttft_s)
             yield burst
             last = burst[-1]
             if isinstance(last, Finished) and last.handoff is None:
-                metrics.duration.labels(model).observe(loop.time() - self._began)
-                metrics.prompt_tokens.labels(model).inc(last.usage.prompt_tokens)
-                metrics.output_tokens.labels(model).inc(last.usage.completion_tokens)
-                metrics.cached_tokens.labels(model).inc(last.usage.cached_tokens)
+                metrics.duration.observe(loop.time() - self._began)
+                metrics.prompt_tokens.inc(last.usage.prompt_tokens)
+                metrics.output_tokens.inc(last.usage.completion_tokens)
+                metrics.cached_tokens.inc(last.usage.cached_tokens)
                 self._visit.used(last.usage.completion_tokens)
                 self._told.add(run)
 

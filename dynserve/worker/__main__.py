@@ -12,7 +12,7 @@ from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
 from dynserve.http import bind, serving, url_of
 from dynserve.openai.model_files import check_model_folder
-from dynserve.process import Stop, run_role
+from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
 from dynserve.worker.system import system_app
 from dynserve.worker.worker import Worker, new_instance_id, serving_targets
@@ -34,6 +34,7 @@ async def run(config: WorkerConfig, stop: Stop) -> None:
         await importing
         executor = await stack.enter_async_context(open_executor(config, instance_id))
         workers += await stack.enter_async_context(serving_targets(config, executor, planes, instance_id, system_url))
+        settle_memory()
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s leaves: finishing what it has", instance_id)
