@@ -28,7 +28,7 @@ async def served(limits: Limits | None = None, **options: Any) -> AsyncIterator[
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}, options=options) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(cluster.app, sock, limits):
+        async with serving(cluster.frontend.served, sock, limits):
             yield port, cluster
 
 

@@ -1,0 +1,139 @@
+"""The short ways: from the server to the generating routes, and from the link to the client's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from dynserve import Cluster
+from dynserve.frontend.app import Direct
+from dynserve.http import bind, serving
+from tests.conftest import MODEL, until
+
+ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}], "seed": 1}
+
+
+def simulated(**how: Any) -> Cluster:
+    return Cluster(**({"aggregated": 1, "executor": "simulated", "engine": {"speed": 0}} | how))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/v1/chat/completions", ASK, {}),
+        ("/v1/chat/completions", ASK | {"stream": True}, {}),
+        ("/v1/chat/completions", ASK | {"temperatur": 1}, {}),
+        ("/v1/chat/completions", ASK | {"n": 3}, {"x-request-id": "mine"}),
+        ("/v1/completions", {"model": MODEL, "prompt": [5, 6], "max_tokens": 3}, {"x-request-id": "a b"}),
+        ("/v1/chat/completions", ASK | {"temperature": 9}, {}),
+        ("/v1/chat/completions", b"{", {}),
+        ("/v1/chat/completions", ASK | {"model": "nobody"}, {}),
+        ("/v1/messages", {"model": MODEL, "messages": []}, {}),
+        ("/v1/embeddings", {"model": MODEL, "input": "x"}, {}),
+        ("/v1/responses", {"model": MODEL, "input": "What is 3+4?"}, {}),
+    ],
+)
+async def test_an_answer_is_the_same_by_either_way(path: str, body: Any, headers: dict[str, str]) -> None:
+    """Ids and times aside."""
+    async with simulated() as c:
+        frontend = c.frontend
+        assert isinstance(frontend.served, Direct)
+        found = []
+        for app in (frontend.app, frontend.served):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://c", headers=headers) as client:
+                content = body if isinstance(body, bytes) else json.dumps(body)
+                answer = await client.post(path, content=content)
+            names = {name for name in answer.headers if name not in ("date", "content-length")}
+            found.append((answer.status_code, names, answer.headers.get("content-type"), shape(answer.text)))
+        assert found[0] == found[1]
+
+
+def shape(text: str) -> Any:
+    """The answer without what is different each time."""
+    parts = [line.removeprefix("data: ") for line in text.splitlines() if line and line != "data: [DONE]"]
+    return [cleaned(json.loads(part)) if part.startswith("{") else part for part in parts]
+
+
+def cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items() if key not in ("id", "created", "created_at")}
+    return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+async def test_with_origins_all_goes_through_the_layer_that_adds_their_headers() -> None:
+    async with simulated(options={"cors_origins": "https://a.example"}) as c:
+        assert c.frontend.served is c.frontend.app
+
+
+async def read_slowly(port: int, body: dict[str, Any], pause: Any) -> bytes:
+    """By a client with a small window, which stops now and then."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await loop.sock_connect(sock, ("127.0.0.1", port))
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    await loop.sock_sendall(sock, head.encode() + content)
+    data = bytearray()
+    with sock:
+        while got := await loop.sock_recv(sock, 4096):
+            data += got
+            if pause is not None:
+                await pause(len(data))
+    return bytes(data)
+
+
+async def test_a_client_that_falls_behind_and_catches_up_misses_nothing() -> None:
+    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6000, "ignore_eos": True, "stream": True, "logprobs": 1}
+    async with simulated(engine={"speed": 0, "num_blocks": 1000, "max_seq_len": 8000}) as c:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(c.frontend.served, sock):
+            (worker,) = c.workers
+            running = worker.executor.load
+
+            async def until_it_has_piled_up(read: int) -> None:
+                if read < 200_000 and not read % 3:
+                    await asyncio.sleep(0.002)
+
+            async def first_stop(read: int) -> None:
+                if read <= 4096:  # nothing is read until the engine has said everything
+                    await until(lambda: not running().running)
+
+            texts = []
+            for pause in (None, until_it_has_piled_up, first_stop):
+                data = await read_slowly(port, body, pause)
+                lines = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: {")]
+                texts.append("".join(json.loads(line)["choices"][0]["text"] for line in lines))
+                assert data.count(b"data: [DONE]") == 1
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 6000
+
+
+async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynserve.streams import Channel
+
+    taken = 0
+    take = Channel.take
+
+    async def counted(self: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return await take(self)
+
+    monkeypatch.setattr(Channel, "take", counted)
+    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    async with simulated(engine={"step_ms": 1}) as c:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(c.frontend.served, sock):
+            taken = 0
+            data = await read_slowly(port, body, None)
+    assert data.count(b"data: {") >= 200
+    assert taken < 30
