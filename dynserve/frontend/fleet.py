@@ -57,7 +57,7 @@ class Reply:
         self.left = False  # the hand-off that it was given was not taken
         # takes records in the link's own callback, when that can be done at once: no task is woken for them then
         self.direct: Callable[[list[Tokens]], bool] | None = None
-        self.burst: list[Tokens] = []  # what one frame has for it
+        self.burst: list[Tokens] = []  # what this turn of the loop has for it
         peer.replies[stream] = self
         self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
 
@@ -141,6 +141,8 @@ class Fleet:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._peer_of: dict[Link, Peer] = {}
         self._pools: dict[tuple[str, str], list[Target]] = {}  # until something about a peer changes
+        self._touched: list[Reply] = []  # those with a burst that is not sent yet
+        self._call_soon = asyncio.get_running_loop().call_soon
         self._clock = asyncio.get_running_loop().time
         self.feeds = KvFeeds(router, self._ask_snapshot, self._clock)
         self.changed: Callable[[], None] = lambda: None  # called when a worker can be placed on that could not before
@@ -232,7 +234,7 @@ class Fleet:
         if peer is None:
             self._greet(link, messages)
             return
-        replies, touched = peer.replies, []
+        replies, touched = peer.replies, self._touched
         for message in messages:
             if type(message) is Tokens:
                 reply = replies.get(message.stream)
@@ -241,16 +243,22 @@ class Fleet:
                 if reply.burst:
                     reply.burst.append(message)
                 elif reply.direct is not None and reply.channel.waited_for:
+                    if not touched:
+                        self._call_soon(self._flush)
                     reply.burst.append(message)
                     touched.append(reply)
                 else:
                     reply.put(message, len(message.data) + 32)
             else:
-                if touched:  # nothing overtakes a stream's tokens
-                    _flush(touched)
+                self._flush()  # nothing overtakes a stream's tokens
+                touched = self._touched
                 self._received_other(peer, message)
-        if touched:
-            _flush(touched)
+
+    def _flush(self) -> None:
+        """At the end of the turn: a frontend that is behind finds several frames in one read, and sends once for all."""
+        touched, self._touched = self._touched, []
+        for reply in touched:
+            reply.flush()
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -443,12 +451,6 @@ class SlowClient(InternalError):
     """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
 
     code = "slow_client"
-
-
-def _flush(replies: list[Reply]) -> None:
-    for reply in replies:
-        reply.flush()
-    replies.clear()
 
 
 def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:

@@ -137,3 +137,23 @@ async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: p
             data = await read_slowly(port, body, None)
     assert data.count(b"data: {") >= 200
     assert taken < 30
+
+
+async def test_streams_that_end_at_different_times_lose_no_token() -> None:
+    """Ends and tokens of several streams come in one frame."""
+    async with simulated(engine={"speed": 0, "num_blocks": 4000}) as c:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(c.frontend.served, sock):
+
+            async def one(number: int) -> None:
+                length = 20 + 7 * number
+                body = {"model": MODEL, "prompt": [300 + number] * 9, "max_tokens": length, "ignore_eos": True}
+                data = await read_slowly(port, body | {"stream": True, "logprobs": 0}, None)
+                lines = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
+                told = [line["choices"][0]["logprobs"] for line in lines]
+                assert sum(len(entry["tokens"]) for entry in told if entry) == length
+
+            for _ in range(5):
+                await asyncio.gather(*(one(number) for number in range(40)))
+        assert not c.frontend.fleet._touched
