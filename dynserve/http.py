@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from dynserve.errors import BadRequest, ConfigError, error_object, translate
 log = logging.getLogger(__name__)
 
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
+SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
 GOODBYE = 5  # seconds that open connections get when the server stops
 
 
@@ -82,12 +84,16 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._watchers: list[Callable[[], None]] = []
         self._start_timer(self.limits.header_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self.resume_writing()
         super().connection_lost(exc)
+        watchers, self._watchers = self._watchers, []
+        for left in watchers:
+            left()
 
     def data_received(self, data: bytes) -> None:
         headers, body = self._in_headers, self._in_body
@@ -127,7 +133,12 @@ class _Protocol(HttpToolsProtocol):
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
         self.cycle.transport = _Polite(self.transport, self._close_politely)  # type: ignore[assignment]
-        self.scope["dynserve.write"] = _chunks_of(self.cycle)  # type: ignore[typeddict-unknown-key]
+        ways: dict[str, Any] = {
+            "dynserve.write": _chunks_of(self.cycle),
+            "dynserve.body": partial(_whole_body, self.cycle),
+            "dynserve.watch": self._watch,
+        }
+        self.scope.update(ways)  # type: ignore[typeddict-item]
 
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0
@@ -147,6 +158,19 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if newest and self._in_body and not self.transport.is_closing():
             self._start_timer(DRAIN)  # who is still sending may read the answer first
+
+    def _watch(self, left: Callable[[], None]) -> Callable[[], None]:
+        """`left` is called once the client has gone; what this gives back takes that back. It spares a task that waits."""
+        if self.transport.is_closing():
+            self.loop.call_soon(left)
+            return lambda: None
+        self._watchers.append(left)
+
+        def unwatch() -> None:
+            if left in self._watchers:
+                self._watchers.remove(left)
+
+        return unwatch
 
     def _close_politely(self) -> None:
         """The answer was the last one. A client that is still sending would never read it if this was the end."""
@@ -225,6 +249,13 @@ def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool]:
         return True
 
     return chunk
+
+
+def _whole_body(cycle: RequestResponseCycle) -> bytes | None:
+    """A small body that came along with its headers; any other is to be received."""
+    if cycle.more_body or len(cycle.body) > SMALL_BODY or cycle.waiting_for_100_continue:
+        return None
+    return bytes(cycle.body)
 
 
 class _Polite:

@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 async def body_of(request: Request, config: FrontendConfig) -> bytes:
     """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come."""
+    ready = request.scope.get("dynserve.body")
+    if ready is not None and (whole := ready()) is not None and len(whole) <= config.max_body_bytes:
+        found: bytes = whole
+        return found
     parts: list[bytes] = []
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0

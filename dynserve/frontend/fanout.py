@@ -41,7 +41,7 @@ class FanOut(TokenResponse):
         async with contextlib.AsyncExitStack() as stack:
             runs = [await stack.enter_async_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
             self._runs = runs
-            await stack.enter_async_context(until_left(receive, runs))
+            await stack.enter_async_context(until_left(receive, runs, self._watch))
             async with _first_error(), asyncio.TaskGroup() as group:
                 for run, answer in zip(runs, self._answers, strict=True):
                     group.create_task(self._one(run, answer, send))

@@ -33,6 +33,7 @@ SSE = [
     (b"x-accel-buffering", b"no"),
 ]
 Headers = list[tuple[bytes, bytes]]
+Watch = Callable[[Callable[[], None]], Callable[[], None]]  # calls back when the client has left, until taken back
 
 
 class TokenResponse(Response):
@@ -49,11 +50,13 @@ class TokenResponse(Response):
         self._runs: list[Run] = []
         self._abort: Callable[[], None] | None = None
         self._write: Write | None = None
+        self._watch: Watch | None = None
         self._refused = False  # for the caller's fault
         self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._abort, self._write = scope.get("dynserve.abort"), scope.get("dynserve.write")
+        self._watch = scope.get("dynserve.watch")
         try:
             await self._answer(receive, send)
         except Cancelled:
@@ -68,7 +71,7 @@ class TokenResponse(Response):
             self._settle()
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        async with self._pipeline.answer(self._prompt) as run, until_left(receive, [run]):
+        async with self._pipeline.answer(self._prompt) as run, until_left(receive, [run], self._watch):
             self._runs = [run]
             await (self._stream if self._prompt.render.stream else self._unary)(run, send)
 
@@ -147,10 +150,11 @@ class TokenResponse(Response):
 
 
 @contextlib.asynccontextmanager
-async def until_left(receive: Receive, runs: Sequence[Run]) -> AsyncIterator[None]:
-    """The block ends when the client leaves, does not read, or the request's time is up."""
-    leaving = asyncio.ensure_future(_until_disconnect(receive))
-    leaving.add_done_callback(partial(_left, runs))
+async def until_left(receive: Receive, runs: Sequence[Run], watch: Watch | None = None) -> AsyncIterator[None]:
+    """The block ends when the client leaves, does not read, or the request's time is up. `watch` tells of the first;
+    without one (a server other than ours) a task waits for it."""
+    left = partial(_left, runs)
+    unwatch = watch(left) if watch is not None else _waiting_for(receive, left)
     try:
         # sending waits for the client, so it has the request's own deadline, and ends early when the
         # client reads so little that its answer piles up
@@ -161,17 +165,29 @@ async def until_left(receive: Receive, runs: Sequence[Run]) -> AsyncIterator[Non
     except TimeoutError:
         raise TimedOut("the client did not read its answer in time") from None
     finally:
-        leaving.cancel()
+        unwatch()
         for run in runs:
             run.limit(None)
 
 
-def _left(runs: Sequence[Run], leaving: asyncio.Task[None]) -> None:
-    if not leaving.cancelled():
-        for run in runs:
-            run.cancel(Cancelled("the client has left"))
+def _left(runs: Sequence[Run]) -> None:
+    for run in runs:
+        run.cancel(Cancelled("the client has left"))
 
 
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _waiting_for(receive: Receive, left: Callable[[], None]) -> Callable[[], None]:
+    async def until_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            left()
+
+    waiting = asyncio.ensure_future(until_disconnect())
+    waiting.add_done_callback(ended)
+
+    def unwatch() -> None:
+        waiting.cancel()
+
+    return unwatch
