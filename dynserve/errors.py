@@ -173,4 +173,4 @@ def translate(table: Mapping[type[BaseException], type[DynserveError]], doing: s
         yield
     except tuple(table) as error:
         ours: type[DynserveError] = next(to for of, to in table.items() if isinstance(error, of))
-        raise ours(f"{doing}: {error or type(error).__name__}") from error
+        raise ours(f"{doing}: {str(error) or type(error).__name__}") from error

@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from dynserve.config import host_port
-from dynserve.errors import DynserveError, NoWorker, TimedOut, Unavailable, translate
+from dynserve.errors import ClusterError, DynserveError, NoWorker, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
 from dynserve.transport.base import Callback, Handler
 
@@ -113,6 +113,8 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
     client = Client()
 
     async def connect() -> None:
+        nonlocal client
+        client = Client()  # one that has failed half-way is not used again
         with translate(_ERRORS, f"NATS at {url}"):
             async with asyncio.timeout(CONNECT_TIMEOUT + 1):
                 await client.connect(
@@ -137,7 +139,8 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
                 writer.close()
         await connect()
 
-    await persist(first_connect, retry_on=Unavailable, waiting_for=f"NATS at {url}")
+    # a server that has just started may accept and not answer yet: that is a time-out
+    await persist(first_connect, retry_on=ClusterError, waiting_for=f"NATS at {url}")
     try:
         yield NatsBus(client)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from secrets import token_hex
@@ -10,7 +11,7 @@ from secrets import token_hex
 import pytest
 
 from dynserve.errors import NoWorker, TimedOut, Unavailable
-from dynserve.transport import etcd_registry
+from dynserve.transport import etcd_registry, nats_bus
 from dynserve.transport.base import Bus, Change, Deleted, Put, Registry
 from dynserve.transport.etcd_registry import EtcdRegistry
 from dynserve.transport.memory import MemoryPlanes, matches
@@ -151,3 +152,32 @@ async def test_an_etcd_that_dies_and_forgets_everything_changes_no_view(
             await until(lambda: observer == [Put("t/a", b"1")], 15)
         assert seen == [Put("t/a", b"1")]
     first.kill()
+
+
+async def test_a_nats_that_accepts_and_does_not_answer_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that is just starting on a busy machine."""
+    monkeypatch.setattr(nats_bus, "CONNECT_TIMEOUT", 0.2)
+    server = Server("nats", tmp_path)
+    writers: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: writers.append(writer), "127.0.0.1", server.port)
+
+    async def opened() -> bool:
+        async with nats_bus.open_nats(server.url, "late") as bus:
+            return bus.connected
+
+    opening = asyncio.create_task(opened())
+    await until(lambda: len(writers) >= 4)  # looked at twice, tried twice
+    assert not opening.done()
+    silent.close()
+    for writer in writers:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    monkeypatch.setattr(nats_bus, "CONNECT_TIMEOUT", 2)
+    server.start()
+    try:
+        assert await asyncio.wait_for(opening, 10)
+    finally:
+        server.kill()
