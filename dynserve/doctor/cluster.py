@@ -73,6 +73,21 @@ def options(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("engine options", "ok", f"fit a {role} worker{moves}")
 
 
+def backend_of(config: DoctorConfig) -> str | None:
+    """The transceiver's, as far as the engine options can be read; what is wrong with them, `options` tells."""
+    made = WorkerConfig(
+        model_path=config.model_path,
+        extra_engine_args=config.extra_engine_args,
+        override_engine_args=config.override_engine_args,
+    )
+    try:
+        with _Heard():
+            given = read_options(made)
+    except ConfigError:
+        return None
+    return (given.values.get("cache_transceiver_config") or {}).get("backend")
+
+
 def nats(config: DoctorConfig) -> Iterator[Finding]:
     host, port = host_port(config.nats_url, "--nats-url", 4222)
     try:

@@ -13,12 +13,11 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from dynserve.config import WorkerConfig
+from dynserve.doctor.cluster import backend_of
 from dynserve.doctor.report import DoctorConfig, Finding, State
-from dynserve.errors import ConfigError
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm import environment as env
-from dynserve.executors.trtllm.options import read_options, resolved_backend
+from dynserve.executors.trtllm.options import resolved_backend
 
 TESTED = (PIN, "1.2.1")
 NVIDIA_SMI = "nvidia-smi"
@@ -96,7 +95,7 @@ def transfer(config: DoctorConfig) -> Iterator[Finding]:
     """NIXL's plugins, UCX's transports."""
     if not config.trtllm:
         return
-    backend = _backend(config)
+    backend = backend_of(config)
     if backend and resolved_backend(backend, PIN) != "NIXL":
         yield Finding("NIXL", "skip", f"KV caches move over {backend}")
         return
@@ -166,21 +165,6 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
-
-
-def _backend(config: DoctorConfig) -> str | None:
-    """The transceiver's, as far as the engine options can be read."""
-    try:
-        given = read_options(
-            WorkerConfig(
-                model_path=config.model_path,
-                extra_engine_args=config.extra_engine_args,
-                override_engine_args=config.override_engine_args,
-            )
-        )
-    except ConfigError:
-        return None  # told of elsewhere
-    return (given.values.get("cache_transceiver_config") or {}).get("backend")
 
 
 def _version(*names: str) -> str | None:

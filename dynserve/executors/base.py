@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 from dynserve.config import WorkerConfig
-from dynserve.errors import ConfigError, DynserveError
+from dynserve.errors import BadRequest, ConfigError, ContextTooLong, DynserveError
 from dynserve.streams import Channel
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest, Handoff, TokenLogprob
@@ -60,6 +60,25 @@ class Limits(NamedTuple):
     kv_events: bool = True  # it tells what its cache holds, when it is asked to
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
+
+
+def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int | None) -> None:
+    """Raises CallerError for a request that can never run on an executor of these limits. `max_num_tokens` is that of
+    one step where prompts are not computed in chunks."""
+    length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
+    if length == 0:
+        raise ContextTooLong("the prompt is empty")
+    if length >= limits.max_seq_len:
+        raise ContextTooLong(f"{length} tokens leave no room in a context of {limits.max_seq_len}")
+    if max_num_tokens is not None and length > max_num_tokens:
+        raise ContextTooLong(
+            f"{length} tokens are over max_num_tokens={max_num_tokens}; "
+            "set enable_chunked_prefill to take longer prompts"
+        )
+    if request.guide is not None and not limits.guides:
+        raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
+    if request.pool is not None and not limits.embedding_size:
+        raise BadRequest("this model's workers make no embeddings", param="model")
 
 
 class Executor(Protocol):
@@ -137,7 +156,7 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
 _HOMES = {
     "torch": "dynserve.executors.torch.executor",
     "simulated": "dynserve.executors.simulated",
-    "trtllm": "dynserve.executors.trtllm.executor",
+    "trtllm": "dynserve.executors.trtllm.start",
 }
 
 

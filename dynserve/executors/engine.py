@@ -17,8 +17,6 @@ from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 from dynserve.errors import (
-    BadRequest,
-    ContextTooLong,
     DynserveError,
     HandoffBroken,
     HandoffError,
@@ -27,11 +25,10 @@ from dynserve.errors import (
     TimedOut,
     Unavailable,
 )
-from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink
-from dynserve.executors.handoff import End, HandoffTable
+from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink, check_request
+from dynserve.executors.handoff import End, HandoffTable, belongs
 from dynserve.executors.scheduler import Fetch, Sampled, Scheduler, Sequence, Slice, State
 from dynserve.executors.transceiver import BlockStore, Transceiver
-from dynserve.routing.hashing import sequence_hash
 from dynserve.tasks import OwnedTasks
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest, Guide, Handoff
@@ -101,7 +98,7 @@ class Engine:
     def submit(self, request: GenerateRequest, sink: Sink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
-        self._validate(request)
+        check_request(request, self.limits, None if self._chunked else self._scheduler.max_num_tokens)
         ticket = next(self._tickets)
         sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._loop.time())
         self._live[ticket] = (sequence, sink)
@@ -219,23 +216,6 @@ class Engine:
 
     # helpers of the loop side
 
-    def _validate(self, request: GenerateRequest) -> None:
-        length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
-        if length == 0:
-            raise ContextTooLong("the prompt is empty")
-        if length >= self.limits.max_seq_len:
-            raise ContextTooLong(f"{length} tokens leave no room in a context of {self.limits.max_seq_len}")
-        if not self._chunked and length > self._scheduler.max_num_tokens:
-            raise ContextTooLong(
-                f"{length} tokens are over max_num_tokens={self._scheduler.max_num_tokens}; "
-                "set enable_chunked_prefill to take longer prompts"
-            )
-
-        if request.guide is not None and self._guides is None:
-            raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
-        if request.pool is not None and not self.limits.embedding_size:
-            raise BadRequest("this model's workers make no embeddings", param="model")
-
     async def _add_guided(self, sequence: Sequence, guide: Guide) -> None:
         """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
         raised would take its owner with it."""
@@ -290,8 +270,7 @@ class Engine:
         """What went wrong, as a value: a task that raised would take its owner with it."""
         request, handoff = fetch.sequence.request, fetch.sequence.request.handoff
         assert handoff is not None and self._transceiver is not None
-        belongs = (request.id, sequence_hash(request.prompt, request.cache_salt), fetch.sequence.prompt_len)
-        if (handoff.request_id, handoff.sequence_hash, handoff.num_tokens) != belongs:
+        if not belongs(handoff, request):
             return HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
         try:
             async with asyncio.timeout(handoff.ttl_s):

@@ -66,7 +66,7 @@ class HandoffTable:
             id=id_ or next(self._ids),
             owner=self._owner,
             request_id=request.id,
-            sequence_hash=sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt)),
+            sequence_hash=_sequence(request),
             num_tokens=len(request.prompt) // 4,
             num_bytes=num_bytes,
             ttl_s=self._ttl_s,
@@ -135,3 +135,13 @@ class HandoffTable:
             entry.timer.cancel()
             self.ended[how] += 1
             self._release(entry.ticket, how)
+
+
+def belongs(handoff: Handoff, request: GenerateRequest) -> bool:
+    """Whether it is this request's, of this prompt."""
+    theirs = (handoff.request_id, handoff.sequence_hash, handoff.num_tokens)
+    return theirs == (request.id, _sequence(request), len(request.prompt) // 4)
+
+
+def _sequence(request: GenerateRequest) -> int:
+    return sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt))

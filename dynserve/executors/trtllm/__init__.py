@@ -3,7 +3,9 @@
 environment   what must be right before the import
 options       files, flags and old spellings to `LLM(...)`'s arguments; the rules of a role
 api           what is imported of the package, and what this version of it can
-executor      `open_executor`: start, requests, death, exit
+start         `open_executor`: from options to the first token
+engine        one engine: its first token, its death, its end
+executor      requests into it, answers out of it
 request       a `GenerateRequest` in TensorRT-LLM's words
 answer        its cumulative results back into `Output`s
 state         what a hand-off carries from the context to the generation phase

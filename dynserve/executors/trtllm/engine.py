@@ -13,6 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import DynserveError, EngineDied, InternalError
+from dynserve.executors.base import Executor
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.api import Api
 from dynserve.executors.trtllm.kv_events import KvStreams
@@ -33,7 +34,7 @@ CANARY_SALT = "dynserve-canary"
 MIN_GLOBAL_ID = 1 << 40  # smaller ones are the engine's own
 
 
-class Target(Protocol):
+class Target(Executor, Protocol):
     """The executor of one rank, as the engine sees it."""
 
     stats: Stats
@@ -195,7 +196,7 @@ async def capacity_of(llm: Any) -> Mapping[str, int]:
 
 def global_ids(instance_id: str) -> Iterator[int]:
     """Ids of hand-offs: unique over all workers at any time, and in the range that TensorRT-LLM keeps for such ids."""
-    owner = 256 + xxh3_64_intdigest(instance_id.encode()) % ((1 << 31) - 512)
+    owner = (MIN_GLOBAL_ID >> 32) + xxh3_64_intdigest(instance_id.encode()) % ((1 << 31) - 512)
     return count(owner << 32 | 1)
 
 

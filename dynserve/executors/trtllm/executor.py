@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,6 @@ from typing import Any
 from dynserve.config import WorkerConfig
 from dynserve.errors import (
     BadRequest,
-    ConfigError,
-    ContextTooLong,
     DynserveError,
     HandoffBroken,
     HandoffError,
@@ -34,19 +29,15 @@ from dynserve.errors import (
     Unavailable,
     WorkerLost,
 )
-from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink
-from dynserve.executors.handoff import End, HandoffTable
+from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink, check_request
+from dynserve.executors.handoff import End, HandoffTable, belongs
 from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
-from dynserve.executors.trtllm.api import Api, import_api
-from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of, pairing_of
-from dynserve.executors.trtllm.environment import check_nixl, prepare
+from dynserve.executors.trtllm.engine import TrtllmEngine
 from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, sampling_of
 from dynserve.executors.trtllm.stats import Stats
 from dynserve.openai.model_files import eos_token_ids, model_limits
-from dynserve.routing.hashing import adapter_salt, sequence_hash
-from dynserve.tasks import detached, task_group
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest
 
@@ -54,58 +45,6 @@ log = logging.getLogger(__name__)
 
 TRANSFER_GRACE = 5.0  # seconds beyond the engine's own time limit of a transfer
 ABORT_TIMEOUT = 30.0  # seconds that an aborted request may take to end
-
-
-@asynccontextmanager
-async def open_executor(config: WorkerConfig, instance_id: str, transceivers: object = None) -> AsyncIterator[Executor]:
-    """Builds the engine (minutes, in a thread), sees it answer, and runs it until the block is left.
-
-    Raises:
-        ConfigError: an option, the model or the installation is not usable; said before weights are loaded.
-        InternalError: the engine could not start.
-    """
-    given = opts.read_options(config)
-    prepare(os.environ, config.model_path)
-    api = await detached(import_api)
-    log.info("tensorrt_llm %s", api.version)
-    schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
-    opts.check_names(given, schema, name)
-    arguments = opts.llm_arguments(given, config, schema, api.version)
-    backend = ((arguments.get("cache_transceiver_config") or {}).get("backend")) or ""
-    backend = backend and opts.resolved_backend(backend, api.version)
-    if backend == "NIXL":
-        check_nixl(os.environ)
-    llm = await detached(partial(_build, api, arguments, given))
-    async with task_group() as tasks:
-        pairing = pairing_of(api, llm, config.model_path, backend)
-        engine = TrtllmEngine(llm, api, config, instance_id, pairing, await capacity_of(llm), tasks)
-        engine.targets = targets = tuple(TrtllmExecutor(engine, config, instance_id, at) for at in range(engine.ranks))
-        try:
-            await engine.start()
-            yield targets[0]
-        finally:
-            await engine.close()
-
-
-def _build(api: Api, arguments: dict[str, Any], given: opts.Options) -> Any:
-    try:
-        return api.llm(**arguments)
-    except ValueError as error:
-        raise ConfigError(_explained(error, given)) from error
-    except Exception as error:
-        raise InternalError(f"TensorRT-LLM could not start: {type(error).__name__}: {error}") from error
-
-
-def _explained(error: ValueError, given: opts.Options) -> str:
-    """A pydantic error as one sentence per wrong value, each with its place."""
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return f"engine options: {error}"
-    said = []
-    for one in errors():
-        path = tuple(str(part) for part in one["loc"])
-        said.append(f"{given.place(*path)}: {'.'.join(path)}: {one['msg']} (not {one.get('input')!r})")
-    return "; ".join(said)
 
 
 class _Call:
@@ -117,6 +56,7 @@ class _Call:
         "context",
         "cursor",
         "id",
+        "known",
         "left",
         "local",
         "made",
@@ -130,7 +70,8 @@ class _Call:
     def __init__(self, request: GenerateRequest, sink: Sink, began: float) -> None:
         self.request, self.began = request, began
         self.sink: Sink | None = sink  # None: nobody listens any more
-        self.made = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client has
+        self.known = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client had
+        self.made = self.known  # and those that it has
         self.context = self.local = self.answered = False
         self.left = False  # its hand-off was not taken
         self.id = 0  # of the hand-off that a context phase leaves
@@ -179,8 +120,7 @@ class TrtllmExecutor:
 
     @property
     def targets(self) -> Sequence[Executor]:
-        found: Any = self._engine.targets
-        return found  # type: ignore[no-any-return]
+        return self._engine.targets
 
     def load(self) -> Load:
         return self.stats.load(self._inside, len(self._handoffs), self._held_tokens, self._loop.time())
@@ -211,7 +151,9 @@ class TrtllmExecutor:
     def submit(self, request: GenerateRequest, sink: Sink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
-        self._validate(request)
+        check_request(request, self.limits, None if request.phase == "decode" else self._most_at_once())
+        if request.phase == "prefill" and not self._engine.disaggregates:
+            raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
         ticket, call = next(self._tickets), _Call(request, sink, self._loop.time())
         params = self._take_over(request) if request.phase == "decode" else None
         if params is not None and request.handoff is not None:
@@ -252,24 +194,10 @@ class TrtllmExecutor:
         for ticket in list(self._calls):
             self.abort(ticket)
 
-    def _validate(self, request: GenerateRequest) -> None:
+    def _most_at_once(self) -> int | None:
+        """Tokens of a prompt that is not computed in chunks."""
         args = self._engine.llm.args
-        length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
-        if length == 0:
-            raise ContextTooLong("the prompt is empty")
-        if length >= self._max_seq_len:
-            raise ContextTooLong(f"{length} tokens leave no room in a context of {self._max_seq_len}")
-        if request.phase != "decode" and not args.enable_chunked_prefill and length > (args.max_num_tokens or length):
-            raise ContextTooLong(
-                f"{length} tokens are over max_num_tokens={args.max_num_tokens}; "
-                "set enable_chunked_prefill to take longer prompts"
-            )
-        if request.guide is not None and not self._guides:
-            raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
-        if request.pool is not None:
-            raise BadRequest("this model's workers make no embeddings", param="model")
-        if request.phase == "prefill" and not self._engine.disaggregates:
-            raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
+        return None if args.enable_chunked_prefill else args.max_num_tokens
 
     def _take_over(self, request: GenerateRequest) -> Any:
         """The context phase's params; None where they are of no use, and the prompt is computed here."""
@@ -277,9 +205,7 @@ class TrtllmExecutor:
         try:
             if handoff is None or not engine.disaggregates:
                 raise HandoffMismatch("there is no hand-off, or no transceiver to take it with")
-            name = sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt))
-            belongs = (request.id, name, len(request.prompt) // 4)
-            if (handoff.request_id, handoff.sequence_hash, handoff.num_tokens) != belongs:
+            if not belongs(handoff, request):
                 raise HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
             known = request.prior.logprobs if request.prior is not None else []
             params = state.unpack(handoff.state, engine.pairing, engine.api, known)
@@ -305,8 +231,7 @@ class TrtllmExecutor:
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
         most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
-        args = self._engine.llm.args
-        if call.left and not args.enable_chunked_prefill and len(prompt) > (args.max_num_tokens or len(prompt)):
+        if call.left and len(prompt) > (self._most_at_once() or len(prompt)):
             raise Unavailable("the hand-off was not taken, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
@@ -485,9 +410,9 @@ class TrtllmExecutor:
         self._transfers["failed"] += 1
         log.warning("request %s: %s; prefilling here instead", request.id, error)
 
-    def _has_given(self, call: _Call) -> bool:
-        prior = call.request.prior
-        return call.made > (len(prior.token_ids) if prior is not None else 0)
+    @staticmethod
+    def _has_given(call: _Call) -> bool:
+        return call.made > call.known
 
     # ending
 

@@ -48,7 +48,7 @@ def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
     found = {name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over}
     plain = _Plain(**(found | {"disagg_request_id": id_}))
     entries = params.first_gen_log_probs
-    logprobs = [[(id_, e.logprob, e.rank) for id_, e in entry.items()] for entry in entries] if entries else None
+    logprobs = [[(token, e.logprob, e.rank) for token, e in entry.items()] for entry in entries] if entries else None
     return _encode(_State(pairing=dict(pairing), plain=plain, logprobs=logprobs))
 
 

@@ -30,11 +30,9 @@ class Stats:
         self._row: Mapping[str, Any] = {}
         self._cache: Mapping[str, Any] = {}
         self._at = float("-inf")
-        self.rows = 0
 
     def take(self, row: Mapping[str, Any], now: float) -> None:
         """Every key may be missing: the set differs between versions."""
-        self.rows += 1
         self._row, self._at = row, now
         self._cache = row.get("kvCacheStats") or {}
         self.total_blocks = self._cache.get("maxNumBlocks") or self.total_blocks
