@@ -71,7 +71,7 @@ def main() -> None:
         os.environ["TRTLLM_DOUBLE_STEP_MS"] = str(step_ms)
         with cluster(["prefill_and_decode"], ENGINE, executor="trtllm") as setup:
             for clients in (32, 128):
-                values = asyncio.run(measured(setup, clients, seconds, TOKENS, stream=True))
+                values = measured(setup, clients, seconds, TOKENS, stream=True)
                 command = [sys.executable, __file__, "--bare", str(clients), *(["--quick"] if args.quick else [])]
                 theirs = float(subprocess.check_output(command))
                 own = values["worker"] - theirs

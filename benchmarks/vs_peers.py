@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import load
 from plane import cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
@@ -192,76 +192,17 @@ def _wait_for(port: int, text: str, seconds: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-class Load:
-    """Closed loops: each connection asks again when it is answered."""
-
-    def __init__(self, port: int, case: Case) -> None:
-        self._port, self._case = port, case
-        ask = {"model": MODEL, "max_tokens": TOKENS if case.stream else 1, "stream": case.stream, "ignore_eos": True}
-        ask |= {"messages": [{"role": "user", "content": case.prompt}]} if case.chat else {"prompt": case.prompt}
-        body = json.dumps(ask).encode()
-        path = "/v1/chat/completions" if case.chat else "/v1/completions"
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        self._request = head.encode() + body
-        self.done = self.tokens = 0
-        self.first: list[float] = []
-        self.gaps: list[float] = []
-
-    async def run(self, seconds: float) -> None:
-        self.done = self.tokens = 0
-        self.first, self.gaps = [], []
-        stop = time.perf_counter() + seconds
-        await asyncio.gather(*(self._one(stop, watched=i < 8) for i in range(self._case.clients)))
-
-    async def _one(self, stop: float, *, watched: bool) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        while time.perf_counter() < stop:
-            began = time.perf_counter()
-            writer.write(self._request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if b" 200 " not in head.split(b"\r\n", 1)[0]:
-                raise SystemExit(f"not a 200: {head[:200]!r}")
-            lower = head.lower()
-            if b"content-length:" in lower:
-                await reader.readexactly(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
-            else:
-                await self._read_stream(reader, began, watched=watched)
-            self.done += 1
-        writer.close()
-
-    async def _read_stream(self, reader: asyncio.StreamReader, began: float, *, watched: bool) -> None:
-        tail, last, seen = b"", 0.0, 0
-        while not tail.endswith(b"0\r\n\r\n"):
-            data = await reader.read(1 << 16)
-            if not data:
-                raise SystemExit("the stream broke")
-            now = time.perf_counter()
-            if not last:
-                self.first.append(now - began)
-            elif watched:
-                self.gaps.append(now - last)
-            last = now
-            seen += data.count(b"data: {")
-            tail = (tail + data)[-8:]
-        self.tokens += min(seen, TOKENS)  # chunks of roles and ends are not tokens
-
-
 def measured(peer: Peer, case: Case, seconds: float) -> Found:
-    load = Load(peer.port, case)
-    asyncio.run(load.run(min(1.0, seconds)))
+    ask = load.Ask(MODEL, case.prompt, TOKENS if case.stream else 1, case.stream, case.chat)
+    load.run(peer.port, ask, case.clients, min(1.0, seconds))
     before = {name: cpu_seconds(pids) for name, pids in peer.pids.items()}
-    began = time.perf_counter()
-    asyncio.run(load.run(seconds))
-    wall = time.perf_counter() - began
-    count = max(1, load.tokens if case.stream else load.done)
+    answered = load.run(peer.port, ask, case.clients, seconds)
+    count = max(1, answered.tokens if case.stream else answered.requests)
     spent = {name: (cpu_seconds(pids) - before[name]) / count * 1e6 for name, pids in peer.pids.items()}
-    gaps = sorted(load.gaps)
-    late = (gaps[int(len(gaps) * 0.99)] * 1000 - case.step_ms) if gaps else 0.0
+    late = load.at(answered.gaps_s, 0.99) * 1000 - case.step_ms if answered.gaps_s else 0.0
     rss = sum(_rss(pid) for pid in peer.pids["front"])
-    ttft = statistics.median(load.first) * 1000 if load.first else 0.0
-    return Found(spent["front"], spent["worker"], spent["nats"], count / wall, ttft, late, rss)
+    ttft = load.at(answered.first_s, 0.5) * 1000
+    return Found(spent["front"], spent["worker"], spent["nats"], count / answered.seconds, ttft, late, rss)
 
 
 def _rss(pid: int) -> float:

@@ -134,7 +134,7 @@ class _Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         self.cycle.transport = _Polite(self.transport, self._close_politely)  # type: ignore[assignment]
         ways: dict[str, Any] = {
-            "dynserve.write": _chunks_of(self.cycle),
+            "dynserve.chunks": partial(_chunks_of, self.cycle),
             "dynserve.body": partial(_whole_body, self.cycle),
             "dynserve.watch": self._watch,
         }
@@ -237,18 +237,24 @@ class _Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool]:
-    """A way past ASGI for a body that has begun: one chunk of it, written now or not at all. A message to `send` costs more
-    than the rest of a token."""
+def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool] | None:
+    """A way past ASGI for a body that has begun, where it is sent in chunks: one of them, written now or not at all. A
+    message to `send` costs more than the rest of a token."""
+    if not cycle.chunked_encoding:
+        return None
     write, flow = cycle.transport.write, cycle.flow
 
     def chunk(data: bytes) -> bool:
-        if flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+        if flow.write_paused or cycle.disconnected or cycle.response_complete:
             return False
-        write(b"%x\r\n%b\r\n" % (len(data), data))
+        size = len(data)
+        write((_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n")
         return True
 
     return chunk
+
+
+_SIZES = [b"%x\r\n" % size for size in range(1024)]
 
 
 def _whole_body(cycle: RequestResponseCycle) -> bytes | None:

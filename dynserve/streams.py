@@ -48,9 +48,9 @@ class Channel(Generic[T]):
             self._wake()
 
     @property
-    def waited_for(self) -> bool:
-        """The consumer has taken everything, and waits."""
-        return self._waiter is not None and not self._items and not self._waiter.done()
+    def empty(self) -> bool:
+        """The consumer has taken everything."""
+        return not self._items
 
     async def take(self) -> list[T]:
         """All waiting items, at least one; `[]` when the channel has ended.

@@ -25,6 +25,7 @@ def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, 
     )
     sent = [
         link.Tokens(stream, data, token_ids, [requests.TokenLogprob(1, -0.5, [(2, -1.0)])]),
+        link.Step([stream] * len(token_ids), token_ids, [data] * len(token_ids)),
         link.Finished(stream, data, token_ids, "stop", link.Usage(1, 2, 3), handoff),
         link.Failed(stream, "code", "text"),
         link.SubmitReply(stream, requests.Busy(3)),

@@ -17,8 +17,8 @@ from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.frontend.response import SSE, TokenResponse, until_left
-from dynserve.openai.formats.base import to_json
 from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
+from dynserve.openai.sse import to_json
 from dynserve.wire.link import Finished, Usage
 
 AT_ONCE = 64  # answers of one request that are being made

@@ -31,6 +31,7 @@ from dynserve.wire.link import (
     Left,
     Snapshot,
     SnapshotRequest,
+    Step,
     SubmitReply,
     Taken,
     Tokens,
@@ -44,34 +45,53 @@ Record = Tokens | Finished
 _HANDING_OVER = ("prefill", "decode")
 
 
+Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
+COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
+
+
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
-    __slots__ = ("_cut", "_timer", "ack", "burst", "channel", "direct", "left", "peer", "stream")
+    __slots__ = ("_counted", "_cut", "_grew", "_timer", "ack", "channel", "left", "peer", "stream", "tokens", "write")
 
-    def __init__(self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None]) -> None:
+    def __init__(
+        self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None], grew: Callable[[int], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self.peer, self.stream, self._cut = peer, stream, cut
+        self.peer, self.stream, self._cut, self._grew = peer, stream, cut, grew
+        self.tokens: list[int] = []  # all that came
+        self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
         self.ack: asyncio.Future[Ack] = loop.create_future()
         self.left = False  # the hand-off that it was given was not taken
-        # takes records in the link's own callback, when that can be done at once: no task is woken for them then
-        self.direct: Callable[[list[Tokens]], bool] | None = None
-        self.burst: list[Tokens] = []  # what this turn of the loop has for it
+        # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
+        self.write: Write | None = None
         peer.replies[stream] = self
         self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
+
+    def came(self, record: Tokens) -> None:
+        self.tokens += record.token_ids
+        self.count()
+        self.pass_on(record)
+
+    def pass_on(self, record: Tokens) -> None:
+        """To the client at once, or to the reader, and from then on to the reader until that has caught up."""
+        write = self.write
+        if write is None or (record.data and not write(record.data)):
+            self.write = None
+            self.put(record, len(record.data) + 32)
+
+    def count(self) -> None:
+        """Tells the ledger of tokens that it has not heard of."""
+        now = len(self.tokens)
+        self._grew(now - self._counted)
+        self._counted = now
 
     def put(self, record: Record, size: int) -> None:
         """For the client; one who does not read is cut here, so that its answer does not fill the frontend."""
         if not self.channel.put(record, size):
             self.fail(SlowClient("the client does not read its answer"))
             self._cut()
-
-    def flush(self) -> None:
-        burst, self.burst = self.burst, []
-        if self.direct is None or not self.direct(burst):
-            for record in burst:
-                self.put(record, len(record.data) + 32)
 
     def fail(self, error: DynserveError) -> None:
         """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
@@ -141,8 +161,6 @@ class Fleet:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._peer_of: dict[Link, Peer] = {}
         self._pools: dict[tuple[str, str], list[Target]] = {}  # until something about a peer changes
-        self._touched: list[Reply] = []  # those with a burst that is not sent yet
-        self._call_soon = asyncio.get_running_loop().call_soon
         self._clock = asyncio.get_running_loop().time
         self.feeds = KvFeeds(router, self._ask_snapshot, self._clock)
         self.changed: Callable[[], None] = lambda: None  # called when a worker can be placed on that could not before
@@ -234,31 +252,14 @@ class Fleet:
         if peer is None:
             self._greet(link, messages)
             return
-        replies, touched = peer.replies, self._touched
         for message in messages:
-            if type(message) is Tokens:
-                reply = replies.get(message.stream)
-                if reply is None:
-                    continue
-                if reply.burst:
-                    reply.burst.append(message)
-                elif reply.direct is not None and reply.channel.waited_for:
-                    if not touched:
-                        self._call_soon(self._flush)
-                    reply.burst.append(message)
-                    touched.append(reply)
-                else:
-                    reply.put(message, len(message.data) + 32)
+            if type(message) is Step:
+                _pass_on(peer.replies, message)
+            elif type(message) is Tokens:
+                if (reply := peer.replies.get(message.stream)) is not None:
+                    reply.came(message)
             else:
-                self._flush()  # nothing overtakes a stream's tokens
-                touched = self._touched
                 self._received_other(peer, message)
-
-    def _flush(self) -> None:
-        """At the end of the turn: a frontend that is behind finds several frames in one read, and sends once for all."""
-        touched, self._touched = self._touched, []
-        for reply in touched:
-            reply.flush()
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -281,6 +282,7 @@ class Fleet:
         match message:
             case Finished(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
+                    reply.tokens += message.token_ids
                     if message.handoff is None:  # nothing is left at the worker
                         del peer.replies[stream]
                     reply.put(message, 0)
@@ -445,6 +447,23 @@ class Fleet:
                     self._check(peer)
         finally:
             del self._loading[name]
+
+
+def _pass_on(replies: dict[int, Reply], step: Step) -> None:
+    """Runs for every token. What `Reply.came` does is spelled out: most need no record, and no call but the writing."""
+    get = replies.get
+    for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
+        reply = get(stream)
+        if reply is None:
+            continue
+        tokens = reply.tokens
+        tokens.append(token_id)
+        if not len(tokens) % COUNT_EVERY:
+            reply.count()
+        write = reply.write
+        if write is None or (data and not write(data)):
+            reply.write = None
+            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
 
 
 class SlowClient(InternalError):

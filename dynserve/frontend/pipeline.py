@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Literal
@@ -19,13 +19,13 @@ import msgspec
 from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded, TimedOut, WorkerLost, from_wire
 from dynserve.frontend.admission import Admission, Waiting
 from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
-from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply
+from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply, Write
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
 from dynserve.wire import MALFORMED, events, requests
-from dynserve.wire.link import Finished, Submit, Tokens
+from dynserve.wire.link import Finished, Submit
 from dynserve.wire.requests import (
     Accepted,
     Ack,
@@ -43,8 +43,6 @@ from dynserve.wire.requests import (
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
 
 ACK_TIMEOUT = 1.0  # seconds
 ATTEMPTS = 4  # placements of one phase
@@ -133,7 +131,11 @@ class Run:
         self._refused = False  # the last worker that was asked has said that it did not begin
         self.outcome = "finished"
         self.write: Write | None = None  # set by a response that has begun, and where bytes can be sent without waiting
-        self.tokens: list[int] = []  # all that the client was given, to continue elsewhere
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that came."""
+        return [token_id for reply in self._replies for token_id in reply.tokens]
 
     async def records(self) -> AsyncIterator[list[Record]]:
         """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
@@ -163,7 +165,7 @@ class Run:
             last = burst[-1] if isinstance(burst[-1], Finished) else None
         if last is None or last.handoff is None:
             return
-        prior = Prior(list(self.tokens), last.logprobs or [], last.usage.cached_tokens)
+        prior = Prior(self.tokens, last.logprobs or [], last.usage.cached_tokens)
         prefilled, done = self._replies[-1], False
         async for burst in self._phase("decode", "decode", prior, last.handoff):
             if not done:
@@ -248,22 +250,19 @@ class Run:
             peer = pipeline.fleet.peers[placed.worker]
             self._refused = False
             try:
-                reply = await self._start(phase, peer, prior, handoff)
+                reply = await self._start(phase, peer, placed, prior, handoff)
                 while burst := await reply.channel.take():
                     if not started:
                         started = True
                         placed.prefilled()
-                    for record in burst:
-                        self.tokens += record.token_ids
-                        placed.grew(len(record.token_ids))
                     last = burst[-1]
                     if isinstance(last, Finished):
                         self._note_end(placed, placement, last)
                         yield burst
                         return
                     yield burst
-                    if reply.direct is None and self.write is not None:
-                        reply.direct = self._directly(placed, self.write)
+                    if reply.write is None and reply.channel.empty:
+                        reply.write = self.write
                 raise WorkerLost(f"worker {placed.worker} ended the stream without a last word")
             except ClusterError as failure:
                 placement.failure = failure.code
@@ -281,22 +280,6 @@ class Run:
             raise TimedOut(str(error)) from error
         raise error
 
-    def _directly(self, placed: Placed, write: Write) -> Callable[[list[Tokens]], bool]:
-        """Records from the link's callback into the client's socket, while nobody has to wait for anything."""
-        tokens, grew = self.tokens, placed.grew
-
-        def direct(burst: list[Tokens]) -> bool:
-            data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
-            if data and not write(data):
-                return False
-            before = len(tokens)
-            for record in burst:
-                tokens.extend(record.token_ids)
-            grew(len(tokens) - before)
-            return True
-
-        return direct
-
     def _note_end(self, placed: Placed, placement: Placement, last: Finished) -> None:
         """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""
         placed.close()
@@ -304,11 +287,13 @@ class Run:
         if placed.cached_tokens is not None and not self._prompt.whole and not self._prompt.twin:
             self._pipeline.predictions.note(placed.worker, placed.cached_tokens, last.usage.cached_tokens)
 
-    async def _start(self, phase: Phase, peer: Peer, prior: Prior | None, handoff: Handoff | None) -> Reply:
+    async def _start(
+        self, phase: Phase, peer: Peer, placed: Placed, prior: Prior | None, handoff: Handoff | None
+    ) -> Reply:
         """Raises ClusterError when this worker does not take it, CallerError when none would."""
         pipeline, prompt = self._pipeline, self._prompt
         stream = next(pipeline.streams)
-        reply = Reply(peer, stream, pipeline.max_stream_bytes, self.deadline, self._cut)
+        reply = Reply(peer, stream, pipeline.max_stream_bytes, self.deadline, self._cut, placed.grew)
         self._replies.append(reply)
         request = GenerateRequest(
             id=prompt.id,

@@ -18,9 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut, error_object
 from dynserve.frontend.access import Visit
-from dynserve.frontend.fleet import Record
-from dynserve.frontend.pipeline import Pipeline, Prompt, Run, Write
-from dynserve.openai.formats.base import event
+from dynserve.frontend.fleet import Record, Write
+from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.openai.sse import event
 from dynserve.wire.link import Finished
 
 log = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class TokenResponse(Response):
         self._sent = False
         self._runs: list[Run] = []
         self._abort: Callable[[], None] | None = None
-        self._write: Write | None = None
+        self._chunks: Callable[[], Write | None] = _no_chunks
         self._watch: Watch | None = None
         self._refused = False  # for the caller's fault
         self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._abort, self._write = scope.get("dynserve.abort"), scope.get("dynserve.write")
+        self._abort, self._chunks = scope.get("dynserve.abort"), scope.get("dynserve.chunks", _no_chunks)
         self._watch = scope.get("dynserve.watch")
         try:
             await self._answer(receive, send)
@@ -81,13 +81,14 @@ class TokenResponse(Response):
             if data:
                 if not self._sent:
                     await self._start(200, SSE, send)
+                    run.write = self._chunks()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-                run.write = self._write
         last = b": explain " + run.explained() + b"\n\n" if self._prompt.explain else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""
+        run.write = _nothing  # until the end there is none
         async for burst in self._timed(run):
             body = burst[-1].data
         explained = [(b"x-dynserve-explain", run.explained())] if self._prompt.explain else []
@@ -147,6 +148,14 @@ class TokenResponse(Response):
         self._sent = True
         headers = [*headers, *self._more, (b"x-request-id", self._request_id.encode("latin-1", "replace"))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _no_chunks() -> None:
+    """A server other than ours has ASGI's way only."""
+
+
+def _nothing(data: bytes) -> bool:
+    return True
 
 
 @contextlib.asynccontextmanager

@@ -13,11 +13,18 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from dynserve.openai.sse import one_line, to_json
+
 # A run of tokens that still ends in a broken character after this many is broken for good.
 LONGEST_CHARACTER = 8
 
 
 class Detokenizer(Protocol):
+    @property
+    def whole(self) -> bool:
+        """Nothing waits: the next token's text is what the token says."""
+        ...
+
     def push(self, token_ids: list[int]) -> str:
         """The text that is certain now; an unfinished character waits."""
         ...
@@ -35,6 +42,7 @@ class Vocabulary:
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(id_ for id_, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
+        self._json: dict[int, bytes] = {}
         self._byte_level = _is_byte_level(tokenizer)
 
     def detokenizer(self, *, skip_special: bool = True, keep: Sequence[str] = ()) -> Detokenizer:
@@ -50,6 +58,23 @@ class Vocabulary:
         if found is None:
             found = self._bytes[token_id] = self._lookup(token_id)
         return found
+
+    def token_json(self, token_id: int) -> bytes:
+        """The token as a JSON string, for text that it only adds to. Empty for one that means something to a detokenizer:
+        a part of a character, a special token, any of a tokenizer that is not byte-level."""
+        found = self._json.get(token_id)
+        if found is None:
+            found = self._json[token_id] = self._as_json(token_id)
+        return found
+
+    def _as_json(self, token_id: int) -> bytes:
+        if not self._byte_level or token_id in self.special:
+            return b""
+        try:
+            text = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return b""
+        return one_line(to_json(text)) if text else b""
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -73,9 +98,13 @@ class ByteLevel:
         self._vocabulary, self._skipped = vocabulary, skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def whole(self) -> bool:
+        return not self._decoder.getstate()[0]
+
     def push(self, token_ids: list[int]) -> str:
         token_bytes = self._vocabulary.token_bytes
-        return self._decoder.decode(b"".join(token_bytes(id_) for id_ in token_ids if id_ not in self._skipped))
+        return self._decoder.decode(b"".join([token_bytes(id_) for id_ in token_ids if id_ not in self._skipped]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", True)
@@ -83,6 +112,8 @@ class ByteLevel:
 
 class Windowed:
     """Decodes a window twice, without and with the new tokens: the difference is the new text."""
+
+    whole = False  # what a token says depends on the one before
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer, self._skipped = tokenizer, skipped

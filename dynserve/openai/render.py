@@ -37,12 +37,12 @@ class Renderer:
         self._reasoning_tokens = 0
         self.tokens = 0
         self.cached_tokens = 0
+        self.stopped = False  # a stop string has been seen: nothing more comes out, and the engine need not go on
+        # where nothing looks at the text, what is around a token's is known beforehand
+        plain = render.stream and self._stops is None and self._parser is None
+        self._around = self._format.around() if plain else None
+        self._head = self._tail = b""  # of a chunk, once nothing but whole tokens can come
         self._note_usage()
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string has been seen: nothing more comes out, and the engine need not go on."""
-        return self._stops is not None and self._stops.matched is not None
 
     def replay(self, prior: Prior) -> None:
         """Goes through what an earlier worker already rendered, one token at a time as it did: what was held back then
@@ -55,6 +55,15 @@ class Renderer:
             self.push([token_id], entries or None)
 
     def push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
+        if self._head and len(token_ids) == 1 and (json := self._vocabulary.token_json(token_ids[0])):
+            self.tokens += 1
+            return self._head + json + self._tail
+        data = self._push(token_ids, logprobs)
+        if self._around is not None:
+            self._head, self._tail = self._around if self._opened and self._detokenizer.whole else (b"", b"")
+        return data
+
+    def _push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
         if self.stopped:
             return b""
         data = b""
@@ -64,6 +73,7 @@ class Renderer:
         text = self._detokenizer.push(token_ids)
         if self._stops is not None:
             text = self._stops.push(text)
+            self.stopped = self._stops.matched is not None
         if logprobs is not None and self._render.logprobs is not None:
             self._logprobs += [self._format.logprob(entry, self._vocabulary) for entry in logprobs]
         return data + self._emit(text)

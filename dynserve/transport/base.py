@@ -85,6 +85,10 @@ class Link(Protocol):
         """Dropped silently when the link is closed: the other end hears of the loss from its own handler."""
         ...
 
+    def send_token(self, stream: int, token_id: int, data: bytes) -> None:
+        """A worker's most frequent message, one `Step` for all of a turn; as `send` otherwise."""
+        ...
+
     def close(self) -> None:
         """Sends what is queued, then closes."""
         ...

@@ -45,6 +45,7 @@ class Framed:
         self._ping: FromWorker | FromFrontend = wire.WorkerPing() if worker_side else wire.FrontendPing()
         self._loop = asyncio.get_running_loop()
         self._outbox: list[Any] = []
+        self._step: wire.Step | None = None  # the last of the outbox, while it can take more
         self._handler: LinkHandler | None = None
         self._reason = ""
         self._closed = False
@@ -72,6 +73,17 @@ class Framed:
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(message)
+        self._step = None
+
+    def send_token(self, stream: int, token_id: int, data: bytes) -> None:
+        step = self._step
+        if step is None:
+            step = wire.Step([], [], [])
+            self.send(step)
+            self._step = None if self._closed else step
+        step.streams.append(stream)
+        step.token_ids.append(token_id)
+        step.data.append(data)
 
     def close(self) -> None:
         if not self._closed:
@@ -85,6 +97,7 @@ class Framed:
             self._closed = True
             self._reason = reason
             self._outbox.clear()
+            self._step = None
             self.hang_up(at_once=True)
 
     def feed(self, payload: bytes | memoryview) -> None:
@@ -116,6 +129,7 @@ class Framed:
             frame = bytearray(4)
             wire.encode_into(self._outbox, frame, 4)
             self._outbox.clear()
+            self._step = None
             _length.pack_into(frame, 0, len(frame) - 4)
             self.write(frame)
 

@@ -45,6 +45,15 @@ class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
     logprobs: list[TokenLogprob] | None = None
 
 
+class Step(msgspec.Struct, array_like=True, tag=9, gc=False):
+    """What an engine step mostly is: one token each of many streams, in three columns of one length. `data` is what the
+    client reads for it, as in `Tokens`."""
+
+    streams: list[int]
+    token_ids: list[int]
+    data: list[bytes]
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The stream's last message: last tokens, last bytes. With a hand-off the answer goes on at a decode worker."""
 
@@ -128,7 +137,7 @@ class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
-FromWorker = Hello | Tokens | Finished | Failed | SubmitReply | Snapshot | Left | WorkerPing
+FromWorker = Hello | Tokens | Step | Finished | Failed | SubmitReply | Snapshot | Left | WorkerPing
 FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | Taken | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into

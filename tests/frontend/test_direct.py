@@ -156,4 +156,3 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
 
             for _ in range(5):
                 await asyncio.gather(*(one(number) for number in range(40)))
-        assert not c.frontend.fleet._touched

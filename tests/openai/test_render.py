@@ -50,6 +50,15 @@ def test_any_tokens_pushed_one_by_one_give_the_tokenizers_own_text(token_ids: li
     assert text == TOKENIZER.decode(token_ids, skip_special_tokens=True)
 
 
+@given(st.lists(st.integers(0, 2047), max_size=40), st.sampled_from(["chat", "completion", "message", "response"]))
+def test_the_short_way_of_a_token_gives_the_same_bytes_as_the_long_one(token_ids: list[int], kind: str) -> None:
+    short, long = (Renderer(render(kind, stream=True), Stop(max_tokens=99), prompt(2), VOCABULARY) for _ in range(2))
+    long._around = None
+    for token_id in token_ids:
+        assert short.push([token_id], None) == long.push([token_id], None)
+    assert short.finish("stop") == long.finish("stop")
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_no_piece_has_a_broken_character(text: str) -> None:
     for detokenizer in (VOCABULARY.detokenizer(), Windowed(TOKENIZER, VOCABULARY.special)):

@@ -12,7 +12,7 @@ from dynserve.transport import link as link_module
 from dynserve.transport.base import Link, Links
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.memory import MemoryLink, MemoryLinks
-from dynserve.wire.link import Cancel, FrontendPing, Hello, Tokens, WorkerPing
+from dynserve.wire.link import Cancel, FrontendPing, Hello, Left, Step, Tokens, WorkerPing
 from tests.conftest import until
 
 
@@ -62,6 +62,27 @@ async def test_what_is_said_in_one_turn_of_the_loop_is_one_frame(links: Links) -
         await until(lambda: len(frontend.bursts) == 1)
         assert [m.stream for m in frontend.bursts[0]] == list(range(100))
         link.close()
+
+
+async def test_tokens_of_one_turn_are_one_message_and_nothing_is_overtaken(links: Links) -> None:
+    frontend, worker = End(), End()
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link = await links.dial(address, worker)
+        link.send_token(1, 10, b"a")
+        link.send_token(2, 20, b"")
+        link.send(Left(3))
+        link.send_token(3, 30, b"c")
+        link.send_token(1, 11, b"d")
+        await until(lambda: len(frontend.bursts) == 1)
+        link.send_token(1, 12, b"e")
+        await until(lambda: len(frontend.bursts) == 2)
+        first = [Step([1, 2], [10, 20], [b"a", b""]), Left(3), Step([3, 1], [30, 11], [b"c", b"d"])]
+        assert frontend.bursts == [first, [Step([1], [12], [b"e"])]]
+        link.close()
+        link.send_token(1, 13, b"f")
+        link.send_token(1, 14, b"g")
+        await until(lambda: bool(frontend.reasons))
+        assert len(frontend.bursts) == 2
 
 
 async def test_closing_sends_what_was_said_and_both_sides_hear_of_the_end_once(links: Links) -> None:

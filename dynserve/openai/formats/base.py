@@ -6,14 +6,10 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import msgspec
-
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import Render, TokenLogprob
-
-to_json = msgspec.json.Encoder().encode
 
 Logprobs = list[dict[str, Any]] | None
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -37,6 +33,10 @@ class Format(Protocol):
     def first(self) -> bytes: ...
 
     def content(self, text: str, logprobs: Logprobs) -> bytes: ...
+
+    def around(self) -> tuple[bytes, bytes] | None:
+        """What `content` puts around a text's JSON, where that is always the same: then nobody need ask again."""
+        ...
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes: ...
 
@@ -113,20 +113,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
-
-
-def one_line(data: bytes) -> bytes:
-    """JSON without the characters that some clients take for the end of a line, although they are none in a stream."""
-    if data.isascii():
-        return data
-    for char in ("\u0085", "\u2028", "\u2029"):
-        data = data.replace(char.encode(), b"\\u%04x" % ord(char))
-    return data
-
-
-def event(kind: str, data: bytes) -> bytes:
-    """A named server-sent event."""
-    return b"event: " + kind.encode() + b"\ndata: " + one_line(data) + b"\n\n"
 
 
 def logprob_object(entry: TokenLogprob, vocabulary: Vocabulary, top: int) -> dict[str, Any]:

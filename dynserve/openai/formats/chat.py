@@ -13,11 +13,10 @@ from dynserve.openai.formats.base import (
     Said,
     call_id,
     logprob_object,
-    one_line,
-    to_json,
     usage_object,
 )
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.openai.sse import one_line, to_json
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import Render, TokenLogprob
 
@@ -82,17 +81,18 @@ class _Choices:
 class ChatFormat(_Choices):
     def __init__(self, render: Render) -> None:
         super().__init__(render)
-        self._content = self._choice + b'"delta":{"content":'
-        self._plain_end = b'},"logprobs":null' + self._end()
         self._calls = -1
 
     def first(self) -> bytes:
         return self._choice + b'"delta":{"role":"assistant","content":""},"logprobs":null' + self._end()
 
     def content(self, text: str, logprobs: Logprobs) -> bytes:
-        if logprobs is None and not self._render.continuous_usage:
-            return self._content + one_line(to_json(text)) + self._plain_end
         return self._delta(b'"content":' + to_json(text), logprobs)
+
+    def around(self) -> tuple[bytes, bytes] | None:
+        if self._render.continuous_usage or self._render.logprobs is not None:
+            return None
+        return self._choice + b'"delta":{"content":', b'},"logprobs":null' + self._end()
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         match piece:
@@ -158,6 +158,11 @@ class CompletionFormat(_Choices):
     def content(self, text: str, logprobs: Logprobs) -> bytes:
         entries = b"null" if logprobs is None else one_line(to_json(self._columns(logprobs)))
         return self._text + one_line(to_json(text)) + b',"logprobs":' + entries + self._end()
+
+    def around(self) -> tuple[bytes, bytes] | None:
+        if self._render.continuous_usage or self._render.logprobs is not None:
+            return None
+        return self._text, b',"logprobs":null' + self._end()
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         return self.content(piece[0], logprobs)  # only ever content: completions have no parsers

@@ -6,7 +6,7 @@ import base64
 import math
 from array import array
 
-from dynserve.openai.formats.base import to_json
+from dynserve.openai.sse import to_json
 from dynserve.wire.requests import Render
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.formats.base import End, Logprobs, Said, call_id, event, to_json
+from dynserve.openai.formats.base import End, Logprobs, Said, call_id
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.openai.sse import event, to_json
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import Render, TokenLogprob
 
@@ -29,6 +30,9 @@ class MessageFormat:
     def content(self, text: str, logprobs: Logprobs) -> bytes:
         begin = b"" if self._kind == "text" else self._open("text", {"type": "text", "text": ""})
         return begin + self._delta({"type": "text_delta", "text": text})
+
+    def around(self) -> None:
+        return None
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         match piece:

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 
 from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.formats.base import End, Logprobs, Said, call_id, event, logprob_object, to_json
+from dynserve.openai.formats.base import End, Logprobs, Said, call_id, logprob_object
 from dynserve.openai.parsers.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.openai.sse import event, to_json
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import Render, TokenLogprob
 
@@ -39,6 +40,9 @@ class ResponseFormat:
         return begin + self._event(
             "response.output_text.delta", **self._place(), content_index=0, delta=text, logprobs=logprobs or []
         )
+
+    def around(self) -> None:
+        return None  # every event has a number
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         match piece:
