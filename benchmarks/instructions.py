@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ ENGINE = {
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-ROLES = ("frontend", "worker")
+ROLES = tuple(os.environ.get("ROLES", "frontend worker").split())
 
 
 class Probe:

@@ -240,7 +240,7 @@ async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
         )  # fmt: skip
         first = latest = gap = 0.0
         try:
-            async with pipeline.answer(prompt) as run:
+            with pipeline.answer(prompt) as run:
                 async for burst in run.records():
                     now = loop.time()
                     first = first or now - began

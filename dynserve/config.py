@@ -80,7 +80,17 @@ class Planes:
 class FrontendConfig(Planes):
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
     http_port: int = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
+    workers: int = option(
+        1, "processes that serve the port together; link and system ports count up from theirs", "DYN_FRONTEND_WORKERS"
+    )
+    reuse_port: bool = option(
+        False, "other frontends of this user may listen on the port as well, as those of --workers do", "DYN_REUSE_PORT"
+    )
     link_port: int = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
+    system_host: str = option("127.0.0.1", "address of --system-port", "DYN_SYSTEM_HOST")
+    system_port: int = option(
+        0, "port of /health, /metrics and /v1/requests/*/why of this process alone; 0: none", "DYN_SYSTEM_PORT"
+    )
     router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
     router_policy: str | None = option(None, "a policy of your own, package.module:Class", "DYN_ROUTER_POLICY")
     router_prefill_weight: float = option(
@@ -149,7 +159,7 @@ class FrontendConfig(Planes):
         _positive(
             self, "request_timeout_s", "max_stream_bytes", "router_index_bytes", "router_session_ttl_s",
             "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s", "max_body_bytes",
-            "max_header_bytes", "max_requests", "receive_timeout_s", "tokenizer_threads",
+            "max_header_bytes", "max_requests", "receive_timeout_s", "tokenizer_threads", "workers",
         )  # fmt: skip
         _not_negative(
             self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
@@ -158,7 +168,10 @@ class FrontendConfig(Planes):
         if self.router_herd_factor < 1:
             raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
         _tls(self)
-        _ports(self, "http_port", "link_port")
+        _ports(self, "http_port", "link_port", "system_port")
+        for name in ("link_port", "system_port"):
+            if (first := getattr(self, name)) and first + self.workers > 65536:
+                raise ConfigError(f"{_flag(name)}: there are no {self.workers} ports from {first} on")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,13 +33,14 @@ class _Server(uvicorn.Server):
         yield  # the program has its own idea of SIGTERM
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A bound socket. Raises ConfigError that names the flag when the port is taken."""
+def bind(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
+    """A bound socket; others of this user may bind a `shared` one as well, and the kernel spreads connections over those
+    that listen. Raises ConfigError that names the flag when the port is taken."""
     with translate({OSError: ConfigError}, f"{flag}: cannot listen on {host}:{port}"):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
         except OSError:
             sock.close()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 
 from dynserve.config import FrontendConfig
 from dynserve.frontend.access import check_keys
 from dynserve.frontend.frontend import Frontend, check_policy
+from dynserve.frontend.group import run_group
 from dynserve.http import Limits, bind, serving, tls_of, url_of
 from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
@@ -15,18 +19,23 @@ from dynserve.transport.planes import open_planes
 log = logging.getLogger("dynserve.frontend")
 
 
-async def run(config: FrontendConfig, stop: Stop) -> None:
+async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
     check_policy(config)
     check_keys(config.api_keys_file)
-    sock = bind(config.http_host, config.http_port, "--http-port")
     tls = tls_of(config.tls_certificate, config.tls_key)
-    url = url_of(sock, "https" if tls else "http")
-    limits = Limits(config.max_header_bytes, config.receive_timeout_s)
-    async with (
-        open_planes(config, "frontend") as planes,
-        Frontend.open(config, planes, url) as frontend,
-        serving(frontend.served, sock, limits, tls),
-    ):
+    if config.workers > 1:
+        await run_group(config, argv, stop)
+        return
+    async with AsyncExitStack() as stack:
+        sock = bind(config.http_host, config.http_port, "--http-port", shared=config.reuse_port)
+        url = url_of(sock, "https" if tls else "http")
+        own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
+        planes = await stack.enter_async_context(open_planes(config, "frontend"))
+        frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
+        limits = Limits(config.max_header_bytes, config.receive_timeout_s)
+        await stack.enter_async_context(serving(frontend.served, sock, limits, tls))
+        if own is not None:
+            await stack.enter_async_context(serving(frontend.system, own, limits))
         settle_memory()
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()
@@ -34,7 +43,8 @@ async def run(config: FrontendConfig, stop: Stop) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_role(FrontendConfig, "python -m dynserve.frontend", run, argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    run_role(FrontendConfig, "python -m dynserve.frontend", partial(run, arguments), arguments)
 
 
 if __name__ == "__main__":

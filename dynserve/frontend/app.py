@@ -29,7 +29,7 @@ from dynserve.errors import (
 )
 from dynserve.frontend.access import Visit
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.edge import Threads, Wishes, body_of, prompts_of, request_id, warning_of, wishes
+from dynserve.frontend.edge import Threads, Wishes, body_of, headers_of, prompts_of, request_id, warning_of, wishes
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
 from dynserve.frontend.response import TokenResponse
@@ -62,8 +62,16 @@ R = TypeVar("R", bound=fields.Request)
 Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
-def make_app(frontend: Frontend, pool: Pool) -> tuple[FastAPI, ASGIApp]:
-    """The app, and what a server is to serve: the same, by a shorter way where there is one."""
+class Apps(NamedTuple):
+    """`served` is what a server is to serve: the app, by a shorter way where there is one. `system` has only what tells of
+    this process, for a port of its own where several share one."""
+
+    app: FastAPI
+    served: ASGIApp
+    system: FastAPI
+
+
+def make_apps(frontend: Frontend, pool: Pool) -> Apps:
     app = FastAPI(title="dynserve", summary="OpenAI-compatible serving of large language models")
     config = frontend.config
     edge = _Edge(frontend, Threads(pool))
@@ -71,6 +79,9 @@ def make_app(frontend: Frontend, pool: Pool) -> tuple[FastAPI, ASGIApp]:
     _add_generation(app, edge)
     _add_text(app, edge)
     _add_state(app, frontend, edge)
+    system = FastAPI(title="dynserve")
+    _add_errors(system)
+    _add_state(system, frontend, edge)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -79,8 +90,8 @@ def make_app(frontend: Frontend, pool: Pool) -> tuple[FastAPI, ASGIApp]:
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
-        return app, app  # whose headers are FastAPI's to add
-    return app, Direct(app, edge)
+        return Apps(app, app, system)  # whose headers are FastAPI's to add
+    return Apps(app, Direct(app, edge), system)
 
 
 class _Edge:
@@ -92,7 +103,7 @@ class _Edge:
 
     def enter(self, request: Request) -> Visit:
         request_id(request)
-        return self._frontend.gate.enter(request.headers)
+        return self._frontend.gate.enter(headers_of(request))
 
     async def parse(self, request: Request, form: type[R]) -> R:
         asked = fields.parsed(form, await body_of(request, self._config))

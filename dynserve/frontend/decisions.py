@@ -37,8 +37,6 @@ class Placement:
     worker: str
     prompt_blocks: int
     predicted: int | None  # cached tokens; None where the policy did not look
-    margin: float | None
-    runner_up: str | None
     packed: bytes  # candidates and their costs
     omitted: int
     usage: Usage | None = None  # what the worker said at the end of the phase
@@ -52,19 +50,14 @@ class Placement:
         ):  # none, or a policy's own idea: a record must not fail a request
             reason = reason._replace(costs=[])
         candidates, costs = _cheapest(reason)
-        others = [(cost, c.worker) for c, cost in zip(candidates, costs, strict=False) if c.worker != worker]
-        own = next((cost for c, cost in zip(candidates, costs, strict=False) if c.worker == worker), None)
-        margin, runner_up = None, None
-        if others and own is not None:
-            least, runner_up = min(others)
-            margin = least - own
         return Placement(
-            reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens, margin, runner_up,
+            reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens,
             _encode((candidates, [float(cost) for cost in costs])), len(reason.candidates) - len(candidates),
         )  # fmt: skip
 
     def told(self, most: int) -> dict[str, Any]:
         candidates, costs = _decode(self.packed)
+        margin, runner_up = self._margin(candidates, costs)
         shown = [
             {
                 "worker": c.worker, "overlap_blocks": c.overlap, "waiting_prefill_blocks": round(c.waiting_prefill, 2),
@@ -75,8 +68,8 @@ class Placement:
             for i, c in enumerate(candidates[:most])
         ]  # fmt: skip
         told: dict[str, Any] = {
-            "phase": self.phase, "why": self.why, "worker": self.worker, "runner_up": self.runner_up,
-            "margin": _number(self.margin), "prompt_blocks": self.prompt_blocks,
+            "phase": self.phase, "why": self.why, "worker": self.worker, "runner_up": runner_up,
+            "margin": _number(margin), "prompt_blocks": self.prompt_blocks,
             "predicted_cached_tokens": self.predicted, "candidates": shown,
         }  # fmt: skip
         if omitted := self.omitted + len(candidates) - len(shown):
@@ -89,6 +82,15 @@ class Placement:
         if self.failure:
             told["failure"] = self.failure
         return told
+
+    def _margin(self, candidates: Sequence[Candidate], costs: Sequence[float]) -> tuple[float | None, str | None]:
+        """By how much the choice was cheaper than the next, and who that was."""
+        others = [(cost, c.worker) for c, cost in zip(candidates, costs, strict=False) if c.worker != self.worker]
+        own = next((cost for c, cost in zip(candidates, costs, strict=False) if c.worker == self.worker), None)
+        if not others or own is None:
+            return None, None
+        least, runner_up = min(others)
+        return least - own, runner_up
 
 
 class Decision:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor as Pool
 from dataclasses import dataclass
-from secrets import token_hex
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +16,7 @@ from dynserve.errors import BadRequest, BodyTooLarge, CallerError, Cancelled, Ov
 from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Prompt
 from dynserve.openai.order import Order
+from dynserve.randomness import random_hex
 
 INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
 MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
@@ -36,7 +36,7 @@ async def body_of(request: Request, config: FrontendConfig) -> bytes:
         found: bytes = whole
         return found
     parts: list[bytes] = []
-    announced = request.headers.get("content-length", "")
+    announced = headers_of(request).get("content-length", "")
     size = int(announced) if announced.isdecimal() else 0
     if size > config.max_body_bytes:
         raise BodyTooLarge(f"the body is larger than {config.max_body_bytes:,} bytes")
@@ -59,12 +59,21 @@ class SlowBody(CallerError):
     code, status = "request_timeout", 408
 
 
+def headers_of(request: Request) -> Mapping[str, str]:
+    """By lower-case name, the first of several; looked up, where Starlette's are searched."""
+    found: dict[str, str] | None = request.scope.get("dynserve.headers")
+    if found is None:
+        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
+        request.scope["dynserve.headers"] = found
+    return found
+
+
 def request_id(request: Request) -> str:
     """The client's own, where it has the form of one; the same for every call with the same request."""
     found: str | None = request.scope.get("dynserve.request_id")
     if found is None:
-        given = request.headers.get("x-request-id", "")
-        found = given if _REQUEST_ID.fullmatch(given) else token_hex(16)
+        given = headers_of(request).get("x-request-id", "")
+        found = given if given and _REQUEST_ID.fullmatch(given) else random_hex()
         request.scope["dynserve.request_id"] = found
     return found
 
@@ -108,7 +117,7 @@ class Wishes:
 
 def wishes(request: Request, visit: Visit, priority: int | None, session: str | None) -> Wishes:
     """The body's `priority` wins over the header's, the header's session over the body's cache key. Raises BadRequest."""
-    headers = request.headers
+    headers = headers_of(request)
     if priority is None and (given := headers.get("x-dynserve-priority")):
         try:
             priority = int(given)

@@ -16,7 +16,7 @@ from dynserve.errors import Cancelled, DynserveError
 from dynserve.frontend.access import Visit
 from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
-from dynserve.frontend.response import SSE, TokenResponse, until_left
+from dynserve.frontend.response import SSE, TokenResponse, UntilLeft
 from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
 from dynserve.openai.sse import to_json
 from dynserve.wire.link import Finished, Usage
@@ -39,9 +39,9 @@ class FanOut(TokenResponse):
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            runs = [await stack.enter_async_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
+            runs = [stack.enter_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
             self._runs = runs
-            await stack.enter_async_context(until_left(receive, runs, self._watch))
+            await stack.enter_async_context(UntilLeft(receive, runs, self._watch))
             async with _first_error(), asyncio.TaskGroup() as group:
                 for run, answer in zip(runs, self._answers, strict=True):
                     group.create_task(self._one(run, answer, send))
@@ -49,7 +49,8 @@ class FanOut(TokenResponse):
 
     async def _one(self, run: Run, answer: _Answer, send: Send) -> None:
         async with self._gate:
-            async for burst in self._timed(run):
+            async for burst in run.records():
+                self._note(run, burst)
                 for record in burst:
                     answer.note(record)
                 last = burst[-1]

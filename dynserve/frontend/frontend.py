@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from dynserve.config import FrontendConfig
 from dynserve.frontend.access import Gate
 from dynserve.frontend.admission import Admission
-from dynserve.frontend.app import make_app
+from dynserve.frontend.app import make_apps
 from dynserve.frontend.fleet import Fleet, Peer
 from dynserve.frontend.pipeline import Pipeline
 from dynserve.frontend.sharing import Sharing
@@ -82,6 +82,7 @@ class Frontend:
         router.ledger.listeners.append(lambda _: self.admission.look())
         self.app: FastAPI
         self.served: ASGIApp  # the same, by a shorter way where there is one
+        self.system: FastAPI  # what tells of this process, alone
 
     @staticmethod
     @asynccontextmanager
@@ -101,7 +102,7 @@ class Frontend:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
                 frontend = Frontend(config, planes, id_, fleet, router)
-                frontend.app, frontend.served = make_app(frontend, pool)
+                frontend.app, frontend.served, frontend.system = make_apps(frontend, pool)
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._look())
                 tasks.create_task(frontend._watch_lag())
@@ -152,6 +153,7 @@ class Frontend:
         return {
             "status": "healthy" if models else "starting",
             "id": self.id,
+            "pid": os.getpid(),
             "models": models,
             "router_mode": self.config.router_mode,
             "planes": {"nats": self._planes.bus.connected, "registered": registered},

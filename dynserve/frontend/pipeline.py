@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from itertools import count
 from typing import Literal
 
@@ -89,26 +88,9 @@ class Pipeline:
     def model(self, name: str) -> Model | None:
         return self.fleet.model(name)
 
-    @asynccontextmanager
-    async def answer(self, prompt: Prompt) -> AsyncIterator[Run]:
-        """The request runs as long as the block. Leaving it early cancels everywhere."""
-        run = Run(self, prompt)
-        metrics = self.metrics.of(prompt.model)
-        metrics.accepted.inc()
-        metrics.in_flight.inc()
-        try:
-            yield run
-        except asyncio.CancelledError:
-            run.outcome = "cancelled"
-            raise
-        except Exception:
-            if run.outcome != "cancelled":
-                run.outcome = "failed"
-            raise
-        finally:
-            run.close()
-            metrics.in_flight.dec()
-            metrics.ended[run.outcome].inc()
+    def answer(self, prompt: Prompt) -> Run:
+        """The request runs as long as a `with` block of what this gives. Leaving it early cancels everywhere."""
+        return Run(self, prompt)
 
 
 class Run:
@@ -116,6 +98,7 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
         self._pipeline, self._prompt = pipeline, prompt
+        self.metrics = pipeline.metrics.of(prompt.model)
         self._clock = asyncio.get_running_loop().time
         self.began = self._clock()
         self.deadline = self.began + pipeline.timeout_s
@@ -136,6 +119,20 @@ class Run:
     def tokens(self) -> list[int]:
         """All that came."""
         return [token_id for reply in self._replies for token_id in reply.tokens]
+
+    def __enter__(self) -> Run:
+        self.metrics.accepted.inc()
+        self.metrics.in_flight.inc()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.outcome = "cancelled"
+        elif isinstance(error, Exception) and self.outcome != "cancelled":
+            self.outcome = "failed"
+        self.close()
+        self.metrics.in_flight.dec()
+        self.metrics.ended[self.outcome].inc()
 
     async def records(self) -> AsyncIterator[list[Record]]:
         """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
@@ -305,7 +302,7 @@ class Run:
             sampling=prompt.sampling,
             stop=prompt.stop,
             render=prompt.render,
-            timeout_s=self.deadline - asyncio.get_running_loop().time(),
+            timeout_s=self.deadline - self._clock(),
             cache_salt=prompt.cache_salt,
             adapter=self._adapter,
             priority=prompt.priority,

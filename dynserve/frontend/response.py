@@ -7,10 +7,10 @@ stream's last event, and the connection ends without `[DONE]`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import TracebackType
 
 import msgspec
 from starlette.responses import Response
@@ -45,7 +45,8 @@ class TokenResponse(Response):
         self._pipeline, self._prompt, self._visit = pipeline, prompt, visit
         self._request_id = prompt.id
         self._more: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-        self._began = asyncio.get_running_loop().time()
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
         self._sent = False
         self._runs: list[Run] = []
         self._abort: Callable[[], None] | None = None
@@ -71,12 +72,14 @@ class TokenResponse(Response):
             self._settle()
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        async with self._pipeline.answer(self._prompt) as run, until_left(receive, [run], self._watch):
+        with self._pipeline.answer(self._prompt) as run:
             self._runs = [run]
-            await (self._stream if self._prompt.render.stream else self._unary)(run, send)
+            async with UntilLeft(receive, self._runs, self._watch):
+                await (self._stream if self._prompt.render.stream else self._unary)(run, send)
 
     async def _stream(self, run: Run, send: Send) -> None:
-        async for burst in self._timed(run):
+        async for burst in run.records():
+            self._note(run, burst)
             data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
             if data:
                 if not self._sent:
@@ -89,29 +92,25 @@ class TokenResponse(Response):
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""
         run.write = _nothing  # until the end there is none
-        async for burst in self._timed(run):
+        async for burst in run.records():
+            self._note(run, burst)
             body = burst[-1].data
         explained = [(b"x-dynserve-explain", run.explained())] if self._prompt.explain else []
         await self._whole(200, body, send, explained)
 
-    async def _timed(self, run: Run) -> AsyncIterator[list[Record]]:
-        """The run's records, with the times and counts of the request taken on the way."""
-        metrics, loop = self._pipeline.metrics.of(self._prompt.model), asyncio.get_running_loop()
-        first = True
-        async for burst in run.records():
-            if first:
-                first = False
-                run.decision.ttft_s = loop.time() - self._began
-                metrics.ttft.observe(run.decision.ttft_s)
-            yield burst
-            last = burst[-1]
-            if isinstance(last, Finished) and last.handoff is None:
-                metrics.duration.observe(loop.time() - self._began)
-                metrics.prompt_tokens.inc(last.usage.prompt_tokens)
-                metrics.output_tokens.inc(last.usage.completion_tokens)
-                metrics.cached_tokens.inc(last.usage.cached_tokens)
-                self._visit.used(last.usage.completion_tokens)
-                self._told.add(run)
+    def _note(self, run: Run, burst: list[Record]) -> None:
+        """The times and counts of the request, taken on the way."""
+        decision, last = run.decision, burst[-1]
+        if decision.ttft_s is None:
+            decision.ttft_s = self._clock() - self._began
+            run.metrics.ttft.observe(decision.ttft_s)
+        if isinstance(last, Finished) and last.handoff is None:
+            run.metrics.duration.observe(self._clock() - self._began)
+            run.metrics.prompt_tokens.inc(last.usage.prompt_tokens)
+            run.metrics.output_tokens.inc(last.usage.completion_tokens)
+            run.metrics.cached_tokens.inc(last.usage.cached_tokens)
+            self._visit.used(last.usage.completion_tokens)
+            self._told.add(run)
 
     def _settle(self) -> None:
         """However it ended, what was made is paid for; and what never began is not."""
@@ -158,25 +157,34 @@ def _nothing(data: bytes) -> bool:
     return True
 
 
-@contextlib.asynccontextmanager
-async def until_left(receive: Receive, runs: Sequence[Run], watch: Watch | None = None) -> AsyncIterator[None]:
+class UntilLeft:
     """The block ends when the client leaves, does not read, or the request's time is up. `watch` tells of the first;
     without one (a server other than ours) a task waits for it."""
-    left = partial(_left, runs)
-    unwatch = watch(left) if watch is not None else _waiting_for(receive, left)
-    try:
+
+    def __init__(self, receive: Receive, runs: Sequence[Run], watch: Watch | None = None) -> None:
+        self._receive, self._runs, self._watch = receive, runs, watch
+
+    async def __aenter__(self) -> None:
+        left = partial(_left, self._runs)
+        self._unwatch = self._watch(left) if self._watch is not None else _waiting_for(self._receive, left)
         # sending waits for the client, so it has the request's own deadline, and ends early when the
         # client reads so little that its answer piles up
-        async with asyncio.timeout_at(max(run.deadline for run in runs)) as limit:
-            for run in runs:
-                run.limit(limit)
-            yield
-    except TimeoutError:
-        raise TimedOut("the client did not read its answer in time") from None
-    finally:
-        unwatch()
-        for run in runs:
-            run.limit(None)
+        self._limit = asyncio.timeout_at(max([run.deadline for run in self._runs]))
+        await self._limit.__aenter__()
+        for run in self._runs:
+            run.limit(self._limit)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise TimedOut("the client did not read its answer in time") from None
+        finally:
+            self._unwatch()
+            for run in self._runs:
+                run.limit(None)
 
 
 def _left(runs: Sequence[Run]) -> None:

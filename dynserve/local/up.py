@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from dynserve.child import Child, Spec
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.access import check_keys
 from dynserve.http import bind, tls_of
-from dynserve.local.child import Child, Spec
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.openai.model_files import check_model_folder
 from dynserve.process import Stop, run_process

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -153,11 +154,12 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     return [step.get("type") for step in steps] == ["ByteLevel"]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the others follow from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+def _byte_alphabet() -> list[str]:
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = count(0x100)
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
 
 
-_BYTE_OF = _byte_alphabet()
+# GPT-2's printable stand-ins for bytes: visible Latin-1 characters are themselves, the others follow from U+0100 on
+BYTE_ALPHABET = _byte_alphabet()
+_BYTE_OF = {char: byte for byte, char in enumerate(BYTE_ALPHABET)}

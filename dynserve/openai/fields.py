@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dynserve.config import nearest
 from dynserve.errors import BadRequest, ContextTooLong
+from dynserve.randomness import random_int
 from dynserve.wire.requests import Sampling, Stop
 
 MAX_STOPS = 16
@@ -103,7 +103,7 @@ class SamplingFields(Request):
             top_p=own(self.top_p, defaults.top_p),
             top_k=max(0, own(self.top_k, defaults.top_k)),
             min_p=own(self.min_p, defaults.min_p),
-            seed=(secrets.randbits(63) if self.seed is None else self.seed + choice) & 0x7FFFFFFFFFFFFFFF,
+            seed=(random_int() if self.seed is None else self.seed + choice) & 0x7FFFFFFFFFFFFFFF,
             presence_penalty=own(self.presence_penalty, 0.0),
             frequency_penalty=own(self.frequency_penalty, 0.0),
             repetition_penalty=own(self.repetition_penalty, defaults.repetition_penalty),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Literal
 
@@ -15,6 +14,7 @@ from dynserve.openai.fields import AnswerFields
 from dynserve.openai.guide import enforces_calls, guide_of
 from dynserve.openai.parsers import reasoning
 from dynserve.openai.prompt import Preprocessor
+from dynserve.randomness import random_hex
 from dynserve.wire.discovery import Card
 from dynserve.wire.requests import Guide, Reasoning, Render, Sampling, Stop, Thought, ToolUse, pack_tokens
 
@@ -135,7 +135,7 @@ def order_embedding(asked: EmbeddingRequest, prepared: Prepared, card: Card) -> 
         )
     render = Render(
         kind="embedding",
-        response_id=HEADS["embedding"] + secrets.token_hex(16),
+        response_id=HEADS["embedding"] + random_hex(),
         model=asked.model,
         created=int(time.time()),
         dimensions=asked.dimensions or 0,
@@ -166,7 +166,7 @@ def _render(asked: AnswerFields, kind: Kind) -> Render:
     options = asked.stream_options
     return Render(
         kind=kind,
-        response_id=HEADS[kind] + secrets.token_hex(16),
+        response_id=HEADS[kind] + random_hex(),
         model=asked.model,
         created=int(time.time()),
         stream=bool(asked.stream),

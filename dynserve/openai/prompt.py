@@ -38,6 +38,7 @@ class Preprocessor:
         self.tokenizer.no_padding()
         self.vocab_size: int = self.tokenizer.get_vocab_size()
         self.segments = Segments(self.tokenizer)
+        self._around = _around(self.tokenizer)
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
         self.template = _template_source(files, config)
         self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
@@ -91,9 +92,21 @@ class Preprocessor:
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""
-        # a batch, even of one: only that lets go of the interpreter's lock
-        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
-        return ids
+        if special and self._around is None:
+            # a batch, even of one: only that lets go of the interpreter's lock
+            ids: list[int] = self.tokenizer.encode_batch_fast([text])[0].ids
+            return ids
+        before, after = self._around if special and self._around is not None else ([], [])
+        return [*before, *self.segments.encode(text), *after]
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """What the tokenizer puts before and behind any text; None where that cannot be told apart."""
+    bare, whole = (tokenizer.encode("x", add_special_tokens=special).ids for special in (False, True))
+    for at in range(len(whole) - len(bare) + 1):
+        if bare and whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return None
 
 
 _MARK = "\ue000here the answer goes on\ue001"  # no text that anybody writes

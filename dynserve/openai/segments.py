@@ -16,6 +16,7 @@ from collections import OrderedDict
 from tokenizers import Tokenizer
 
 from dynserve.openai.detokenize import tokenizer_parts
+from dynserve.openai.words import words_of
 
 ENTRY = 300  # bytes that an entry takes beside its text and ids
 
@@ -33,6 +34,7 @@ class Segments:
         self._bytes = 0
         self._lock = threading.Lock()
         self.exact = self._is_exact()
+        self._words = words_of(tokenizer) if self.exact else None  # a text's pieces only, without special tokens
         self.hits = self.misses = 0  # characters
 
     def encode(self, text: str) -> list[int]:
@@ -77,10 +79,11 @@ class Segments:
                 self._bytes -= _size(*self._known.popitem(last=False))
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        found = [self._words.encode(text) if self._words is not None else None for text in texts]
+        rest = [text for text, ids in zip(texts, found, strict=True) if ids is None]
         # a batch, even of one: only that lets go of the interpreter's lock, so that the event loop runs on
-        if not texts:
-            return []
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = iter(self._tokenizer.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
+        return [next(encoded).ids if ids is None else ids for ids in found]
 
     def _is_exact(self) -> bool:
         tokens = self._tokenizer.get_added_tokens_decoder().values()

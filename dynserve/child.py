@@ -74,7 +74,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for `up`, which stops the others in order
+                start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
                 preexec_fn=_die_with_parent,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
@@ -123,7 +123,7 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 
 def _die_with_parent() -> None:
-    """Runs in the child before exec: not even a kill -9 of `up` leaves a process behind (Linux)."""
+    """Runs in the child before exec: not even a kill -9 of the parent leaves a process behind (Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,61 @@
+"""Several frontends on one port: processes of their own that the kernel spreads connections over (SO_REUSEPORT).
+
+Each is a whole frontend with its own links, and takes part in the sharing of loads as one on another machine would. The
+parent serves nothing: it holds the port, starts the others, starts again those that die, and stops them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+
+from dynserve.child import Child, Spec
+from dynserve.config import FrontendConfig
+from dynserve.errors import ConfigError
+from dynserve.http import bind, url_of
+from dynserve.process import Stop
+from dynserve.tasks import task_group
+
+log = logging.getLogger(__name__)
+
+
+async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> None:
+    """Until `stop`. `argv` are the parent's flags, which the children get as well.
+
+    Raises:
+        ConfigError: the port is taken, or a child says that its configuration is wrong.
+    """
+    # whoever has the port now is asked first: sharing it with another cluster of the same user would go unnoticed
+    bind(config.http_host, config.http_port, "--http-port").close()
+    with bind(config.http_host, config.http_port, "--http-port", shared=True) as held:
+        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def died(child: Child, code: int) -> None:
+            if code == 2 and not broken.done():
+                broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+
+        async with task_group() as tasks:
+            port = held.getsockname()[1]
+            specs = [Spec(f"frontend-{n + 1}", _command(config, argv, port, n)) for n in range(config.workers)]
+            width = max(len(spec.name) for spec in specs)
+            children = [Child(spec, restart=True, died=died, width=width, tasks=tasks) for spec in specs]
+            try:
+                for child in children:
+                    await child.start()
+                log.info("%d frontends serve at %s", len(children), url_of(held, "https" if config.tls_key else "http"))
+                await stop.wait(broken)
+                log.info("stopping")
+            finally:
+                await asyncio.gather(*(child.stop() for child in children))
+
+
+def _command(config: FrontendConfig, argv: Sequence[str], port: int, number: int) -> list[str]:
+    """The last of two equal flags counts."""
+    own = {"workers": 1, "reuse-port": "true", "http-port": port}
+    for name, first in (("link-port", config.link_port), ("system-port", config.system_port)):
+        if first:
+            own[name] = first + number
+    flags = [f"--{name}={value}" for name, value in own.items()]
+    return [sys.executable, "-m", "dynserve.frontend", *argv, *flags]

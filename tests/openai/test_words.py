@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from dynserve.config import TINY_MODEL
+from dynserve.openai.model_files import read_model_files
+from dynserve.openai.prompt import Preprocessor
+from dynserve.openai.segments import Segments
+from dynserve.openai.words import MOST_WORDS, Words, words_of
+
+SOURCE = (TINY_MODEL / "tokenizer.json").read_text()
+# how the families that are served cut words: Qwen 2 and 3, Llama 3, GPT-4o and Llama 4, DeepSeek's letters
+PATTERNS = [
+    json.loads(SOURCE)["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+]
+ASCII = st.text(st.characters(max_codepoint=127), max_size=80)
+PROSE = st.lists(
+    st.sampled_from([" the", "The", "'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "12", "3", "_x", "();", "\x1c", "\x85"])
+)
+
+
+def tokenizer(pattern: str = PATTERNS[0]) -> Tokenizer:
+    made = Tokenizer.from_str(SOURCE)
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return made
+
+
+TOKENIZERS = [tokenizer(pattern) for pattern in PATTERNS]
+WORDS = [words_of(one) for one in TOKENIZERS]
+
+
+@pytest.mark.parametrize("number", range(len(PATTERNS)))
+@settings(max_examples=300)
+@given(text=st.one_of(ASCII, PROSE.map("".join)))
+def test_words_give_the_tokenizers_own_ids(number: int, text: str) -> None:
+    words = WORDS[number]
+    assert words is not None
+    ids = words.encode(text)
+    assert ids is None if not text.isascii() else ids == TOKENIZERS[number].encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("number", range(len(PATTERNS)))
+def test_a_long_text_gives_the_same_in_pieces(number: int) -> None:
+    text = "It's 2024;  def f(x):\n    return [x, 'y']\n\n" * 400
+    words = WORDS[number]
+    assert words is not None
+    assert words.encode(text) == TOKENIZERS[number].encode(text, add_special_tokens=False).ids
+
+
+def test_other_tokenizers_are_left_to_the_library() -> None:
+    lower = tokenizer()
+    lower.normalizer = normalizers.Lowercase()
+    own = tokenizer()
+    own.add_tokens([AddedToken("wörd", normalized=True)])
+    plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    sentences = tokenizer()
+    sentences.pre_tokenizer = pre_tokenizers.Metaspace()
+    drawn = tokenizer()
+    drawn.model.dropout = 0.5
+    within = tokenizer(r"[\p{L}&&[^a]]+|[^\p{L}]|a")
+    odd = tokenizer(r"\p{Han}+|[^\p{Han}]+")
+    for made in (lower, own, plain, sentences, drawn, within, odd):
+        assert words_of(made) is None
+
+
+def test_a_pattern_that_leaves_gaps_is_left_to_the_library() -> None:
+    gaps = tokenizer(r"\p{L}+")
+    words = words_of(gaps)
+    assert words is None or words.encode("a b") is None
+
+
+def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_WORDS > 10_000
+    monkeypatch.setattr("dynserve.openai.words.MOST_WORDS", 10)
+    words = words_of(TOKENIZERS[0])
+    assert words is not None
+    for number in range(100):
+        text = f"w{number} again {'x' * 100}"
+        assert words.encode(text) == TOKENIZERS[0].encode(text).ids
+    assert len(words._known) <= 10
+
+
+def test_special_tokens_within_a_text_and_around_it_are_kept() -> None:
+    text = "<|im_start|>user\nhi there<|im_end|>\n<think>x</think>"
+    assert Segments(TOKENIZERS[0]).encode(text) == TOKENIZERS[0].encode(text).ids
+    files = dict(read_model_files(TINY_MODEL))
+    framed = Tokenizer.from_str(SOURCE)
+    framed.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)]
+    )
+    files["tokenizer.json"] = framed.to_str().encode()
+    preprocessor = Preprocessor(files)
+    for asked in (text, "plain words", "", "naïve café"):
+        assert preprocessor.tokenize(asked) == framed.encode(asked).ids
+        assert preprocessor.tokenize(asked, special=False) == framed.encode(asked, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_without_a_byte_alphabet_is_left_to_the_library() -> None:
+    made = tokenizer()
+    made.decoder = decoders.Fuse()
+    assert isinstance(words_of(made), Words)  # decoding is not its business
+    made.pre_tokenizer = None  # type: ignore[assignment]
+    assert words_of(made) is None
