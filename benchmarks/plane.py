@@ -43,8 +43,10 @@ class Setup(NamedTuple):
 def cluster(
     workers: list[str], engine: dict[str, Any], executor: str = "simulated", frontend_flags: Sequence[str] = (),
     worker_flags: Sequence[str] = (), under: Mapping[str, list[str]] | None = None, patience: float = 60.0,
+    program: Sequence[str] = ("-m", "dynserve.worker"),
 ) -> Iterator[Setup]:  # fmt: skip
-    """etcd, NATS, a frontend and workers in these roles; all gone at the end. `under`: what a role's program runs under."""
+    """etcd, NATS, a frontend and workers in these roles; all gone at the end. `under`: what a role's program runs under;
+    `program`: the workers'."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         etcd, peer, nats, http = free_ports(4)
         wrapped = under or {}
@@ -83,8 +85,7 @@ def cluster(
                 [
                     *wrapped.get("worker", []),
                     sys.executable,
-                    "-m",
-                    "dynserve.worker",
+                    *program,
                     *planes,
                     *options,
                     "--disaggregation-mode",

@@ -114,9 +114,8 @@ def environment(name: str, root: Path) -> Path:
 
 @contextlib.contextmanager
 def dynserve(step_ms: float, programs: Path) -> Iterator[Peer]:
-    engine = {"step_ms": step_ms, "prefill_us_per_token": 0, "decode_us_per_sequence": 0, "decode_us_per_ktoken": 0}
-    engine |= {"max_batch_size": 512, "num_blocks": 200_000} | ({} if step_ms else {"speed": 0})
-    with cluster(["prefill_and_decode"], engine) as setup:
+    program = [str(Path(__file__).parent / "zero.py"), str(step_ms)]
+    with cluster(["prefill_and_decode"], {}, program=program) as setup:
         yield Peer(
             setup.port, {"front": setup.pids["frontend"], "worker": setup.pids["worker"], "nats": setup.pids["nats"]}
         )
