@@ -19,12 +19,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/router.py $(ARGS)
-	$(BIN)/python benchmarks/plane.py $(ARGS)
-	$(BIN)/python benchmarks/trtllm.py $(ARGS)
-	$(BIN)/python benchmarks/preprocess.py $(ARGS)
-	$(BIN)/python benchmarks/shared_prompts.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 install: $(STAMP)
 

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from budget import Row, report
 from plane import Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
@@ -153,8 +154,7 @@ def main() -> None:
             ask(setup.port, [{"role": "user", "content": "warm up"}])
             show("every conversation new", new := measure(setup, fresh))
             show("a further turn of one", measure(setup, turns))
-    verdict = "pass" if new.lag_p99_ms < BUDGET else "MISS"
-    print(f"\nbudget\n  loop lag p99 ms {new.lag_p99_ms:8.2f}   budget {BUDGET:6.1f}   {verdict}")
+    report([Row("long prompts: loop lag p99, ms", new.lag_p99_ms, BUDGET)])
 
 
 if __name__ == "__main__":

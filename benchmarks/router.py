@@ -20,6 +20,8 @@ import tracemalloc
 from collections.abc import Callable
 from typing import NamedTuple
 
+from budget import Row, report
+
 from dynserve.frontend.decisions import Decision
 from dynserve.routing.index import PrefixIndex
 from dynserve.routing.policy import IndexState
@@ -167,10 +169,8 @@ def main() -> None:
         )
         if workers == 64:
             found = {"placement us": place.median * 1e6, "events blocks/s": 1 / store.median}
-    print("\nbudget, 64 workers, medians")
-    for what, budget in BUDGETS.items():
-        good = found[what] >= budget if what.endswith("/s") else found[what] <= budget
-        print(f"  {what:<18} {found[what]:>12,.1f}   budget {budget:>10,.0f}   {'pass' if good else 'MISS'}")
+    rows = [Row(f"64 workers: {what}", found[what], bound, what.endswith("/s")) for what, bound in BUDGETS.items()]
+    report(rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from budget import Row, report
 from plane import TOKENS, cluster, measured
 
 from dynserve.config import TINY_MODEL
@@ -80,9 +81,7 @@ def main() -> None:
                     f"step {step_ms} ms, {clients:>3} streams   worker {values['worker']:6.1f}, of which the double's client "
                     f"{theirs:6.1f}, own {own:6.1f}  us/token   {values['per second']:>9,.0f} tokens/s", flush=True,
                 )  # fmt: skip
-    print(
-        f"\nbudget\n  own us/token           {worst:8.2f}   budget {BUDGET:6.1f}   {'pass' if worst <= BUDGET else 'MISS'}"
-    )
+    report([Row("trtllm worker: own us/token", worst, BUDGET)])
 
 
 if __name__ == "__main__":

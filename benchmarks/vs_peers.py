@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import load
+from budget import Row, report
 from plane import cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
@@ -33,8 +34,16 @@ from dynserve.local.embedded import etcd_command, free_ports, nats_command
 
 TOKENS = 128  # per streamed answer
 MODEL = TINY_MODEL.name
-SHORT, LONG = " ".join(f"word{i % 7}" for i in range(50)), " ".join(f"word{i % 7}" for i in range(2000))
+SHORT, LONG = " ".join(f"word{i % 7}" for i in range(50)), " ".join(f"word{i % 7}" for i in range(4000))
 DYNAMO = "1.6.1"
+STREAMED, UNARY, LONG_UNARY = "streamed, 5 ms, 128 clients", "unary, 1 token, 32 clients", "unary, 8k tokens, 8 clients"
+BOUNDS = {
+    (STREAMED, "dynamo"): 0.25,
+    (STREAMED, "sglang-router"): 1.0,
+    (STREAMED, "vllm-router"): 1.0,
+    (UNARY, "dynamo"): 0.5,
+    (LONG_UNARY, "dynamo"): 1.0,
+}
 PACKAGES = {
     "dynamo": (
         [f"ai-dynamo=={DYNAMO}", f"ai-dynamo-runtime=={DYNAMO}"],
@@ -211,14 +220,14 @@ def _rss(pid: int) -> float:
 
 def cases(clients: list[int], *, quick: bool) -> list[Case]:
     found = [Case(f"streamed, 5 ms, {n} clients", n, 5.0, True) for n in clients]
-    found += [Case("unary, 1 token, 32 clients", 32, 0.0, False)]
+    found += [Case(UNARY, 32, 0.0, False)]
     if not quick:
         found += [Case(f"streamed, 0 ms, {n} clients", n, 0.0, True) for n in clients]
         found += [
             Case("chat, streamed, 5 ms, 32 clients", 32, 5.0, True, chat=True),
             Case("unary, 1 token, 1 client", 1, 0.0, False),
             Case("unary, chat, 32 clients", 32, 0.0, False, chat=True),
-            Case("unary, 8k tokens, 8 clients", 8, 0.0, False, prompt=LONG),
+            Case(LONG_UNARY, 8, 0.0, False, prompt=LONG),
         ]
     return sorted(found, key=lambda case: -case.step_ms)  # one start of a peer per step
 
@@ -300,13 +309,21 @@ def main() -> None:
 def _compare(every: list[Case], table: dict[tuple[str, str], Found]) -> None:
     """dynserve's part of each peer's CPU."""
     print("\ndynserve / peer: frontend alone, and the whole plane (frontend, worker, NATS)")
+    rows = []
     for case in every:
         ours = table.get((case.name, "dynserve"))
         for (name, peer), theirs in table.items():
             if ours is None or name != case.name or peer == "dynserve":
                 continue
-            whole = "" if peer != "dynamo" else f"  plane {sum(ours[:3]) / sum(theirs[:3]):5.2f}"
-            print(f"{case.name:<34} {peer:<14} front {ours.front / max(theirs.front, 1e-9):5.2f}{whole}")
+            front, whole = ours.front / max(theirs.front, 1e-9), sum(ours[:3]) / max(sum(theirs[:3]), 1e-9)
+            print(
+                f"{case.name:<34} {peer:<14} front {front:5.2f}" + (f"  plane {whole:5.2f}" if peer == "dynamo" else "")
+            )
+            if (bound := BOUNDS.get((case.name, peer))) is not None:
+                rows.append(Row(f"frontend's CPU / {peer}'s: {name}", front, bound))
+                if case.stream and peer == "dynamo":
+                    rows.append(Row(f"plane's CPU / {peer}'s: {name}", whole, bound))
+    report(rows)
 
 
 if __name__ == "__main__":

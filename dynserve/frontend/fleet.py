@@ -52,7 +52,19 @@ COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
-    __slots__ = ("_counted", "_cut", "_grew", "_timer", "ack", "channel", "left", "peer", "stream", "tokens", "write")
+    __slots__ = (
+        "_counted",
+        "_cut",
+        "_grew",
+        "_timer",
+        "channel",
+        "left",
+        "peer",
+        "refused",
+        "stream",
+        "tokens",
+        "write",
+    )
 
     def __init__(
         self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None], grew: Callable[[int], None]
@@ -62,7 +74,7 @@ class Reply:
         self.tokens: list[int] = []  # all that came
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
-        self.ack: asyncio.Future[Ack] = loop.create_future()
+        self.refused = False  # the worker has said that it does not begin
         self.left = False  # the hand-off that it was given was not taken
         # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
         self.write: Write | None = None
@@ -97,9 +109,17 @@ class Reply:
         """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
         self._drop()
         self.channel.close(error)
-        if not self.ack.done():
-            self.ack.set_exception(error)
-            self.ack.exception()  # it may be that nobody waits for the acknowledgement any more
+
+    def refuse(self, error: DynserveError) -> None:
+        """Ends the stream of a worker that has not begun it."""
+        self.refused = True
+        self.peer.replies.pop(self.stream, None)
+        self.channel.close(error)
+
+    @property
+    def open(self) -> bool:
+        """The worker may still say something."""
+        return self.peer.replies.get(self.stream) is self
 
     def taken(self) -> None:
         """The hand-off that the stream left has done its work."""
@@ -163,6 +183,7 @@ class Fleet:
         self._pools: dict[tuple[str, str], list[Target]] = {}  # until something about a peer changes
         self._clock = asyncio.get_running_loop().time
         self.feeds = KvFeeds(router, self._ask_snapshot, self._clock)
+        self.acknowledged: Callable[[int, Ack], None] = lambda stream, ack: None
         self.changed: Callable[[], None] = lambda: None  # called when a worker can be placed on that could not before
 
     def targets(self, model: str, role: str) -> list[Target]:
@@ -291,9 +312,7 @@ class Fleet:
                 if (reply := peer.replies.pop(stream, None)) is not None:
                     reply.fail(from_wire(code, text, param))
             case SubmitReply(stream=stream, ack=ack):
-                reply = peer.replies.get(stream)
-                if reply is not None and not reply.ack.done():
-                    reply.ack.set_result(ack)
+                self.acknowledged(stream, ack)
             case Left(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
                     reply.left = True
@@ -461,9 +480,13 @@ def _pass_on(replies: dict[int, Reply], step: Step) -> None:
         if not len(tokens) % COUNT_EVERY:
             reply.count()
         write = reply.write
-        if write is None or (data and not write(data)):
-            reply.write = None
-            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
+        try:
+            if write is None or (data and not write(data)):
+                reply.write = None
+                reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
+        except Exception:  # one client's connection must not cost the others their worker
+            log.exception("stream %d: its tokens cannot be passed on", stream)
+            reply.fail(InternalError("the answer cannot be sent"))
 
 
 class SlowClient(InternalError):

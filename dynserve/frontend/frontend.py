@@ -108,6 +108,7 @@ class Frontend:
                 tasks.create_task(frontend._watch_lag())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
+                    frontend.pipeline.submissions.listening(),
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
                     planes.bus.subscribe(events.load_subject(*every), fleet.load_reported),
                     planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend.sharing.received),

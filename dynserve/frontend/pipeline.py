@@ -15,27 +15,22 @@ from typing import Literal
 
 import msgspec
 
-from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.errors import ClusterError, DynserveError, NoWorker, TimedOut, WorkerLost
 from dynserve.frontend.admission import Admission, Waiting
 from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
 from dynserve.frontend.fleet import Fleet, Model, Peer, Record, Reply, Write
+from dynserve.frontend.submissions import NoAck, Submissions
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.transport.base import Bus
-from dynserve.wire import MALFORMED, events, requests
-from dynserve.wire.link import Finished, Submit
+from dynserve.wire.link import Finished
 from dynserve.wire.requests import (
-    Accepted,
-    Ack,
-    Busy,
-    Draining,
     GenerateRequest,
     Guide,
     Handoff,
     Phase,
     Prior,
-    Refused,
     Render,
     Sampling,
     Stop,
@@ -43,7 +38,6 @@ from dynserve.wire.requests import (
 
 log = logging.getLogger(__name__)
 
-ACK_TIMEOUT = 1.0  # seconds
 ATTEMPTS = 4  # placements of one phase
 
 
@@ -78,7 +72,9 @@ class Pipeline:
         self, frontend_id: str, namespace: str, bus: Bus, fleet: Fleet, router: Router, metrics: FrontendMetrics,
         admission: Admission, *, timeout_s: float, max_stream_bytes: int,
     ) -> None:  # fmt: skip
-        self.frontend_id, self.namespace, self.bus, self.fleet, self.router = frontend_id, namespace, bus, fleet, router
+        self.frontend_id, self.fleet, self.router = frontend_id, fleet, router
+        self.submissions = Submissions(namespace, bus, metrics)
+        fleet.acknowledged = self.submissions.acknowledged
         self.metrics, self.admission = metrics, admission
         self.timeout_s, self.max_stream_bytes = timeout_s, max_stream_bytes
         self.decisions, self.predictions = DecisionLog(), Predictions()
@@ -111,7 +107,6 @@ class Run:
         self._placed: list[Placed] = []
         self._cancelled: DynserveError | None = None
         self._scope: asyncio.Timeout | None = None
-        self._refused = False  # the last worker that was asked has said that it did not begin
         self.outcome = "finished"
         self.write: Write | None = None  # set by a response that has begun, and where bytes can be sent without waiting
 
@@ -245,7 +240,6 @@ class Run:
             placement = self.decision.placed(placed)
             started = False
             peer = pipeline.fleet.peers[placed.worker]
-            self._refused = False
             try:
                 reply = await self._start(phase, peer, placed, prior, handoff)
                 while burst := await reply.channel.take():
@@ -263,17 +257,17 @@ class Run:
                 raise WorkerLost(f"worker {placed.worker} ended the stream without a last word")
             except ClusterError as failure:
                 placement.failure = failure.code
-                if started or (isinstance(failure, TimedOut) and not isinstance(failure, _NoAck)):
+                if started or (isinstance(failure, TimedOut) and not isinstance(failure, NoAck)):
                     raise
                 error = failure
                 excluded.add(placed.worker)
-                if not self._refused and peer.instance is not None and peer.instance.card.pairing:
+                if not self._replies[-1].refused and peer.instance is not None and peer.instance.card.pairing:
                     handoff = None  # that worker may have begun to take it: a second one must not
                 pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)
             finally:
                 placed.close()
-        if isinstance(error, _NoAck):
+        if isinstance(error, NoAck):
             raise TimedOut(str(error)) from error
         raise error
 
@@ -287,7 +281,8 @@ class Run:
     async def _start(
         self, phase: Phase, peer: Peer, placed: Placed, prior: Prior | None, handoff: Handoff | None
     ) -> Reply:
-        """Raises ClusterError when this worker does not take it, CallerError when none would."""
+        """The stream of a worker that has been asked. It ends with a ClusterError when this worker does not take the
+        request, with a CallerError when none would."""
         pipeline, prompt = self._pipeline, self._prompt
         stream = next(pipeline.streams)
         reply = Reply(peer, stream, pipeline.max_stream_bytes, self.deadline, self._cut, placed.grew)
@@ -311,49 +306,5 @@ class Run:
             guide=prompt.guide,
             pool=prompt.pool,
         )
-        try:
-            ack = await self._submit(peer, request, reply)
-            self._refused = not isinstance(ack, Accepted)
-            self._raise_unless_accepted(peer, ack)
-        except DynserveError:
-            reply.close()  # a worker that was only slow must not begin later
-            raise
+        await pipeline.submissions.submit(reply, request)
         return reply
-
-    @staticmethod
-    def _raise_unless_accepted(peer: Peer, ack: Ack) -> None:
-        match ack:
-            case Accepted():
-                pass
-            case Busy(waiting=waiting):
-                raise Overloaded(f"worker {peer.id} has {waiting} requests waiting")
-            case Draining():
-                raise WorkerLost(f"worker {peer.id} is leaving")
-            case Refused(code=code, message=message, param=param):
-                raise from_wire(code, message, param)
-
-    async def _submit(self, peer: Peer, request: GenerateRequest, reply: Reply) -> Ack:
-        """Over NATS; over the link when NATS is down, too small for it, or silent. A worker takes it once."""
-        pipeline = self._pipeline
-        assert peer.instance is not None
-        bus, payload = pipeline.bus, requests.encode(request)
-        if bus.connected and len(payload) <= bus.max_payload:
-            subject = events.generate_subject(pipeline.namespace, peer.instance.role, peer.id)
-            try:
-                ack: Ack = requests.decode_ack(await bus.request(subject, payload, ACK_TIMEOUT))
-                return ack
-            except (ClusterError, *MALFORMED) as error:
-                log.info("request %s: no acknowledgement over NATS (%s); trying the link", request.id, error)
-        if peer.link is None:
-            raise WorkerLost(f"worker {peer.id} is gone")
-        pipeline.metrics.spare_road.inc()
-        peer.link.send(Submit(request))
-        try:
-            async with asyncio.timeout(ACK_TIMEOUT):
-                return await asyncio.shield(reply.ack)
-        except TimeoutError:
-            raise _NoAck(f"worker {peer.id} did not acknowledge within {ACK_TIMEOUT} s") from None
-
-
-class _NoAck(TimedOut):
-    """One worker was silent; another may not be."""

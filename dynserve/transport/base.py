@@ -9,15 +9,16 @@ from typing import Any, NamedTuple, Protocol
 
 from dynserve.wire.link import FromFrontend, FromWorker
 
-Handler = Callable[[bytes], bytes]
+Handler = Callable[[bytes], bytes | None]  # None: there is no reply, or it goes another way
 Callback = Callable[[bytes], None]
+OnReply = Callable[[int, bytes | None], None]
 
 
 class Bus(Protocol):
-    """Small messages between processes: request-reply to one address, and publish to whoever listens.
+    """Small messages between processes: requests to one address, and publish to whoever listens.
 
     Subjects are NATS's: dot-separated, `*` for one part and a final `>` for the rest, in `subscribe` only.
-    Cancelling a `request` forgets its reply. Leaving the block of `serve` or `subscribe` ends it.
+    Leaving the block of `serve`, `mailbox` or `subscribe` ends it.
     """
 
     @property
@@ -28,14 +29,8 @@ class Bus(Protocol):
         """Largest payload in bytes that this bus carries."""
         ...
 
-    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        """One reply from the one that serves `subject`.
-
-        Raises:
-            NoWorker: nobody serves it.
-            TimedOut: no reply within `timeout` seconds.
-            Unavailable: the bus is down, or the payload is over `max_payload`.
-        """
+    def mailbox(self, on_reply: OnReply) -> AbstractAsyncContextManager[Mailbox]:
+        """Where requests are posted, and what is replied to them arrives."""
         ...
 
     def serve(self, subject: str, handler: Handler) -> AbstractAsyncContextManager[None]: ...
@@ -45,6 +40,17 @@ class Bus(Protocol):
         ...
 
     def subscribe(self, subject: str, callback: Callback) -> AbstractAsyncContextManager[None]: ...
+
+
+class Mailbox(Protocol):
+    async def post(self, subject: str, payload: bytes, number: int) -> None:
+        """A request to the one that serves `subject`. Its reply, if there is one, comes with `number`; None comes when
+        nobody serves it.
+
+        Raises:
+            Unavailable: the bus is down, or the payload is over `max_payload`.
+        """
+        ...
 
 
 class Put(NamedTuple):

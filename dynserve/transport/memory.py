@@ -13,8 +13,19 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import cast
 
-from dynserve.errors import NoWorker, TimedOut, Unavailable
-from dynserve.transport.base import Callback, Change, Deleted, Handler, Link, LinkHandler, Put, Registration
+from dynserve.errors import Unavailable
+from dynserve.transport.base import (
+    Callback,
+    Change,
+    Deleted,
+    Handler,
+    Link,
+    LinkHandler,
+    Mailbox,
+    OnReply,
+    Put,
+    Registration,
+)
 from dynserve.transport.link import Framed
 
 
@@ -35,23 +46,13 @@ class MemoryBus:
         self._subscribers: dict[int, tuple[str, Callback]] = {}
         self._ids = count()
 
-    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        self._check(payload)
-        handler = self._handlers.get(subject)
-        if handler is None:
-            raise NoWorker(f"nobody serves {subject}")
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-        def answer() -> None:
-            if not reply.done():
-                reply.set_result(handler(payload))
-
-        asyncio.get_running_loop().call_soon(answer)
+    @asynccontextmanager
+    async def mailbox(self, on_reply: OnReply) -> AsyncIterator[Mailbox]:
+        mailbox = _MemoryMailbox(self, on_reply)
         try:
-            async with asyncio.timeout(timeout):
-                return await reply
-        except TimeoutError:
-            raise TimedOut(f"no answer from {subject} within {timeout} s") from None
+            yield mailbox
+        finally:
+            mailbox.open = False
 
     @asynccontextmanager
     async def serve(self, subject: str, handler: Handler) -> AsyncIterator[None]:
@@ -78,11 +79,24 @@ class MemoryBus:
         finally:
             del self._subscribers[number]
 
-    def _check(self, payload: bytes) -> None:
-        if not self.connected:
+
+class _MemoryMailbox:
+    def __init__(self, bus: MemoryBus, on_reply: OnReply) -> None:
+        self._bus, self._on_reply = bus, on_reply
+        self.open = True
+
+    async def post(self, subject: str, payload: bytes, number: int) -> None:
+        bus = self._bus
+        if not bus.connected:
             raise Unavailable("the bus is down")
-        if len(payload) > self.max_payload:
-            raise Unavailable(f"{len(payload)} bytes are over the bus's {self.max_payload}")
+        if len(payload) > bus.max_payload:
+            raise Unavailable(f"{len(payload)} bytes are over the bus's {bus.max_payload}")
+        asyncio.get_running_loop().call_soon(self._carry, bus._handlers.get(subject), payload, number)
+
+    def _carry(self, handler: Handler | None, payload: bytes, number: int) -> None:
+        reply = None if handler is None else handler(payload)
+        if self.open and (handler is None or reply is not None):
+            self._on_reply(number, reply)
 
 
 def matches(pattern: str, subject: str) -> bool:

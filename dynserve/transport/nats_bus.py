@@ -13,17 +13,17 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from dynserve.config import host_port
-from dynserve.errors import ClusterError, DynserveError, NoWorker, TimedOut, Unavailable, translate
+from dynserve.errors import ClusterError, DynserveError, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
-from dynserve.transport.base import Callback, Handler
+from dynserve.transport.base import Callback, Handler, Mailbox, OnReply
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 2  # seconds, one attempt
+NO_RESPONDERS = "503"  # NATS's status
 PING_EVERY = 5  # seconds; two missed and the connection is given up
 
 _ERRORS: dict[type[BaseException], type[DynserveError]] = {
-    nats.errors.NoRespondersError: NoWorker,
     nats.errors.TimeoutError: TimedOut,
     TimeoutError: TimedOut,
     nats.errors.Error: Unavailable,
@@ -45,18 +45,29 @@ class NatsBus:
     def max_payload(self) -> int:
         return self._client.max_payload
 
-    async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
-        if not self.connected:
-            raise Unavailable("NATS is down")
-        if len(payload) > self.max_payload:
-            raise Unavailable(f"{len(payload)} bytes are over NATS's {self.max_payload}")
-        with translate(_ERRORS, f"request to {subject}"):
-            return (await self._client.request(subject, payload, timeout=timeout)).data
+    @asynccontextmanager
+    async def mailbox(self, on_reply: OnReply) -> AsyncIterator[Mailbox]:
+        inbox = self._client.new_inbox()
+
+        async def deliver(message: Msg) -> None:
+            number = message.subject.rpartition(".")[2]
+            nobody = (message.headers or {}).get("Status") == NO_RESPONDERS
+            if number.isdecimal():
+                on_reply(int(number), None if nobody else message.data)
+
+        subscription = await self._client.subscribe(f"{inbox}.*", cb=deliver)
+        await self._flush()
+        try:
+            yield _NatsMailbox(self, self._client, inbox)
+        finally:
+            await within(1.0, subscription.unsubscribe(), f"unsubscribing from {inbox}")
 
     @asynccontextmanager
     async def serve(self, subject: str, handler: Handler) -> AsyncIterator[None]:
         async def answer(message: Msg) -> None:
-            await message.respond(handler(message.data))
+            reply = handler(message.data)
+            if reply is not None:
+                await message.respond(reply)
 
         subscription = await self._client.subscribe(subject, cb=answer)
         await self._flush()
@@ -88,6 +99,21 @@ class NatsBus:
         if self.connected:
             with translate(_ERRORS, "NATS"):
                 await self._client.flush(timeout=CONNECT_TIMEOUT)
+
+
+class _NatsMailbox:
+    """The server itself answers for an address that nobody serves."""
+
+    def __init__(self, bus: NatsBus, client: Client, inbox: str) -> None:
+        self._bus, self._client, self._inbox = bus, client, inbox
+
+    async def post(self, subject: str, payload: bytes, number: int) -> None:
+        if not self._bus.connected:
+            raise Unavailable("NATS is down")
+        if len(payload) > self._bus.max_payload:
+            raise Unavailable(f"{len(payload)} bytes are over NATS's {self._bus.max_payload}")
+        with translate(_ERRORS, f"request to {subject}"):
+            await self._client.publish(subject, payload, reply=f"{self._inbox}.{number}")
 
 
 @asynccontextmanager

@@ -125,13 +125,18 @@ class Worker:
 
     # requests
 
-    def accept(self, payload: bytes) -> bytes:
-        """The request plane's handler: an acknowledgement at once, the answer over the link."""
+    def accept(self, payload: bytes) -> bytes | None:
+        """The request plane's handler. The acknowledgement goes over the link, as the answer will; back over the bus where
+        there is none."""
         try:
             request = requests.decode_request(payload)
         except MALFORMED as error:
             return requests.encode(Refused(InternalError.code, f"not a request of this version: {error}"))
-        return requests.encode(self.take(request))
+        link = self._links.get(request.reply_to)
+        if link is None:
+            return requests.encode(self.take(request))
+        link.send(SubmitReply(request.stream, self.take(request)))
+        return None
 
     def take(self, request: GenerateRequest) -> Ack:
         """Starts the request, or says why not. Taking the same request twice is taking it once."""
@@ -305,11 +310,9 @@ class Worker:
         )
         try:
             async with asyncio.timeout(WARM_UP_TIMEOUT):
-                payload = requests.encode(request)
-                ack = requests.decode_ack(await self._planes.bus.request(self.subject, payload, WARM_UP_TIMEOUT))
-                if not isinstance(ack, Accepted):
-                    raise InternalError(f"the warm-up request was not accepted: {ack}")
-                await link.finished()
+                async with self._planes.bus.mailbox(link.replied) as mailbox:
+                    await mailbox.post(self.subject, requests.encode(request), 0)
+                    await link.finished()
         except TimeoutError:
             raise InternalError(f"the warm-up took longer than {WARM_UP_TIMEOUT:.0f} s") from None
         finally:
@@ -346,12 +349,17 @@ class _Loopback:
     def abort(self, reason: str) -> None:
         self.closed = True
 
+    def replied(self, number: int, reply: bytes | None) -> None:
+        self._messages.put(Failed(number, Unavailable.code, "the bus does not bring it here"))
+
     async def finished(self) -> None:
         while True:
             for message in await self._messages.take():
                 match message:
                     case Finished():
                         return
+                    case SubmitReply(ack=ack) if not isinstance(ack, Accepted):
+                        raise InternalError(f"the warm-up request was not accepted: {ack}")
                     case Failed(message=text):
                         raise InternalError(f"the warm-up failed: {text}")
 

@@ -10,7 +10,7 @@ from secrets import token_hex
 
 import pytest
 
-from dynserve.errors import NoWorker, TimedOut, Unavailable
+from dynserve.errors import Unavailable
 from dynserve.transport import etcd_registry, nats_bus
 from dynserve.transport.base import Bus, Change, Deleted, Put, Registry
 from dynserve.transport.etcd_registry import EtcdRegistry
@@ -33,31 +33,70 @@ async def registry(request: pytest.FixtureRequest, servers: tuple[str, str]) -> 
     return MemoryPlanes().registry if request.param == "memory" else EtcdRegistry(servers[0])
 
 
+class Replies:
+    """What came to a mailbox."""
+
+    def __init__(self) -> None:
+        self.came: list[tuple[int, bytes | None]] = []
+
+    def __call__(self, number: int, payload: bytes | None) -> None:
+        self.came.append((number, payload))
+
+
 async def test_a_request_gets_its_reply(bus: Bus) -> None:
-    subject = f"t.{token_hex(4)}"
-    async with bus.serve(subject, lambda payload: payload + b"!"):
-        assert await bus.request(subject, b"hello", 1.0) == b"hello!"
+    subject, replies = f"t.{token_hex(4)}", Replies()
+    async with bus.serve(subject, lambda payload: payload + b"!"), bus.mailbox(replies) as mailbox:
+        for number in (7, 2**62, 8):
+            await mailbox.post(subject, b"%d" % number, number)
+        await until(lambda: len(replies.came) == 3)
+    assert replies.came == [(7, b"7!"), (2**62, b"%d!" % 2**62), (8, b"8!")]
 
 
-async def test_a_request_to_nobody_fails_at_once(bus: Bus) -> None:
-    with pytest.raises(NoWorker):
-        await bus.request(f"t.{token_hex(4)}", b"", 5.0)
+async def test_one_that_serves_may_have_nothing_to_reply(bus: Bus) -> None:
+    subject, replies, heard = f"t.{token_hex(4)}", Replies(), list[bytes]()
+
+    def handler(payload: bytes) -> bytes | None:
+        heard.append(payload)
+        return payload if payload == b"2" else None
+
+    async with bus.serve(subject, handler), bus.mailbox(replies) as mailbox:
+        await mailbox.post(subject, b"1", 1)
+        await mailbox.post(subject, b"2", 2)
+        await until(lambda: bool(replies.came))
+    assert heard == [b"1", b"2"] and replies.came == [(2, b"2")]
 
 
-async def test_a_request_after_serving_has_ended_finds_nobody(bus: Bus) -> None:
-    subject = f"t.{token_hex(4)}"
-    async with bus.serve(subject, lambda payload: payload):
-        pass
-    with pytest.raises(NoWorker):
-        await bus.request(subject, b"", 5.0)
+async def test_a_request_to_nobody_is_said_to_be_one_at_once(bus: Bus) -> None:
+    subject, replies = f"t.{token_hex(4)}", Replies()
+    async with bus.mailbox(replies) as mailbox:
+        await mailbox.post(subject, b"", 3)
+        await until(lambda: replies.came == [(3, None)])
+        async with bus.serve(subject, lambda payload: payload):
+            pass
+        await mailbox.post(subject, b"", 4)  # serving has ended
+        await until(lambda: replies.came[1:] == [(4, None)])
 
 
 async def test_a_payload_over_the_limit_is_refused_before_it_is_sent(bus: Bus) -> None:
-    subject = f"t.{token_hex(4)}"
-    async with bus.serve(subject, lambda payload: b""):
-        await bus.request(subject, bytes(bus.max_payload), 1.0)
+    subject, replies = f"t.{token_hex(4)}", Replies()
+    async with bus.serve(subject, lambda payload: b"came"), bus.mailbox(replies) as mailbox:
+        await mailbox.post(subject, bytes(bus.max_payload), 1)
         with pytest.raises(Unavailable, match="over"):
-            await bus.request(subject, bytes(bus.max_payload + 1), 1.0)
+            await mailbox.post(subject, bytes(bus.max_payload + 1), 2)
+        await until(lambda: replies.came == [(1, b"came")])
+
+
+async def test_what_comes_for_a_mailbox_that_was_left_goes_nowhere(bus: Bus) -> None:
+    subject, replies, others = f"t.{token_hex(4)}", Replies(), Replies()
+    async with bus.serve(subject, lambda payload: payload):
+        async with bus.mailbox(replies) as mailbox:
+            pass
+        with contextlib.suppress(Unavailable):
+            await mailbox.post(subject, b"late", 1)
+        async with bus.mailbox(others) as other:
+            await other.post(subject, b"now", 2)
+            await until(lambda: others.came == [(2, b"now")])
+    assert not replies.came
 
 
 async def test_everyone_who_listens_hears_in_order(bus: Bus) -> None:
@@ -110,22 +149,21 @@ async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported
     starting = asyncio.create_task(start_later())
     async with open_nats(server.url, "test") as bus:
         await starting
-        async with bus.serve("t.x", lambda payload: payload):
-            assert await bus.request("t.x", b"1", 1.0) == b"1"
+        replies = Replies()
+        async with bus.serve("t.x", lambda payload: payload), bus.mailbox(replies) as mailbox:
+            await mailbox.post("t.x", b"1", 1)
+            await until(lambda: replies.came == [(1, b"1")])
             server.kill()
             await until(lambda: not bus.connected)
             with pytest.raises(Unavailable):
-                await bus.request("t.x", b"2", 1.0)
+                await mailbox.post("t.x", b"2", 2)
             await bus.publish("t.y", b"lost")
             await asyncio.to_thread(server.start)
             await until(lambda: bus.connected)
             async with asyncio.timeout(5):
-                while True:
-                    try:
-                        assert await bus.request("t.x", b"3", 1.0) == b"3"
-                        break
-                    except (NoWorker, TimedOut):
-                        await asyncio.sleep(0.05)  # the subscription is on its way
+                while (3, b"3") not in replies.came:  # the subscriptions are on their way
+                    await mailbox.post("t.x", b"3", 3)
+                    await asyncio.sleep(0.05)
     server.kill()
 
 

@@ -1,0 +1,94 @@
+"""What a second frontend process on the same port adds.
+
+    python benchmarks/frontends.py [--quick]
+
+On a machine with few cores the load, the worker and NATS take part of what two frontends could have, so what is compared is
+what they could carry on cores of their own: requests per CPU second of the busiest frontend process. With two processes half
+of the requests would be the best that it could have; what sharing costs, and an uneven spread, make it more. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import load
+from budget import Row, report
+from plane import PROMPT, Setup, cluster, cpu_seconds
+
+from dynserve.config import TINY_MODEL
+
+CLIENTS, TOKENS = 256, 128
+ENGINE = {"speed": 0, "max_batch_size": 256, "num_blocks": 60_000}
+
+
+class Carried(NamedTuple):
+    rate: float  # as it was here, per second
+    capacity: float  # per CPU second of the busiest process
+    shares: list[float]  # of the frontends' CPU time
+
+
+def children(pid: int) -> list[int]:
+    """The processes of a group, or the one that serves alone."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()] or [pid]
+
+
+def carried(setup: Setup, workers: int, seconds: float, ask: load.Ask) -> Carried:
+    wait_for(setup.port, workers)
+    load.run(setup.port, ask, CLIENTS, 1.0)
+    pids = children(setup.pids["frontend"][0])
+    before = [cpu_seconds([pid]) for pid in pids]
+    answered = load.run(setup.port, ask, CLIENTS, seconds)
+    spent = [cpu_seconds([pid]) - was for pid, was in zip(pids, before, strict=True)]
+    done = answered.tokens if ask.stream else answered.requests
+    return Carried(done / answered.seconds, done / max(spent), [one / sum(spent) for one in spent])
+
+
+def wait_for(port: int, processes: int) -> None:
+    """Until all answer, and know the model."""
+    seen: set[int] = set()
+    while len(seen) < processes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            health = json.load(answer)
+        if health["models"]:
+            seen.add(health["pid"])
+
+
+def both(seconds: float, ask: load.Ask, name: str) -> float:
+    found: list[Carried] = []
+    for workers in (1, 2):
+        flags: Sequence[str] = ["--workers", str(workers)]
+        with cluster(["prefill_and_decode"], ENGINE, frontend_flags=flags) as setup:
+            one = carried(setup, workers, seconds, ask)
+        found.append(one)
+        shares = ", ".join(f"{share:.0%}" for share in one.shares)
+        print(
+            f"{name:<22} {workers} process(es)   {one.rate:>9,.0f}/s here   {one.capacity:>9,.0f} per CPU second of the busiest"
+            f"   shares {shares}", flush=True,
+        )  # fmt: skip
+    return found[1].capacity / found[0].capacity
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
+    seconds = 2.0 if parser.parse_args().quick else 10.0
+    print(f"{CLIENTS} clients, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    unary = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token")
+    streamed = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens")
+    report(
+        [
+            Row("two frontends carry, times one: unary requests", unary, 1.7, True),
+            Row("two frontends carry, times one: streamed tokens", streamed, 1.7, True),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

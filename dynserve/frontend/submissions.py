@@ -1,0 +1,136 @@
+"""Submissions: requests on their way to workers, until each is acknowledged.
+
+A request goes out over NATS; the worker's word comes back over the link, in front of the answer's first token and often in
+one frame with it, so that nobody is woken for it. Over the link goes the request, too, when NATS is down, too small for it
+or silent. A worker takes it once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from dynserve.errors import ClusterError, DynserveError, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.frontend.fleet import Reply
+from dynserve.metrics import FrontendMetrics
+from dynserve.transport.base import Bus, Mailbox
+from dynserve.wire import decoded, events, requests
+from dynserve.wire.link import Submit
+from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
+
+log = logging.getLogger(__name__)
+
+ACK_TIMEOUT = 1.0  # seconds, on each road
+
+
+class NoAck(TimedOut):
+    """One worker was silent; another may not be."""
+
+
+class _Open(msgspec.Struct):
+    reply: Reply
+    request: GenerateRequest
+    due: float
+    by_link: bool = False
+
+
+class Submissions:
+    """Those of one frontend."""
+
+    def __init__(self, namespace: str, bus: Bus, metrics: FrontendMetrics) -> None:
+        self._namespace, self._bus, self._metrics = namespace, bus, metrics
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[int, _Open] = {}  # by stream, in the order in which they are due
+        self._timer: asyncio.TimerHandle | None = None
+        self._mailbox: Mailbox | None = None
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """What NATS itself has to say of requests is heard as long as the block lives."""
+        async with self._bus.mailbox(self._replied) as self._mailbox:
+            yield
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def submit(self, reply: Reply, request: GenerateRequest) -> None:
+        """Returns when it is on its way. What becomes of it is told to the reply."""
+        peer, bus, mailbox = reply.peer, self._bus, self._mailbox
+        assert peer.instance is not None
+        self._expect(_Open(reply, request, self._loop.time() + ACK_TIMEOUT))
+        payload = requests.encode(request)
+        if mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
+            subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
+            try:
+                async with asyncio.timeout(ACK_TIMEOUT):
+                    await mailbox.post(subject, payload, reply.stream)
+                return
+            except (ClusterError, TimeoutError) as error:
+                log.info("request %s: not sent over NATS (%s); trying the link", request.id, error)
+        self._send_by_link(reply.stream)
+
+    def acknowledged(self, stream: int, ack: Ack) -> None:
+        """The worker's word, by whichever road. Only the first counts."""
+        submission = self._open.pop(stream, None)
+        if submission is not None and (error := _refusal(submission.reply.peer.id, ack)) is not None:
+            submission.reply.refuse(error)
+
+    def _replied(self, stream: int, payload: bytes | None) -> None:
+        """NATS found nobody; or a worker that has no link to this frontend says so."""
+        if payload is None:
+            self._send_by_link(stream)
+        elif (ack := decoded(requests.decode_ack, payload, "an acknowledgement")) is not None:
+            self.acknowledged(stream, ack)
+
+    def _send_by_link(self, stream: int) -> None:
+        submission = self._open.get(stream)
+        if submission is None or submission.by_link:
+            return
+        reply = submission.reply
+        del self._open[stream]  # and to the end of the line
+        if not reply.open:
+            return
+        if reply.peer.link is None:
+            reply.fail(WorkerLost(f"worker {reply.peer.id} is gone"))
+            return
+        self._metrics.spare_road.inc()
+        submission.by_link, submission.due = True, self._loop.time() + ACK_TIMEOUT
+        self._expect(submission)
+        reply.peer.link.send(Submit(submission.request))
+
+    def _expect(self, submission: _Open) -> None:
+        self._open[submission.reply.stream] = submission
+        if self._timer is None:
+            self._timer = self._loop.call_at(submission.due, self._look)
+
+    def _look(self) -> None:
+        """One timer for all: most are acknowledged long before it fires."""
+        now = self._loop.time()
+        for stream, submission in list(self._open.items()):
+            if submission.due > now:
+                break
+            if submission.by_link or not submission.reply.open:
+                del self._open[stream]
+                if submission.reply.open:
+                    peer = submission.reply.peer
+                    submission.reply.fail(NoAck(f"worker {peer.id} did not acknowledge within {ACK_TIMEOUT} s"))
+            else:
+                log.info("request %s: no acknowledgement over NATS; trying the link", submission.request.id)
+                self._send_by_link(stream)
+        first = next(iter(self._open.values()), None)
+        self._timer = None if first is None else self._loop.call_at(first.due, self._look)
+
+
+def _refusal(worker: str, ack: Ack) -> DynserveError | None:
+    match ack:
+        case Accepted():
+            return None
+        case Busy(waiting=waiting):
+            return Overloaded(f"worker {worker} has {waiting} requests waiting")
+        case Draining():
+            return WorkerLost(f"worker {worker} is leaving")
+        case Refused(code=code, message=message, param=param):
+            return from_wire(code, message, param)
