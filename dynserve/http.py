@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -133,7 +133,7 @@ class _Protocol(HttpToolsProtocol):
         self._last = False
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
-        self.cycle.transport = _Polite(self.transport, self._close_politely)  # type: ignore[assignment]
+        self.cycle.transport = _Polite(self.transport, self._close_politely, self.loop)  # type: ignore[assignment]
         ways: dict[str, Any] = {
             "dynserve.chunks": partial(_chunks_of, self.cycle),
             "dynserve.body": partial(_whole_body, self.cycle),
@@ -243,13 +243,19 @@ def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool] | None:
     message to `send` costs more than the rest of a token."""
     if not cycle.chunked_encoding:
         return None
-    write, flow = cycle.transport.write, cycle.flow
+    polite = cast(_Polite, cycle.transport)
+    polite.flush()
+    write, flow = polite._write, cycle.flow
 
     def chunk(data: bytes) -> bool:
         if flow.write_paused or cycle.disconnected or cycle.response_complete:
             return False
         size = len(data)
-        write((_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n")
+        try:
+            write((_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n")
+        except Exception:  # one client's connection must not cost the others their worker
+            log.exception("a connection cannot be written to")
+            return False
         return True
 
     return chunk
@@ -266,10 +272,34 @@ def _whole_body(cycle: RequestResponseCycle) -> bytes | None:
 
 
 class _Polite:
-    """The transport as an answer sees it: it may be told to close, and does so in its own time."""
+    """The transport as an answer sees it: it may be told to close, and does so in its own time. An answer's head waits for
+    the beginning of its body, if that comes in the same turn of the loop: one write, and the client is woken once."""
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+    def __init__(
+        self, transport: asyncio.Transport, close: Callable[[], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.is_closing = transport.is_closing
+        self._write, self._close, self._loop = transport.write, close, loop
+        self._head = b""
+        self._begun = False
+
+    def write(self, data: bytes) -> None:
+        if not self._begun:
+            self._begun, self._head = True, data
+            self._loop.call_soon(self.flush)
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._write(data)
+
+    def flush(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self.is_closing():
+            self._write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._close()
 
 
 # HTTP/2 is offered by some clients (Java's, curl --http2); the parser would drop the body of such a request.

@@ -273,14 +273,21 @@ class Fleet:
         if peer is None:
             self._greet(link, messages)
             return
+        steps: list[Step] = []
         for message in messages:
             if type(message) is Step:
-                _pass_on(peer.replies, message)
-            elif type(message) is Tokens:
+                steps.append(message)
+                continue
+            if steps:
+                _pass_on(peer.replies, steps)
+                steps = []
+            if type(message) is Tokens:
                 if (reply := peer.replies.get(message.stream)) is not None:
                     reply.came(message)
             else:
                 self._received_other(peer, message)
+        if steps:
+            _pass_on(peer.replies, steps)
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -468,7 +475,26 @@ class Fleet:
             del self._loading[name]
 
 
-def _pass_on(replies: dict[int, Reply], step: Step) -> None:
+def _pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:
+    """Several come to one that is behind: it sends once for all of them."""
+    if len(steps) == 1:
+        _pass_on_one(replies, steps[0])
+        return
+    tokens: dict[int, Tokens] = {}
+    for step in steps:
+        for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
+            record = tokens.get(stream)
+            if record is None:
+                tokens[stream] = Tokens(stream, data, [token_id])
+            else:
+                record.data += data
+                record.token_ids.append(token_id)
+    for stream, record in tokens.items():
+        if (reply := replies.get(stream)) is not None:
+            reply.came(record)
+
+
+def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
     """Runs for every token. What `Reply.came` does is spelled out: most need no record, and no call but the writing."""
     get = replies.get
     for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
@@ -480,13 +506,9 @@ def _pass_on(replies: dict[int, Reply], step: Step) -> None:
         if not len(tokens) % COUNT_EVERY:
             reply.count()
         write = reply.write
-        try:
-            if write is None or (data and not write(data)):
-                reply.write = None
-                reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
-        except Exception:  # one client's connection must not cost the others their worker
-            log.exception("stream %d: its tokens cannot be passed on", stream)
-            reply.fail(InternalError("the answer cannot be sent"))
+        if write is None or (data and not write(data)):
+            reply.write = None
+            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
 
 
 class SlowClient(InternalError):

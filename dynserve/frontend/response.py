@@ -81,13 +81,15 @@ class TokenResponse(Response):
         async for burst in run.records():
             self._note(run, burst)
             data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
-            if data:
+            last = burst[-1]
+            over = isinstance(last, Finished) and last.handoff is None
+            if over and self._prompt.explain:
+                data += b": explain " + run.explained() + b"\n\n"
+            if data or over:
                 if not self._sent:
                     await self._start(200, SSE, send)
-                    run.write = self._chunks()
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        last = b": explain " + run.explained() + b"\n\n" if self._prompt.explain else b""
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+                await send({"type": "http.response.body", "body": data, "more_body": not over})
+                run.write = run.write or self._chunks()
 
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -100,14 +100,20 @@ class Framed:
             self._step = None
             self.hang_up(at_once=True)
 
-    def feed(self, payload: bytes | memoryview) -> None:
-        """One whole frame without its length."""
+    def feed(self, payloads: Sequence[bytes | memoryview]) -> None:
+        """Whole frames without their lengths; their messages are handled together: one who is behind catches up."""
         self._heard = self._loop.time()
+        messages: list[Any] = []
         try:
-            messages = self._decode(payload)
+            for payload in payloads:
+                messages += self._decode(payload)
         except MALFORMED as error:
+            self._handle(messages)
             self.abort(f"sent something that is no frame: {error}")
-            return
+        else:
+            self._handle(messages)
+
+    def _handle(self, messages: list[Any]) -> None:
         if self._handler is not None and messages:
             try:
                 self._handler.received(cast(Link, self), messages)
@@ -185,18 +191,22 @@ class TcpLink(Framed, asyncio.Protocol):
             data = bytes(self._rest)
             self._rest.clear()
         view, at, end = memoryview(data), 0, len(data)
-        self._need = 4
-        while end - at >= 4 and not self._closed:
+        self._need, size = 4, 0
+        frames: list[bytes | memoryview] = []
+        while end - at >= 4:
             (size,) = _length.unpack_from(view, at)
             if size > MAX_FRAME:
-                self.abort(f"sent a frame of {size} bytes; the most is {MAX_FRAME}")
-                return
+                break
             if end - at - 4 < size:
                 self._need = 4 + size
                 break
-            self.feed(view[at + 4 : at + 4 + size])
+            frames.append(view[at + 4 : at + 4 + size])
             at += 4 + size
-        if at < end and not self._closed:
+        if frames:
+            self.feed(frames)
+        if size > MAX_FRAME:
+            self.abort(f"sent a frame of {size} bytes; the most is {MAX_FRAME}")
+        elif at < end and not self._closed:
             self._rest += view[at:]
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -199,7 +199,7 @@ class MemoryLink(Framed):
 
     def _arrive(self, payload: bytes) -> None:
         if not self._closed and not self.mute:
-            self.feed(payload)
+            self.feed([payload])
 
     def _peer_ended(self) -> None:
         if self.peer is not None and not self.mute:
