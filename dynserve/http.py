@@ -27,6 +27,9 @@ SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
 GOODBYE = 5  # seconds that open connections get when the server stops
 
 
+WAYS = ("dynserve.chunks", "dynserve.body", "dynserve.watch")  # past ASGI, in its scope; see what they are set to
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,12 +137,8 @@ class _Protocol(HttpToolsProtocol):
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
         self.cycle.transport = _Polite(self.transport, self._close_politely, self.loop)  # type: ignore[assignment]
-        ways: dict[str, Any] = {
-            "dynserve.chunks": partial(_chunks_of, self.cycle),
-            "dynserve.body": partial(_whole_body, self.cycle),
-            "dynserve.watch": self._watch,
-        }
-        self.scope.update(ways)  # type: ignore[typeddict-item]
+        ways = (partial(_chunks_of, self.cycle), partial(_whole_body, self.cycle), self._watch)
+        self.scope.update(zip(WAYS, ways, strict=True))  # type: ignore[typeddict-item]
 
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0

@@ -130,6 +130,8 @@ class Reply:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
         self._timer.cancel()
         self._drop()
+        # what it was made with knows it, too: a ring would stay until the garbage collector comes by, which is rarely
+        self._cut, self._grew, self.write = _nothing, _nothing, None
 
     def _drop(self) -> None:
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
@@ -509,6 +511,10 @@ def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
         if write is None or (data and not write(data)):
             reply.write = None
             reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
+
+
+def _nothing(*args: object) -> None:
+    pass
 
 
 class SlowClient(InternalError):

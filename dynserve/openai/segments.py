@@ -42,6 +42,8 @@ class Segments:
         if not self.exact or self._cut is None:
             return self._tokenise([text])[0]
         pieces = self._cut.split(text)
+        if len(pieces) == 1:
+            return self._tokenise(pieces)[0]  # no turns: it will hardly come again as it is
         found = [self._find(piece) for piece in pieces]
         missing = [piece for piece, ids in zip(pieces, found, strict=True) if ids is None]
         fresh = iter(self._tokenise(missing))

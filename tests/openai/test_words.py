@@ -11,7 +11,7 @@ from dynserve.config import TINY_MODEL
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import Preprocessor
 from dynserve.openai.segments import Segments
-from dynserve.openai.words import MOST_WORDS, Words, words_of
+from dynserve.openai.words import LONGEST_TEXT, MOST_WORDS, Words, words_of
 
 SOURCE = (TINY_MODEL / "tokenizer.json").read_text()
 # how the families that are served cut words: Qwen 2 and 3, Llama 3, GPT-4o and Llama 4, DeepSeek's letters
@@ -59,6 +59,15 @@ def test_a_long_text_gives_the_same_in_pieces(number: int) -> None:
     words = WORDS[number]
     assert words is not None
     assert words.encode(text) == TOKENIZERS[number].encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_text_of_new_words_is_left_to_the_library_and_so_is_a_very_long_one() -> None:
+    words = words_of(TOKENIZERS[0])
+    assert words is not None
+    assert words.encode(" ".join(f"w{number}x" for number in range(2000))) is not None
+    letters = [chr(97 + number // 676) + chr(97 + number // 26 % 26) + chr(97 + number % 26) for number in range(3000)]
+    assert words.encode(" ".join(letters)) is None
+    assert words.encode("a " * (LONGEST_TEXT // 2 + 1)) is None
 
 
 def test_other_tokenizers_are_left_to_the_library() -> None:
