@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from typing import Any
@@ -12,7 +13,11 @@ import pytest
 
 from dynserve import Cluster
 from dynserve.frontend.app import Direct
+from dynserve.frontend.fleet import Reply
+from dynserve.frontend.pipeline import Prompt, Run
+from dynserve.frontend.response import TokenResponse
 from dynserve.http import bind, serving
+from dynserve.wire.link import Left, Step
 from tests.conftest import MODEL, until
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}], "seed": 1}
@@ -156,3 +161,57 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
 
             for _ in range(5):
                 await asyncio.gather(*(one(number) for number in range(40)))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_leaves_nothing_to_the_garbage_collector(stream: bool) -> None:
+    """Which comes by so rarely that rings of requests would fill the memory before."""
+    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True, "stream": stream}
+    async with simulated() as c:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(c.frontend.served, sock), httpx.AsyncClient(trust_env=False) as client:
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            assert (await client.post(url, json=body)).status_code == 200
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                for _ in range(5):
+                    await client.post(url, json=body)
+                await asyncio.sleep(0.01)
+                gc.collect()
+                left = [kept for kept in gc.garbage if isinstance(kept, (Run, Reply, Prompt, TokenResponse))]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+            assert left == []
+
+
+async def test_frames_that_came_together_are_written_together() -> None:
+    """A frontend that is behind catches up."""
+    async with simulated() as c:
+        fleet, written = c.frontend.fleet, list[bytes]()
+        (peer,) = fleet.peers.values()
+        loop = asyncio.get_running_loop()
+        replies = [Reply(peer, n, 1 << 20, loop.time() + 60, lambda: None, lambda count: None) for n in (901, 902)]
+        for reply in replies:
+            reply.write = lambda data, stream=reply.stream: written.append(b"%d:%b" % (stream, data)) is None  # type: ignore[misc]
+        assert peer.link is not None
+        steps = [
+            Step([901, 902, 77], [1, 2, 3], [b"a", b"", b"-"]),
+            Step([902, 901], [4, 5], [b"b", b"c"]),
+            Left(902),
+            Step([901], [6], [b"d"]),
+        ]
+        fleet.received(peer.link, list(steps))
+        assert written == [b"901:ac", b"902:b", b"901:d"]
+        assert [reply.tokens for reply in replies] == [[1, 5, 6], [2, 4]] and replies[1].left
+        replies[0].write = lambda data: False  # it is behind now: what comes waits for its reader
+        fleet.received(peer.link, [Step([901], [7], [b"e"])])
+        fleet.received(peer.link, [Step([901], [8], [b"f"])])
+        assert replies[0].write is None
+        assert [record.data for record in await replies[0].channel.take()] == [b"e", b"f"]  # type: ignore[union-attr]
+        for reply in replies:
+            reply.close()

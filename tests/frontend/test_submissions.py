@@ -1,0 +1,132 @@
+"""Requests on their way: the roads, the acknowledgement, and what follows when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dynserve import Cluster
+from dynserve.frontend import submissions
+from dynserve.transport.base import Handler
+from dynserve.wire import requests
+from dynserve.wire.requests import Ack, Busy, Draining, Refused
+from dynserve.worker.worker import Worker
+from tests.conftest import MODEL, until
+
+ASK: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
+
+
+def simulated(workers: int = 1) -> Cluster:
+    return Cluster(aggregated=workers, executor="simulated", engine={"speed": 0})
+
+
+def handlers(c: Cluster) -> dict[str, Handler]:
+    found: dict[str, Handler] = c._world.planes.bus._handlers
+    return found
+
+
+def taken(c: Cluster) -> list[int]:
+    return [worker.counts["accepted"] for worker in c.workers]
+
+
+@pytest.fixture(autouse=True)
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submissions, "ACK_TIMEOUT", 0.05)
+
+
+async def test_a_request_that_nobody_serves_on_the_bus_takes_the_link_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submissions, "ACK_TIMEOUT", 60.0)
+    async with simulated() as c, c.client() as client:
+        handlers(c).clear()
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert not c.frontend.pipeline.submissions._open
+
+
+async def test_a_request_that_the_bus_swallows_takes_the_link_after_the_time_for_it() -> None:
+    async with simulated() as c, c.client() as client:
+        for subject in handlers(c):
+            handlers(c)[subject] = lambda payload: None
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert "dynserve_requests_by_link_total 1.0" in (await client.get("/metrics")).text
+
+
+async def test_a_request_that_came_by_both_roads_is_taken_once() -> None:
+    async with simulated() as c, c.client() as client:
+        held: list[Callable[[], Any]] = []
+        for subject, handler in list(handlers(c).items()):
+
+            def later(payload: bytes, handler: Handler = handler) -> None:
+                held.append(lambda: handler(payload))
+
+            handlers(c)[subject] = later
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        for late in held:
+            late()
+        await asyncio.sleep(0.05)
+        assert taken(c) == [1] and len(held) == 1
+
+
+@pytest.mark.parametrize("ack", [Busy(7), Draining(), Refused("unavailable", "no link")])
+async def test_a_worker_that_refuses_is_left_for_another(ack: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with simulated(2) as c, c.client() as client:
+        refusing = c.workers[0]
+        monkeypatch.setattr(refusing, "take", lambda request: ack)
+        for _ in range(6):
+            assert (await client.post("/v1/completions", json=ASK)).status_code == 200
+        assert taken(c) == [0, 6]
+        assert all(not peer.replies for peer in c.frontend.fleet.peers.values())
+
+
+async def test_a_refusal_for_the_callers_fault_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with simulated(2) as c, c.client() as client:
+        for worker in c.workers:
+            monkeypatch.setattr(worker, "take", lambda request: Refused("invalid_request", "no such thing", "prompt"))
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+
+
+async def test_a_worker_without_a_link_back_says_so_on_the_bus() -> None:
+    async with simulated(2) as c, c.client() as client:
+        one = c.workers[0]
+        links, one._links = one._links, {}  # the frontend's side of it stands
+        for _ in range(4):
+            assert (await client.post("/v1/completions", json=ASK)).status_code == 200
+        one._links = links
+        assert taken(c) == [0, 4]
+
+
+async def test_silence_on_both_roads_is_another_workers_chance_and_then_a_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with simulated(2) as c, c.client() as client:
+        silence(c, c.workers[0], monkeypatch)
+        for _ in range(3):
+            assert (await client.post("/v1/completions", json=ASK)).status_code == 200
+        assert taken(c) == [0, 3]
+        silence(c, c.workers[1], monkeypatch)
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.status_code == 504
+        pipeline = c.frontend.pipeline.submissions
+        await until(lambda: not pipeline._open and pipeline._timer is None)
+        assert all(not peer.replies for peer in c.frontend.fleet.peers.values())
+
+
+def silence(c: Cluster, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hears, and says nothing."""
+    handlers(c)[worker.subject] = lambda payload: None
+    monkeypatch.setattr(worker, "received", lambda link, messages: None)
+
+
+async def test_an_acknowledgement_that_is_none_is_left_alone() -> None:
+    async with simulated() as c, c.client() as client:
+        for subject in handlers(c):
+            handlers(c)[subject] = lambda payload: b"\xc1 nonsense"
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.status_code == 200 and taken(c) == [1]
+        c.frontend.pipeline.submissions.acknowledged(12345, requests.Accepted())  # of nobody
