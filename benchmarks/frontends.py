@@ -2,9 +2,11 @@
 
     python benchmarks/frontends.py [--quick]
 
-On a machine with few cores the load, the worker and NATS take part of what two frontends could have, so what is compared is
-what they could carry on cores of their own: requests per CPU second of the busiest frontend process. With two processes half
-of the requests would be the best that it could have; what sharing costs, and an uneven spread, make it more. Linux only.
+On a machine with few cores the load, the worker and NATS take part of what two frontends could have, so what is compared
+is what they could carry on cores of their own: what is answered per CPU second of the busiest frontend process. With two
+processes each would have half of it at best; what sharing costs, and a spread that is not even, make it more. Streams come
+paced: at full speed a single process is behind, and sends several tokens at once, which a second one would spare it. Linux
+only.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from plane import PROMPT, Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
 
-CLIENTS, TOKENS = 256, 128
-ENGINE = {"speed": 0, "max_batch_size": 256, "num_blocks": 60_000}
+CLIENTS, TOKENS = 512, 128
+ENGINE = {
+    "prefill_us_per_token": 0, "decode_us_per_sequence": 0, "decode_us_per_ktoken": 0, "max_batch_size": CLIENTS,
+    "max_num_tokens": 1 << 17, "num_blocks": 60_000,
+}  # fmt: skip
 
 
 class Carried(NamedTuple):
@@ -60,11 +65,11 @@ def wait_for(port: int, processes: int) -> None:
             seen.add(health["pid"])
 
 
-def both(seconds: float, ask: load.Ask, name: str) -> float:
+def both(seconds: float, ask: load.Ask, name: str, step_ms: float) -> float:
     found: list[Carried] = []
     for workers in (1, 2):
         flags: Sequence[str] = ["--workers", str(workers)]
-        with cluster(["prefill_and_decode"], ENGINE, frontend_flags=flags) as setup:
+        with cluster(["prefill_and_decode"], ENGINE | {"step_ms": step_ms}, frontend_flags=flags) as setup:
             one = carried(setup, workers, seconds, ask)
         found.append(one)
         shares = ", ".join(f"{share:.0%}" for share in one.shares)
@@ -80,8 +85,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
     seconds = 2.0 if parser.parse_args().quick else 10.0
     print(f"{CLIENTS} clients, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
-    unary = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token")
-    streamed = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens")
+    unary = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token", 1.0)
+    streamed = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens", 20.0)
     report(
         [
             Row("two frontends carry, times one: unary requests", unary, 1.7, True),
