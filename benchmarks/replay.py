@@ -40,6 +40,7 @@ from dynserve import Cluster, clock
 from dynserve.config import RouterMode
 from dynserve.errors import DynserveError
 from dynserve.executors.engine_args import EngineArgs
+from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Prompt
 from dynserve.routing.policy import Asked, Candidate, Choice, Kv
 from dynserve.routing.router import Ask
@@ -239,14 +240,18 @@ async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
             render=Render(kind="completion", response_id="r", model=cluster.model, created=0),
         )  # fmt: skip
         first = latest = gap = 0.0
+
+        async def sink(burst: list[Record]) -> None:
+            nonlocal first, latest, gap
+            now = loop.time()
+            first = first or now - began
+            if latest and (count := sum(len(record.token_ids) for record in burst)):
+                gap = max(gap, (now - latest) / count)
+            latest = now
+
         try:
             with pipeline.answer(prompt) as run:
-                async for burst in run.records():
-                    now = loop.time()
-                    first = first or now - began
-                    if latest and (count := sum(len(record.token_ids) for record in burst)):
-                        gap = max(gap, (now - latest) / count)
-                    latest = now
+                await run.deliver(sink)
             read = run.decision.placements[-1 if len(run.decision.placements) == 1 else -2]
             assert read.usage is not None
             answered.append(

@@ -48,17 +48,19 @@ class FanOut(TokenResponse):
             await self._end(send)
 
     async def _one(self, run: Run, answer: _Answer, send: Send) -> None:
+        async def sink(burst: list[Record]) -> None:
+            self._note(run, burst)
+            for record in burst:
+                answer.note(record)
+            last = burst[-1]
+            if isinstance(last, Finished) and last.handoff is None:
+                answer.usage = last.usage
+                answer.data = last.data
+            if self._prompt.render.stream and (data := b"".join([record.data for record in burst])):
+                await self._chunk(data, send)
+
         async with self._gate:
-            async for burst in run.records():
-                self._note(run, burst)
-                for record in burst:
-                    answer.note(record)
-                last = burst[-1]
-                if isinstance(last, Finished) and last.handoff is None:
-                    answer.usage = last.usage
-                    answer.data = last.data
-                if self._prompt.render.stream and (data := b"".join([record.data for record in burst])):
-                    await self._chunk(data, send)
+            await run.deliver(sink)
 
     async def _chunk(self, data: bytes, send: Send) -> None:
         async with self._sending:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Literal
 
@@ -37,6 +37,8 @@ from dynserve.wire.requests import (
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+Sink = Callable[[list[Record]], Awaitable[None]]
 
 ATTEMPTS = 4  # placements of one phase
 
@@ -129,44 +131,31 @@ class Run:
         self.metrics.in_flight.dec()
         self.metrics.ended[self.outcome].inc()
 
-    async def records(self) -> AsyncIterator[list[Record]]:
-        """Bursts of records, in order; the last one ends with a `Finished` that is no hand-off."""
+    async def deliver(self, sink: Sink) -> None:
+        """Runs the request. `sink` gets bursts of records, in order; the last one ends with a `Finished` that is no
+        hand-off. (A callable, and not an iterator: those of coroutines cost as much as the placement.)"""
         pipeline, model = self._pipeline, self._prompt.model
         await self._enter()
         pipeline.decisions.add(self.decision)  # one that is refused at the door has none
-        prefillers, decoders = (pipeline.fleet.targets(model, role) for role in ("prefill", "decode"))
+        prefillers, decoders = pipeline.fleet.targets(model, "prefill"), pipeline.fleet.targets(model, "decode")
         if not decoders or not prefillers:
-            async for burst in self._phase("aggregated", "prefill_and_decode", None, None):
-                yield burst
+            await self._phase("aggregated", "prefill_and_decode", sink)
             return
         local = () if self._prompt.whole else pipeline.router.local(self._ask, decoders, prefillers)
         if local:
             pipeline.metrics.local_prefills.inc()
             try:
-                async for burst in self._phase("aggregated", "decode", None, None, local=local):
-                    yield burst
+                await self._phase("aggregated", "decode", sink, local=local)
                 return
             except ClusterError as error:
                 if self.tokens or self._clock() >= self.deadline:
                     raise
                 # another decode worker would have to compute all of it: from here on as any prompt
                 log.info("request %s: its local prefill did not start: %s", self._prompt.id, error)
-        last: Finished | None = None
-        async for burst in self._phase("prefill", "prefill", None, None):
-            yield burst
-            last = burst[-1] if isinstance(burst[-1], Finished) else None
-        if last is None or last.handoff is None:
-            return
-        prior = Prior(self.tokens, last.logprobs or [], last.usage.cached_tokens)
-        prefilled, done = self._replies[-1], False
-        async for burst in self._phase("decode", "decode", prior, last.handoff):
-            if not done:
-                done = True
-                if self._replies[-1].left:
-                    prefilled.close()  # its blocks are of no use to anybody
-                else:
-                    prefilled.taken()
-            yield burst
+        last = await self._phase("prefill", "prefill", sink)
+        if last.handoff is not None:
+            prior = Prior(self.tokens, last.logprobs or [], last.usage.cached_tokens)
+            await self._phase("decode", "decode", sink, prior, last.handoff, prefilled=self._replies[-1])
 
     async def _enter(self) -> None:
         """Waits for its turn while all workers are over their thresholds."""
@@ -219,10 +208,12 @@ class Run:
         return self.decision.header()
 
     async def _phase(
-        self, phase: Phase, role: str, prior: Prior | None, handoff: Handoff | None, local: Sequence[Target] = ()
-    ) -> AsyncIterator[list[Record]]:
-        """One phase, placed again on another worker as long as nothing has come from the one before. `local`: decode
-        workers that may prefill this prompt; then there is one attempt."""
+        self, phase: Phase, role: str, sink: Sink, prior: Prior | None = None, handoff: Handoff | None = None,
+        *, prefilled: Reply | None = None, local: Sequence[Target] = (),
+    ) -> Finished:  # fmt: skip
+        """One phase, placed again on another worker as long as nothing has come from the one before; its last record.
+        `prefilled`: whose hand-off it goes on from. `local`: decode workers that may prefill this prompt; then there is
+        one attempt."""
         pipeline, model = self._pipeline, self._prompt.model
         excluded: set[str] = set()
         error: DynserveError = NoWorker(f"no {role} worker serves {model} at the moment")
@@ -246,12 +237,14 @@ class Run:
                     if not started:
                         started = True
                         placed.prefilled()
+                        if prefilled is not None:
+                            _took_over(reply, prefilled)
                     last = burst[-1]
                     if isinstance(last, Finished):
                         self._note_end(placed, placement, last)
-                        yield burst
-                        return
-                    yield burst
+                        await sink(burst)
+                        return last
+                    await sink(burst)
                     if reply.write is None and reply.channel.empty:
                         reply.write = self.write
                 raise WorkerLost(f"worker {placed.worker} ended the stream without a last word")
@@ -308,3 +301,11 @@ class Run:
         )
         await pipeline.submissions.submit(reply, request)
         return reply
+
+
+def _took_over(decoding: Reply, prefilled: Reply) -> None:
+    """A decode worker has answered: what the prefill worker keeps for it has been fetched, or never will be."""
+    if decoding.left:
+        prefilled.close()
+    else:
+        prefilled.taken()

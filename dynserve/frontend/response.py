@@ -75,28 +75,34 @@ class TokenResponse(Response):
         with self._pipeline.answer(self._prompt) as run:
             self._runs = [run]
             async with UntilLeft(receive, self._runs, self._watch):
-                await (self._stream if self._prompt.render.stream else self._unary)(run, send)
+                if self._prompt.render.stream:
+                    await run.deliver(partial(self._stream, run, send))
+                else:
+                    await self._unary(run, send)
 
-    async def _stream(self, run: Run, send: Send) -> None:
-        async for burst in run.records():
-            self._note(run, burst)
-            data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
-            last = burst[-1]
-            over = isinstance(last, Finished) and last.handoff is None
-            if over and self._prompt.explain:
-                data += b": explain " + run.explained() + b"\n\n"
-            if data or over:
-                if not self._sent:
-                    await self._start(200, SSE, send)
-                await send({"type": "http.response.body", "body": data, "more_body": not over})
-                run.write = run.write or self._chunks()
+    async def _stream(self, run: Run, send: Send, burst: list[Record]) -> None:
+        self._note(run, burst)
+        data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
+        last = burst[-1]
+        over = isinstance(last, Finished) and last.handoff is None
+        if over and self._prompt.explain:
+            data += b": explain " + run.explained() + b"\n\n"
+        if data or over:
+            if not self._sent:
+                await self._start(200, SSE, send)
+            await send({"type": "http.response.body", "body": data, "more_body": not over})
+            run.write = run.write or self._chunks()
 
     async def _unary(self, run: Run, send: Send) -> None:
         body = b""
-        run.write = _nothing  # until the end there is none
-        async for burst in run.records():
+
+        async def sink(burst: list[Record]) -> None:
+            nonlocal body
             self._note(run, burst)
             body = burst[-1].data
+
+        run.write = _nothing  # until the end there is none
+        await run.deliver(sink)
         explained = [(b"x-dynserve-explain", run.explained())] if self._prompt.explain else []
         await self._whole(200, body, send, explained)
 
