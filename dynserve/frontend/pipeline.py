@@ -118,8 +118,8 @@ class Run:
         return [token_id for reply in self._replies for token_id in reply.tokens]
 
     def __enter__(self) -> Run:
-        self.metrics.accepted.inc()
-        self.metrics.in_flight.inc()
+        self.metrics.accepted += 1
+        self.metrics.in_flight += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -128,8 +128,8 @@ class Run:
         elif isinstance(error, Exception) and self.outcome != "cancelled":
             self.outcome = "failed"
         self.close()
-        self.metrics.in_flight.dec()
-        self.metrics.ended[self.outcome].inc()
+        self.metrics.in_flight -= 1
+        self.metrics.ended[self.outcome] += 1
 
     async def deliver(self, sink: Sink) -> None:
         """Runs the request. `sink` gets bursts of records, in order; the last one ends with a `Finished` that is no

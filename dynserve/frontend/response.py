@@ -114,9 +114,9 @@ class TokenResponse(Response):
             run.metrics.ttft.observe(decision.ttft_s)
         if isinstance(last, Finished) and last.handoff is None:
             run.metrics.duration.observe(self._clock() - self._began)
-            run.metrics.prompt_tokens.inc(last.usage.prompt_tokens)
-            run.metrics.output_tokens.inc(last.usage.completion_tokens)
-            run.metrics.cached_tokens.inc(last.usage.cached_tokens)
+            run.metrics.prompt_tokens += last.usage.prompt_tokens
+            run.metrics.output_tokens += last.usage.completion_tokens
+            run.metrics.cached_tokens += last.usage.cached_tokens
             self._visit.used(last.usage.completion_tokens)
             self._told.add(run)
 
