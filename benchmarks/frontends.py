@@ -21,15 +21,12 @@ from typing import NamedTuple
 
 import load
 from budget import Row, report
-from plane import PROMPT, Setup, cluster, cpu_seconds
+from plane import PROMPT, STEPS_ONLY, Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
 
 CLIENTS, TOKENS = 512, 128
-ENGINE = {
-    "prefill_us_per_token": 0, "decode_us_per_sequence": 0, "decode_us_per_ktoken": 0, "max_batch_size": CLIENTS,
-    "max_num_tokens": 1 << 17, "num_blocks": 60_000,
-}  # fmt: skip
+ENGINE = STEPS_ONLY | {"max_batch_size": CLIENTS, "max_num_tokens": 1 << 17, "num_blocks": 60_000}
 
 
 class Carried(NamedTuple):

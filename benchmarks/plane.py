@@ -31,11 +31,14 @@ from dynserve.local.embedded import etcd_command, free_ports, nats_command
 
 TOKENS = 128  # per streamed answer
 PROMPT = " ".join(f"word{i % 7}" for i in range(50))
+STEPS_ONLY = {"prefill_us_per_token": 0, "decode_us_per_sequence": 0, "decode_us_per_ktoken": 0}  # a simulated engine
 TICK = os.sysconf("SC_CLK_TCK")
+FRONTEND, WORKER = "frontend us/token, 128 streams, 5 ms steps", "worker us/token, the same"
+REQUEST = "frontend us/request, unary, 32 clients"
 BUDGETS = {
-    "frontend us/token, 128 streams, 5 ms steps": 8.0,
-    "worker us/token, the same": 12.0,
-    "frontend us/request, unary, 32 clients": 350.0,
+    FRONTEND: 8.0,
+    WORKER: 12.0,
+    REQUEST: 350.0,
     "added TTFT ms, aggregated, p50": 2.0,
     "added TTFT ms, aggregated, p99": 5.0,
     "added TTFT ms, prefill + decode, p50": 4.0,
@@ -75,33 +78,11 @@ def cluster(
         ]
         start(etcd_command(Path(folder) / "etcd", etcd, peer))
         nats_pid = start(nats_command(nats))
-        frontend = start(
-            [
-                *wrapped.get("frontend", []),
-                sys.executable,
-                "-m",
-                "dynserve.frontend",
-                *planes,
-                "--http-port",
-                str(http),
-                *frontend_flags,
-            ]
-        )
+        serve = [*wrapped.get("frontend", []), sys.executable, "-m", "dynserve.frontend", *planes]
+        frontend = start([*serve, "--http-port", str(http), *frontend_flags])
         options = ["--executor", executor, "--override-engine-args", json.dumps(engine), *worker_flags]
-        pids = [
-            start(
-                [
-                    *wrapped.get("worker", []),
-                    sys.executable,
-                    *program,
-                    *planes,
-                    *options,
-                    "--disaggregation-mode",
-                    role,
-                ]
-            )
-            for role in workers
-        ]
+        work = [*wrapped.get("worker", []), sys.executable, *program, *planes, *options]
+        pids = [start([*work, "--disaggregation-mode", role]) for role in workers]
         deadline = time.monotonic() + patience
         while len(_instances(http)) < len(workers):
             if time.monotonic() > deadline:
@@ -124,6 +105,12 @@ def cpu_seconds(pids: list[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICK
+
+
+def resident(pid: int) -> float:
+    """Megabytes."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
 
 
 def measured(setup: Setup, clients: int, seconds: float, max_tokens: int, *, stream: bool) -> dict[str, float]:
@@ -151,26 +138,19 @@ def main() -> None:
         f"{TOKENS} tokens per stream, {len(PROMPT.split())} words of prompt, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n"
     )
     for step_ms in (5.0, 0.0):
-        engine = {
-            "step_ms": step_ms,
-            "prefill_us_per_token": 0,
-            "decode_us_per_sequence": 0,
-            "max_batch_size": 128,
-            "decode_us_per_ktoken": 0,
-        }
-        engine |= {"num_blocks": 20_000} | ({} if step_ms else {"speed": 0})
+        engine = STEPS_ONLY | {"step_ms": step_ms, "max_batch_size": 128, "num_blocks": 20_000}
+        engine |= {} if step_ms else {"speed": 0}
         with cluster(["prefill_and_decode"], engine) as setup:
             for clients in (1, 32, 128):
                 values = measured(setup, clients, seconds, TOKENS, stream=True)
                 row(f"streamed, step {step_ms:.0f} ms, {clients} stream(s)", values, "token")
                 if step_ms and clients == 128:
-                    streamed = (values["frontend"], values["worker"])
-                    found |= dict(zip(list(BUDGETS)[:2], streamed, strict=True))
+                    found |= {FRONTEND: values["frontend"], WORKER: values["worker"]}
             if not step_ms:
                 for clients in (1, 32):
                     values = measured(setup, clients, seconds, 1, stream=False)
                     row(f"unary, 1 token, {clients} client(s)", values, "request")
-                found["frontend us/request, unary, 32 clients"] = values["frontend"]
+                found[REQUEST] = values["frontend"]
     for name, roles in (("aggregated", ["prefill_and_decode"]), ("prefill + decode", ["prefill", "decode"])):
         with cluster(roles, {"speed": 0}) as setup:
             ask = Ask(TINY_MODEL.name, PROMPT, 2)

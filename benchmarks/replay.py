@@ -40,8 +40,8 @@ from dynserve import Cluster, clock
 from dynserve.config import RouterMode
 from dynserve.errors import DynserveError
 from dynserve.executors.engine_args import EngineArgs
-from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Prompt
+from dynserve.frontend.reply import Record
 from dynserve.routing.policy import Asked, Candidate, Choice, Kv
 from dynserve.routing.router import Ask
 from dynserve.wire.requests import Render, Sampling, Stop

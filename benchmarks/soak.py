@@ -14,11 +14,10 @@ import os
 import statistics
 import threading
 import time
-from pathlib import Path
 
 import load
 from budget import Row, report
-from plane import PROMPT, Setup, cluster, cpu_seconds
+from plane import PROMPT, STEPS_ONLY, Setup, cluster, cpu_seconds, resident
 
 from dynserve.config import TINY_MODEL
 
@@ -40,11 +39,6 @@ class Memory(threading.Thread):
                 self.seen[name].append(sum(resident(pid) for pid in pids))
 
 
-def resident(pid: int) -> float:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
-
-
 def growth(seen: list[float]) -> float:
     """Of the last tenth over the fourth tenth, in percent."""
     tenth = max(1, len(seen) // 10)
@@ -59,12 +53,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0)
     args = parser.parse_args()
     seconds = 30.0 if args.quick else args.minutes * 60
-    engine = {
-        "step_ms": args.step_ms,
-        "prefill_us_per_token": 0,
-        "decode_us_per_sequence": 0,
-        "decode_us_per_ktoken": 0,
-    }
+    engine = STEPS_ONLY | {"step_ms": args.step_ms}
     engine |= {"max_batch_size": args.streams, "max_num_tokens": 1 << 17, "num_blocks": 40_000}
     print(
         f"{args.streams} streams of {TOKENS} tokens, steps of {args.step_ms:.0f} ms, {seconds:.0f} s, {os.cpu_count()} cores\n"

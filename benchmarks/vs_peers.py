@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import load
 from budget import Row, report
-from plane import cluster, cpu_seconds
+from plane import cluster, cpu_seconds, resident
 
 from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
@@ -208,14 +208,9 @@ def measured(peer: Peer, case: Case, seconds: float) -> Found:
     count = max(1, answered.tokens if case.stream else answered.requests)
     spent = {name: (cpu_seconds(pids) - before[name]) / count * 1e6 for name, pids in peer.pids.items()}
     late = load.at(answered.gaps_s, 0.99) * 1000 - case.step_ms if answered.gaps_s else 0.0
-    rss = sum(_rss(pid) for pid in peer.pids["front"])
+    rss = sum(resident(pid) for pid in peer.pids["front"])
     ttft = load.at(answered.first_s, 0.5) * 1000
     return Found(spent["front"], spent["worker"], spent["nats"], count / answered.seconds, ttft, late, rss)
-
-
-def _rss(pid: int) -> float:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
 
 
 def cases(clients: list[int], *, quick: bool) -> list[Case]:

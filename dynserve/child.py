@@ -112,6 +112,11 @@ class Child:
             print(f"{self.name:>{self._width}} | {line}", file=sys.stderr, flush=True)
 
 
+def misconfigured(child: Child, code: int) -> ConfigError | None:
+    """What a supervisor ends with where a child found its configuration wrong."""
+    return ConfigError(f"{child.name} could not start; its last lines above say why") if code == 2 else None
+
+
 async def _line(stream: asyncio.StreamReader) -> bytes:
     """The next line; a longer one than the reader holds comes in pieces."""
     try:

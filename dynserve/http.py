@@ -14,6 +14,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import ref
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -25,9 +26,6 @@ log = logging.getLogger(__name__)
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
 GOODBYE = 5  # seconds that open connections get when the server stops
-
-
-WAYS = ("dynserve.chunks", "dynserve.body", "dynserve.watch")  # past ASGI, in its scope; see what they are set to
 
 
 class _Server(uvicorn.Server):
@@ -137,8 +135,13 @@ class _Protocol(HttpToolsProtocol):
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
         self.cycle.transport = _Polite(self.transport, self._close_politely, self.loop)  # type: ignore[assignment]
-        ways = (partial(_chunks_of, self.cycle), partial(_whole_body, self.cycle), self._watch)
-        self.scope.update(zip(WAYS, ways, strict=True))  # type: ignore[typeddict-item]
+        cycle = ref(self.cycle)  # which knows the scope: a ring would stay until the garbage collector comes by
+        ways: dict[str, Any] = {
+            "dynserve.chunks": partial(_chunks_of, cycle),
+            "dynserve.body": partial(_whole_body, cycle),
+            "dynserve.watch": self._watch,
+        }
+        self.scope.update(ways)  # type: ignore[typeddict-item]
 
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0
@@ -237,10 +240,11 @@ class _Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool] | None:
+def _chunks_of(of: ref[RequestResponseCycle]) -> Callable[[bytes], bool] | None:
     """A way past ASGI for a body that has begun, where it is sent in chunks: one of them, written now or not at all. A
     message to `send` costs more than the rest of a token."""
-    if not cycle.chunked_encoding:
+    cycle = of()
+    if cycle is None or not cycle.chunked_encoding:
         return None
     polite = cast(_Polite, cycle.transport)
     polite.flush()
@@ -263,9 +267,10 @@ def _chunks_of(cycle: RequestResponseCycle) -> Callable[[bytes], bool] | None:
 _SIZES = [b"%x\r\n" % size for size in range(1024)]
 
 
-def _whole_body(cycle: RequestResponseCycle) -> bytes | None:
+def _whole_body(of: ref[RequestResponseCycle]) -> bytes | None:
     """A small body that came along with its headers; any other is to be received."""
-    if cycle.more_body or len(cycle.body) > SMALL_BODY or cycle.waiting_for_100_continue:
+    cycle = of()
+    if cycle is None or cycle.more_body or len(cycle.body) > SMALL_BODY or cycle.waiting_for_100_continue:
         return None
     return bytes(cycle.body)
 

@@ -33,7 +33,6 @@ from dynserve.frontend.edge import Threads, Wishes, body_of, headers_of, prompts
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
 from dynserve.frontend.response import TokenResponse
-from dynserve.http import WAYS
 from dynserve.openai import fields
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.completions import CompletionRequest, EmbeddingRequest
@@ -220,14 +219,10 @@ class Direct:
             return
         request = Request(scope, receive)
         try:
-            try:
-                response = await self._edge.generate(request, route.form, route.make)
-            except DynserveError as error:
-                response = _refusal(request, error)
-            await response(scope, receive, send)
-        finally:
-            for way in WAYS:  # each knows its request's cycle, which knows the scope
-                scope.pop(way, None)
+            response = await self._edge.generate(request, route.form, route.make)
+        except DynserveError as error:
+            response = _refusal(request, error)
+        await response(scope, receive, send)
 
 
 def _add_text(app: FastAPI, edge: _Edge) -> None:

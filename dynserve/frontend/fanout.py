@@ -14,12 +14,12 @@ from starlette.types import Receive, Send
 
 from dynserve.errors import Cancelled, DynserveError
 from dynserve.frontend.access import Visit
-from dynserve.frontend.fleet import Record
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.reply import Record
 from dynserve.frontend.response import SSE, TokenResponse, UntilLeft
 from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
 from dynserve.openai.sse import to_json
-from dynserve.wire.link import Finished, Usage
+from dynserve.wire.link import Usage
 
 AT_ONCE = 64  # answers of one request that are being made
 
@@ -49,13 +49,11 @@ class FanOut(TokenResponse):
 
     async def _one(self, run: Run, answer: _Answer, send: Send) -> None:
         async def sink(burst: list[Record]) -> None:
-            self._note(run, burst)
+            last = self._note(run, burst)
             for record in burst:
                 answer.note(record)
-            last = burst[-1]
-            if isinstance(last, Finished) and last.handoff is None:
-                answer.usage = last.usage
-                answer.data = last.data
+            if last is not None:
+                answer.usage, answer.data = last.usage, last.data
             if self._prompt.render.stream and (data := b"".join([record.data for record in burst])):
                 await self._chunk(data, send)
 

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynserve.errors import DynserveError, InternalError, TimedOut, Unavailable, WorkerLost, from_wire
+from dynserve.errors import Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
+from dynserve.frontend.reply import Reply, pass_on
 from dynserve.openai.parity import difference, parity
 from dynserve.openai.prompt import Preprocessor
 from dynserve.routing.router import Router, Target
-from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks
 from dynserve.transport.base import Change, Link, Put
 from dynserve.transport.planes import FetchFile
@@ -23,7 +23,6 @@ from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance, unlike
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
-    Cancel,
     Failed,
     Finished,
     FromWorker,
@@ -33,7 +32,6 @@ from dynserve.wire.link import (
     SnapshotRequest,
     Step,
     SubmitReply,
-    Taken,
     Tokens,
     Welcome,
 )  # fmt: skip
@@ -41,101 +39,7 @@ from dynserve.wire.requests import Ack
 
 log = logging.getLogger(__name__)
 
-Record = Tokens | Finished
 _HANDING_OVER = ("prefill", "decode")
-
-
-Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
-COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
-
-
-class Reply:
-    """One stream of one worker, as the pipeline reads it."""
-
-    __slots__ = (
-        "_counted",
-        "_cut",
-        "_grew",
-        "_timer",
-        "channel",
-        "left",
-        "peer",
-        "refused",
-        "stream",
-        "tokens",
-        "write",
-    )
-
-    def __init__(
-        self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None], grew: Callable[[int], None]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.peer, self.stream, self._cut, self._grew = peer, stream, cut, grew
-        self.tokens: list[int] = []  # all that came
-        self._counted = 0
-        self.channel: Channel[Record] = Channel(bound)
-        self.refused = False  # the worker has said that it does not begin
-        self.left = False  # the hand-off that it was given was not taken
-        # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
-        self.write: Write | None = None
-        peer.replies[stream] = self
-        self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
-
-    def came(self, record: Tokens) -> None:
-        self.tokens += record.token_ids
-        self.count()
-        self.pass_on(record)
-
-    def pass_on(self, record: Tokens) -> None:
-        """To the client at once, or to the reader, and from then on to the reader until that has caught up."""
-        write = self.write
-        if write is None or (record.data and not write(record.data)):
-            self.write = None
-            self.put(record, len(record.data) + 32)
-
-    def count(self) -> None:
-        """Tells the ledger of tokens that it has not heard of."""
-        now = len(self.tokens)
-        self._grew(now - self._counted)
-        self._counted = now
-
-    def put(self, record: Record, size: int) -> None:
-        """For the client; one who does not read is cut here, so that its answer does not fill the frontend."""
-        if not self.channel.put(record, size):
-            self.fail(SlowClient("the client does not read its answer"))
-            self._cut()
-
-    def fail(self, error: DynserveError) -> None:
-        """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
-        self._drop()
-        self.channel.close(error)
-
-    def refuse(self, error: DynserveError) -> None:
-        """Ends the stream of a worker that has not begun it."""
-        self.refused = True
-        self.peer.replies.pop(self.stream, None)
-        self.channel.close(error)
-
-    @property
-    def open(self) -> bool:
-        """The worker may still say something."""
-        return self.peer.replies.get(self.stream) is self
-
-    def taken(self) -> None:
-        """The hand-off that the stream left has done its work."""
-        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
-            self.peer.link.send(Taken(self.stream))
-
-    def close(self) -> None:
-        """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
-        self._timer.cancel()
-        self._drop()
-        # what it was made with knows it, too: a ring would stay until the garbage collector comes by, which is rarely
-        self._cut, self._grew, self.write = _nothing, _nothing, None
-
-    def _drop(self) -> None:
-        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
-            self.peer.link.send(Cancel(self.stream))
 
 
 @dataclass(slots=True)
@@ -281,7 +185,7 @@ class Fleet:
                 steps.append(message)
                 continue
             if steps:
-                _pass_on(peer.replies, steps)
+                pass_on(peer.replies, steps)
                 steps = []
             if type(message) is Tokens:
                 if (reply := peer.replies.get(message.stream)) is not None:
@@ -289,7 +193,7 @@ class Fleet:
             else:
                 self._received_other(peer, message)
         if steps:
-            _pass_on(peer.replies, steps)
+            pass_on(peer.replies, steps)
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -475,52 +379,6 @@ class Fleet:
                     self._check(peer)
         finally:
             del self._loading[name]
-
-
-def _pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:
-    """Several come to one that is behind: it sends once for all of them."""
-    if len(steps) == 1:
-        _pass_on_one(replies, steps[0])
-        return
-    tokens: dict[int, Tokens] = {}
-    for step in steps:
-        for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
-            record = tokens.get(stream)
-            if record is None:
-                tokens[stream] = Tokens(stream, data, [token_id])
-            else:
-                record.data += data
-                record.token_ids.append(token_id)
-    for stream, record in tokens.items():
-        if (reply := replies.get(stream)) is not None:
-            reply.came(record)
-
-
-def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
-    """Runs for every token. What `Reply.came` does is spelled out: most need no record, and no call but the writing."""
-    get = replies.get
-    for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
-        reply = get(stream)
-        if reply is None:
-            continue
-        tokens = reply.tokens
-        tokens.append(token_id)
-        if not len(tokens) % COUNT_EVERY:
-            reply.count()
-        write = reply.write
-        if write is None or (data and not write(data)):
-            reply.write = None
-            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
-
-
-def _nothing(*args: object) -> None:
-    pass
-
-
-class SlowClient(InternalError):
-    """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
-
-    code = "slow_client"
 
 
 def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:

@@ -11,9 +11,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dynserve.child import Child, Spec
+from dynserve.child import Child, Spec, misconfigured
 from dynserve.config import FrontendConfig
-from dynserve.errors import ConfigError
 from dynserve.http import bind, url_of
 from dynserve.process import Stop
 from dynserve.tasks import task_group
@@ -33,8 +32,8 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> 
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def died(child: Child, code: int) -> None:
-            if code == 2 and not broken.done():
-                broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+            if (error := misconfigured(child, code)) is not None and not broken.done():
+                broken.set_exception(error)
 
         async with task_group() as tasks:
             port = held.getsockname()[1]

@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut, error_object
 from dynserve.frontend.access import Visit
-from dynserve.frontend.fleet import Record, Write
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.reply import Record, Write
 from dynserve.openai.sse import event
 from dynserve.wire.link import Finished
 
@@ -81,10 +81,8 @@ class TokenResponse(Response):
                     await self._unary(run, send)
 
     async def _stream(self, run: Run, send: Send, burst: list[Record]) -> None:
-        self._note(run, burst)
+        over = self._note(run, burst) is not None
         data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
-        last = burst[-1]
-        over = isinstance(last, Finished) and last.handoff is None
         if over and self._prompt.explain:
             data += b": explain " + run.explained() + b"\n\n"
         if data or over:
@@ -106,19 +104,21 @@ class TokenResponse(Response):
         explained = [(b"x-dynserve-explain", run.explained())] if self._prompt.explain else []
         await self._whole(200, body, send, explained)
 
-    def _note(self, run: Run, burst: list[Record]) -> None:
-        """The times and counts of the request, taken on the way."""
+    def _note(self, run: Run, burst: list[Record]) -> Finished | None:
+        """The times and counts of the request, taken on the way. Gives the answer's last word, once it is there."""
         decision, last = run.decision, burst[-1]
         if decision.ttft_s is None:
             decision.ttft_s = self._clock() - self._began
             run.metrics.ttft.observe(decision.ttft_s)
-        if isinstance(last, Finished) and last.handoff is None:
-            run.metrics.duration.observe(self._clock() - self._began)
-            run.metrics.prompt_tokens += last.usage.prompt_tokens
-            run.metrics.output_tokens += last.usage.completion_tokens
-            run.metrics.cached_tokens += last.usage.cached_tokens
-            self._visit.used(last.usage.completion_tokens)
-            self._told.add(run)
+        if not isinstance(last, Finished) or last.handoff is not None:
+            return None
+        run.metrics.duration.observe(self._clock() - self._began)
+        run.metrics.prompt_tokens += last.usage.prompt_tokens
+        run.metrics.output_tokens += last.usage.completion_tokens
+        run.metrics.cached_tokens += last.usage.cached_tokens
+        self._visit.used(last.usage.completion_tokens)
+        self._told.add(run)
+        return last
 
     def _settle(self) -> None:
         """However it ended, what was made is paid for; and what never began is not."""

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from dynserve.errors import ClusterError, DynserveError, Overloaded, TimedOut, WorkerLost, from_wire
-from dynserve.frontend.fleet import Reply
+from dynserve.frontend.reply import Reply
 from dynserve.metrics import FrontendMetrics
 from dynserve.transport.base import Bus, Mailbox
 from dynserve.wire import decoded, events, requests
@@ -112,11 +112,12 @@ class Submissions:
         for stream, submission in list(self._open.items()):
             if submission.due > now:
                 break
-            if submission.by_link or not submission.reply.open:
+            reply = submission.reply
+            if not reply.open:
                 del self._open[stream]
-                if submission.reply.open:
-                    peer = submission.reply.peer
-                    submission.reply.fail(NoAck(f"worker {peer.id} did not acknowledge within {ACK_TIMEOUT} s"))
+            elif submission.by_link:
+                del self._open[stream]
+                reply.fail(NoAck(f"worker {reply.peer.id} did not acknowledge within {ACK_TIMEOUT} s"))
             else:
                 log.info("request %s: no acknowledgement over NATS; trying the link", submission.request.id)
                 self._send_by_link(stream)

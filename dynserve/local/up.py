@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from dynserve.child import Child, Spec
+from dynserve.child import Child, Spec, misconfigured
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
@@ -181,8 +181,8 @@ class _Cluster:
     def _died(self, child: Child, code: int) -> None:
         if self.broken.done():
             return
-        if code == 2:
-            self.broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+        if (error := misconfigured(child, code)) is not None:
+            self.broken.set_exception(error)
         elif not child.restarts:
             self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
         if self.broken.done():

@@ -92,11 +92,13 @@ class Preprocessor:
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""
-        if special and self._around is None:
+        if not special:
+            return self.segments.encode(text)
+        if self._around is None:
             # a batch, even of one: only that lets go of the interpreter's lock
             ids: list[int] = self.tokenizer.encode_batch_fast([text])[0].ids
             return ids
-        before, after = self._around if special and self._around is not None else ([], [])
+        before, after = self._around
         return [*before, *self.segments.encode(text), *after]
 
 

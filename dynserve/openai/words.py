@@ -13,7 +13,7 @@ import re
 import string
 import time
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -22,8 +22,8 @@ from dynserve.openai.detokenize import BYTE_ALPHABET, tokenizer_parts
 MOST_WORDS = 200_000
 LONGEST_WORD = 64  # characters of one that is remembered
 AT_ONCE = 1_000  # words between two looks at who else wants the interpreter
-MOST_NEW = 100  # different ones, of those: with more the library is faster, and lets go of the interpreter
-LONGEST_TEXT = 64_000  # characters
+MOST_NEW = 100  # different ones of those, in a long text: with more the library is faster
+SHORT_TEXT, LONGEST_TEXT = 4_000, 64_000  # characters; a short one is tokenised on the event loop
 
 # what Unicode's classes have of ASCII, as it is written within brackets
 _CLASSES = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "N": "0-9", "Nd": "0-9"}
@@ -42,7 +42,7 @@ class Words:
         """The ids of a text without special tokens; None for one that is the library's."""
         if len(text) > LONGEST_TEXT or not text.isascii():
             return None
-        if len(text) < 4_000:
+        if len(text) < SHORT_TEXT:
             words = self._pattern.findall(text)
             return self._ids(words) if "".join(words) == text else None
         return self._encode_long(text)
@@ -53,12 +53,9 @@ class Words:
         size = 0
         while words := [match[0] for match in islice(matches, AT_ONCE)]:
             size += sum(map(len, words))
-            found = list(map(self._known.get, words))
-            if None in found:
-                if len({word for word, known in zip(words, found, strict=True) if known is None}) > MOST_NEW:
-                    return None
-                found = list(map(self._find, words))
-            ids += chain.from_iterable(cast(list[tuple[int, ...]], found))
+            if len(set(words).difference(self._known)) > MOST_NEW:
+                return None
+            ids += self._ids(words)
             time.sleep(0)  # in a thread of its own: the event loop goes first
         return ids if size == len(text) else None
 

@@ -45,7 +45,6 @@ class Framed:
         self._ping: FromWorker | FromFrontend = wire.WorkerPing() if worker_side else wire.FrontendPing()
         self._loop = asyncio.get_running_loop()
         self._outbox: list[Any] = []
-        self._step: wire.Step | None = None  # the last of the outbox, while it can take more
         self._handler: LinkHandler | None = None
         self._reason = ""
         self._closed = False
@@ -73,14 +72,12 @@ class Framed:
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(message)
-        self._step = None
 
     def send_token(self, stream: int, token_id: int, data: bytes) -> None:
-        step = self._step
-        if step is None:
+        step = self._outbox[-1] if self._outbox else None
+        if type(step) is not wire.Step:
             step = wire.Step([], [], [])
             self.send(step)
-            self._step = None if self._closed else step
         step.streams.append(stream)
         step.token_ids.append(token_id)
         step.data.append(data)
@@ -97,7 +94,6 @@ class Framed:
             self._closed = True
             self._reason = reason
             self._outbox.clear()
-            self._step = None
             self.hang_up(at_once=True)
 
     def feed(self, payloads: Sequence[bytes | memoryview]) -> None:
@@ -135,7 +131,6 @@ class Framed:
             frame = bytearray(4)
             wire.encode_into(self._outbox, frame, 4)
             self._outbox.clear()
-            self._step = None
             _length.pack_into(frame, 0, len(frame) - 4)
             self.write(frame)
 

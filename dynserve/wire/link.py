@@ -1,8 +1,8 @@
 """The link between one worker and one frontend: what each side says.
 
 A frame is a msgpack array of messages: everything that one side had to say in one turn of its event loop. Messages are
-arrays with a small integer in front (msgspec's array-like tagged structs): the token path is `Tokens`, one per
-sequence and engine step.
+arrays with a small integer in front (msgspec's array-like tagged structs). The token path is `Step`, one for all sequences
+of an engine step; `Tokens` has what does not fit into its columns.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Acknowledges a request that came over the link."""
+    """Acknowledges a request, whichever road it came by."""
 
     stream: int
     ack: Ack
@@ -118,7 +118,7 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
-    """A request on the spare road: NATS is down, or the request is larger than NATS carries."""
+    """A request on the spare road: NATS is down, found nobody or was silent, or the request is larger than it carries."""
 
     request: GenerateRequest
 

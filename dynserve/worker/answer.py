@@ -31,7 +31,6 @@ class Answer:
         self._ended = ended
         self._closed = False
         self._first: Output | None = None  # knows what the prompt has cost
-        self._stream = request.stream
         self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
         if request.prior is not None:
             self._renderer.replay(request.prior)
@@ -78,9 +77,9 @@ class Answer:
         elif output.reason is None:
             ids = output.token_ids
             if len(ids) == 1 and output.logprobs is None:
-                self.link.send_token(self._stream, ids[0], data)
+                self.link.send_token(self.request.stream, ids[0], data)
             else:
-                self.link.send(Tokens(self._stream, data, ids, output.logprobs))
+                self.link.send(Tokens(self.request.stream, data, ids, output.logprobs))
         elif output.reason == "handoff":
             self._hand_off(output, data)
         else:

@@ -13,8 +13,8 @@ import pytest
 
 from dynserve import Cluster
 from dynserve.frontend.app import Direct
-from dynserve.frontend.fleet import Reply
 from dynserve.frontend.pipeline import Prompt, Run
+from dynserve.frontend.reply import Reply
 from dynserve.frontend.response import TokenResponse
 from dynserve.http import bind, serving
 from dynserve.wire.link import Left, Step

@@ -1,0 +1,140 @@
+"""`Reply`: one stream of one worker, from the link's messages to the client's socket or to the task that reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dynserve.errors import DynserveError, InternalError, TimedOut
+from dynserve.streams import Channel
+from dynserve.wire.link import Cancel, Finished, Step, Taken, Tokens
+
+if TYPE_CHECKING:
+    from dynserve.frontend.fleet import Peer
+
+Record = Tokens | Finished
+Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
+COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
+
+
+class Reply:
+    """One stream of one worker, as the pipeline reads it."""
+
+    __slots__ = (
+        "_counted", "_cut", "_grew", "_timer", "channel", "left", "peer", "refused", "stream", "tokens", "write",
+    )  # fmt: skip
+
+    def __init__(
+        self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None], grew: Callable[[int], None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.peer, self.stream, self._cut, self._grew = peer, stream, cut, grew
+        self.tokens: list[int] = []  # all that came
+        self._counted = 0
+        self.channel: Channel[Record] = Channel(bound)
+        self.refused = False  # the worker has said that it does not begin
+        self.left = False  # the hand-off that it was given was not taken
+        # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
+        self.write: Write | None = None
+        peer.replies[stream] = self
+        self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
+
+    def came(self, record: Tokens) -> None:
+        """To the client at once, or to the reader, and from then on to the reader until that has caught up."""
+        self.tokens += record.token_ids
+        self.count()
+        write = self.write
+        if write is None or (record.data and not write(record.data)):
+            self.write = None
+            self.put(record, len(record.data) + 32)
+
+    def count(self) -> None:
+        """Tells the ledger of tokens that it has not heard of."""
+        now = len(self.tokens)
+        self._grew(now - self._counted)
+        self._counted = now
+
+    def put(self, record: Record, size: int) -> None:
+        """For the client; one who does not read is cut here, so that its answer does not fill the frontend."""
+        if not self.channel.put(record, size):
+            self.fail(SlowClient("the client does not read its answer"))
+            self._cut()
+
+    def fail(self, error: DynserveError) -> None:
+        """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
+        self._drop()
+        self.channel.close(error)
+
+    def refuse(self, error: DynserveError) -> None:
+        """Ends the stream of a worker that has not begun it."""
+        self.refused = True
+        self.peer.replies.pop(self.stream, None)
+        self.channel.close(error)
+
+    @property
+    def open(self) -> bool:
+        """The worker may still say something."""
+        return self.peer.replies.get(self.stream) is self
+
+    def taken(self) -> None:
+        """The hand-off that the stream left has done its work."""
+        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
+            self.peer.link.send(Taken(self.stream))
+
+    def close(self) -> None:
+        """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
+        self._timer.cancel()
+        self._drop()
+        # what it was made with knows it, too: a ring would stay until the garbage collector comes by, which is rarely
+        self._cut, self._grew, self.write = _nothing, _nothing, None
+
+    def _drop(self) -> None:
+        if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
+            self.peer.link.send(Cancel(self.stream))
+
+
+class SlowClient(InternalError):
+    """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
+
+    code = "slow_client"
+
+
+def pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:
+    """Several come to one that is behind: it sends once for all of them."""
+    if len(steps) == 1:
+        _pass_on_one(replies, steps[0])
+        return
+    tokens: dict[int, Tokens] = {}
+    for step in steps:
+        for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
+            record = tokens.get(stream)
+            if record is None:
+                tokens[stream] = Tokens(stream, data, [token_id])
+            else:
+                record.data += data
+                record.token_ids.append(token_id)
+    for stream, record in tokens.items():
+        if (reply := replies.get(stream)) is not None:
+            reply.came(record)
+
+
+def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
+    """Runs for every token. What `Reply.came` does is spelled out: most need no record, and no call but the writing."""
+    get = replies.get
+    for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
+        reply = get(stream)
+        if reply is None:
+            continue
+        tokens = reply.tokens
+        tokens.append(token_id)
+        if not len(tokens) % COUNT_EVERY:
+            reply.count()
+        write = reply.write
+        if write is None or (data and not write(data)):
+            reply.write = None
+            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
+
+
+def _nothing(*args: object) -> None:
+    pass
