@@ -47,6 +47,12 @@ class Channel(Generic[T]):
             self._closed, self._error = True, error
             self._wake()
 
+    def drop(self) -> None:
+        """The consumer has gone: what it has not taken is nobody's."""
+        self.close()
+        self._items.clear()
+        self._size, self._error = 0, None
+
     @property
     def empty(self) -> bool:
         """The consumer has taken everything."""
@@ -56,13 +62,17 @@ class Channel(Generic[T]):
         """All waiting items, at least one; `[]` when the channel has ended.
 
         Raises:
-            the error that it was closed with, once the items before it were taken.
+            the error that it was closed with, once the items before it were taken, and once only.
         """
         while not self._items:
             if self._closed:
-                if self._error is not None:
-                    raise self._error
-                return []
+                error, self._error = self._error, None
+                if error is None:
+                    return []
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback knows this frame: a ring
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter

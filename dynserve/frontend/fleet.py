@@ -23,6 +23,7 @@ from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance, unlike
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
+    Cancel,
     Failed,
     Finished,
     FromWorker,
@@ -35,7 +36,7 @@ from dynserve.wire.link import (
     Tokens,
     Welcome,
 )  # fmt: skip
-from dynserve.wire.requests import Ack
+from dynserve.wire.requests import Accepted, Ack
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,8 @@ class Fleet:
                     reply.fail(from_wire(code, text, param))
             case SubmitReply(stream=stream, ack=ack):
                 self.acknowledged(stream, ack)
+                if isinstance(ack, Accepted) and stream not in peer.replies and peer.link is not None:
+                    peer.link.send(Cancel(stream))  # a copy that came too late: nobody reads its answer
             case Left(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
                     reply.left = True

@@ -200,6 +200,7 @@ class Run:
             reply.close()
         for placed in self._placed:
             placed.close()
+        self._cancelled = self._scope = self._waiting = None  # errors know the frames that they came through: rings
         if self.decision.ended is None or self.outcome != "finished":
             self.decision.outcome, self.decision.ended = self.outcome, self._clock()
 
@@ -261,9 +262,12 @@ class Run:
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)
             finally:
                 placed.close()
-        if isinstance(error, NoAck):
-            raise TimedOut(str(error)) from error
-        raise error
+        try:
+            if isinstance(error, NoAck):
+                raise TimedOut(str(error)) from error
+            raise error
+        finally:
+            del error  # its traceback knows this frame: a ring
 
     def _note_end(self, placed: Placed, placement: Placement, last: Finished) -> None:
         """The phase is over: its load is given back before anyone else is woken, and its prediction judged."""

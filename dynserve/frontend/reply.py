@@ -67,10 +67,9 @@ class Reply:
         self.channel.close(error)
 
     def refuse(self, error: DynserveError) -> None:
-        """Ends the stream of a worker that has not begun it."""
+        """Ends the stream of a worker that has not begun it, and will not if another copy of the request reaches it."""
         self.refused = True
-        self.peer.replies.pop(self.stream, None)
-        self.channel.close(error)
+        self.fail(error)
 
     @property
     def open(self) -> bool:
@@ -86,6 +85,7 @@ class Reply:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
         self._timer.cancel()
         self._drop()
+        self.channel.drop()
         # what it was made with knows it, too: a ring would stay until the garbage collector comes by, which is rarely
         self._cut, self._grew, self.write = _nothing, _nothing, None
 

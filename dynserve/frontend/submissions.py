@@ -35,6 +35,7 @@ class _Open(msgspec.Struct):
     reply: Reply
     request: GenerateRequest
     due: float
+    by_bus: bool = False  # it may have reached the worker this way
     by_link: bool = False
 
 
@@ -51,36 +52,48 @@ class Submissions:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """What NATS itself has to say of requests is heard as long as the block lives."""
-        async with self._bus.mailbox(self._replied) as self._mailbox:
-            yield
-        if self._timer is not None:
-            self._timer.cancel()
+        try:
+            async with self._bus.mailbox(self._replied) as self._mailbox:
+                yield
+        finally:
+            self._mailbox = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     async def submit(self, reply: Reply, request: GenerateRequest) -> None:
         """Returns when it is on its way. What becomes of it is told to the reply."""
         peer, bus, mailbox = reply.peer, self._bus, self._mailbox
         assert peer.instance is not None
-        self._expect(_Open(reply, request, self._loop.time() + ACK_TIMEOUT))
+        self._expect(submission := _Open(reply, request, self._loop.time() + ACK_TIMEOUT))
         payload = requests.encode(request)
         if mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
+            submission.by_bus = True
             try:
                 async with asyncio.timeout(ACK_TIMEOUT):
                     await mailbox.post(subject, payload, reply.stream)
                 return
             except (ClusterError, TimeoutError) as error:
+                submission.by_bus = isinstance(error, TimeoutError)
                 log.info("request %s: not sent over NATS (%s); trying the link", request.id, error)
         self._send_by_link(reply.stream)
 
     def acknowledged(self, stream: int, ack: Ack) -> None:
         """The worker's word, by whichever road. Only the first counts."""
         submission = self._open.pop(stream, None)
-        if submission is not None and (error := _refusal(submission.reply.peer.id, ack)) is not None:
+        if submission is None or (error := _refusal(submission.reply.peer.id, ack)) is None:
+            return
+        if submission.by_bus and submission.by_link:
+            submission.reply.fail(error)  # the other copy may have been accepted since
+        else:
             submission.reply.refuse(error)
 
     def _replied(self, stream: int, payload: bytes | None) -> None:
         """NATS found nobody; or a worker that has no link to this frontend says so."""
         if payload is None:
+            if (submission := self._open.get(stream)) is not None:
+                submission.by_bus = False
             self._send_by_link(stream)
         elif (ack := decoded(requests.decode_ack, payload, "an acknowledgement")) is not None:
             self.acknowledged(stream, ack)

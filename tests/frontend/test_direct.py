@@ -18,6 +18,7 @@ from dynserve.frontend.reply import Reply
 from dynserve.frontend.response import TokenResponse
 from dynserve.http import bind, serving
 from dynserve.wire.link import Left, Step
+from dynserve.wire.requests import Busy
 from tests.conftest import MODEL, until
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}], "seed": 1}
@@ -164,21 +165,30 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_request_leaves_nothing_to_the_garbage_collector(stream: bool) -> None:
+@pytest.mark.parametrize("end", ["finished", "refused", "lost", "invalid", "left"])
+async def test_a_request_leaves_nothing_to_the_garbage_collector(
+    end: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which comes by so rarely that rings of requests would fill the memory before."""
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True, "stream": stream}
-    async with simulated() as c:
+    async with simulated(engine={"speed": 1 if end in ("lost", "left") else 0}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(c.frontend.served, sock), httpx.AsyncClient(trust_env=False) as client:
-            url = f"http://127.0.0.1:{port}/v1/completions"
-            assert (await client.post(url, json=body)).status_code == 200
+        async with serving(c.frontend.served, sock):
+            assert b" 200 " in await posted(port, body)
+            if end == "refused":
+                monkeypatch.setattr(c.workers[0], "take", lambda request: Busy(7))
+            elif end == "invalid":
+                body["temperature"] = 9
+            else:
+                body["max_tokens"] = 20 if end == "finished" else 1500
             gc.collect()
             gc.disable()
             gc.set_debug(gc.DEBUG_SAVEALL)
             try:
                 for _ in range(5):
-                    await client.post(url, json=body)
+                    await one_that(end, c, port, body)
+                await until(lambda: not any(peer.replies for peer in c.frontend.fleet.peers.values()))
                 await asyncio.sleep(0.01)
                 gc.collect()
                 left = [kept for kept in gc.garbage if isinstance(kept, (Run, Reply, Prompt, TokenResponse))]
@@ -187,6 +197,36 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(stream: bool) -
                 gc.garbage.clear()
                 gc.enable()
             assert left == []
+
+
+async def one_that(end: str, c: Cluster, port: int, body: dict[str, Any]) -> None:
+    """A request that ends this way."""
+    if end not in ("lost", "left"):
+        await posted(port, body)
+        return
+    asked = asyncio.ensure_future(posted(port, body))
+    await until(
+        lambda: any(reply.tokens for peer in c.frontend.fleet.peers.values() for reply in peer.replies.values())
+    )
+    if end == "lost":
+        next(iter(c.workers[0].links.values())).abort("cut")
+        assert b" 200 " not in await asked or body["stream"]
+        await until(lambda: c.frontend.fleet.serves(MODEL))
+    else:
+        asked.cancel()
+        await asyncio.wait([asked])
+
+
+async def posted(port: int, body: dict[str, Any]) -> bytes:
+    """All that comes back, on a connection of its own."""
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        writer.write(head % len(content) + content)
+        return await reader.read()
+    finally:
+        writer.close()
 
 
 async def test_frames_that_came_together_are_written_together() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dynserve import Cluster
 from dynserve.frontend import submissions
+from dynserve.frontend.reply import Reply
 from dynserve.transport.base import Handler
 from dynserve.wire import requests
 from dynserve.wire.requests import Ack, Busy, Draining, Refused
@@ -19,8 +20,8 @@ from tests.conftest import MODEL, until
 ASK: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
 
 
-def simulated(workers: int = 1) -> Cluster:
-    return Cluster(aggregated=workers, executor="simulated", engine={"speed": 0})
+def simulated(workers: int = 1, speed: float = 0) -> Cluster:
+    return Cluster(aggregated=workers, executor="simulated", engine={"speed": speed})
 
 
 def handlers(c: Cluster) -> dict[str, Handler]:
@@ -57,13 +58,7 @@ async def test_a_request_that_the_bus_swallows_takes_the_link_after_the_time_for
 
 async def test_a_request_that_came_by_both_roads_is_taken_once() -> None:
     async with simulated() as c, c.client() as client:
-        held: list[Callable[[], Any]] = []
-        for subject, handler in list(handlers(c).items()):
-
-            def later(payload: bytes, handler: Handler = handler) -> None:
-                held.append(lambda: handler(payload))
-
-            handlers(c)[subject] = later
+        held = hold(c)
         answer = await client.post("/v1/completions", json=ASK)
         assert answer.json()["usage"]["completion_tokens"] == 3
         for late in held:
@@ -130,3 +125,66 @@ async def test_an_acknowledgement_that_is_none_is_left_alone() -> None:
         answer = await client.post("/v1/completions", json=ASK)
         assert answer.status_code == 200 and taken(c) == [1]
         c.frontend.pipeline.submissions.acknowledged(12345, requests.Accepted())  # of nobody
+
+
+async def test_a_copy_that_comes_after_the_worker_refused_another_is_computed_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with simulated() as c, c.client() as client:
+        worker, held = c.workers[0], hold(c)
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "take", lambda request: Busy(7))
+            assert (await client.post("/v1/completions", json=ASK)).status_code == 429
+        await asyncio.sleep(0.02)  # what the frontend has to say of it is on its way
+        assert len(held) == 1
+        held[0]()
+        await asyncio.sleep(0.02)
+        assert taken(c) == [0] and not worker.busy
+
+
+async def test_a_copy_that_comes_after_the_link_was_made_anew_is_cancelled() -> None:
+    async with simulated(speed=1) as c, c.client() as client:
+        worker, held = c.workers[0], hold(c)
+        asked = asyncio.create_task(client.post("/v1/completions", json=ASK | {"max_tokens": 1500}))
+        await until(lambda: bool(held))
+        next(iter(worker.links.values())).abort("cut")
+        assert (await asked).status_code == 503
+        await until(lambda: c.frontend.fleet.serves(MODEL))
+        held[0]()
+        assert taken(c) == [1]
+        await until(lambda: not worker.busy)
+        assert worker.counts["cancelled"] == 1
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_one_refusal_of_two_copies_does_not_say_that_nothing_was_begun(
+    silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with simulated() as c, c.client() as client:
+        replies: list[Reply] = []
+        submit = c.frontend.pipeline.submissions.submit
+
+        async def noted(reply: Reply, request: requests.GenerateRequest) -> None:
+            replies.append(reply)
+            await submit(reply, request)
+
+        monkeypatch.setattr(c.frontend.pipeline.submissions, "submit", noted)
+        monkeypatch.setattr(c.workers[0], "take", lambda request: Busy(7))
+        if silent:
+            hold(c)
+        else:
+            handlers(c).clear()  # known to be nobody's: there is one copy
+        assert (await client.post("/v1/completions", json=ASK)).status_code == 429
+        assert [reply.refused for reply in replies] == [not silent]
+
+
+def hold(c: Cluster) -> list[Callable[[], Any]]:
+    """What was sent over the bus, which does not arrive until it is called."""
+    held: list[Callable[[], Any]] = []
+    for subject, handler in list(handlers(c).items()):
+
+        def later(payload: bytes, handler: Handler = handler) -> None:
+            held.append(lambda: handler(payload))
+
+        handlers(c)[subject] = later
+    return held
