@@ -9,6 +9,8 @@ kind, are the library's.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import string
 import time
@@ -19,8 +21,11 @@ from tokenizers import Tokenizer
 
 from dynserve.openai.detokenize import BYTE_ALPHABET, tokenizer_parts
 
-MOST_WORDS = 200_000
-LONGEST_WORD = 64  # characters of one that is remembered
+log = logging.getLogger(__name__)
+
+MOST_WORDS = 50_000
+LONGEST_WORD = 32  # characters of one that is remembered: all together are 40 MB at most
+TOO_LONG = 400  # characters of a word in a long text: the library reads it without holding the interpreter
 AT_ONCE = 1_000  # words between two looks at who else wants the interpreter
 MOST_NEW = 100  # different ones of those, in a long text: with more the library is faster
 SHORT_TEXT, LONGEST_TEXT = 4_000, 64_000  # characters; a short one is tokenised on the event loop
@@ -28,7 +33,7 @@ SHORT_TEXT, LONGEST_TEXT = 4_000, 64_000  # characters; a short one is tokenised
 # what Unicode's classes have of ASCII, as it is written within brackets
 _CLASSES = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "N": "0-9", "Nd": "0-9"}
 _PROBE = f"{string.printable}It's we'LL they'd  2024 \t\n\n  x=1;\r\n// done...\n    a_b(c)[d] 12345 Camel"
-_PROBE += "Case HTTPServer  'tis \n "
+_PROBE += "Case HTTPServer  'tis \n ab\na ab\n1112 111222"
 
 
 class Words:
@@ -53,7 +58,8 @@ class Words:
         size = 0
         while words := [match[0] for match in islice(matches, AT_ONCE)]:
             size += sum(map(len, words))
-            if len(set(words).difference(self._known)) > MOST_NEW:
+            new = set(words).difference(self._known)
+            if len(new) > MOST_NEW or any(len(word) > TOO_LONG for word in new):
                 return None
             ids += self._ids(words)
             time.sleep(0)  # in a thread of its own: the event loop goes first
@@ -74,9 +80,15 @@ class Words:
             )
             if len(word) <= LONGEST_WORD:
                 if len(self._known) >= MOST_WORDS:
-                    self._known.clear()
+                    self._forget()
                 self._known[word] = ids
         return ids
+
+    def _forget(self) -> None:
+        """The oldest tenth: those of them that are common come back at once."""
+        with contextlib.suppress(RuntimeError):  # another thread has added one meanwhile
+            for word in list(islice(self._known, max(1, MOST_WORDS // 10))):
+                self._known.pop(word, None)
 
 
 def words_of(tokenizer: Tokenizer) -> Words | None:
@@ -91,10 +103,14 @@ def words_of(tokenizer: Tokenizer) -> Words | None:
     if tokenizer.model.dropout:
         return None  # drawn anew each time
     try:
-        words = Words(tokenizer, re.compile(source, re.ASCII))
-    except re.error:
+        pattern = re.compile(source, re.ASCII)
+        if "" in pattern.findall(_PROBE):
+            return None  # where the next word begins after nothing is a matter of taste
+        words = Words(tokenizer, pattern)
+        return words if words.encode(_PROBE) == tokenizer.encode(_PROBE, add_special_tokens=False).ids else None
+    except Exception as error:  # no model may be lost by what only makes it faster
+        log.debug("words are left to the tokenizer: %s", error)
         return None
-    return words if words.encode(_PROBE) == tokenizer.encode(_PROBE, add_special_tokens=False).ids else None
 
 
 def _expression(pre_tokenizer: Any) -> str | None:
@@ -111,26 +127,69 @@ def _expression(pre_tokenizer: Any) -> str | None:
     return _in_ascii(pattern)
 
 
+# What both read alike: much of what is not here means something else to `re`, and no words need it.
+_ESCAPES = frozenset("rntsSdDwW" + string.punctuation)
+_GROUPS = ("(?:", "(?i:", "(?=", "(?!")
+_REPEAT = re.compile(r"[*+?][+?]?|\{\d+(?:,\d*)?\}")
+Piece = tuple[str, int]  # and where the next one begins
+
+
 def _in_ascii(pattern: str) -> str | None:
-    """None for what `re` would read differently: sets within sets, and classes that are not known here."""
+    """None for what `re` might read differently."""
     out: list[str] = []
-    at, inside = 0, False
+    at = 0
     while at < len(pattern):
-        char = pattern[at]
-        if char == "\\":
-            if pattern[at + 1] not in "pP":
-                out.append(pattern[at : at + 2])
-                at += 2
-                continue
-            name = re.match(r"\\p\{(\w+)\}", pattern[at:])
-            if name is None or (found := _CLASSES.get(name[1])) is None or not (inside or found):
-                return None
-            out.append(found if inside else f"[{found}]")
-            at += name.end()
-            continue
-        if inside and (char == "[" or pattern.startswith("&&", at)):
+        piece = _piece(pattern, at)
+        if piece is None:
             return None
-        inside = char == "[" or (inside and char != "]")
-        out.append(char)
-        at += 1
+        out.append(piece[0])
+        at = piece[1]
     return "".join(out)
+
+
+def _piece(pattern: str, at: int) -> Piece | None:
+    char = pattern[at]
+    if char == "[":
+        return _set(pattern, at + 1)
+    if char == "\\":
+        if (found := _class(pattern, at)) is not None:
+            return (f"[{found[0]}]", found[1]) if found[0] else None
+        return _escape(pattern, at)
+    if char == "(":
+        start = next((start for start in _GROUPS if pattern.startswith(start, at)), None)
+        return None if start is None else (start, at + len(start))
+    if (repeat := _REPEAT.match(pattern, at)) is not None:
+        return None if pattern[repeat.end() : repeat.end() + 1] in ("*", "+", "?", "{") else (repeat[0], repeat.end())
+    return None if char in "^$.{" or not char.isascii() else (char, at + 1)
+
+
+def _set(pattern: str, at: int) -> Piece | None:
+    """What is left within brackets, once the classes are written out. None for sets within sets, and where a `-` would come
+    to stand between two other characters than it did."""
+    out = ["["]
+    if pattern.startswith("^", at):
+        out, at = ["[^"], at + 1
+    while at < len(pattern) and pattern[at] != "]":
+        piece = _class(pattern, at)
+        if piece is not None:
+            if out[-1] == "-" or (pattern.startswith("-", piece[1]) and not pattern.startswith("-]", piece[1])):
+                return None
+        elif pattern[at] == "\\":
+            piece = _escape(pattern, at)
+        elif pattern[at] != "[" and pattern[at : at + 2] not in ("&&", "--", "||", "~~") and pattern[at].isascii():
+            piece = pattern[at], at + 1
+        if piece is None:
+            return None
+        out.append(piece[0])
+        at = piece[1]
+    return ("".join(out) + "]", at + 1) if any(out[1:]) and at < len(pattern) else None
+
+
+def _class(pattern: str, at: int) -> Piece | None:
+    """What `\\p{...}` has of ASCII."""
+    name = re.compile(r"\\p\{(\w+)\}").match(pattern, at)
+    return None if name is None or name[1] not in _CLASSES else (_CLASSES[name[1]], name.end())
+
+
+def _escape(pattern: str, at: int) -> Piece | None:
+    return (pattern[at : at + 2], at + 2) if pattern[at + 1 : at + 2] in _ESCAPES else None

@@ -11,7 +11,8 @@ from dynserve.config import TINY_MODEL
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import Preprocessor
 from dynserve.openai.segments import Segments
-from dynserve.openai.words import LONGEST_TEXT, MOST_WORDS, Words, words_of
+from dynserve.openai.words import LONGEST_TEXT, MOST_WORDS, SHORT_TEXT, TOO_LONG, Words, words_of
+from dynserve.openai.words import _in_ascii as in_ascii
 
 SOURCE = (TINY_MODEL / "tokenizer.json").read_text()
 # how the families that are served cut words: Qwen 2 and 3, Llama 3, GPT-4o and Llama 4, DeepSeek's letters
@@ -85,6 +86,77 @@ def test_other_tokenizers_are_left_to_the_library() -> None:
     odd = tokenizer(r"\p{Han}+|[^\p{Han}]+")
     for made in (lower, own, plain, sentences, drawn, within, odd):
         assert words_of(made) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"a$|[^a]+|a",  # the end of a line there, of the text here
+        r"\w+\Z|\w|\W",
+        r"^\w|\w+|\W+",
+        r"(?m:.+)|\n",
+        r".+|\n",
+        r"\d{1,3}+|\D+",  # possessive here, twice repeated there
+        r"\d{3}?|\d|\D+",
+        r"[\p{M}]|\w+|\W+",
+        r"[^\p{M}]+",
+        r"(\w)(\w*)|\W+",
+        r"(\w+)|\W+",
+        r"(?<w>\w+)|\W+",
+        r"[+-\p{L}]+|[^a-zA-Z+-]+",
+        r"[a\p{Lt}-z]+|[^a\p{Lt}-z]+",
+        r"[[:alpha:]]+|[^[:alpha:]]+",
+        r"\h+|\H+",
+        r"\w*|\W",
+        r"(?=a)|\w+|\W+",
+        r"\bx|\w+|\W+",
+        r"(?i)a+|[^a]+",
+        r"(?-i:a)+|[^a]+",
+        r"\p{Alpha}+|\P{L}+",
+        r"[é]+|[^é]+",
+        r"é+|[^é]+",
+        r"[^a",
+        "\\w+|\\",
+    ],
+)
+def test_an_expression_that_may_mean_something_else_is_left_to_the_library(pattern: str) -> None:
+    assert in_ascii(pattern) is None or words_of(tokenizer(pattern)) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        r"[a-c\p{Lu}]+|[\p{L}_-]+|\d{2,}|[^\p{L}_\-0-9]+?|\d|[-_]",
+        r"\p{N}{2}|\p{N}|\P{N}+".replace(r"\P{N}", r"[^\p{N}]"),
+        r"[.$^|]+|\w{1,}|[^.$^|\w]{1,4}",
+    ],
+)
+@settings(max_examples=200)
+@given(text=ASCII)
+def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, text: str) -> None:
+    made, words = EXPRESSIONS.setdefault(pattern, (one := tokenizer(pattern), words_of(one)))
+    assert words is not None
+    assert words.encode(text) == made.encode(text, add_special_tokens=False).ids
+
+
+EXPRESSIONS: dict[str, tuple[Tokenizer, Words | None]] = {}
+
+
+def test_a_model_is_not_lost_by_what_only_makes_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Words, text: str) -> list[int]:
+        raise TypeError("not a word")
+
+    monkeypatch.setattr(Words, "encode", broken)
+    assert words_of(tokenizer()) is None
+
+
+def test_a_long_word_of_a_long_text_is_left_to_the_library() -> None:
+    words = words_of(TOKENIZERS[0])
+    assert words is not None
+    text = "the end. " * (SHORT_TEXT // 9)
+    assert words.encode(text + "x" * (TOO_LONG - 1)) is not None
+    assert words.encode(text + "x" * TOO_LONG) is None
 
 
 def test_a_pattern_that_leaves_gaps_is_left_to_the_library() -> None:
