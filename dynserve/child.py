@@ -34,6 +34,7 @@ class Child:
         self.name, self._command, self.restarts = spec.name, spec.command, restart
         self._died, self._width, self._tasks = died, width, tasks
         self._process: asyncio.subprocess.Process | None = None
+        self.starts = 0
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -80,6 +81,7 @@ class Child:
             )
         except OSError as error:
             raise ConfigError(f"cannot start {self.name}: {error}") from error
+        self.starts += 1
 
     async def _watch(self) -> None:
         backoff = Backoff(0.5, 10.0)
@@ -113,8 +115,11 @@ class Child:
 
 
 def misconfigured(child: Child, code: int) -> ConfigError | None:
-    """What a supervisor ends with where a child found its configuration wrong."""
-    return ConfigError(f"{child.name} could not start; its last lines above say why") if code == 2 else None
+    """What a supervisor ends with where a child found its configuration wrong. One that has run before has a good one: what
+    it says now will pass (its port is not free yet, say), and is no reason to end the others."""
+    if code != 2 or child.starts > 1:
+        return None
+    return ConfigError(f"{child.name} could not start; its last lines above say why")
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -55,6 +56,8 @@ FOREIGN = {
     "--host": "--http-host",
     "--port": "--http-port",
 }
+
+_ANYWHERE = {"0.0.0.0", "::"}
 
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
 
@@ -172,6 +175,7 @@ class FrontendConfig(Planes):
         for name in ("link_port", "system_port"):
             if (first := getattr(self, name)) and first + self.workers > 65536:
                 raise ConfigError(f"{_flag(name)}: there are no {self.workers} ports from {first} on")
+        _apart(self, {"http_port": 1, "link_port": self.workers, "system_port": self.workers})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +425,17 @@ def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
     if value not in ("auto", "none", *known):
         names = ", ".join(("auto", "none", *known))
         raise ConfigError(f"{_flag(name)}: {value!r} is not one of {names}{nearest(value, known)}")
+
+
+def _apart(config: FrontendConfig, counts: dict[str, int]) -> None:
+    """Raises ConfigError where two listeners of one machine were given the same port."""
+    hosts = {"http_port": config.http_host, "link_port": config.link_host, "system_port": config.system_host}
+    for one, other in combinations(counts, 2):
+        first, second = getattr(config, one), getattr(config, other)
+        if not first or not second or not (hosts[one] == hosts[other] or _ANYWHERE & {hosts[one], hosts[other]}):
+            continue
+        if first < second + counts[other] and second < first + counts[one]:
+            raise ConfigError(f"{_flag(other)} {second} is within the ports from {_flag(one)} {first} on")
 
 
 def _ports(config: Any, *names: str) -> None:

@@ -37,7 +37,7 @@ class FrontendMetrics:
             "dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours
         )
         self.spare_road = Counter(
-            "dynserve_requests_by_link", "Requests sent over the link instead of NATS", registry=ours
+            "dynserve_requests_by_link", "Requests sent over the link, instead of NATS or after it", registry=ours
         )
         self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
         self.local_prefills = Counter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +27,7 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> 
     Raises:
         ConfigError: the port is taken, or a child says that its configuration is wrong.
     """
-    # whoever has the port now is asked first: sharing it with another cluster of the same user would go unnoticed
-    bind(config.http_host, config.http_port, "--http-port").close()
-    with bind(config.http_host, config.http_port, "--http-port", shared=True) as held:
+    with _hold(config) as held:
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def died(child: Child, code: int) -> None:
@@ -43,11 +42,21 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> 
             try:
                 for child in children:
                     await child.start()
-                log.info("%d frontends serve at %s", len(children), url_of(held, "https" if config.tls_key else "http"))
+                log.info("%d frontends start at %s", len(children), url_of(held, "https" if config.tls_key else "http"))
                 await stop.wait(broken)
                 log.info("stopping")
             finally:
                 await asyncio.gather(*(child.stop() for child in children))
+
+
+def _hold(config: FrontendConfig) -> socket.socket:
+    """The port, bound for the children and for nobody else, unless others were asked to share it."""
+    if not config.reuse_port:  # sharing it with another cluster of the same user would go unnoticed
+        bind(config.http_host, config.http_port, "--http-port").close()
+    held = bind(config.http_host, config.http_port, "--http-port", shared=True)
+    # from here on a second group finds it taken, even before a child listens; the children need only SO_REUSEPORT for it
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    return held
 
 
 def _command(config: FrontendConfig, argv: Sequence[str], port: int, number: int) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 
 from dynserve.config import FrontendConfig
 from dynserve.errors import ConfigError
+from dynserve.frontend.group import _hold as hold
 from dynserve.http import bind
 from tests.conftest import MODEL, free_ports
 
@@ -85,7 +88,18 @@ def test_a_group_ends_with_the_error_of_its_processes(deploy: Any) -> None:
     assert "--system-port" in group.output()
 
 
-@pytest.mark.parametrize("flags", [{"workers": 0}, {"workers": 3, "link_port": 65534}, {"system_port": 70000}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"workers": 0},
+        {"workers": 3, "link_port": 65534},
+        {"system_port": 70000},
+        {"link_port": 8000},
+        {"http_host": "0.0.0.0", "http_port": 9002, "workers": 3, "link_port": 9000},
+        {"workers": 4, "link_port": 9000, "system_port": 9003},
+        {"workers": 4, "link_port": 9003, "system_port": 9000},
+    ],
+)
 def test_numbers_of_processes_and_ports_are_checked(flags: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(reversed(flags)).replace("_", "-")):
         FrontendConfig(**flags)
@@ -94,6 +108,73 @@ def test_numbers_of_processes_and_ports_are_checked(flags: dict[str, int]) -> No
 def test_a_port_is_shared_only_between_those_that_both_ask_for_it() -> None:
     with bind("127.0.0.1", 0, "--http-port", shared=True) as one:
         port = one.getsockname()[1]
+        one.listen()
         bind("127.0.0.1", port, "--http-port", shared=True).close()
         with pytest.raises(ConfigError, match="--http-port"):
             bind("127.0.0.1", port, "--http-port")
+
+
+def test_ports_that_lie_side_by_side_or_on_other_addresses_are_fine() -> None:
+    FrontendConfig(workers=4, link_port=9000, system_port=9004)
+    FrontendConfig(http_port=9000, workers=4, system_port=9000, system_host="127.0.0.2")
+    FrontendConfig(http_port=0, link_port=0, system_port=0, workers=4)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_port_can_be_had_again_at_once_however_it_was_held(before: bool, after: bool) -> None:
+    """The connections that its last owner closed are remembered by the kernel for a minute."""
+    with bind("127.0.0.1", 0, "--http-port", shared=before) as one:
+        one.listen()
+        address = one.getsockname()
+        with socket.create_connection(address) as client:
+            accepted, _ = one.accept()
+            accepted.close()
+            assert client.recv(1) == b""
+    with bind("127.0.0.1", address[1], "--http-port", shared=after) as again:
+        again.listen()
+
+
+def test_a_group_that_starts_beside_another_finds_the_port_taken_before_anyone_listens() -> None:
+    (port,) = free_ports(1)
+    with hold(FrontendConfig(http_port=port)):
+        with pytest.raises(ConfigError, match="--http-port"):
+            hold(FrontendConfig(http_port=port))
+        with bind("127.0.0.1", port, "--http-port", shared=True) as child:
+            child.listen()
+            bind("127.0.0.1", port, "--http-port", shared=True).close()
+        hold(FrontendConfig(http_port=port, reuse_port=True)).close()  # which says that it is meant
+
+
+def test_a_process_that_ran_before_does_not_end_the_group_by_what_it_finds_wrong_now(deploy: Any) -> None:
+    deployment = deploy()
+    first, _ = two_ports()
+    group = deployment.frontend("--workers", "2", "--system-port", str(first))
+    deployment.worker("prefill_and_decode", "--executor", "simulated")
+    deployment.wait_for(1)
+    both = pids(deployment.base, 2)
+    victim = httpx.get(f"http://127.0.0.1:{first}/health", trust_env=False).json()["pid"]
+    os.kill(victim, signal.SIGKILL)
+    with squatting(first):
+        deadline = time.monotonic() + 30
+        while "died with exit code 2" not in group.output():
+            assert time.monotonic() < deadline, group.output()
+            assert group.alive()
+        assert completion(deployment.base) == 3
+    again = pids(deployment.base, 2)
+    assert both - {victim} < again
+
+
+@contextlib.contextmanager
+def squatting(port: int) -> Iterator[None]:
+    """Someone else has taken it, as soon as it was free."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            sock = bind("127.0.0.1", port, "--system-port")
+            sock.listen()
+            break
+        except (ConfigError, OSError):
+            assert time.monotonic() < deadline
+    with sock:
+        yield
