@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, cast
+from typing import cast
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
@@ -24,7 +24,6 @@ from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
 from dynserve.openai.parity import parity
 from dynserve.openai.prompt import Preprocessor
-from dynserve.streams import Channel
 from dynserve.tasks import Backoff, OwnedTasks, task_group
 from dynserve.transport.base import Change, Deleted, Link
 from dynserve.transport.planes import Planes
@@ -32,8 +31,6 @@ from dynserve.wire import MALFORMED, discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
 from dynserve.wire.link import (
     Cancel,
-    Failed,
-    Finished,
     FromFrontend,
     Hello,
     SnapshotRequest,
@@ -42,16 +39,17 @@ from dynserve.wire.link import (
     Taken,
 )
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
+from dynserve.worker import loopback
 from dynserve.worker.answer import Answer
 from dynserve.worker.card import answer_parsers, pooling
 from dynserve.worker.journal import Journal
+from dynserve.worker.loopback import Loopback
 
 log = logging.getLogger(__name__)
 
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
-WARM_UP_TIMEOUT = 120.0  # seconds
 MAX_DONE = 20_000  # ended requests that a late copy is compared with
 
 
@@ -291,9 +289,9 @@ class Worker:
         """One short answer through this worker's own endpoint: from here on, ready means serving.
 
         Raises:
-            ClusterError, InternalError: it did not work; the worker must not register.
+            InternalError: it did not work; the worker must not register.
         """
-        link = _Loopback()
+        link = Loopback()
         self._links[link.name] = cast(Link, link)
         request = GenerateRequest(
             id="warm-up",
@@ -305,16 +303,11 @@ class Worker:
             sampling=requests.Sampling(temperature=0.0),
             stop=requests.Stop(max_tokens=2, ignore_eos=True),
             render=requests.Render(kind="completion", response_id="warm-up", model=self.config.model_name, created=0),
-            timeout_s=WARM_UP_TIMEOUT,
+            timeout_s=loopback.TIMEOUT,
             cache_salt="warm-up",
         )
         try:
-            async with asyncio.timeout(WARM_UP_TIMEOUT):
-                async with self._planes.bus.mailbox(link.replied) as mailbox:
-                    await mailbox.post(self.subject, requests.encode(request), 0)
-                    await link.finished()
-        except TimeoutError:
-            raise InternalError(f"the warm-up took longer than {WARM_UP_TIMEOUT:.0f} s") from None
+            await link.ask(self._planes.bus, self.subject, request)
         finally:
             del self._links[link.name]
             self.counts.clear()
@@ -327,41 +320,6 @@ class Worker:
             await asyncio.sleep(0.02)
         if self.busy:
             log.warning("%d requests did not finish within %.0f s", len(self._answers), self.config.drain_timeout_s)
-
-
-class _Loopback:
-    """A link that ends here: for the warm-up, which needs no frontend."""
-
-    def __init__(self) -> None:
-        self.name = f"self-{token_hex(4)}"
-        self.closed = False
-        self._messages: Channel[Any] = Channel(1000)
-
-    def send(self, message: Any) -> None:
-        self._messages.put(message)
-
-    def send_token(self, stream: int, token_id: int, data: bytes) -> None:
-        pass  # only the end is waited for
-
-    def close(self) -> None:
-        self.closed = True
-
-    def abort(self, reason: str) -> None:
-        self.closed = True
-
-    def replied(self, number: int, reply: bytes | None) -> None:
-        self._messages.put(Failed(number, Unavailable.code, "the bus does not bring it here"))
-
-    async def finished(self) -> None:
-        while True:
-            for message in await self._messages.take():
-                match message:
-                    case Finished():
-                        return
-                    case SubmitReply(ack=ack) if not isinstance(ack, Accepted):
-                        raise InternalError(f"the warm-up request was not accepted: {ack}")
-                    case Failed(message=text):
-                        raise InternalError(f"the warm-up failed: {text}")
 
 
 @dataclass(slots=True)

@@ -1,0 +1,92 @@
+"""`Loopback`: the link of a request that a worker asks of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from secrets import token_hex
+from typing import Any
+
+from dynserve.errors import InternalError, Unavailable
+from dynserve.streams import Channel
+from dynserve.transport.base import Bus
+from dynserve.wire import decoded, requests
+from dynserve.wire.link import Failed, Finished, SubmitReply
+from dynserve.wire.requests import Accepted, Ack, GenerateRequest, Refused
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 120.0  # seconds until the answer must be there
+AGAIN = 2.0  # seconds until the request is sent once more: NATS may lose one
+
+
+class Loopback:
+    """It ends where it begins, and waits for one answer."""
+
+    def __init__(self) -> None:
+        self.name = f"self-{token_hex(4)}"
+        self.closed = False
+        self._messages: Channel[Any] = Channel(1000)
+        self._problem = ""  # the latest, which may pass
+
+    def send(self, message: Any) -> None:
+        self._messages.put(message)
+
+    def send_token(self, stream: int, token_id: int, data: bytes) -> None:
+        pass  # only the end is waited for
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self, reason: str) -> None:
+        self.closed = True
+
+    async def ask(self, bus: Bus, subject: str, request: GenerateRequest) -> None:
+        """Returns when the request is answered. It goes out as often as that takes; a worker takes it once.
+
+        Raises:
+            InternalError: it was refused, it failed, or there was no answer in time.
+        """
+        payload = requests.encode(request)
+        try:
+            async with asyncio.timeout(TIMEOUT), bus.mailbox(self._replied) as mailbox:
+                while True:
+                    try:
+                        await mailbox.post(subject, payload, request.stream)
+                    except Unavailable as error:
+                        self._problem = str(error)
+                    if await self._finished():
+                        return
+                    log.info("%s: no answer yet %s", request.id, self._problem and f"({self._problem})")
+        except TimeoutError:
+            why = f": {self._problem}" if self._problem else ""
+            raise InternalError(f"the {request.id} took longer than {TIMEOUT:.0f} s{why}") from None
+
+    def _replied(self, stream: int, payload: bytes | None) -> None:
+        """The bus has something to say itself."""
+        if payload is None:
+            self._problem = "nobody serves its subject on NATS"
+        elif (ack := decoded(requests.decode_ack, payload, "an acknowledgement")) is not None:
+            self.send(SubmitReply(stream, ack))
+
+    async def _finished(self) -> bool:
+        """False when it has taken so long that the request may be lost."""
+        deadline = asyncio.get_running_loop().time() + AGAIN
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    messages = await self._messages.take()
+            except TimeoutError:
+                return False
+            for message in messages:
+                match message:
+                    case Finished():
+                        return True
+                    case SubmitReply(ack=ack) if not isinstance(ack, Accepted):
+                        raise InternalError(f"this worker refuses its own request: {_in_words(ack)}")
+                    case Failed(message=text):
+                        raise InternalError(f"this worker's own request failed: {text}")
+
+
+def _in_words(ack: Ack) -> str:
+    return ack.message if isinstance(ack, Refused) else type(ack).__name__.lower()

@@ -1,0 +1,89 @@
+"""What a worker asks of itself before it says that it is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from dynserve.errors import InternalError
+from dynserve.transport.memory import MemoryBus
+from dynserve.wire import requests
+from dynserve.wire.link import Failed, Finished, SubmitReply, Usage
+from dynserve.wire.requests import Accepted, Busy, Refused
+from dynserve.worker import loopback
+from dynserve.worker.loopback import Loopback
+from tests.conftest import make_request
+
+DONE = Finished(0, b"", [1], "length", Usage(1, 1, 0))
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loopback, "AGAIN", 0.02)
+    monkeypatch.setattr(loopback, "TIMEOUT", 0.2)
+
+
+async def ask(handler: Callable[[Loopback, int], bytes | None]) -> int:
+    """How often the request came until it was answered. `handler` gets the link and the number of the copy."""
+    bus, link, copies = MemoryBus(1 << 20), Loopback(), 0
+
+    def came(payload: bytes) -> bytes | None:
+        nonlocal copies
+        assert requests.decode_request(payload).id == "warm-up"
+        copies += 1
+        return handler(link, copies)
+
+    async with bus.serve("s", came):
+        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+    return copies
+
+
+async def test_an_answer_is_waited_for_however_many_messages_it_has() -> None:
+    def answers(link: Loopback, copy: int) -> None:
+        link.send(SubmitReply(0, Accepted()))
+        asyncio.get_running_loop().call_later(0.005, link.send, DONE)
+
+    assert await ask(answers) == 1
+
+
+async def test_a_request_that_the_bus_loses_is_sent_again() -> None:
+    assert await ask(lambda link, copy: link.send(DONE) if copy == 3 else None) == 3
+
+
+@pytest.mark.parametrize("by_bus", [True, False])
+@pytest.mark.parametrize(("ack", "words"), [(Refused("internal", "no such model"), "no such model"), (Busy(3), "busy")])
+async def test_a_refusal_is_said_with_its_reason(ack: Refused | Busy, words: str, by_bus: bool) -> None:
+    def refuses(link: Loopback, copy: int) -> bytes | None:
+        return requests.encode(ack) if by_bus else link.send(SubmitReply(0, ack))
+
+    with pytest.raises(InternalError, match=words):
+        await ask(refuses)
+
+
+async def test_a_failure_is_said_with_its_reason() -> None:
+    with pytest.raises(InternalError, match="out of memory"):
+        await ask(lambda link, copy: link.send(Failed(0, "internal", "out of memory")))
+
+
+async def test_silence_ends_with_the_time_that_was_waited_for() -> None:
+    with pytest.raises(InternalError, match="warm-up took longer than 0 s$"):
+        await ask(lambda link, copy: None)
+
+
+async def test_what_was_in_the_way_is_said_when_the_time_is_up() -> None:
+    bus, link = MemoryBus(1 << 20), Loopback()
+    with pytest.raises(InternalError, match="nobody serves"):
+        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+    bus.connected = False
+    with pytest.raises(InternalError, match="the bus is down"):
+        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+
+
+async def test_a_bus_that_comes_back_in_time_is_enough() -> None:
+    bus, link = MemoryBus(1 << 20), Loopback()
+    bus.connected = False
+    asyncio.get_running_loop().call_later(0.03, setattr, bus, "connected", True)
+    async with bus.serve("s", lambda payload: link.send(DONE)):
+        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
