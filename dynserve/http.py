@@ -137,7 +137,8 @@ class _Protocol(HttpToolsProtocol):
         self._last = False
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
-        self.cycle.transport = _Polite(self.transport, self._close_politely, self.loop)  # type: ignore[assignment]
+        polite = _Polite(self.transport, self._close_politely, self.loop, bodiless=self.scope["method"] == "HEAD")
+        self.cycle.transport = polite  # type: ignore[assignment]
         cycle = ref(self.cycle)  # which knows the scope: a ring would stay until the garbage collector comes by
         ways: dict[str, Any] = {
             "dynserve.chunks": partial(_chunks_of, cycle),
@@ -280,15 +281,21 @@ def _whole_body(of: ref[RequestResponseCycle]) -> bytes | None:
 
 class _Polite:
     """The transport as an answer sees it: it may be told to close, and does so in its own time. An answer's head waits for
-    the beginning of its body, if that comes in the same turn of the loop: one write, and the client is woken once."""
+    the beginning of its body, if that comes in the same turn of the loop: one write, and the client is woken once. Where no
+    body comes, the head is all, and what is written next may be another's."""
 
     def __init__(
-        self, transport: asyncio.Transport, close: Callable[[], None], loop: asyncio.AbstractEventLoop
+        self,
+        transport: asyncio.Transport,
+        close: Callable[[], None],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        bodiless: bool,
     ) -> None:
         self.is_closing = transport.is_closing
         self._write, self._close, self._loop = transport.write, close, loop
         self._head = b""
-        self._begun = False
+        self._begun = bodiless
 
     def write(self, data: bytes) -> None:
         if not self._begun:

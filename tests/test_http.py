@@ -13,10 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from dynserve.cluster import Cluster
 from dynserve.errors import ConfigError
-from dynserve.http import Limits, Tls, bind, check_tls, serving
+from dynserve.http import Limits, Tls, _Protocol, bind, check_tls, serving
 from tests.conftest import MODEL, until
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
@@ -308,3 +310,37 @@ async def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
             async with serving(lambda: None, sock, None, Tls(path, path)):
                 pass
     sock.close()
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+async def test_an_answer_without_a_body_is_complete_before_anything_else_is_written(method: str) -> None:
+    """What a bad request behind it is told, say."""
+    written: list[bytes] = []
+    at_the_end: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+        at_the_end.extend(written)
+
+    class Noted(asyncio.Transport):
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            written.append(bytes(data))
+
+        def is_closing(self) -> bool:
+            return False
+
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return default
+
+        def close(self) -> None:
+            pass
+
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", proxy_headers=False)
+    config.load()
+    protocol = _Protocol(config, ServerState(), {})
+    protocol.connection_made(Noted())
+    protocol.data_received(method.encode() + b" /live HTTP/1.1\r\nhost: x\r\n\r\n")
+    await until(lambda: at_the_end)
+    assert b"".join(at_the_end).startswith(b"HTTP/1.1 200") and at_the_end == written
+    protocol.connection_lost(None)
