@@ -12,7 +12,7 @@ import pytest
 from dynserve import Cluster
 from dynserve.transport.base import Deleted, Put
 from dynserve.transport.memory import MemoryLink
-from dynserve.wire.link import Hello
+from dynserve.wire.link import VERSION, Hello
 from dynserve.wire.requests import Accepted
 from tests.conftest import MODEL, make_request, until
 
@@ -222,6 +222,18 @@ async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None
         link.send(Hello(c.workers[0].id, 1, "frontend-of-yesterday"))
         await until(lambda: link.closed)
         assert len([i for i in c.frontend.health()["instances"] if i["state"] == "ready"]) == 2
+
+
+async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_numbers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with cluster(prefill=0, decode=0, aggregated=1) as c:
+        links = c._world.planes.links
+        link = await links.dial(next(iter(links._listeners)), c.workers[0])
+        link.send(Hello("of-yesterday", 1, c.frontend.id, VERSION - 1))
+        await until(lambda: link.closed)
+        assert "of-yesterday" not in c.frontend.fleet.peers
+        assert f"of-yesterday speaks version {VERSION - 1} of the link, this frontend {VERSION}" in caplog.text
 
 
 async def test_answers_of_one_token_leave_nothing_on_the_prefill_worker() -> None:

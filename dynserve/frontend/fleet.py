@@ -23,6 +23,7 @@ from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance, unlike
 from dynserve.wire.events import Load
 from dynserve.wire.link import (
+    VERSION,
     Cancel,
     Failed,
     Finished,
@@ -244,6 +245,9 @@ class Fleet:
             return
         if hello.frontend_id != self._id:  # it knows an earlier process that listened on this port
             link.abort(f"looked for {hello.frontend_id}, found {self._id}")
+            return
+        if hello.version != VERSION:  # told apart here, and not by what its messages happen to mean
+            link.abort(f"{hello.instance_id} speaks version {hello.version} of the link, this frontend {VERSION}")
             return
         known = self.peers.get(hello.instance_id)
         if known is not None and (old := known.link) is not None:

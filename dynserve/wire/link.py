@@ -11,6 +11,8 @@ import msgspec
 
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
+VERSION = 2  # of what follows; a field at a struct's end does not change it
+
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Token counts of a whole answer, over all phases, and what this phase cost (seconds)."""
@@ -33,7 +35,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     instance_id: str
     epoch: int
     frontend_id: str = ""
-    version: int = 1
+    version: int = VERSION
 
 
 class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
@@ -108,7 +110,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
     """First message of a frontend, in answer to `Hello`."""
 
     frontend_id: str
-    version: int = 1
+    version: int = VERSION
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
