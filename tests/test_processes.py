@@ -90,11 +90,11 @@ async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> Non
         deployment.worker(role, engine=tight)
     deployment.wait_for(4)
     # two of the long answers are more than a worker's blocks; they go first, so that all of them are there at once
-    bodies = [ask(case["prompt"][:30], 400) for case in GOLDEN[:12]] + [ask(case["prompt"]) for case in GOLDEN[:25]]
-    roomy = await texts(deployment.base, bodies[:12], 1)
-    found = await texts(deployment.base, bodies, 37)
-    assert found[:12] == roomy
-    assert found[12:] == [golden_text(case) for case in GOLDEN[:25]]
+    bodies = [ask(case["prompt"][:30], 320) for case in GOLDEN[:8]] + [ask(case["prompt"]) for case in GOLDEN[:25]]
+    roomy = await texts(deployment.base, bodies[:8], 1)
+    found = await texts(deployment.base, bodies, 33)
+    assert found[:8] == roomy
+    assert found[8:] == [golden_text(case) for case in GOLDEN[:25]]
     pages = [httpx.get(f"{i['address']}/metrics", trust_env=False).text for i in deployment.health()["instances"]]
     lines = [
         line for page in pages for line in page.splitlines() if line.startswith("dynserve_worker_preemptions_total")

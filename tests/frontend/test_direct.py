@@ -164,8 +164,10 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
                 await asyncio.gather(*(one(number) for number in range(40)))
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("end", ["finished", "refused", "lost", "invalid", "left"])
+@pytest.mark.parametrize(
+    ("end", "stream"),
+    [("finished", True), ("finished", False), ("refused", False), ("lost", True), ("invalid", False), ("left", True)],
+)
 async def test_a_request_leaves_nothing_to_the_garbage_collector(
     end: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,9 @@ PATTERNS = [
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
-ASCII = st.text(st.characters(max_codepoint=127), max_size=80)
+# special tokens within a text are looked for before words are
+SPECIAL = [token["content"] for token in json.loads(SOURCE)["added_tokens"]]
+ASCII = st.text(st.characters(max_codepoint=127), max_size=80).filter(lambda text: not any(t in text for t in SPECIAL))
 PROSE = st.lists(
     st.sampled_from([" the", "The", "'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "12", "3", "_x", "();", "\x1c", "\x85"])
 )
@@ -132,7 +134,7 @@ def test_an_expression_that_may_mean_something_else_is_left_to_the_library(patte
         r"[.$^|]+|\w{1,}|[^.$^|\w]{1,4}",
     ],
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(text=ASCII)
 def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, text: str) -> None:
     made, words = EXPRESSIONS.setdefault(pattern, (one := tokenizer(pattern), words_of(one)))
