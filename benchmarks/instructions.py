@@ -3,8 +3,8 @@
     python benchmarks/instructions.py [--update] [--roles frontend worker]
 
 Each process in turn runs under valgrind's callgrind, beside real servers, and its instructions are counted only while it is
-asked something; what it takes when it idles is taken off, and the rest divided by what was answered. What is printed is compared with `baseline.json`; the exit code is 1 when a path takes
-over 15 % more than there. `--update` writes the baseline anew. Needs valgrind; counts of another Python version are shown, not
+asked something; what it takes when it idles is taken off, and the rest divided by what was answered. What is printed is compared
+with `baseline.json`; the exit code is 1 when a path takes over 15 % more than there, three times. `--update` writes the baseline anew. Needs valgrind; counts of another Python version are shown, not
 judged. Kernel time is not in them: `plane.py` has it.
 """
 
@@ -84,6 +84,16 @@ def counted(role: str) -> dict[str, float]:
     return {f"{role}: {what}": round(number / 100) / 10 for what, number in found.items()}
 
 
+def least(role: str, before: dict[str, float]) -> dict[str, float]:
+    """Counted again where it seems too much: a process that once fell behind has done more, and never less."""
+    found = counted(role)
+    for _ in range(2):
+        if all(number <= before.get(what, number) * ALLOWED for what, number in found.items()):
+            break
+        found = {what: min(number, found[what]) for what, number in counted(role).items()}
+    return found
+
+
 def judged(found: dict[str, float], before: dict[str, float]) -> bool:
     """Prints the difference; False when a path takes too much."""
     fine = True
@@ -108,9 +118,10 @@ def main() -> None:
         sys.exit("valgrind is not installed; it counts the instructions")
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     found: dict[str, float] = {}
+    before = known.get(VERSION, {})
     for role in args.roles:
-        found |= counted(role)
-    fine = judged(found, known.get(VERSION, {}))
+        found |= least(role, before)
+    fine = judged(found, before)
     if args.update:
         BASELINE.write_text(json.dumps(known | {VERSION: known.get(VERSION, {}) | found}, indent=2) + "\n")
     elif not fine:
