@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import urllib.request
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import load
-from budget import Row, report
+from budget import Row, machine, report
 from plane import PROMPT, STEPS_ONLY, Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
@@ -81,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
     seconds = 2.0 if parser.parse_args().quick else 10.0
-    print(f"{CLIENTS} clients, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print(f"{CLIENTS} clients, {machine()}\n")
     unary = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token", 1.0)
     streamed = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens", 20.0)
     report(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import load
-from budget import Row, report
+from budget import Row, machine, report
 from load import Ask
 
 from dynserve.config import TINY_MODEL
@@ -134,9 +134,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     seconds, ttft_seconds = (1.0, 0.5) if quick else (8.0, 3.0)
     found: dict[str, float] = {}
-    print(
-        f"{TOKENS} tokens per stream, {len(PROMPT.split())} words of prompt, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n"
-    )
+    print(f"{TOKENS} tokens per stream, {len(PROMPT.split())} words of prompt, {machine()}\n")
     for step_ms in (5.0, 0.0):
         engine = STEPS_ONLY | {"step_ms": step_ms, "max_batch_size": 128, "num_blocks": 20_000}
         engine |= {} if step_ms else {"speed": 0}

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 import urllib.request
@@ -22,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from budget import Row, report
+from budget import Row, machine, report
 from plane import Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
@@ -134,7 +132,7 @@ def main() -> None:
     count = 15 if parser.parse_args().quick else 75
     r = random.Random(1)
     preprocessor = Preprocessor(read_model_files(TINY_MODEL))
-    print(f"{TOKENS:,} tokens a prompt, {CLIENTS} clients, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print(f"{TOKENS:,} tokens a prompt, {CLIENTS} clients, {machine()}\n")
     in_process(preprocessor, words(r, preprocessor, TOKENS))
     fresh = [
         [[{"role": "user", "content": words(r, preprocessor, TOKENS)}] for _ in range(count)] for _ in range(CLIENTS)

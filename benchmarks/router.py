@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import random
 import statistics
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
 from typing import NamedTuple
 
-from budget import Row, report
+from budget import Row, machine, report
 
 from dynserve.frontend.decisions import Decision
 from dynserve.routing.index import PrefixIndex
@@ -142,9 +140,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the blocks, fewer rounds")
     quick = parser.parse_args().quick
     blocks, rounds = (BLOCKS // 10, 5) if quick else (BLOCKS, 20)
-    print(
-        f"{TOKENS} tokens a prompt, blocks of {BLOCK}, {blocks:,} blocks indexed, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n"
-    )
+    print(f"{TOKENS} tokens a prompt, blocks of {BLOCK}, {blocks:,} blocks indexed, {machine()}\n")
     print(
         "workers   placement us (median)   hashing of it   whole request us   store M blocks/s (median)   remove M blocks/s   bytes/block"
     )

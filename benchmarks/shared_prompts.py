@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import sys
 import time
 from typing import NamedTuple
 
+from budget import machine
 from plane import cluster
 
 from dynserve.config import TINY_MODEL
@@ -82,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     count = 60 if parser.parse_args().quick else 300
-    print(f"{count} requests, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print(f"{count} requests, {machine()}\n")
     p50: dict[str, float] = {}
     for mode in ("kv", "least-loaded", "round-robin"):
         flags = ["--router-mode", mode]

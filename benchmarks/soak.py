@@ -10,13 +10,12 @@ of all blocks). A token is lost when an answer has fewer (or more) chunks than t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import threading
 import time
 
 import load
-from budget import Row, report
+from budget import Row, machine, report
 from plane import PROMPT, STEPS_ONLY, Setup, cluster, cpu_seconds, resident
 
 from dynserve.config import TINY_MODEL
@@ -55,9 +54,7 @@ def main() -> None:
     seconds = 30.0 if args.quick else args.minutes * 60
     engine = STEPS_ONLY | {"step_ms": args.step_ms}
     engine |= {"max_batch_size": args.streams, "max_num_tokens": 1 << 17, "num_blocks": 40_000}
-    print(
-        f"{args.streams} streams of {TOKENS} tokens, steps of {args.step_ms:.0f} ms, {seconds:.0f} s, {os.cpu_count()} cores\n"
-    )
+    print(f"{args.streams} streams of {TOKENS} tokens, steps of {args.step_ms:.0f} ms, {seconds:.0f} s, {machine()}\n")
     with cluster(["prefill_and_decode"], engine) as setup:
         ask = load.Ask(TINY_MODEL.name, PROMPT, TOKENS)
         load.run(setup.port, ask, args.streams, 2.0)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from budget import Row, report
+from budget import Row, machine, report
 from plane import TOKENS, cluster, measured
 
 from dynserve.config import TINY_MODEL
@@ -66,7 +66,7 @@ def main() -> None:
         print(uvloop.run(bare(args.bare, seconds)))
         return
     os.environ["PYTHONPATH"] = str(DOUBLES)
-    print(f"{TOKENS} tokens per stream, 50 words of prompt, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print(f"{TOKENS} tokens per stream, 50 words of prompt, {machine()}\n")
     worst = 0.0
     for step_ms in (5, 0):
         os.environ["TRTLLM_DOUBLE_STEP_MS"] = str(step_ms)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import load
-from budget import Row, report
+from budget import Row, machine, report
 from plane import cluster, cpu_seconds, resident
 
 from dynserve.config import TINY_MODEL
@@ -281,7 +281,7 @@ def main() -> None:
         uvloop.run(stub(args.stub, args.step_ms / 1000))
         return
     seconds = 1.5 if args.quick else 4.0
-    print(f"{TOKENS} tokens per stream, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print(f"{TOKENS} tokens per stream, {machine()}\n")
     print(
         f"{'':<34} {'':<14} {'front us':>9} {'worker us':>9} {'nats us':>8} {'per s':>9} {'TTFT ms':>8} {'late ms':>8} {'MB':>5}"
     )
