@@ -3,8 +3,8 @@
     python benchmarks/vs_peers.py [--quick] [--peers dynserve dynamo sglang-router vllm-router] [--clients 1 32 128 512]
 
 Peers come from PyPI into virtual environments of their own (`--envs DIR`, kept between runs): NVIDIA Dynamo's frontend and a
-Python worker on etcd and NATS; SGLang's and vLLM's routers as proxies before a stub. All get the same closed loop of raw
-connections and an engine that costs nothing: tokens of a shared 5 ms grid, or at once. CPU seconds are each process's own,
+Python worker on etcd and NATS; SGLang's and vLLM's routers as proxies before a stub. All are up together and take turns at the
+same closed loop of raw connections, with an engine that costs nothing: tokens of a shared 5 ms grid, or at once. CPU seconds are each process's own,
 from /proc, so the load's cost is in none of them. A proxy renders nothing and knows no tokens; it is beside dynserve's frontend
 only. Linux only.
 """
@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -200,9 +201,9 @@ def _wait_for(port: int, text: str, seconds: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-def measured(peer: Peer, case: Case, seconds: float) -> Found:
+def measured(peer: Peer, case: Case, seconds: float, warm_s: float) -> Found:
     ask = load.Ask(MODEL, case.prompt, TOKENS if case.stream else 1, case.stream, case.chat)
-    load.run(peer.port, ask, case.clients, min(1.0, seconds))
+    load.run(peer.port, ask, case.clients, warm_s)
     before = {name: cpu_seconds(pids) for name, pids in peer.pids.items()}
     answered = load.run(peer.port, ask, case.clients, seconds)
     count = max(1, answered.tokens if case.stream else answered.requests)
@@ -211,6 +212,18 @@ def measured(peer: Peer, case: Case, seconds: float) -> Found:
     rss = sum(resident(pid) for pid in peer.pids["front"])
     ttft = load.at(answered.first_s, 0.5) * 1000
     return Found(spent["front"], spent["worker"], spent["nats"], count / answered.seconds, ttft, late, rss)
+
+
+def in_turn(peers: dict[str, Peer], case: Case, rounds: int, seconds: float) -> dict[str, Found]:
+    """Medians of several short turns of each: a shared machine that is slower for a minute is so for all of them."""
+    found: dict[str, list[Found]] = {name: [] for name in peers}
+    for number in range(rounds):
+        for name, peer in peers.items():
+            found[name].append(measured(peer, case, seconds, 0.3 if number else 1.0))
+    return {
+        name: Found(*(statistics.median(column) for column in zip(*turns, strict=True)))
+        for name, turns in found.items()
+    }
 
 
 def cases(clients: list[int], *, quick: bool) -> list[Case]:
@@ -280,20 +293,21 @@ def main() -> None:
 
         uvloop.run(stub(args.stub, args.step_ms / 1000))
         return
-    seconds = 1.5 if args.quick else 4.0
+    rounds, seconds = (2, 1.0) if args.quick else (3, 1.5)
     print(f"{TOKENS} tokens per stream, {machine()}\n")
     print(
         f"{'':<34} {'':<14} {'front us':>9} {'worker us':>9} {'nats us':>8} {'per s':>9} {'TTFT ms':>8} {'late ms':>8} {'MB':>5}"
     )
     table: dict[tuple[str, str], Found] = {}
     every = cases([1, 128] if args.quick else args.clients, quick=args.quick)
+    programs = {name: environment(name, Path(args.envs)) if name in PACKAGES else Path() for name in args.peers}
     for step_ms in dict.fromkeys(case.step_ms for case in every):
-        for name in args.peers:
-            programs = environment(name, Path(args.envs)) if name in PACKAGES else Path()
-            with OPENERS[name](step_ms, programs) as peer:  # type: ignore[operator]
-                for case in every:
-                    if case.step_ms == step_ms:
-                        found = table[case.name, name] = measured(peer, case, seconds)
+        with contextlib.ExitStack() as stack:
+            peers = {name: stack.enter_context(OPENERS[name](step_ms, programs[name])) for name in args.peers}  # type: ignore[operator]
+            for case in every:
+                if case.step_ms == step_ms:
+                    for name, found in in_turn(peers, case, rounds, seconds).items():
+                        table[case.name, name] = found
                         print(
                             f"{case.name:<34} {name:<14} {found.front:9.1f} {found.worker:9.1f} {found.nats:8.1f} "
                             f"{found.rate:9,.0f} {found.ttft_ms:8.2f} {found.late_ms:8.2f} {found.rss_mb:5.0f}", flush=True,
