@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import ref
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dynserve.errors import BadRequest, ConfigError, error_object, translate
 
@@ -109,16 +110,15 @@ class _Protocol(HttpToolsProtocol):
         # all of it was headers, or (where a body has come to an end) trailers
         if (headers and self._in_headers and not self._began) or (body and self._in_body and not self._some_body):
             self._grow(len(data))
-        between = not self._in_headers and not self._in_body and self._idle
-        if between and self._timer is None and self.timeout_keep_alive_task is None:
-            self._start_timer(self.limits.header_s)  # an empty line, say, ended uvicorn's wait for a next request
+        # headers that are not complete; or an empty line, say, that ended uvicorn's wait for a next request
+        waits = self._in_headers or (not self._in_body and self._idle and self.timeout_keep_alive_task is None)
+        if waits and self._timer is None:
+            self._start_timer(self.limits.header_s)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["dynserve.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         self._in_headers, self._began, self._size = True, True, 0
-        if self._timer is None:
-            self._start_timer(self.limits.header_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_headers:
@@ -129,7 +129,10 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._in_headers, self._in_body, self._size = False, True, 0
-        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self.limits.header_bytes:
+        size = len(self.url)
+        for name, value in self.headers:
+            size += len(name) + len(value)
+        if size > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
         if self.transport.is_closing():
             return
@@ -143,6 +146,7 @@ class _Protocol(HttpToolsProtocol):
         ways: dict[str, Any] = {
             "dynserve.chunks": partial(_chunks_of, cycle),
             "dynserve.body": partial(_whole_body, cycle),
+            "dynserve.whole": partial(_answered_at_once, cycle),
             "dynserve.watch": self._watch,
         }
         self.scope.update(ways)  # type: ignore[typeddict-item]
@@ -268,6 +272,37 @@ def _chunks_of(of: ref[RequestResponseCycle]) -> Callable[[bytes], bool] | None:
     return chunk
 
 
+def _answered_at_once(
+    of: ref[RequestResponseCycle], send: object, status: int, headers: list[tuple[bytes, bytes]], body: bytes
+) -> bool:
+    """A way past ASGI for an answer that is known as a whole: one write, where nothing has to be waited for, or False and
+    none. `headers` have the content's length. `send` is what the application was given: where that is not the server's own,
+    somebody wants to see what is sent."""
+    cycle = of()
+    sender: object = getattr(send, "__self__", None)
+    if cycle is None or sender is not cycle:
+        return False
+    if cycle.response_started or cycle.disconnected or cycle.flow.write_paused:
+        return False
+    if cycle.scope["method"] == "HEAD" or _CONTROL.search(b"".join(chain.from_iterable(headers))):
+        return False  # ASGI's way knows what to do with it
+    content = [STATUS_LINE[status]]
+    for name, value in chain(cycle.default_headers, headers):
+        content += (name, b": ", value, b"\r\n")
+    content.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+    content.append(body)
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    polite = cast(_Polite, cycle.transport)
+    polite._write(b"".join(content))
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        polite.close()
+    cycle.on_response()
+    return True
+
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _SIZES = [b"%x\r\n" % size for size in range(1024)]
 
 

@@ -61,6 +61,46 @@ def unwrapped(error: BaseException) -> BaseException:
     return error
 
 
+class Limit:
+    """What `asyncio.timeout` does, for a block on every request's path: at a third of the cost, and without a timer where
+    its owner has one already. Once `expire` is called the block ends with TimeoutError.
+
+        with Limit() as limit:
+            ...
+    """
+
+    __slots__ = ("_before", "_expired", "_task", "_timer")
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """`deadline`: of the loop's clock; None: somebody calls `expire`."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a limit is for a task")
+        self._task: asyncio.Task[Any] | None = task
+        self._before = task.cancelling()
+        self._expired = False
+        self._timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, self.expire)
+
+    def __enter__(self) -> Limit:
+        return self
+
+    def expire(self) -> None:
+        """Now, unless the block has ended."""
+        if self._task is not None and not self._expired:
+            self._expired = True
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        task, self._task = self._task, None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        # another's cancelling of the task goes on through
+        ours = self._expired and task is not None and task.uncancel() <= self._before
+        if ours and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise TimeoutError from error
+
+
 class Backoff:
     """Waits that double from `first` to `most` seconds, with jitter so that processes do not march in step."""
 

@@ -344,3 +344,38 @@ async def test_an_answer_without_a_body_is_complete_before_anything_else_is_writ
     await until(lambda: at_the_end)
     assert b"".join(at_the_end).startswith(b"HTTP/1.1 200") and at_the_end == written
     protocol.connection_lost(None)
+
+
+async def test_short_answers_follow_each_other_on_one_connection_and_the_last_one_ends_it() -> None:
+    """They go past ASGI."""
+    async with served() as (port, _):
+        body = json.dumps({"model": MODEL, "prompt": [5, 6], "max_tokens": 2, "ignore_eos": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % len(body)
+        bad = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        answer = await raw(port, (head + b"\r\n" + body) * 2 + bad + head + b"connection: close\r\n\r\n" + body)
+        parts = answer.split(b"HTTP/1.1 ")[1:]
+        assert [part[:3] for part in parts] == [b"200", b"200", b"400", b"200"]
+        assert [b"\r\nconnection: close\r\n" in part for part in parts] == [False, False, False, True]
+        for part in (parts[0], parts[1], parts[3]):
+            fields, _, content = part.partition(b"\r\n\r\n")
+            assert b"content-length: %d" % len(content) in fields and b"\r\ndate: " in fields
+            assert json.loads(content)["usage"]["completion_tokens"] == 2
+
+
+async def test_whoever_wraps_the_application_sees_all_that_is_sent() -> None:
+    kinds: list[str] = []
+    async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster:
+
+        async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+            async def noted(message: Any) -> None:
+                kinds.append(message["type"])
+                await send(message)
+
+            await cluster.frontend.served(scope, receive, noted)
+
+        sock = bind("127.0.0.1", 0, "--http-port")
+        port = sock.getsockname()[1]
+        async with serving(wrapped, sock), httpx.AsyncClient() as client:
+            asked = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
+            assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=asked)).status_code == 200
+    assert kinds == ["http.response.start", "http.response.body"]

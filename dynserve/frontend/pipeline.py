@@ -24,6 +24,7 @@ from dynserve.frontend.submissions import NoAck, Submissions
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
+from dynserve.tasks import Limit
 from dynserve.transport.base import Bus
 from dynserve.wire.link import Finished
 from dynserve.wire.requests import (
@@ -109,7 +110,7 @@ class Run:
         self._replies: list[Reply] = []
         self._placed: list[Placed] = []
         self._cancelled: DynserveError | None = None
-        self._scope: asyncio.Timeout | None = None
+        self._scope: Limit | None = None
         self.outcome = "finished"
         self.write: Write | None = None  # set by a response that has begun, and where bytes can be sent without waiting
 
@@ -185,15 +186,14 @@ class Run:
         for reply in self._replies:
             reply.fail(error)
 
-    def limit(self, scope: asyncio.Timeout | None) -> None:
+    def limit(self, scope: Limit | None) -> None:
         """What ends the sending to a client who does not read; None when nothing is sent any more."""
         self._scope = scope
 
     def _cut(self) -> None:
         self._pipeline.metrics.slow_clients.inc()
-        # several answers to one client share the scope, and one of them may have ended it already
-        if self._scope is not None and not self._scope.expired():
-            self._scope.reschedule(asyncio.get_running_loop().time())
+        if self._scope is not None:
+            self._scope.expire()
 
     def close(self) -> None:
         for reply in self._replies:

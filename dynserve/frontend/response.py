@@ -21,6 +21,7 @@ from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.frontend.reply import Record, Write
 from dynserve.openai.sse import event
+from dynserve.tasks import Limit
 from dynserve.wire.link import Finished
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ SSE = [
     (b"x-accel-buffering", b"no"),
 ]
 Headers = list[tuple[bytes, bytes]]
+AtOnce = Callable[[Send, int, Headers, bytes], bool]  # status, headers, body: False where it has to be sent
 Watch = Callable[[Callable[[], None]], Callable[[], None]]  # calls back when the client has left, until taken back
 
 
@@ -52,12 +54,13 @@ class TokenResponse(Response):
         self._abort: Callable[[], None] | None = None
         self._chunks: Callable[[], Write | None] = _no_chunks
         self._watch: Watch | None = None
+        self._at_once: AtOnce | None = None
         self._refused = False  # for the caller's fault
         self._told: set[Run] = set()  # those whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._abort, self._chunks = scope.get("dynserve.abort"), scope.get("dynserve.chunks", _no_chunks)
-        self._watch = scope.get("dynserve.watch")
+        self._watch, self._at_once = scope.get("dynserve.watch"), scope.get("dynserve.whole")
         try:
             await self._answer(receive, send)
         except Cancelled:
@@ -148,13 +151,18 @@ class TokenResponse(Response):
 
     async def _whole(self, status: int, body: bytes, send: Send, more: Headers) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+        if self._at_once is not None and self._at_once(send, status, self._all(headers), body):
+            self._sent = True
+            return
         await self._start(status, headers, send)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _start(self, status: int, headers: Headers, send: Send) -> None:
         self._sent = True
-        headers = [*headers, *self._more, (b"x-request-id", self._request_id.encode("latin-1", "replace"))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": self._all(headers)})
+
+    def _all(self, headers: Headers) -> Headers:
+        return [*headers, *self._more, (b"x-request-id", self._request_id.encode("latin-1", "replace"))]
 
 
 def _no_chunks() -> None:
@@ -177,8 +185,7 @@ class UntilLeft:
         self._unwatch = self._watch(left) if self._watch is not None else _waiting_for(self._receive, left)
         # sending waits for the client, so it has the request's own deadline, and ends early when the
         # client reads so little that its answer piles up
-        self._limit = asyncio.timeout_at(max([run.deadline for run in self._runs]))
-        await self._limit.__aenter__()
+        self._limit = Limit(max([run.deadline for run in self._runs]))
         for run in self._runs:
             run.limit(self._limit)
 
@@ -186,7 +193,7 @@ class UntilLeft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self._limit.__aexit__(kind, error, trace)
+            self._limit.__exit__(kind, error, trace)
         except TimeoutError:
             raise TimedOut("the client did not read its answer in time") from None
         finally:

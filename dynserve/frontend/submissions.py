@@ -17,6 +17,7 @@ import msgspec
 from dynserve.errors import ClusterError, DynserveError, Overloaded, TimedOut, WorkerLost, from_wire
 from dynserve.frontend.reply import Reply
 from dynserve.metrics import FrontendMetrics
+from dynserve.tasks import Limit
 from dynserve.transport.base import Bus, Mailbox
 from dynserve.wire import decoded, events, requests
 from dynserve.wire.link import Submit
@@ -37,6 +38,7 @@ class _Open(msgspec.Struct):
     due: float
     by_bus: bool = False  # it may have reached the worker this way
     by_link: bool = False
+    posting: Limit | None = None
 
 
 class Submissions:
@@ -71,18 +73,22 @@ class Submissions:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
             submission.by_bus = True
             try:
-                async with asyncio.timeout(ACK_TIMEOUT):
+                with Limit() as submission.posting:  # which ends when the acknowledgement is due
                     await mailbox.post(subject, payload, reply.stream)
                 return
             except (ClusterError, TimeoutError) as error:
-                submission.by_bus = isinstance(error, TimeoutError)
+                submission.by_bus = isinstance(error, (TimeoutError, TimedOut))
                 log.info("request %s: not sent over NATS (%s); trying the link", request.id, error)
         self._send_by_link(reply.stream)
 
     def acknowledged(self, stream: int, ack: Ack) -> None:
         """The worker's word, by whichever road. Only the first counts."""
         submission = self._open.pop(stream, None)
-        if submission is None or (error := _refusal(submission.reply.peer.id, ack)) is None:
+        if submission is None:
+            return
+        if submission.posting is not None:
+            submission.posting.expire()  # it has arrived, whatever NATS's client still waits for
+        if (error := _refusal(submission.reply.peer.id, ack)) is None:
             return
         if submission.by_bus and submission.by_link:
             submission.reply.fail(error)  # the other copy may have been accepted since
@@ -126,6 +132,8 @@ class Submissions:
             if submission.due > now:
                 break
             reply = submission.reply
+            if submission.posting is not None:
+                submission.posting.expire()
             if not reply.open:
                 del self._open[stream]
             elif submission.by_link:

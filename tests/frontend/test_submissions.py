@@ -188,3 +188,26 @@ def hold(c: Cluster) -> list[Callable[[], Any]]:
 
         handlers(c)[subject] = later
     return held
+
+
+@pytest.mark.parametrize("sent", [True, False])
+async def test_a_client_of_the_bus_that_never_returns_holds_nobody_up(
+    sent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the request has gone out before, or not."""
+    if sent:
+        monkeypatch.setattr(submissions, "ACK_TIMEOUT", 60.0)  # it is acknowledged at once
+    async with simulated() as c, c.client() as client:
+        mailbox = c.frontend.pipeline.submissions._mailbox
+        assert mailbox is not None
+        post = mailbox.post
+
+        async def hangs(subject: str, payload: bytes, number: int) -> None:
+            if sent:
+                await post(subject, payload, number)
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(mailbox, "post", hangs)
+        answer = await client.post("/v1/completions", json=ASK)
+        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert ("dynserve_requests_by_link_total 0.0" in (await client.get("/metrics")).text) is sent
