@@ -38,7 +38,7 @@ class Reply:
         # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
         self.write: Write | None = None
         peer.replies[stream] = self
-        self._timer = loop.call_at(deadline, self.fail, TimedOut("the request took longer than its time limit"))
+        self._timer = loop.call_at(deadline, self._late)
 
     def came(self, record: Tokens) -> None:
         """To the client at once, or to the reader, and from then on to the reader until that has caught up."""
@@ -65,6 +65,9 @@ class Reply:
         """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
         self._drop()
         self.channel.close(error)
+
+    def _late(self) -> None:
+        self.fail(TimedOut("the request took longer than its time limit"))
 
     def refuse(self, error: DynserveError) -> None:
         """Ends the stream of a worker that has not begun it, and will not if another copy of the request reaches it."""
