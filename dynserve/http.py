@@ -294,6 +294,7 @@ def _answered_at_once(
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
     polite = cast(_Polite, cycle.transport)
+    polite.flush()  # "100 Continue", say
     polite._write(b"".join(content))
     cycle.message_event.set()
     if not cycle.keep_alive:

@@ -12,7 +12,7 @@ import pytest
 from dynserve import Cluster
 from dynserve.transport.base import Deleted, Put
 from dynserve.transport.memory import MemoryLink
-from dynserve.wire.link import VERSION, Hello
+from dynserve.wire.link import VERSION, Hello, Welcome
 from dynserve.wire.requests import Accepted
 from tests.conftest import MODEL, make_request, until
 
@@ -234,6 +234,16 @@ async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_num
         await until(lambda: link.closed)
         assert "of-yesterday" not in c.frontend.fleet.peers
         assert f"of-yesterday speaks version {VERSION - 1} of the link, this frontend {VERSION}" in caplog.text
+
+
+async def test_a_worker_leaves_a_frontend_that_speaks_another_version(caplog: pytest.LogCaptureFixture) -> None:
+    async with cluster(prefill=0, decode=0, aggregated=1) as c:
+        (peer,) = c.frontend.fleet.peers.values()
+        assert peer.link is not None
+        link = peer.link
+        link.send(Welcome(c.frontend.id, VERSION + 1))
+        await until(lambda: link.closed)
+        assert f"speaks version {VERSION + 1} of the link, this worker {VERSION}" in caplog.text
 
 
 async def test_answers_of_one_token_leave_nothing_on_the_prefill_worker() -> None:

@@ -379,3 +379,17 @@ async def test_whoever_wraps_the_application_sees_all_that_is_sent() -> None:
             asked = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
             assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=asked)).status_code == 200
     assert kinds == ["http.response.start", "http.response.body"]
+
+
+async def test_an_answer_at_once_comes_behind_the_word_that_the_body_may_be_sent() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert scope["dynserve.whole"](send, 200, [(b"content-length", b"2")], b"ok")
+
+    sock = bind("127.0.0.1", 0, "--http-port")
+    port = sock.getsockname()[1]
+    async with serving(app, sock):
+        head = b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\nconnection: close\r\n\r\n"
+        answer = await raw(port, head + b"hi")
+    first, _, second = answer.partition(b"\r\n\r\n")
+    assert first == b"HTTP/1.1 100 Continue" and second.startswith(b"HTTP/1.1 200 OK\r\n") and second.endswith(b"ok")

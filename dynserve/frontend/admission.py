@@ -83,6 +83,7 @@ class Queue:
             waiting.future.cancel()
             self._waiting -= 1
             self._tidy()
+            del waiting  # its error knows this frame: a ring
 
     def look(self) -> None:
         """Something was given back, or a worker came: once, in the next turn of the loop, those who fit are let in."""

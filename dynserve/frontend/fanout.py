@@ -130,7 +130,10 @@ async def _first_error() -> AsyncIterator[None]:
     except BaseExceptionGroup as group:
         errors = list(_leaves(group))
         ours = [error for error in errors if isinstance(error, DynserveError) and not isinstance(error, Cancelled)]
-        raise (ours or errors)[0] from None
+        try:
+            raise (ours or errors)[0] from None
+        finally:
+            del errors, ours  # the error knows this frame: a ring
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

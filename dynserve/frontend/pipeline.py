@@ -254,7 +254,7 @@ class Run:
                 placement.failure = failure.code
                 if started or (isinstance(failure, TimedOut) and not isinstance(failure, NoAck)):
                     raise
-                error = failure
+                error = failure.with_traceback(None)  # which knows this frame: a ring
                 excluded.add(placed.worker)
                 if not self._replies[-1].refused and peer.instance is not None and peer.instance.card.pairing:
                     handoff = None  # that worker may have begun to take it: a second one must not

@@ -36,6 +36,10 @@ _PROBE = f"{string.printable}It's we'LL they'd  2024 \t\n\n  x=1;\r\n// done...\
 _PROBE += "Case HTTPServer  'tis \n ab\na ab\n1112 111222"
 
 
+class _NoWord(Exception):
+    """The expression has found nothing, somewhere."""
+
+
 class Words:
     """Use `words_of`. Used from several threads: what two of them add at once is the same."""
 
@@ -47,10 +51,13 @@ class Words:
         """The ids of a text without special tokens; None for one that is the library's."""
         if len(text) > LONGEST_TEXT or not text.isascii():
             return None
-        if len(text) < SHORT_TEXT:
-            words = self._pattern.findall(text)
-            return self._ids(words) if "".join(words) == text else None
-        return self._encode_long(text)
+        try:
+            if len(text) < SHORT_TEXT:
+                words = self._pattern.findall(text)
+                return self._ids(words) if "".join(words) == text else None
+            return self._encode_long(text)
+        except _NoWord:
+            return None
 
     def _encode_long(self, text: str) -> list[int] | None:
         matches = self._pattern.finditer(text)
@@ -75,6 +82,8 @@ class Words:
     def _find(self, word: str) -> tuple[int, ...]:
         ids = self._known.get(word)
         if ids is None:
+            if not word:
+                raise _NoWord  # where the next one begins after nothing is a matter of taste
             ids = tuple(
                 token.id for token in self._model.tokenize("".join([BYTE_ALPHABET[ord(char)] for char in word]))
             )
@@ -104,8 +113,6 @@ def words_of(tokenizer: Tokenizer) -> Words | None:
         return None  # drawn anew each time
     try:
         pattern = re.compile(source, re.ASCII)
-        if "" in pattern.findall(_PROBE):
-            return None  # where the next word begins after nothing is a matter of taste
         words = Words(tokenizer, pattern)
         return words if words.encode(_PROBE) == tokenizer.encode(_PROBE, add_special_tokens=False).ids else None
     except Exception as error:  # no model may be lost by what only makes it faster
@@ -131,6 +138,7 @@ def _expression(pre_tokenizer: Any) -> str | None:
 _ESCAPES = frozenset("rntsSdDwW" + string.punctuation)
 _GROUPS = ("(?:", "(?i:", "(?=", "(?!")
 _REPEAT = re.compile(r"[*+?][+?]?|\{\d+(?:,\d*)?\}")
+_FOLDED = re.compile(r"\(\?i:[^()]*(?:\\[pP]|\()")  # upper-case letters are not always lower-case ones there, too
 Piece = tuple[str, int]  # and where the next one begins
 
 
@@ -138,6 +146,8 @@ def _in_ascii(pattern: str) -> str | None:
     """None for what `re` might read differently."""
     out: list[str] = []
     at = 0
+    if _FOLDED.search(pattern):
+        return None
     while at < len(pattern):
         piece = _piece(pattern, at)
         if piece is None:
@@ -176,6 +186,8 @@ def _set(pattern: str, at: int) -> Piece | None:
                 return None
         elif pattern[at] == "\\":
             piece = _escape(pattern, at)
+        elif pattern[at] == "^" and not any(out[1:]):
+            piece = None  # behind classes that have nothing of ASCII it would come first
         elif pattern[at] != "[" and pattern[at : at + 2] not in ("&&", "--", "||", "~~") and pattern[at].isascii():
             piece = pattern[at], at + 1
         if piece is None:

@@ -7,7 +7,7 @@ import logging
 from secrets import token_hex
 from typing import Any
 
-from dynserve.errors import InternalError, Unavailable
+from dynserve.errors import ClusterError, InternalError
 from dynserve.streams import Channel
 from dynserve.transport.base import Bus
 from dynserve.wire import decoded, requests
@@ -49,14 +49,16 @@ class Loopback:
         """
         payload = requests.encode(request)
         try:
-            async with asyncio.timeout(TIMEOUT), bus.mailbox(self._replied) as mailbox:
+            async with asyncio.timeout(TIMEOUT):
                 while True:
                     try:
-                        await mailbox.post(subject, payload, request.stream)
-                    except Unavailable as error:
+                        async with bus.mailbox(self._replied) as mailbox:
+                            await mailbox.post(subject, payload, request.stream)
+                            if await self._finished():
+                                return
+                    except ClusterError as error:
                         self._problem = str(error)
-                    if await self._finished():
-                        return
+                        await asyncio.sleep(AGAIN)
                     log.info("%s: no answer yet %s", request.id, self._problem and f"({self._problem})")
         except TimeoutError:
             why = f": {self._problem}" if self._problem else ""

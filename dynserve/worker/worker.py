@@ -30,6 +30,7 @@ from dynserve.transport.planes import Planes
 from dynserve.wire import MALFORMED, discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
 from dynserve.wire.link import (
+    VERSION,
     Cancel,
     FromFrontend,
     Hello,
@@ -37,6 +38,7 @@ from dynserve.wire.link import (
     Submit,
     SubmitReply,
     Taken,
+    Welcome,
 )
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
 from dynserve.worker import loopback
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
+STEADY = 2.0  # seconds after which a link that ended is dialled again at once
 MAX_DONE = 20_000  # ended requests that a late copy is compared with
 
 
@@ -213,6 +216,9 @@ class Worker:
                 case SnapshotRequest(request=number):
                     for part in self._journal.snapshot(number):
                         link.send(part)
+                case Welcome(version=version) if version != VERSION:
+                    log.error("frontend %s speaks version %s of the link, this worker %s", frontend, version, VERSION)
+                    link.abort("speaks another version")
                 case _:
                     pass  # pings and the welcome have done their work by arriving
 
@@ -238,13 +244,15 @@ class Worker:
                     log.debug("%s", error)
                     await asyncio.sleep(backoff.next())
                     continue
-                backoff.reset()
+                began = asyncio.get_running_loop().time()
                 self._links[frontend.id] = link
                 self._dials[frontend.id] = dial
                 link.send(Hello(self.id, self.epoch, frontend.id))
                 dial.lost.clear()
                 if not link.closed:
                     await dial.lost.wait()
+                if asyncio.get_running_loop().time() - began > STEADY:  # one that is turned away is not to hammer
+                    backoff.reset()
                 await asyncio.sleep(backoff.next())
         finally:
             if (link_ := self._links.get(frontend.id)) is not None:

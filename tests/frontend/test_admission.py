@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
 from dynserve import clock
-from dynserve.errors import Overloaded
-from dynserve.frontend.admission import Queue
+from dynserve.errors import Cancelled, Overloaded
+from dynserve.frontend.admission import Queue, Waiting
 
 
 class Pool:
@@ -126,3 +127,31 @@ def test_quiet_times_do_not_make_the_queue_look_slow() -> None:
         await asyncio.gather(*asking)
 
     clock.run(main())
+
+
+async def test_who_leaves_the_queue_leaves_nothing_to_the_garbage_collector() -> None:
+    queue = Queue("m", 10, 30.0, lambda: False)
+
+    async def request() -> None:
+        waiting = queue.enter(0)
+        assert waiting is not None
+        asyncio.get_running_loop().call_soon(waiting.fail, Cancelled("the client has left"))
+        try:
+            await queue.wait(waiting, 1e9)
+        except Cancelled:
+            del waiting
+
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            await asyncio.create_task(request())
+        await asyncio.sleep(0)
+        gc.collect()
+        left = [kept for kept in gc.garbage if isinstance(kept, (Waiting, Cancelled))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == [] and len(queue) == 0

@@ -166,19 +166,30 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
 
 @pytest.mark.parametrize(
     ("end", "stream"),
-    [("finished", True), ("finished", False), ("refused", False), ("lost", True), ("invalid", False), ("left", True)],
+    [
+        ("finished", True),
+        ("finished", False),
+        ("refused", False),
+        ("moved", True),
+        ("fanned", False),
+        ("lost", True),
+        ("invalid", False),
+        ("left", True),
+    ],
 )
 async def test_a_request_leaves_nothing_to_the_garbage_collector(
     end: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which comes by so rarely that rings of requests would fill the memory before."""
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True, "stream": stream}
-    async with simulated(engine={"speed": 1 if end in ("lost", "left") else 0}) as c:
+    workers = 2 if end == "moved" else 1
+    async with simulated(aggregated=workers, engine={"speed": 1 if end in ("lost", "left") else 0}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
         async with serving(c.frontend.served, sock):
             assert b" 200 " in await posted(port, body)
-            if end == "refused":
+            if end in ("refused", "moved", "fanned"):
+                body["n"] = 2 if end == "fanned" else 1
                 monkeypatch.setattr(c.workers[0], "take", lambda request: Busy(7))
             elif end == "invalid":
                 body["temperature"] = 9

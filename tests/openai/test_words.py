@@ -111,6 +111,11 @@ def test_other_tokenizers_are_left_to_the_library() -> None:
         r"\h+|\H+",
         r"\w*|\W",
         r"(?=a)|\w+|\W+",
+        r"(?i:\p{Lu}+)|\w|\W",
+        r"[\]a]?(?=a)(?:a+?b?){2}|(?i:\p{Lu}?+)?(?:a+?b?)|\s|\S",
+        r"(?i:(?:a|[\p{Ll}])+)|\w|\W",
+        r"[\p{M}^a]+|a|\w",
+        r"[\p{M}^]+|\^|[\w]",
         r"\bx|\w+|\W+",
         r"(?i)a+|[^a]+",
         r"(?-i:a)+|[^a]+",
@@ -143,6 +148,15 @@ def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, te
 
 
 EXPRESSIONS: dict[str, tuple[Tokenizer, Words | None]] = {}
+
+
+def test_a_text_in_which_the_expression_finds_nothing_somewhere_is_left_to_the_library() -> None:
+    made = tokenizer(r"(?=xyq)|\S+|\s+")
+    words = words_of(made)
+    assert words is not None
+    assert words.encode("a b") == made.encode("a b").ids
+    for text in ("xyqaxyq xyq", "a " * SHORT_TEXT + "xyq"):
+        assert words.encode(text) is None
 
 
 def test_a_model_is_not_lost_by_what_only_makes_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:

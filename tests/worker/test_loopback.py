@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
-from dynserve.errors import InternalError
+from dynserve.errors import InternalError, TimedOut
+from dynserve.transport.base import Mailbox, OnReply
 from dynserve.transport.memory import MemoryBus
 from dynserve.wire import requests
 from dynserve.wire.link import Failed, Finished, SubmitReply, Usage
@@ -79,6 +81,24 @@ async def test_what_was_in_the_way_is_said_when_the_time_is_up() -> None:
     bus.connected = False
     with pytest.raises(InternalError, match="the bus is down"):
         await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+
+
+async def test_a_bus_that_is_too_slow_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, link = MemoryBus(1 << 20), Loopback()
+    mailbox, tries = bus.mailbox, []
+
+    @asynccontextmanager
+    async def slow_at_first(on_reply: OnReply) -> AsyncIterator[Mailbox]:
+        tries.append(1)
+        if len(tries) == 1:
+            raise TimedOut("NATS: timeout")
+        async with mailbox(on_reply) as opened:
+            yield opened
+
+    monkeypatch.setattr(bus, "mailbox", slow_at_first)
+    async with bus.serve("s", lambda payload: link.send(DONE)):
+        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+    assert len(tries) == 2
 
 
 async def test_a_bus_that_comes_back_in_time_is_enough() -> None:
