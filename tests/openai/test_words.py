@@ -47,7 +47,7 @@ WORDS = [words_of(one) for one in TOKENIZERS]
 
 
 @pytest.mark.parametrize("number", range(len(PATTERNS)))
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(text=st.one_of(ASCII, PROSE.map("".join)))
 def test_words_give_the_tokenizers_own_ids(number: int, text: str) -> None:
     words = WORDS[number]
@@ -139,7 +139,7 @@ def test_an_expression_that_may_mean_something_else_is_left_to_the_library(patte
         r"[.$^|]+|\w{1,}|[^.$^|\w]{1,4}",
     ],
 )
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(text=ASCII)
 def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, text: str) -> None:
     made, words = EXPRESSIONS.setdefault(pattern, (one := tokenizer(pattern), words_of(one)))
