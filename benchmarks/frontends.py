@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import urllib.request
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,9 +54,16 @@ def carried(setup: Setup, workers: int, seconds: float, ask: load.Ask) -> Carrie
 def wait_for(port: int, processes: int) -> None:
     """Until all answer, and know the model."""
     seen: set[int] = set()
+    deadline = time.monotonic() + 60
     while len(seen) < processes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            health = json.load(answer)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{len(seen)} of {processes} frontends know the model")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                health = json.load(answer)
+        except OSError:  # 503: one that has not heard of the worker yet
+            time.sleep(0.05)
+            continue
         if health["models"]:
             seen.add(health["pid"])
 
