@@ -346,3 +346,14 @@ async def test_without_a_decode_worker_the_model_is_not_served() -> None:
         assert response.status_code == 503 and response.headers["retry-after"]
         assert (await client.get("/v1/models")).json()["data"] == []
         assert (await client.get("/health")).status_code == 503
+
+
+async def test_a_frontend_without_workers_says_that_it_may_be_asked_again() -> None:
+    async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
+        c.frontend.fleet.models.clear()
+        answer = await client.post("/v1/chat/completions", json=ASK)
+        assert (
+            answer.status_code == 503
+            and answer.json()["error"]["code"] == "no_worker"
+            and answer.headers["retry-after"]
+        )

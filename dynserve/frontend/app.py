@@ -116,7 +116,9 @@ class _Edge:
         model = frontend.pipeline.model(name)
         if model is None:
             models = frontend.fleet.names()
-            known = f"models: {', '.join(models) or 'none yet'}{nearest(name[:200], models)}"
+            if not models:  # it may be served in a moment, or elsewhere: a client may try again
+                raise NoWorker("no model is served here yet")
+            known = f"models: {', '.join(models)}{nearest(name[:200], models)}"
             raise ModelNotFound(f"The model {name[:200]!r} does not exist here; {known}", param="model")
         return model
 

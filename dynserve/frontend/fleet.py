@@ -126,6 +126,12 @@ class Fleet:
             return True
         return bool(self.targets(model, "prefill") and self.targets(model, "decode"))
 
+    @property
+    def settling(self) -> bool:
+        """Workers are known that were not linked yet, or whose model is still being loaded."""
+        known = [peer for peer in self.peers.values() if peer.instance is not None and not peer.leaving]
+        return any(not peer.linked or peer.problem == "loading" for peer in known)
+
     def has_room(self, model: str) -> bool:
         """Whether a request could be placed on workers that are under their thresholds. True where there are none: then
         it is not load that is in the way."""

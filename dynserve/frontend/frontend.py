@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -71,6 +72,9 @@ class Frontend:
         self.started_at = time.time()
         self._planes = planes
         self._registration: Registration | None = None
+        self._listed = (
+            asyncio.Event()
+        )  # discovery has told of this frontend itself, and so of all that were there before
         self.sharing = Sharing(id_, config.namespace, planes.bus, router.ledger)
         self.admission = Admission(config.max_queued, config.max_queued_s, fleet.has_room)
         self.pipeline = Pipeline(
@@ -125,9 +129,19 @@ class Frontend:
     def _discovered(self, change: Change) -> None:
         """One watch for both: workers are the fleet's, frontends are those to share with."""
         if change.key.startswith(discovery.frontends(self.config.namespace)):
+            if change.key.endswith(self.id):
+                self._listed.set()
             self.sharing.discovered(change)
         else:
             self.fleet.discovered(change)
+
+    async def settled(self, most_s: float) -> None:
+        """Returns when the workers that are there can be placed on; at the latest after `most_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._listed.wait()
+                while self.fleet.settling:
+                    await asyncio.sleep(0.02)
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()

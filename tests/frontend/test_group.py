@@ -69,6 +69,8 @@ def test_two_processes_serve_one_port_and_one_that_dies_comes_back(deploy: Any) 
             assert time.monotonic() < deadline, group.output()
             assert group.alive()
         assert completion(deployment.base) == 3
+    answers = {httpx.get(f"{deployment.base}/v1/models/{MODEL}", trust_env=False).status_code for _ in range(100)}
+    assert answers == {200}  # the one that starts again is not asked before it knows the worker
     again = pids(deployment.base, 2)
     assert own[1] in again and own[0] not in again
 
