@@ -34,9 +34,7 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
         own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
         planes = await stack.enter_async_context(open_planes(config, "frontend"))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
-        if (
-            config.reuse_port
-        ):  # who gets a connection is the kernel's choice: one that knows nothing yet must not be among them
+        if config.reuse_port:  # the kernel chooses who gets a connection: not one that knows nothing yet
             await frontend.settled(SETTLE)
         limits = Limits(config.max_header_bytes, config.receive_timeout_s)
         await stack.enter_async_context(serving(frontend.served, sock, limits, tls))
