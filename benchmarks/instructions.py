@@ -4,7 +4,8 @@
 
 Each process in turn runs under valgrind's callgrind, beside real servers, and its instructions are counted only while it is
 asked something; what it takes when it idles is taken off, and the rest divided by what was answered. What is printed is compared
-with `baseline.json`; the exit code is 1 when a path takes over 15 % more than there, three times. `--update` writes the baseline anew. Needs valgrind; counts of another Python version are shown, not
+with `baseline.json`; the exit code is 1 when a path takes over 15 % more than there, three times. `--update` writes the
+baseline anew. Needs valgrind; counts of another Python version are shown, not
 judged. Kernel time is not in them: `plane.py` has it.
 """
 

@@ -4,7 +4,8 @@
 
 Peers come from PyPI into virtual environments of their own (`--envs DIR`, kept between runs): NVIDIA Dynamo's frontend and a
 Python worker on etcd and NATS; SGLang's and vLLM's routers as proxies before a stub. All are up together and take turns at the
-same closed loop of raw connections, with an engine that costs nothing: tokens of a shared 5 ms grid, or at once. CPU seconds are each process's own,
+same closed loop of raw connections, with an engine that costs nothing: tokens of a shared 5 ms grid, or at once. CPU
+seconds are each process's own,
 from /proc, so the load's cost is in none of them. A proxy renders nothing and knows no tokens; it is beside dynserve's frontend
 only. Linux only.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -207,6 +208,23 @@ def make_request(token_ids: list[int], **changes: Any) -> GenerateRequest:
     return GenerateRequest(
         prompt=pack_tokens(token_ids), sampling=sampling, stop=stop, render=render, **(fields | changes)
     )
+
+
+@contextlib.contextmanager
+def left_to_the_collector(*kinds: type) -> Iterator[list[object]]:
+    """Objects of these kinds that became garbage in rings within the block; filled when it ends."""
+    left: list[object] = []
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield left
+        gc.collect()
+        left += [kept for kept in gc.garbage if isinstance(kept, kinds)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 async def until(condition: Any, seconds: float = 10) -> None:

@@ -72,9 +72,7 @@ class Frontend:
         self.started_at = time.time()
         self._planes = planes
         self._registration: Registration | None = None
-        self._listed = (
-            asyncio.Event()
-        )  # discovery has told of this frontend itself, and so of all that were there before
+        self._listed = asyncio.Event()  # discovery has told of this frontend, and so of all that were there before
         self.sharing = Sharing(id_, config.namespace, planes.bus, router.ledger)
         self.admission = Admission(config.max_queued, config.max_queued_s, fleet.has_room)
         self.pipeline = Pipeline(

@@ -137,6 +137,7 @@ def _expression(pre_tokenizer: Any) -> str | None:
 # What both read alike: much of what is not here means something else to `re`, and no words need it.
 _ESCAPES = frozenset("rntsSdDwW" + string.punctuation)
 _GROUPS = ("(?:", "(?i:", "(?=", "(?!")
+_CLASS = re.compile(r"\\p\{(\w+)\}")
 _REPEAT = re.compile(r"[*+?][+?]?|\{\d+(?:,\d*)?\}")
 _FOLDED = re.compile(r"\(\?i:[^()]*(?:\\[pP]|\()")  # upper-case letters are not always lower-case ones there, too
 Piece = tuple[str, int]  # and where the next one begins
@@ -199,7 +200,7 @@ def _set(pattern: str, at: int) -> Piece | None:
 
 def _class(pattern: str, at: int) -> Piece | None:
     """What `\\p{...}` has of ASCII."""
-    name = re.compile(r"\\p\{(\w+)\}").match(pattern, at)
+    name = _CLASS.match(pattern, at)
     return None if name is None or name[1] not in _CLASSES else (_CLASSES[name[1]], name.end())
 
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 
 import pytest
 
 from dynserve import clock
 from dynserve.errors import Cancelled, Overloaded
 from dynserve.frontend.admission import Queue, Waiting
+from tests.conftest import left_to_the_collector
 
 
 class Pool:
@@ -141,17 +141,8 @@ async def test_who_leaves_the_queue_leaves_nothing_to_the_garbage_collector() ->
         except Cancelled:
             del waiting
 
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
+    with left_to_the_collector(Waiting, Cancelled) as left:
         for _ in range(3):
             await asyncio.create_task(request())
         await asyncio.sleep(0)
-        gc.collect()
-        left = [kept for kept in gc.garbage if isinstance(kept, (Waiting, Cancelled))]
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
     assert left == [] and len(queue) == 0

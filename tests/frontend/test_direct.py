@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import socket
 from typing import Any
@@ -19,7 +18,7 @@ from dynserve.frontend.response import TokenResponse
 from dynserve.http import bind, serving
 from dynserve.wire.link import Left, Step
 from dynserve.wire.requests import Busy
-from tests.conftest import MODEL, until
+from tests.conftest import MODEL, left_to_the_collector, until
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}], "seed": 1}
 
@@ -195,20 +194,11 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(
                 body["temperature"] = 9
             else:
                 body["max_tokens"] = 20 if end == "finished" else 1500
-            gc.collect()
-            gc.disable()
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            try:
+            with left_to_the_collector(Run, Reply, Prompt, TokenResponse) as left:
                 for _ in range(5):
                     await one_that(end, c, port, body)
                 await until(lambda: not any(peer.replies for peer in c.frontend.fleet.peers.values()))
                 await asyncio.sleep(0.01)
-                gc.collect()
-                left = [kept for kept in gc.garbage if isinstance(kept, (Run, Reply, Prompt, TokenResponse))]
-            finally:
-                gc.set_debug(0)
-                gc.garbage.clear()
-                gc.enable()
             assert left == []
 
 
