@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: serve test check bench install clean
+.PHONY: serve test check bench differential install clean
 
 serve: $(STAMP)
 	@exec $(BIN)/python -m dynserve up $(ARGS)
@@ -20,6 +20,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+differential: $(STAMP)
+	DIFFERENTIAL_STREAMS=100000 $(BIN)/python -m pytest tests/security/test_framing.py -k h11 -s $(ARGS)
 
 install: $(STAMP)
 

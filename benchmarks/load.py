@@ -37,9 +37,7 @@ class Ask(NamedTuple):
         body |= {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         data = json.dumps(body).encode()
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-        )
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
         return head.encode() + data
 
 

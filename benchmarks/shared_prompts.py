@@ -51,7 +51,7 @@ def requests(count: int) -> list[bytes]:
 
 async def ask(port: int, body: bytes) -> Seen:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     began = time.perf_counter()
     writer.write(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
     seen, first = b"", 0.0

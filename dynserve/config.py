@@ -144,10 +144,22 @@ class FrontendConfig(Planes):
     )
     tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
     tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
+    allowed_hosts: str | None = option(
+        None, "names that clients may use in Host, as a.example,b.example or *; IP addresses are always accepted; default: "
+        "names of this machine where --http-host is loopback, else any", "DYN_ALLOWED_HOSTS",
+    )  # fmt: skip
     cors_origins: str | None = option(
         None, "web pages that may call this server, as https://a.example,https://b.example or *", "DYN_CORS_ORIGINS"
     )
     max_body_bytes: int = option(32 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
+    max_bodies_bytes: int = option(
+        256 << 20, "of all requests together, while they arrive and are prepared; the slowest is given up",
+        "DYN_MAX_BODIES_BYTES",
+    )  # fmt: skip
+    max_body_values: int = option(
+        40_000, "numbers, texts, objects and lists in one body, token ids apart", "DYN_MAX_BODY_VALUES"
+    )
+    max_prompt_ids: int = option(400_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
     max_header_bytes: int = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
     max_requests: int = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
     receive_timeout_s: float = option(
@@ -162,12 +174,17 @@ class FrontendConfig(Planes):
         _positive(
             self, "request_timeout_s", "max_stream_bytes", "router_index_bytes", "router_session_ttl_s",
             "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s", "max_body_bytes",
+            "max_body_values", "max_prompt_ids",
             "max_header_bytes", "max_requests", "receive_timeout_s", "tokenizer_threads", "workers",
         )  # fmt: skip
         _not_negative(
             self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
             "router_slow_start_s", "local_prefill_tokens", "local_prefill_toll", "max_queued",
         )  # fmt: skip
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
+            )
         if self.router_herd_factor < 1:
             raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
         _tls(self)
@@ -263,6 +280,9 @@ class UpConfig:
     )
     tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
     tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
+    allowed_hosts: str | None = option(
+        None, "names that clients may use in Host; handed to the frontend", "DYN_ALLOWED_HOSTS"
+    )
     executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
     extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
     override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")

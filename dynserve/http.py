@@ -12,11 +12,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
+from ipaddress import ip_address
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import ref
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
+MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
+MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of those
+MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
 GOODBYE = 5  # seconds that open connections get when the server stops
 
 
@@ -66,18 +71,57 @@ class Tls(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of what a connection may send before it is known what it wants, and of how long it may read nothing."""
+    """Of what a connection may send before it is known what it wants, and of how long it may read nothing.
+
+    `hosts` are the names that a request's Host header may have, in lower case; an IP address is always accepted, because
+    no name of somebody else's can stand behind it. None accepts every name.
+    """
 
     header_bytes: int = 64 << 10
     header_s: float = 60.0
     write_s: float = 60.0  # without the client reading anything
+    hosts: frozenset[str] | None = None
+
+
+def allowed_hosts(wanted: str | None, bound_to: str) -> frozenset[str] | None:
+    """The names of `Limits.hosts`, from a comma-separated list or `*`.
+
+    Without a list, a server that listens on loopback only answers to names of this machine: a web page whose own name
+    was made to point at 127.0.0.1 (DNS rebinding) is refused. A server on another address answers to any name.
+
+    Raises:
+        ConfigError: the list is empty.
+    """
+    if wanted is None:
+        if not is_loopback(bound_to):
+            return None
+        own = socket.gethostname().lower()
+        return frozenset({"localhost", own, f"{own.partition('.')[0]}.local"})
+    names = frozenset(name.strip().strip("[]").lower() for name in wanted.split(",") if name.strip())
+    if not names:
+        raise ConfigError("--allowed-hosts names no host; write `*` for any")
+    return None if "*" in names else names
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _NoMoreRequests(Exception):
+    """Ends the parsing of a connection from within one of the parser's callbacks."""
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with bounds in size and time on what a connection sends around bodies, and errors as JSON.
+    """uvicorn's, with bounds in size, number and time on what a connection sends around bodies, and errors as JSON.
 
     One timer watches over all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body
     that nobody wants any more. Bodies that are wanted have the application's bounds.
+
+    Reading is paused only while the body of the request that is being answered arrives faster than it is taken: a
+    connection that is not read from cannot tell that its client has left.
     """
 
     limits = Limits()
@@ -87,6 +131,12 @@ class _Protocol(HttpToolsProtocol):
     _some_body = _began = False  # in this piece
     _last = False  # the connection ends with the rest of the body
     _write_timer: asyncio.TimerHandle | None = None
+    _upgrading = False  # the parser has stopped behind headers that offer another protocol
+    _ignoring = False  # the connection has sent its last request: what follows is not looked at
+    _ignored = 0  # bytes
+    _accepted_host: bytes | None = None  # the Host header that was checked last
+    _answering: RequestResponseCycle | None = None
+    _pipelined_body = 0  # bytes of the bodies of requests that wait behind the one that is being answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -97,16 +147,21 @@ class _Protocol(HttpToolsProtocol):
         self._stop_timer()
         self.resume_writing()
         super().connection_lost(exc)
+        self._answering = None
         watchers, self._watchers = self._watchers, []
         for left in watchers:
             left()
 
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._ignoring:
+            self._ignored += len(data)
+            if self._ignored > MAX_IGNORED:
+                self.transport.abort()
+            return
         headers, body = self._in_headers, self._in_body
-        if not headers and not body and b"pgrade" in data:
-            data = _UPGRADE.sub(b"\r\n", data, count=1)
         self._some_body = self._began = False
-        super().data_received(data)
+        self._parse(data)
         # all of it was headers, or (where a body has come to an end) trailers
         if (headers and self._in_headers and not self._began) or (body and self._in_body and not self._some_body):
             self._grow(len(data))
@@ -114,6 +169,34 @@ class _Protocol(HttpToolsProtocol):
         waits = self._in_headers or (not self._in_body and self._idle and self.timeout_keep_alive_task is None)
         if waits and self._timer is None:
             self._start_timer(self.limits.header_s)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    if self.transport.is_closing():
+                        return
+                    self._decline_upgrade()
+        except httptools.HttpParserError:
+            self._refuse(400, "this is not a valid HTTP request")
+
+    def _decline_upgrade(self) -> None:
+        """Goes on as if no other protocol had been offered, as RFC 9110, section 7.8 allows. Some clients always offer
+        HTTP/2 (Java's, curl --http2). The parser ends a request with such headers behind them, so a new one begins
+        with the same headers without the offer, and then gets the body."""
+        head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.parser.get_http_version()}\r\n".encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += (name, b": ", value, b"\r\n")
+        head.append(b"\r\n")
+        self._upgrading = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(b"".join(head))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -127,16 +210,25 @@ class _Protocol(HttpToolsProtocol):
             self._grow(len(name) + len(value))  # a trailer: nobody asks for it
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self.scope["method"] = self.parser.get_method().decode("ascii")
+            self._upgrading = True
+            return
+        if (refused := self._fault()) is not None:
+            self._refuse(*refused)
+            raise _NoMoreRequests
         self._stop_timer()
         self._in_headers, self._in_body, self._size = False, True, 0
-        size = len(self.url)
-        for name, value in self.headers:
-            size += len(name) + len(value)
-        if size > self.limits.header_bytes:
-            self._refuse(431, "the request's headers are too large")
         if self.transport.is_closing():
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._end_with(self.pipeline[0][0])
+            raise _NoMoreRequests
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()  # or nobody would notice that the client has left
+        else:
+            self._answering = self.cycle
         self._last = False
         if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
             self.cycle.keep_alive = False
@@ -151,21 +243,97 @@ class _Protocol(HttpToolsProtocol):
         }
         self.scope.update(ways)  # type: ignore[typeddict-item]
 
+    def _fault(self) -> tuple[int, str] | None:
+        """The status and the sentence for headers that are refused. A header that frames or addresses the request and
+        can be read in two ways is read differently by somebody in front of this server."""
+        size = len(self.url)
+        host: bytes | None = None
+        coded = 0
+        for name, value in self.headers:
+            size += len(name) + len(value)
+            if name == b"host":
+                if host is not None:
+                    return 400, "the request has more than one Host header"
+                host = value.rstrip(b" \t")  # which the parser leaves where a packet ended there
+            elif name == b"transfer-encoding":
+                coded += 1
+                if value.strip(b" \t").lower() != b"chunked":
+                    repeated = b"chunked" in value.lower()
+                    return (400 if repeated else 501), "the only Transfer-Encoding that is supported is `chunked`, once"
+        if size > self.limits.header_bytes:
+            return 431, "the request's headers are too large"
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            return 505, "only HTTP/1.0 and HTTP/1.1 are supported"
+        if coded > 1 or (coded and version == "1.0"):
+            return 400, "Transfer-Encoding is allowed once, in HTTP/1.1"
+        if self.parser.get_method() == b"CONNECT":
+            return 405, "this server is not a proxy: CONNECT is not supported"
+        if host is None:
+            return None if version == "1.0" else (400, "the request has no Host header")
+        if b"://" in self.url and (named := _AUTHORITY.match(self.url)) is not None:
+            host = named[1]  # RFC 9112, section 3.2.2: it takes the header's place
+        return None if host == self._accepted_host else self._host_fault(host)
+
+    def _host_fault(self, host: bytes) -> tuple[int, str] | None:
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return 400, "the Host header is not a host name with an optional port"
+        name = found[1].decode("ascii").strip("[]").lower()
+        hosts = self.limits.hosts
+        if hosts is not None and name not in hosts and not name.endswith(".localhost") and not _is_address(name):
+            return (
+                421,
+                f"this server does not answer for the host {name[:100]!r}; --allowed-hosts can name more of them",
+            )
+        self._accepted_host = host
+        return None
+
+    def _end_with(self, cycle: RequestResponseCycle) -> None:
+        """The answer to `cycle` is the connection's last. A client that sends many requests before it has read an answer
+        has to expect that the connection ends before all of them are answered."""
+        cycle.keep_alive = False
+        self.cycle, self._ignoring = cycle, True
+        self._in_headers = self._in_body = False
+        self._stop_timer()
+
     def on_body(self, body: bytes) -> None:
         self._some_body, self._size = True, 0
-        if self.cycle is not None and not self.transport.is_closing():
-            super().on_body(body)
+        if self.cycle is None or self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._pipelined_body += len(body)
+            if self._pipelined_body > MAX_PIPELINED_BODY:
+                self._drop_newest()
+                raise _NoMoreRequests
+        super().on_body(body)
+        if self.pipeline:
+            self.flow.resume_reading()
+
+    def _drop_newest(self) -> None:
+        """The request whose body is arriving is given up; the connection ends with the answer to the one before it."""
+        self.pipeline.popleft()
+        before = self.pipeline[0][0] if self.pipeline else self._answering
+        assert before is not None  # a request only waits while another one is being answered
+        self._end_with(before)
 
     def on_message_complete(self) -> None:
+        if self._upgrading:
+            return
         self._in_body = False
         self._stop_timer()
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
+            # a large body paused the reading, and it is not asked for again once all of it is there
+            self.flow.resume_reading()
             if self._last:
                 self.transport.close()
 
     def on_response_complete(self) -> None:
         newest = not self.pipeline  # what `_in_body` is about
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
+        if newest:
+            self._pipelined_body = 0
         super().on_response_complete()
         if newest and self._in_body and not self.transport.is_closing():
             self._start_timer(DRAIN)  # who is still sending may read the answer first
@@ -185,7 +353,7 @@ class _Protocol(HttpToolsProtocol):
 
     def _close_politely(self) -> None:
         """The answer was the last one. A client that is still sending would never read it if this was the end."""
-        if self._in_body and not self.pipeline and not self.transport.is_closing():
+        if (self._in_body or self._ignoring) and not self.pipeline and not self.transport.is_closing():
             self._last = True
             self._start_timer(DRAIN)
         else:
@@ -234,8 +402,15 @@ class _Protocol(HttpToolsProtocol):
             self._refuse(408, "the request did not arrive in time")
 
     def _refuse(self, status: int, message: str) -> None:
-        """The last word on this connection; not into the middle of an answer."""
-        if self.transport.is_closing():
+        """The last word on this connection; not into the middle of an answer. Complete requests before the one that is
+        refused are still answered."""
+        if self.transport.is_closing() or self._ignoring:
+            return
+        if self._in_body and self.pipeline:
+            self._drop_newest()
+            return
+        if not self._in_body and not self._idle:
+            self._end_with(self.cycle)
             return
         if self._idle or not (self.cycle.response_started or self.pipeline):
             body = json.dumps(error_object(BadRequest(message))).encode()
@@ -352,8 +527,17 @@ class _Polite:
         self._close()
 
 
-# HTTP/2 is offered by some clients (Java's, curl --http2); the parser would drop the body of such a request.
-_UPGRADE = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*\r\n", re.IGNORECASE)
+# a name, an IPv4 address, or an IPv6 one in brackets; and a port
+_HOST = re.compile(rb"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#]*)")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def tls_of(certificate: str | None, key: str | None) -> Tls | None:
@@ -386,7 +570,7 @@ async def serving(
     Raises:
         ConfigError: the certificate or its key cannot be used.
     """
-    bounds = limits or Limits()
+    bounds = limits or Limits(hosts=allowed_hosts(None, sock.getsockname()[0]))
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GOODBYE, server_header=False,
         proxy_headers=False,

@@ -30,7 +30,7 @@ async def served(limits: Limits | None = None, **options: Any) -> AsyncIterator[
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}, options=options) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(cluster.frontend.served, sock, limits):
+        async with serving(cluster.frontend.served, sock, limits or Limits()):
             yield port, cluster
 
 
@@ -54,7 +54,7 @@ def error_of(answer: bytes) -> tuple[int, str]:
 
 async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
     async with served(Limits(header_bytes=2000)) as (port, _):
-        start = b"GET /live HTTP/1.1\r\nhost: x\r\n"
+        start = b"GET /live HTTP/1.1\r\nhost: localhost\r\n"
         whole = await raw(port, start + b"a: " + b"x" * 3000 + b"\r\n\r\n")
         assert error_of(whole) == (431, "the request's headers are too large")
         many = await raw(port, start, *[b"a%d: %b\r\n" % (i, b"x" * 90) for i in range(22)], pause=0.001)
@@ -82,7 +82,7 @@ async def test_headers_that_do_not_come_are_not_waited_for() -> None:
 
 
 async def test_trailers_have_a_bound_and_are_never_kept() -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
     async with served(Limits(header_bytes=2000)) as (port, _):
         for trailers in ([b"a: b\r\n" * 100] * 40, [b"a: ", *[b"x" * 500] * 40]):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -98,19 +98,19 @@ async def test_trailers_have_a_bound_and_are_never_kept() -> None:
 
 async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynserve.http.DRAIN", 0.2)
-    start = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    start = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
     async with served(Limits(header_s=0.3)) as (port, _):
         answer = await raw(port, start, b"x", pause=0.05)
         assert answer.startswith(b"HTTP/1.1 404")  # and then the end
         monkeypatch.setattr("dynserve.http.DRAIN", 5.0)
-        rest = b"x" * 1000 + b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        rest = b"x" * 1000 + b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         assert (await raw(port, start, rest, pause=0.05)).count(b"HTTP/1.1") == 2
 
 
 async def test_requests_one_behind_the_other_are_all_answered() -> None:
     body = b"x" * 3000
-    post = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 3000\r\n\r\n"
-    get = b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    post = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 3000\r\n\r\n"
+    get = b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     async with served(Limits(header_bytes=2000)) as (port, _):
         answer = await raw(port, post[:20], post[20:] + body + get[:20], get[20:], pause=0.02)
         assert answer.count(b"HTTP/1.1 ") == 2 and b"HTTP/1.1 200" in answer
@@ -122,7 +122,9 @@ async def test_requests_one_behind_the_other_are_all_answered() -> None:
 async def test_who_is_still_sending_can_read_an_early_answer(header: bytes) -> None:
     async with served(max_body_bytes=1000) as (port, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + header + b"content-length: 4000000\r\n\r\n")
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + header + b"content-length: 4000000\r\n\r\n"
+        )
         if b"expect" not in header:
             for _ in range(40):
                 writer.write(b"x" * 100_000)
@@ -136,14 +138,14 @@ async def test_who_is_still_sending_can_read_an_early_answer(header: bytes) -> N
 
 
 async def test_a_body_that_breaks_off_in_nonsense_is_told_so() -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
     async with served() as (port, cluster):
         assert error_of(await raw(port, head, b"ZZ\r\nfoo\r\n", pause=0.05))[0] == 400
         await until(lambda: cluster.frontend.gate.open == 0)
 
 
 async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
-    ask = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
+    ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with served(Limits(write_s=0.3)) as (port, _):
         sock = socket.create_connection(("127.0.0.1", port))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -163,7 +165,7 @@ async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
 
 async def test_an_empty_line_does_not_hold_a_connection() -> None:
     async with served(Limits(header_s=0.3)) as (port, _):
-        answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n", pause=0.05)
+        answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\r\n", pause=0.05)
         assert answer.startswith(b"HTTP/1.1 200") and b"408" in answer
 
 
@@ -171,7 +173,7 @@ async def test_nonsense_behind_a_request_does_not_get_into_its_answer() -> None:
     async with Cluster(aggregated=1, executor="simulated", engine={"step_ms": 20}) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         body = json.dumps(ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
         async with serving(cluster.app, sock):
             answer = await raw(sock.getsockname()[1], head + body, b"NONSENSE\r\n\r\n", pause=0.2)
         assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
@@ -180,7 +182,7 @@ async def test_nonsense_behind_a_request_does_not_get_into_its_answer() -> None:
 
 async def test_an_offer_of_http2_is_passed_over() -> None:
     body = json.dumps(ASK).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     head += b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\ncontent-length: %d\r\n\r\n" % len(body)
     async with served() as (port, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -199,7 +201,9 @@ async def test_a_client_that_does_not_read_loses_its_connection(caplog: pytest.L
         body = json.dumps(ask).encode()
         async with serving(cluster.app, sock):
             reader, writer = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1], limit=1000)
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
             await until(lambda: cluster.frontend.gate.open == 1)
             await until(lambda: cluster.frontend.gate.open == 0, seconds=30)
             with contextlib.suppress(ConnectionError):
@@ -228,7 +232,7 @@ async def test_a_body_has_a_bound_in_size_and_in_time() -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             large = await client.post("/v1/chat/completions", content=b"x" * 2000)
             assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 50\r\n\r\n{"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 50\r\n\r\n{"
         status, message = error_of(await raw(port, head))
         assert status == 408 and "did not arrive within" in message
         assert cluster.frontend.gate.open == 0
@@ -340,7 +344,7 @@ async def test_an_answer_without_a_body_is_complete_before_anything_else_is_writ
     config.load()
     protocol = _Protocol(config, ServerState(), {})
     protocol.connection_made(Noted())
-    protocol.data_received(method.encode() + b" /live HTTP/1.1\r\nhost: x\r\n\r\n")
+    protocol.data_received(method.encode() + b" /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
     await until(lambda: at_the_end)
     assert b"".join(at_the_end).startswith(b"HTTP/1.1 200") and at_the_end == written
     protocol.connection_lost(None)
@@ -350,8 +354,8 @@ async def test_short_answers_follow_each_other_on_one_connection_and_the_last_on
     """They go past ASGI."""
     async with served() as (port, _):
         body = json.dumps({"model": MODEL, "prompt": [5, 6], "max_tokens": 2, "ignore_eos": True}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % len(body)
-        bad = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n" % len(body)
+        bad = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
         answer = await raw(port, (head + b"\r\n" + body) * 2 + bad + head + b"connection: close\r\n\r\n" + body)
         parts = answer.split(b"HTTP/1.1 ")[1:]
         assert [part[:3] for part in parts] == [b"200", b"200", b"400", b"200"]
@@ -389,7 +393,7 @@ async def test_an_answer_at_once_comes_behind_the_word_that_the_body_may_be_sent
     sock = bind("127.0.0.1", 0, "--http-port")
     port = sock.getsockname()[1]
     async with serving(app, sock):
-        head = b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\nconnection: close\r\n\r\n"
+        head = b"POST / HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 2\r\nconnection: close\r\n\r\n"
         answer = await raw(port, head + b"hi")
     first, _, second = answer.partition(b"\r\n\r\n")
     assert first == b"HTTP/1.1 100 Continue" and second.startswith(b"HTTP/1.1 200 OK\r\n") and second.endswith(b"ok")

@@ -12,7 +12,7 @@ from dynserve.config import FrontendConfig
 from dynserve.frontend.access import check_keys
 from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.frontend.group import run_group
-from dynserve.http import Limits, bind, serving, tls_of, url_of
+from dynserve.http import Limits, allowed_hosts, bind, serving, tls_of, url_of
 from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
 
@@ -37,9 +37,11 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
         if config.reuse_port:  # the kernel chooses who gets a connection: not one that knows nothing yet
             await frontend.settled(SETTLE)
         limits = Limits(config.max_header_bytes, config.receive_timeout_s)
-        await stack.enter_async_context(serving(frontend.served, sock, limits, tls))
+        ours = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.http_host))
+        await stack.enter_async_context(serving(frontend.served, sock, ours, tls))
         if own is not None:
-            await stack.enter_async_context(serving(frontend.system, own, limits))
+            system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
+            await stack.enter_async_context(serving(frontend.system, own, system))
         settle_memory()
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()

@@ -2,9 +2,11 @@
 
 A keys file has one key per line, made by `dynserve key`; the key itself is not in it, only its SHA-256:
 
-    alice sha256:9f86…0a08 rpm=600 tpm=200000 concurrency=32 priority=5
+    alice sha256:9f86…0a08 rpm=600 tpm=200000 concurrency=32 priority=5 group=research
 
-The limits are those of one frontend: several do not add up what they count.
+`concurrency` counts answers, of which one request can ask for many; `tpm` counts the tokens of prompts and answers. Keys of
+one group may find each other's prompts in the caches; a key without a group finds its own. The limits are those of one
+frontend: several do not add up what they count.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ LIMITS = ("rpm", "tpm", "concurrency", "priority")
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """None: no limit. `priority` is the highest that its requests can have, and what they have without a wish."""
+    """None: no limit. `priority` is the highest that its requests can have, and what they have without a wish. `group`
+    names those that share cached prompts."""
 
     name: str
     digest: bytes
@@ -42,6 +45,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     tpm: int | None = None
     concurrency: int | None = None
     priority: int | None = None
+    group: str = ""
 
 
 def parse_keys(text: str, where: str) -> list[Key]:
@@ -81,10 +85,16 @@ def _parse_line(line: str, where: str) -> Key:
     if digest is None or not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: expected `name sha256:<64 hex digits> …`; `dynserve key` makes such lines")
     limits: dict[str, int] = {}
+    group = ""
     for word in rest[1:]:
         limit, _, value = word.partition("=")
+        if limit == "group":
+            if not _NAME.fullmatch(value):
+                raise ConfigError(f"{where}: group={value[:40]!r}: letters, digits and . @ _ - make a name")
+            group = value
+            continue
         if limit not in LIMITS:
-            raise ConfigError(f"{where}: unknown limit {limit!r}{nearest(limit, LIMITS)}")
+            raise ConfigError(f"{where}: unknown limit {limit!r}{nearest(limit, (*LIMITS, 'group'))}")
         try:
             limits[limit] = int(value)
         except ValueError:
@@ -92,7 +102,7 @@ def _parse_line(line: str, where: str) -> Key:
         least = -MOST if limit == "priority" else 1
         if not least <= limits[limit] <= MOST:
             raise ConfigError(f"{where}: {limit} must be between {least} and {MOST}")
-    return Key(name=name, digest=bytes.fromhex(digest[1]), **limits)
+    return Key(name=name, digest=bytes.fromhex(digest[1]), group=group, **limits)
 
 
 def digest_of(secret: str) -> bytes:
@@ -127,16 +137,21 @@ class _Usage:
         self.key = key
         self.requests = Bucket(key.rpm, now) if key.rpm else None
         self.tokens = Bucket(key.tpm, now) if key.tpm else None
-        self.open = 0
+        self.open = 0  # answers
 
 
 class Visit:
-    """One request between its headers and the last byte of its answer. Close it; closing twice is safe."""
+    """One request between its headers and the last byte of its answer. Close it; closing twice is safe.
+
+    It holds one of its key's answers that may be made at once, and more of them with `take_slots`. All tokens that it may
+    come to are charged before any of them is computed; `settle` gives back what was not.
+    """
 
     def __init__(self, gate: Gate, usage: _Usage | None) -> None:
         self._gate, self._usage = gate, usage
         self._closed = False
         self._charged = 0
+        self._slots = 1
         gate.open += 1
         if usage is not None:
             usage.open += 1
@@ -144,6 +159,14 @@ class Visit:
     @property
     def name(self) -> str:
         return self._usage.key.name if self._usage else ""
+
+    @property
+    def cache_owner(self) -> str:
+        """Requests with the same owner may find each other's prompts in the caches; empty where there are no keys."""
+        if self._usage is None:
+            return ""
+        key = self._usage.key
+        return f"group:{key.group}" if key.group else f"key:{key.name}"
 
     def priority(self, wished: int | None) -> int:
         """A key's priority is a ceiling; without keys everyone may wish."""
@@ -158,37 +181,57 @@ class Visit:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def take_slots(self, wanted: int) -> int:
+        """How many answers this request may make at once, at most `wanted`: as many as its key has free."""
+        usage = self._usage
+        if usage is not None and usage.key.concurrency is not None:
+            wanted = min(wanted, self._slots + max(0, usage.key.concurrency - usage.open))
+        if wanted > self._slots and usage is not None:
+            usage.open += wanted - self._slots
+            self._slots = wanted
+        return wanted
+
+    def affordable(self, prompt_tokens: int, answers: int) -> int | None:
+        """The tokens that each answer can have with what is left of the key's minute; None without a limit."""
+        usage = self._usage
+        if usage is None or usage.tokens is None:
+            return None
+        return max(1, (int(usage.tokens.left(self._gate.clock())) - prompt_tokens) // answers)
+
     def charge(self, tokens: int) -> None:
-        """Prompt tokens, before they are computed. Raises RateLimited."""
+        """Everything that the request may come to: its prompts, and its answers at their longest. Raises RateLimited."""
         usage, now = self._usage, self._gate.clock()
         if usage is None or usage.tokens is None:
             return
+        limit = usage.tokens.most
+        if tokens > limit:
+            message = f"key {usage.key.name}: the request may take {tokens} tokens, and its limit is {limit} a minute"
+            raise _limited(f"{message}; ask for fewer with max_tokens, or for fewer answers", 60, usage, now)
         if (wait := usage.tokens.wait(tokens, now)) > 0:
-            message = f"key {usage.key.name}: {tokens} tokens are over its limit of {usage.key.tpm} a minute"
+            message = f"key {usage.key.name}: {tokens} tokens are over its limit of {limit} a minute"
             raise _limited(message, wait, usage, now)
         usage.tokens.take(tokens, now)
-        self._charged = tokens
+        self._charged += tokens
 
-    def give_back(self) -> None:
-        """The prompt was not computed, after all."""
-        self.used(-self._charged)
-        self._charged = 0
-
-    def used(self, tokens: int) -> None:
-        """Answer tokens, when they are known."""
+    def settle(self, computed: int) -> None:
+        """The request came to `computed` tokens, prompts and answers together: the rest is given back."""
         if self._usage is not None and self._usage.tokens is not None:
-            self._usage.tokens.take(tokens, self._gate.clock())
+            self._usage.tokens.take(computed - self._charged, self._gate.clock())
+        self._charged = 0
 
     def headers(self) -> list[tuple[str, str]]:
         """OpenAI's `x-ratelimit-*`, for keys with limits."""
         return [] if self._usage is None else _told(self._usage, self._gate.clock())
 
     def close(self) -> None:
+        """What is still charged was not computed."""
         if not self._closed:
             self._closed = True
+            if self._charged:
+                self.settle(0)
             self._gate.open -= 1
             if self._usage is not None:
-                self._usage.open -= 1
+                self._usage.open -= self._slots
 
 
 class Gate:
@@ -256,7 +299,7 @@ class Gate:
     def _limit(self, usage: _Usage) -> None:
         key, now = usage.key, self.clock()
         if key.concurrency is not None and usage.open >= key.concurrency:
-            raise _limited(f"key {key.name} has {usage.open} requests open, as many as it may", 1, usage, now)
+            raise _limited(f"key {key.name} has {usage.open} answers being made, as many as it may", 1, usage, now)
         if usage.requests is not None:
             if (wait := usage.requests.wait(1, now)) > 0:
                 raise _limited(f"key {key.name} is over its limit of {key.rpm} requests a minute", wait, usage, now)

@@ -28,12 +28,15 @@ from dynserve.errors import (
     error_object,
 )
 from dynserve.frontend.access import Visit
+from dynserve.frontend.bodies import Bodies
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.edge import Threads, Wishes, body_of, headers_of, prompts_of, request_id, warning_of, wishes
+from dynserve.frontend.edge import INLINE_BODY, Threads, Wishes, prompts_of, warning_of, wishes
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
+from dynserve.frontend.request_headers import headers_of, request_id
 from dynserve.frontend.response import TokenResponse
 from dynserve.openai import fields
+from dynserve.openai.body_bounds import BodyBounds
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.completions import CompletionRequest, EmbeddingRequest
 from dynserve.openai.messages import CountRequest, MessagesRequest
@@ -47,7 +50,7 @@ from dynserve.openai.order import (
     prepare_prompts,
 )  # fmt: skip
 from dynserve.openai.responses import ResponsesRequest
-from dynserve.openai.text import DetokenizeRequest, TokenizeRequest
+from dynserve.openai.text import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 if TYPE_CHECKING:
     from dynserve.frontend.frontend import Frontend
@@ -59,6 +62,9 @@ EXPOSED = ["x-request-id", "x-dynserve-warning", "x-dynserve-explain", "retry-af
 EXPOSED += [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
 
 R = TypeVar("R", bound=fields.Request)
+T = TypeVar("T")
+CHARACTERS_CHARGED = 4  # of a body for each token of its text, before that is counted
+
 Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
@@ -99,17 +105,30 @@ class _Edge:
 
     def __init__(self, frontend: Frontend, threads: Threads) -> None:
         self._frontend, self.threads = frontend, threads
-        self._config = frontend.config
+        self._config = config = frontend.config
+        self._bounds = BodyBounds(config.max_body_values, config.max_prompt_ids)
+        self.bodies = Bodies(config)
 
     def enter(self, request: Request) -> Visit:
         request_id(request)
         return self._frontend.gate.enter(headers_of(request))
 
-    async def parse(self, request: Request, form: type[R]) -> R:
-        asked = fields.parsed(form, await body_of(request, self._config))
+    async def parsed(self, content: bytes | bytearray, form: type[R], make: Callable[[R], T]) -> T:
+        """`make` of the request, which a large body takes to a thread, too: neither holds up the event loop."""
+        if len(content) <= INLINE_BODY:
+            return make(self._request(content, form))
+
+        def work() -> T:
+            self._bounds.check(content)
+            return make(self._request(content, form))
+
+        return await self.threads.run(len(content), work)
+
+    def _request(self, content: bytes | bytearray, form: type[R]) -> R:
+        request = fields.parsed(form, content)
         if self._config.strict_fields:
-            asked.refuse_unknown()
-        return asked
+            request.refuse_unknown()
+        return request
 
     def model(self, name: str) -> Model:
         frontend = self._frontend
@@ -140,13 +159,14 @@ class _Edge:
         """A whole request up to its response, which then owns the visit."""
         visit = self.enter(request)
         try:
-            given = await self.parse(request, form)
-            asked, kind, frame = make(given)
-            model = self.serving(asked.model)
-            order = await self._order(asked, model, kind, frame)
+            async with self.bodies.body(request) as body:
+                large = len(body.content) if len(body.content) > INLINE_BODY else None
+                given, (asked, kind, frame) = await self.parsed(body.content, form, lambda given: (given, make(given)))
+                model = self.serving(asked.model)
+                order = await self._order(asked, model, kind, frame, large, visit.cache_owner)
             session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
             wished = wishes(request, visit, asked.priority, session)
-            visit.charge(order.prompt_tokens)
+            order = _charged(visit, order, bounded=isinstance(asked, EmbeddingRequest) or bool(asked.answer_tokens()))
             return self._respond(request, visit, given, asked, order, wished)
         except BaseException as error:
             visit.close()
@@ -156,17 +176,22 @@ class _Edge:
             log.exception("request %s failed", request_id(request))
             raise InternalError("internal error; the frontend's log has the details") from error
 
-    async def _order(self, asked: Generating, model: Model, kind: Kind, frame: str) -> Order:
+    async def _order(
+        self, asked: Generating, model: Model, kind: Kind, frame: str, size: int | None, owner: str
+    ) -> Order:
+        """`size`: of a body so large that nothing of it is looked at here. `owner`: of what was tokenised before."""
         preprocessor, card = model.preprocessor, model.card
-        if isinstance(asked, ChatRequest):
-            chat = asked
-            prepared = await self.threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
-            return order_chat(chat, prepared, card, preprocessor, kind, frame)
-        other = asked
-        prepared = await self.threads.run(other.size(), lambda: prepare_prompts(other, preprocessor))
-        if isinstance(other, EmbeddingRequest):
-            return order_embedding(other, prepared, card)
-        return order_completion(other, prepared, card, preprocessor)
+
+        def work() -> Order:
+            if isinstance(asked, ChatRequest):
+                prepared = prepare_chat(asked, preprocessor, card.max_seq_len, owner)
+                return order_chat(asked, prepared, card, preprocessor, kind, frame)
+            prepared = prepare_prompts(asked, preprocessor, card.max_seq_len, owner)
+            if isinstance(asked, EmbeddingRequest):
+                return order_embedding(asked, prepared, card)
+            return order_completion(asked, prepared, card, preprocessor)
+
+        return await self.threads.run(asked.size() if size is None else size, work)
 
     def _respond(
         self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order, wished: Wishes
@@ -179,6 +204,18 @@ class _Edge:
         if not order.render.part:
             return TokenResponse(pipeline, prompts[0], visit, headers)
         return FanOut(pipeline, prompts, visit, headers, group=order.group, keep=order.keep, request_id=id_)
+
+
+def _charged(visit: Visit, order: Order, *, bounded: bool) -> Order:
+    """Charges the request's key for all that the order can come to. Answers that the client has set no bound for are at
+    most as long as the key can pay for. Raises RateLimited."""
+    most = visit.affordable(order.prompt_tokens, len(order.parts))
+    if most is None:
+        return order
+    if not bounded:
+        order = order.limited(most)
+    visit.charge(order.prompt_tokens + order.answer_tokens)
+    return order
 
 
 class _Route(NamedTuple):
@@ -230,40 +267,46 @@ class Direct:
 def _add_text(app: FastAPI, edge: _Edge) -> None:
     @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
     async def count_tokens(request: Request) -> Response:
-        with edge.enter(request):
-            asked = await edge.parse(request, CountRequest)
-            preprocessor, chat = edge.model(asked.model).preprocessor, asked.chat()
-            prepared = await edge.threads.run(chat.size(), lambda: prepare_chat(chat, preprocessor))
+        with edge.enter(request) as visit:
+            async with edge.bodies.body(request) as body:
+                visit.charge(len(body.content) // CHARACTERS_CHARGED)
+                asked, chat = await edge.parsed(body.content, CountRequest, lambda asked: (asked, asked.chat()))
+                model = edge.model(asked.model)
+                prepared = await edge.threads.run(
+                    _size(body.content, chat),
+                    lambda: prepare_chat(chat, model.preprocessor, model.card.max_seq_len, visit.cache_owner),
+                )
+            visit.settle(len(prepared.prompts[0]) // 4)
             return edge.told(request, {"input_tokens": len(prepared.prompts[0]) // 4}, asked)
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        with edge.enter(request):
-            asked = await edge.parse(request, TokenizeRequest)
-            model = edge.model(asked.model)
-            preprocessor = model.preprocessor
-
-            if asked.prompt is not None:
-                text, special = asked.prompt, asked.add_special_tokens
-                tokens = await edge.threads.run(len(text), lambda: preprocessor.tokenize(text, special=special))
-            else:
-                chat = asked.chat()
-                tokens = await edge.threads.run(chat.size(), lambda: preprocessor.chat(chat.conversation())[1])
-            found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.card.max_seq_len, "tokens": tokens}
-            if asked.return_token_strs:
-                found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
+        with edge.enter(request) as visit:
+            async with edge.bodies.body(request) as body:
+                visit.charge(len(body.content) // CHARACTERS_CHARGED)
+                asked = await edge.parsed(body.content, TokenizeRequest, lambda asked: asked)
+                model = edge.model(asked.model)
+                found = await edge.threads.run(
+                    len(body.content),
+                    lambda: tokenized(asked, model.preprocessor, model.card.max_seq_len, visit.cache_owner),
+                )
+            visit.settle(found["count"])
             return edge.told(request, found, asked)
 
     @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        with edge.enter(request):
-            asked = await edge.parse(request, DetokenizeRequest)
-            preprocessor = edge.model(asked.model).preprocessor
-            if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
-                raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
-            skip, decode = asked.skip_special_tokens, preprocessor.tokenizer.decode
-            text = await edge.threads.run(len(asked.tokens), lambda: decode(asked.tokens, skip_special_tokens=skip))
+        with edge.enter(request) as visit:
+            async with edge.bodies.body(request) as body:
+                asked = await edge.parsed(body.content, DetokenizeRequest, lambda asked: asked)
+                preprocessor = edge.model(asked.model).preprocessor
+                visit.charge(len(asked.tokens))
+                text = await edge.threads.run(len(body.content), lambda: detokenized(asked, preprocessor))
+                visit.settle(len(asked.tokens))
             return edge.told(request, {"prompt": text}, asked)
+
+
+def _size(content: bytes | bytearray, chat: ChatRequest) -> int:
+    return chat.size() if len(content) <= INLINE_BODY else len(content)
 
 
 def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
@@ -281,9 +324,11 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
 
     @app.get("/v1/requests/{request_id:path}/why")
     async def why(request: Request, request_id: str) -> Response:
-        edge.enter(request).close()
+        with edge.enter(request) as visit:
+            owner = visit.name
         decisions = frontend.pipeline.decisions
-        decision = decisions.get(request_id) or decisions.get(f"{request_id}/0")  # the first of several answers
+        # of several answers the first
+        decision = decisions.get(request_id, owner) or decisions.get(f"{request_id}/0", owner)
         if decision is None:
             raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
         return edge.told(request, decision.told())

@@ -94,13 +94,14 @@ class Placement:
 
 
 class Decision:
-    """One request. Filled while it runs; `told` at any time."""
+    """One request. Filled while it runs; `told` at any time. `owner` is the API key that it came with."""
 
     __slots__ = (
         "began",
         "ended",
         "model",
         "outcome",
+        "owner",
         "placements",
         "prompt_tokens",
         "queued_s",
@@ -108,7 +109,8 @@ class Decision:
         "ttft_s",
     )
 
-    def __init__(self, request_id: str, model: str, prompt_tokens: int, began: float) -> None:
+    def __init__(self, request_id: str, model: str, prompt_tokens: int, began: float, owner: str = "") -> None:
+        self.owner = owner
         self.request_id, self.model, self.prompt_tokens, self.began = request_id, model, prompt_tokens, began
         self.placements: list[Placement] = []
         self.outcome = "running"
@@ -135,23 +137,24 @@ class Decision:
 
 
 class DecisionLog:
-    """The latest `kept` decisions by request id; of equal ids the latest."""
+    """The latest `kept` decisions by owner and request id; of equal ones the latest."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
-        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._decisions: OrderedDict[tuple[str, str], Decision] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._decisions)
 
     def add(self, decision: Decision) -> None:
-        self._decisions[decision.request_id] = decision
-        self._decisions.move_to_end(decision.request_id)
+        key = (decision.owner, decision.request_id)
+        self._decisions[key] = decision
+        self._decisions.move_to_end(key)
         if len(self._decisions) > self._kept:
             self._decisions.popitem(last=False)
 
-    def get(self, request_id: str) -> Decision | None:
-        return self._decisions.get(request_id)
+    def get(self, request_id: str, owner: str = "") -> Decision | None:
+        return self._decisions.get((owner, request_id))
 
 
 @dataclass(slots=True)

@@ -1,81 +1,31 @@
-"""Between HTTP and the pipeline: bodies and headers in, prompts out."""
+"""Between HTTP and the pipeline: headers and orders in, prompts out."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor as Pool
 from dataclasses import dataclass
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
-from dynserve.config import FrontendConfig
-from dynserve.errors import BadRequest, BodyTooLarge, CallerError, Cancelled, Overloaded, TimedOut
+from dynserve.errors import BadRequest, Overloaded, TimedOut
 from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Prompt
+from dynserve.frontend.request_headers import headers_of
 from dynserve.openai.order import Order
-from dynserve.randomness import random_hex
 
 INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
+INLINE_BODY = 64 << 10  # bytes; a larger body is looked at, parsed and prepared in a thread
 MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
 TOKENISE_TIMEOUT = 60.0  # seconds
 MAX_SESSION = 256  # characters
 MAX_PRIORITY = 1_000
 MAX_NAMED = 8  # unknown fields that a header names
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 T = TypeVar("T")
-
-
-async def body_of(request: Request, config: FrontendConfig) -> bytes:
-    """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come."""
-    ready = request.scope.get("dynserve.body")
-    if ready is not None and (whole := ready()) is not None and len(whole) <= config.max_body_bytes:
-        found: bytes = whole
-        return found
-    parts: list[bytes] = []
-    announced = headers_of(request).get("content-length", "")
-    size = int(announced) if announced.isdecimal() else 0
-    if size > config.max_body_bytes:
-        raise BodyTooLarge(f"the body is larger than {config.max_body_bytes:,} bytes")
-    size = 0
-    try:
-        async with asyncio.timeout(config.receive_timeout_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > config.max_body_bytes:
-                    raise BodyTooLarge(f"the body is larger than {config.max_body_bytes:,} bytes")
-                parts.append(part)
-    except TimeoutError:
-        raise SlowBody(f"the body did not arrive within {config.receive_timeout_s:.0f} s") from None
-    except ClientDisconnect:
-        raise Cancelled("the client left before its request was complete") from None
-    return b"".join(parts)
-
-
-class SlowBody(CallerError):
-    code, status = "request_timeout", 408
-
-
-def headers_of(request: Request) -> Mapping[str, str]:
-    """By lower-case name, the first of several; looked up, where Starlette's are searched."""
-    found: dict[str, str] | None = request.scope.get("dynserve.headers")
-    if found is None:
-        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
-        request.scope["dynserve.headers"] = found
-    return found
-
-
-def request_id(request: Request) -> str:
-    """The client's own, where it has the form of one; the same for every call with the same request."""
-    found: str | None = request.scope.get("dynserve.request_id")
-    if found is None:
-        given = headers_of(request).get("x-request-id", "")
-        found = given if given and _REQUEST_ID.fullmatch(given) else random_hex()
-        request.scope["dynserve.request_id"] = found
-    return found
 
 
 class Threads:
@@ -113,6 +63,8 @@ class Wishes:
     session: str
     instances: tuple[str, ...]
     explain: bool
+    key: str  # the name of the API key
+    cache_owner: str
 
 
 def wishes(request: Request, visit: Visit, priority: int | None, session: str | None) -> Wishes:
@@ -131,15 +83,23 @@ def wishes(request: Request, visit: Visit, priority: int | None, session: str | 
     named = headers.get("x-dynserve-instance", "")
     return Wishes(
         priority=visit.priority(priority),
-        session=named_session,
+        session=_of_owner(visit.cache_owner, named_session) if named_session else "",
+        key=visit.name,
+        cache_owner=visit.cache_owner,
         instances=tuple(name for part in named.split(",") if (name := part.strip())),
         explain=headers.get("x-dynserve-explain", "") in ("1", "true"),
     )
 
 
+def _of_owner(owner: str, name: str) -> str:
+    """A name that no request of another owner can have; owners have no control characters in them."""
+    return f"{owner}\x1f{name}" if owner else name
+
+
 def prompts_of(order: Order, id_: str, model: str, salt: str | None, wished: Wishes) -> list[Prompt]:
     """One for each answer; several share a request id, and have numbers."""
     several = len(order.parts) > 1
+    cache_salt = _of_owner(wished.cache_owner, salt or "")
     return [
         Prompt(
             id=f"{id_}/{number}" if several else id_,
@@ -148,7 +108,8 @@ def prompts_of(order: Order, id_: str, model: str, salt: str | None, wished: Wis
             sampling=part.sampling,
             stop=part.stop,
             render=part.render,
-            cache_salt=salt or "",
+            owner=wished.key,
+            cache_salt=cache_salt,
             priority=wished.priority,
             session=wished.session,
             instances=wished.instances,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from starlette.types import Receive, Send
 
@@ -34,18 +34,30 @@ class FanOut(TokenResponse):
         super().__init__(pipeline, prompts[0], visit, headers)
         self._prompts, self._group, self._keep, self._request_id = prompts, group, keep, request_id
         self._answers = [_Answer() for _ in prompts]
-        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._numbers: dict[Run, int] = {}
         self._sending = asyncio.Lock()
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            runs = [stack.enter_context(self._pipeline.answer(prompt)) for prompt in self._prompts]
-            self._runs = runs
-            await stack.enter_async_context(UntilLeft(receive, runs, self._watch))
+        at_once = self._visit.take_slots(min(AT_ONCE, len(self._prompts)))
+        deadline = asyncio.get_running_loop().time() + self._pipeline.timeout_s
+        async with UntilLeft(receive, self._watch, deadline, self._runs) as until:
+            waiting = iter(range(len(self._prompts)))  # which all tasks take from
             async with _first_error(), asyncio.TaskGroup() as group:
-                for run, answer in zip(runs, self._answers, strict=True):
-                    group.create_task(self._one(run, answer, send))
+                for _ in range(at_once):
+                    group.create_task(self._some(waiting, deadline, until, send))
             await self._end(send)
+
+    async def _some(self, waiting: Iterator[int], deadline: float, until: UntilLeft, send: Send) -> None:
+        """One answer after the other, as long as there are any that nobody has begun."""
+        for number in waiting:
+            with self._pipeline.answer(self._prompts[number], deadline) as run:
+                self._numbers[run] = number
+                until.add(run)
+                await self._one(run, self._answers[number], send)
+
+    def _computed_prompts(self) -> int:
+        groups = {self._numbers[run] // self._group for run in self._runs if self._was_computed(run)}
+        return sum(len(self._prompts[group * self._group].tokens) // 4 for group in groups)
 
     async def _one(self, run: Run, answer: _Answer, send: Send) -> None:
         async def sink(burst: list[Record]) -> None:
@@ -57,8 +69,7 @@ class FanOut(TokenResponse):
             if self._prompt.render.stream and (data := b"".join([record.data for record in burst])):
                 await self._chunk(data, send)
 
-        async with self._gate:
-            await run.deliver(sink)
+        await run.deliver(sink)
 
     async def _chunk(self, data: bytes, send: Send) -> None:
         async with self._sending:

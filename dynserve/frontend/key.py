@@ -19,8 +19,9 @@ class KeyConfig:
     name: str = option("client", "who the key is for; letters, digits and . @ _ -")
     rpm: int | None = option(None, "requests a minute")
     tpm: int | None = option(None, "tokens a minute, of prompts and answers")
-    concurrency: int | None = option(None, "requests at once")
+    concurrency: int | None = option(None, "answers at once")
     priority: int | None = option(None, "the highest that its requests can have; higher ones leave the queue first")
+    group: str | None = option(None, "keys of the same group may find each other's prompts in the caches")
     file: str | None = option(None, "append the line to this keys file", "DYN_API_KEYS_FILE")
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load(KeyConfig, "python -m dynserve key", sys.argv[1:] if argv is None else argv)
         secret = PREFIX + token_urlsafe(32)
-        limits = [f"{name}={value}" for name in LIMITS if (value := getattr(config, name)) is not None]
+        limits = [f"{name}={value}" for name in (*LIMITS, "group") if (value := getattr(config, name)) is not None]
         line = " ".join([config.name, f"sha256:{digest_of(secret).hex()}", *limits])
         if [key.name for key in parse_keys(line, "the new key")] != [config.name]:
             raise ConfigError(f"--name {config.name!r}: letters, digits and . @ _ - make a name")

@@ -54,6 +54,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     stop: Stop
     render: Render
+    owner: str = ""  # the API key that it came with: nobody else sees its record
     cache_salt: str = ""
     priority: int = 0  # higher ones leave the frontend's queue first
     session: str = ""
@@ -88,21 +89,22 @@ class Pipeline:
     def model(self, name: str) -> Model | None:
         return self.fleet.model(name)
 
-    def answer(self, prompt: Prompt) -> Run:
-        """The request runs as long as a `with` block of what this gives. Leaving it early cancels everywhere."""
-        return Run(self, prompt)
+    def answer(self, prompt: Prompt, deadline: float | None = None) -> Run:
+        """The request runs as long as a `with` block of what this gives. Leaving it early cancels everywhere. `deadline`
+        is that of the answers which belong together, of the loop's clock; None: a request's own time begins now."""
+        return Run(self, prompt, deadline)
 
 
 class Run:
     """One request's way through the workers."""
 
-    def __init__(self, pipeline: Pipeline, prompt: Prompt) -> None:
+    def __init__(self, pipeline: Pipeline, prompt: Prompt, deadline: float | None = None) -> None:
         self._pipeline, self._prompt = pipeline, prompt
         self.metrics = pipeline.metrics.of(prompt.model)
         self._clock = asyncio.get_running_loop().time
         self.began = self._clock()
-        self.deadline = self.began + pipeline.timeout_s
-        self.decision = Decision(prompt.id, prompt.model, len(prompt.tokens) // 4, self.began)
+        self.deadline = self.began + pipeline.timeout_s if deadline is None else deadline
+        self.decision = Decision(prompt.id, prompt.model, len(prompt.tokens) // 4, self.began, prompt.owner)
         self._adapter = pipeline.fleet.adapter(prompt.model)
         salt = adapter_salt(self._adapter, prompt.cache_salt)
         self._ask = Ask(prompt.tokens, salt, model=prompt.model, session=prompt.session, instances=prompt.instances)

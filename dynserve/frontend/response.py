@@ -56,7 +56,7 @@ class TokenResponse(Response):
         self._watch: Watch | None = None
         self._at_once: AtOnce | None = None
         self._refused = False  # for the caller's fault
-        self._told: set[Run] = set()  # those whose usage is known
+        self._made: dict[Run, int] = {}  # tokens of answers whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._abort, self._chunks = scope.get("dynserve.abort"), scope.get("dynserve.chunks", _no_chunks)
@@ -76,8 +76,8 @@ class TokenResponse(Response):
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         with self._pipeline.answer(self._prompt) as run:
-            self._runs = [run]
-            async with UntilLeft(receive, self._runs, self._watch):
+            async with UntilLeft(receive, self._watch, run.deadline, self._runs) as until:
+                until.add(run)
                 if self._prompt.render.stream:
                     await run.deliver(partial(self._stream, run, send))
                 else:
@@ -119,19 +119,20 @@ class TokenResponse(Response):
         run.metrics.prompt_tokens += last.usage.prompt_tokens
         run.metrics.output_tokens += last.usage.completion_tokens
         run.metrics.cached_tokens += last.usage.cached_tokens
-        self._visit.used(last.usage.completion_tokens)
-        self._told.add(run)
+        self._made[run] = last.usage.completion_tokens
         return last
 
     def _settle(self) -> None:
-        """However it ended, what was made is paid for; and what never began is not."""
-        for run in self._runs:
-            if run not in self._told:
-                self._visit.used(len(run.tokens))
-        computed = any(run.tokens for run in self._runs) if self._refused else any(run.was_placed for run in self._runs)
-        if not computed:
-            self._visit.give_back()
+        """However it ended, what was computed is paid for; and what never began is not."""
+        self._visit.settle(self._computed_prompts() + sum(self._made.get(run, len(run.tokens)) for run in self._runs))
         self._visit.close()
+
+    def _computed_prompts(self) -> int:
+        """Tokens of the prompts that were computed, each of them once."""
+        return len(self._prompt.tokens) // 4 if any(map(self._was_computed, self._runs)) else 0
+
+    def _was_computed(self, run: Run) -> bool:
+        return bool(run.tokens) or (run.was_placed and not self._refused)
 
     async def _failed(self, error: DynserveError, send: Send) -> None:
         if not isinstance(error, CallerError):
@@ -175,19 +176,23 @@ def _nothing(data: bytes) -> bool:
 
 class UntilLeft:
     """The block ends when the client leaves, does not read, or the request's time is up. `watch` tells of the first;
-    without one (a server other than ours) a task waits for it."""
+    without one (a server other than ours) a task waits for it. `runs` are the request's answers, as far as they have
+    begun; `add` adds one."""
 
-    def __init__(self, receive: Receive, runs: Sequence[Run], watch: Watch | None = None) -> None:
-        self._receive, self._runs, self._watch = receive, runs, watch
+    def __init__(self, receive: Receive, watch: Watch | None, deadline: float, runs: list[Run]) -> None:
+        self._receive, self._watch, self._deadline, self._runs = receive, watch, deadline, runs
+        self._left = False
 
-    async def __aenter__(self) -> None:
-        left = partial(_left, self._runs)
-        self._unwatch = self._watch(left) if self._watch is not None else _waiting_for(self._receive, left)
+    async def __aenter__(self) -> UntilLeft:
+        self._unwatch = (
+            self._watch(self._client_left)
+            if self._watch is not None
+            else _waiting_for(self._receive, self._client_left)
+        )
         # sending waits for the client, so it has the request's own deadline, and ends early when the
         # client reads so little that its answer piles up
-        self._limit = Limit(max([run.deadline for run in self._runs]))
-        for run in self._runs:
-            run.limit(self._limit)
+        self._limit = Limit(self._deadline)
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -198,13 +203,22 @@ class UntilLeft:
             raise TimedOut("the client did not read its answer in time") from None
         finally:
             self._unwatch()
+            del self._unwatch  # it knows this object, too: a reference cycle
             for run in self._runs:
                 run.limit(None)
 
+    def add(self, run: Run) -> None:
+        """Raises Cancelled when the client has left already."""
+        self._runs.append(run)
+        run.limit(self._limit)
+        if self._left:
+            run.cancel(error := Cancelled("the client has left"))
+            raise error
 
-def _left(runs: Sequence[Run]) -> None:
-    for run in runs:
-        run.cancel(Cancelled("the client has left"))
+    def _client_left(self) -> None:
+        self._left = True
+        for run in self._runs:
+            run.cancel(Cancelled("the client has left"))
 
 
 def _waiting_for(receive: Receive, left: Callable[[], None]) -> Callable[[], None]:

@@ -91,7 +91,7 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
         sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
         "--http-port", str(config.http_port), "--router-mode", config.router_mode,
     ]  # fmt: skip
-    frontend += _handed_on(config, "api_keys_file", "tls_certificate", "tls_key")
+    frontend += _handed_on(config, "api_keys_file", "tls_certificate", "tls_key", "allowed_hosts")
     worker = [sys.executable, "-m", "dynserve.worker", *common, "--model-path", config.model_path]
     worker += ["--executor", config.executor]
     worker += _handed_on(config, "served_model_name", "extra_engine_args", "override_engine_args")

@@ -116,7 +116,7 @@ class NamedTool(BaseModel):
 
 class AllowedSet(BaseModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[NamedTool], Field(min_length=1)]
+    tools: Annotated[Many[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class AllowedTools(BaseModel):
@@ -226,10 +226,11 @@ class ChatRequest(AnswerFields):
         return size
 
     def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadRequest(f"tools: {twice} is there twice", param="tools")
+        names: set[str] = set()
+        for tool in self.tools or ():
+            if tool.function.name in names:
+                raise BadRequest(f"tools: {tool.function.name} is there twice", param="tools")
+            names.add(tool.function.name)
         chosen: list[NamedTool] = [self.tool_choice] if isinstance(self.tool_choice, NamedTool) else []
         if isinstance(self.tool_choice, AllowedTools):
             chosen = self.tool_choice.allowed_tools.tools

@@ -10,6 +10,7 @@ from pydantic import Field
 from dynserve.errors import BadRequest
 from dynserve.openai.fields import MAX_INT, MAX_N, AnswerFields, Many, Request
 from dynserve.openai.prompt import Preprocessor
+from dynserve.wire.requests import pack_tokens
 
 MAX_PROMPTS = 2048  # in one request
 DEFAULT_TOKENS = 16  # OpenAI's own for this API
@@ -77,19 +78,23 @@ def prompts_size(prompts: Prompts) -> int:
     return sum(len(prompt) if isinstance(prompt, str) else len(prompt) // 8 for prompt in listed(prompts))
 
 
-def prompt_ids(prompts: Prompts, field: str, preprocessor: Preprocessor) -> list[list[int]]:
-    """Token ids of each prompt.
+def packed_prompts(
+    prompts: Prompts, field: str, preprocessor: Preprocessor, max_seq_len: int, owner: str = ""
+) -> list[bytes]:
+    """Token ids of each prompt, as u32 little-endian. `owner`: see `Segments.encode`.
 
     Raises:
         BadRequest: one has no tokens, or ids that the model does not have.
+        ContextTooLong: one has far more tokens than the context.
     """
     out = []
+    several = len(listed(prompts)) > 1
     for at, prompt in enumerate(listed(prompts)):
-        ids = preprocessor.tokenize(prompt) if isinstance(prompt, str) else prompt
-        where = field if len(listed(prompts)) == 1 else f"{field}.{at}"
+        where = f"{field}.{at}" if several else field
+        ids = preprocessor.tokenize(prompt, most=max_seq_len, owner=owner) if isinstance(prompt, str) else prompt
         if not ids:
             raise BadRequest(f"{where} is empty", param=field)
         if not isinstance(prompt, str) and not (min(ids) >= 0 and max(ids) < preprocessor.vocab_size):
             raise BadRequest(f"{where}: token ids must be between 0 and {preprocessor.vocab_size - 1}", param=field)
-        out.append(ids)
+        out.append(pack_tokens(ids))
     return out

@@ -57,7 +57,7 @@ class Request(BaseModel):
         """For servers that do not ignore what they do not know."""
         if self.unknown:
             name = self.unknown[0]
-            raise BadRequest(f"unknown field {name}{nearest(name, type(self).model_fields)}", param=name)
+            raise BadRequest(f"unknown field {name[:100]}{nearest(name[:100], type(self).model_fields)}", param=name)
 
 
 class SamplingFields(Request):
@@ -171,7 +171,7 @@ class AnswerFields(SamplingFields):
         return [name for name in fields if getattr(self, name) is not None]
 
 
-def parsed(model: type[M], body: bytes) -> M:
+def parsed(model: type[M], body: bytes | bytearray) -> M:
     """Raises BadRequest that names the first field that is wrong, in a sentence."""
     return validated(lambda: model.model_validate_json(body))
 

@@ -9,7 +9,7 @@ import msgspec
 
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.openai.chat import ChatRequest, NamedTool
-from dynserve.openai.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, prompt_ids
+from dynserve.openai.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, packed_prompts
 from dynserve.openai.fields import AnswerFields
 from dynserve.openai.guide import enforces_calls, guide_of
 from dynserve.openai.parsers import reasoning
@@ -34,6 +34,12 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     guide: Guide | None = None
     pool: Literal["mean", "last"] | None = None
 
+    def shortened(self, most: int) -> Part:
+        if self.stop.max_tokens <= most:
+            return self
+        stop = msgspec.structs.replace(self.stop, max_tokens=most, min_tokens=min(self.stop.min_tokens, most))
+        return msgspec.structs.replace(self, stop=stop)
+
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """All answers of one request: `group` of them for each prompt, of which the likeliest `keep` are shown."""
@@ -50,6 +56,16 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     def prompt_tokens(self) -> int:
         return sum(len(part.tokens) // 4 for part in self.parts[:: self.group])
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that all answers together can have."""
+        return sum(part.stop.max_tokens for part in self.parts if part.pool is None)
+
+    def limited(self, most: int) -> Order:
+        """The same with at most so many tokens for each answer."""
+        shorter = [part.shortened(most) for part in self.parts]
+        return msgspec.structs.replace(self, parts=shorter)
+
 
 class Prepared(msgspec.Struct, frozen=True):
     """Prompts after template and tokenizer, which may have run in a thread."""
@@ -58,17 +74,16 @@ class Prepared(msgspec.Struct, frozen=True):
     text: str = ""  # what the template made of a conversation
 
 
-def prepare_chat(asked: ChatRequest, preprocessor: Preprocessor) -> Prepared:
-    text, ids = preprocessor.chat(asked.conversation())
+def prepare_chat(asked: ChatRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> Prepared:
+    text, ids = preprocessor.chat(asked.conversation(), max_seq_len, owner)
     return Prepared([pack_tokens(ids)], text)
 
 
-def prepare_prompts(asked: CompletionRequest | EmbeddingRequest, preprocessor: Preprocessor) -> Prepared:
-    if isinstance(asked, CompletionRequest):
-        prompts = prompt_ids(asked.prompt, "prompt", preprocessor)
-    else:
-        prompts = prompt_ids(asked.input, "input", preprocessor)
-    return Prepared([pack_tokens(ids) for ids in prompts])
+def prepare_prompts(
+    asked: CompletionRequest | EmbeddingRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str
+) -> Prepared:
+    prompts, field = (asked.prompt, "prompt") if isinstance(asked, CompletionRequest) else (asked.input, "input")
+    return Prepared(packed_prompts(prompts, field, preprocessor, max_seq_len, owner))
 
 
 def order_chat(

@@ -12,10 +12,13 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from dynserve.errors import BadRequest, InternalError
+from dynserve.errors import BadRequest, ContextTooLong, InternalError
 from dynserve.openai.parsers import reasoning
 from dynserve.openai.segments import Segments
 from dynserve.wire.requests import Sampling
+
+LIKELY_CHARACTERS = 8  # per token: a text that has fewer of them for each token of the context is just tokenised
+SLICE = 1 << 16  # characters of a longer text that are tokenised at a time, to see whether it can fit
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -46,14 +49,17 @@ class Preprocessor:
         self.opens_thoughts = self._opens_thoughts()
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
-    def chat(self, conversation: Conversation) -> tuple[str, list[int]]:
+    def chat(self, conversation: Conversation, most: int | None = None, owner: str = "") -> tuple[str, list[int]]:
         """A conversation with the opening of the assistant's turn, as text and as token ids.
+        `owner`: see `Segments.encode`.
 
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
+            ContextTooLong: the text certainly has over twice `most` tokens.
         """
         text = self.render(conversation)
-        return text, self.segments.encode(text)
+        self._check_length(text, most, "messages")
+        return text, self.segments.encode(text, owner)
 
     def render(self, conversation: Conversation, now: datetime | None = None) -> str:
         """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
@@ -90,16 +96,39 @@ class Preprocessor:
         except BadRequest:
             return False
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one)."""
+    def tokenize(self, text: str, *, special: bool = True, most: int | None = None, owner: str = "") -> list[int]:
+        """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one).
+        `owner`: see `Segments.encode`.
+
+        Raises:
+            ContextTooLong: the text certainly has over twice `most` tokens.
+        """
+        self._check_length(text, most, "prompt")
         if not special:
-            return self.segments.encode(text)
+            return self.segments.encode(text, owner)
         if self._around is None:
             # a batch, even of one: only that lets go of the interpreter's lock
             ids: list[int] = self.tokenizer.encode_batch_fast([text])[0].ids
             return ids
         before, after = self._around
-        return [*before, *self.segments.encode(text), *after]
+        return [*before, *self.segments.encode(text, owner), *after]
+
+    def _check_length(self, text: str, most: int | None, param: str) -> None:
+        """Raises what `tokenize` raises, for a cost that grows with `most`, whatever the length of the text.
+
+        A slice may cut words in two, which changes a few tokens of thousands: what has twice as many certainly has more.
+        """
+        if most is None or len(text) <= LIKELY_CHARACTERS * most:
+            return
+        found = 0
+        for at in range(0, len(text), SLICE):
+            found += len(self.tokenizer.encode_batch_fast([text[at : at + SLICE]], add_special_tokens=False)[0])
+            if found > 2 * most:
+                raise ContextTooLong(
+                    f"This model's maximum context length is {most} tokens. However, your prompt has more than {2 * most} "
+                    "tokens. Please shorten it.",
+                    param=param,
+                )
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:

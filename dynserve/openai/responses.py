@@ -61,7 +61,7 @@ class FlatNamed(BaseModel):
 class FlatAllowed(BaseModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[FlatNamed], Field(min_length=1)]
+    tools: Annotated[Many[FlatNamed], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class TextFormat(BaseModel):
@@ -216,8 +216,8 @@ def _add(messages: list[Message], item: Item, where: str) -> None:
             call = ToolCall(id=item.call_id, function=function)
             last = messages[-1] if messages else None
             if last is not None and last.role == "assistant":
-                calls = [*(last.tool_calls or ()), call]
-                messages[-1] = Message(role="assistant", content=last.content, tool_calls=calls)
+                last.tool_calls = last.tool_calls or []
+                last.tool_calls.append(call)
             else:
                 messages.append(Message(role="assistant", content=None, tool_calls=[call]))
         case "function_call_output":

@@ -30,55 +30,57 @@ class Segments:
         self._ids = {t.content: id_ for id_, t in tokenizer.get_added_tokens_decoder().items() if not t.normalized}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if self._ids else None
-        self._known: OrderedDict[str, array[int]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], array[int]] = OrderedDict()  # by owner and text
         self._bytes = 0
         self._lock = threading.Lock()
         self.exact = self._is_exact()
         self._words = words_of(tokenizer) if self.exact else None  # a text's pieces only, without special tokens
         self.hits = self.misses = 0  # characters
 
-    def encode(self, text: str) -> list[int]:
-        """Exactly the ids that the tokenizer gives for the whole text, without special tokens around it."""
+    def encode(self, text: str, owner: str = "") -> list[int]:
+        """Exactly the ids that the tokenizer gives for the whole text, without special tokens around it. What was
+        remembered for another `owner` is not used: the time that it saves would tell what others have sent."""
         if not self.exact or self._cut is None:
             return self._tokenise([text])[0]
         pieces = self._cut.split(text)
         if len(pieces) == 1:
             return self._tokenise(pieces)[0]  # no turns: it will hardly come again as it is
-        found = [self._find(piece) for piece in pieces]
+        found = [self._find(piece, owner) for piece in pieces]
         missing = [piece for piece, ids in zip(pieces, found, strict=True) if ids is None]
         fresh = iter(self._tokenise(missing))
         out: list[int] = []
         for piece, known in zip(pieces, found, strict=True):
             ids: list[int] | array[int] = known if known is not None else next(fresh)
             if known is None:
-                self._keep(piece, array("I", ids))
+                self._keep(piece, owner, array("I", ids))
             out += ids
         return out
 
-    def _find(self, piece: str) -> array[int] | None:
+    def _find(self, piece: str, owner: str) -> array[int] | None:
         if not piece:
             return _NOTHING
         if (special := self._ids.get(piece)) is not None:
             return array("I", (special,))
         with self._lock:
-            ids = self._known.get(piece)
+            ids = self._known.get((owner, piece))
             if ids is None:
                 self.misses += len(piece)
             else:
                 self.hits += len(piece)
-                self._known.move_to_end(piece)
+                self._known.move_to_end((owner, piece))
             return ids
 
-    def _keep(self, piece: str, ids: array[int]) -> None:
+    def _keep(self, piece: str, owner: str, ids: array[int]) -> None:
         size = _size(piece, ids)
         if size > self._budget // 4:
             return
         with self._lock:
-            if piece not in self._known:
-                self._known[piece] = ids
+            if (owner, piece) not in self._known:
+                self._known[owner, piece] = ids
                 self._bytes += size
             while self._bytes > self._budget:
-                self._bytes -= _size(*self._known.popitem(last=False))
+                (_, oldest), oldest_ids = self._known.popitem(last=False)
+                self._bytes -= _size(oldest, oldest_ids)
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         found = [self._words.encode(text) if self._words is not None else None for text in texts]

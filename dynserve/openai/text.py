@@ -9,6 +9,7 @@ from pydantic import Field
 from dynserve.errors import BadRequest
 from dynserve.openai.chat import ChatRequest, Message, Tool
 from dynserve.openai.fields import Many, Request, TokenId, validated
+from dynserve.openai.prompt import Preprocessor
 
 
 class TokenizeRequest(Request):
@@ -39,3 +40,25 @@ class TokenizeRequest(Request):
 class DetokenizeRequest(Request):
     tokens: Many[TokenId]
     skip_special_tokens: bool = False
+
+
+def tokenized(asked: TokenizeRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> dict[str, Any]:
+    """The answer to `/tokenize`. Raises ContextTooLong for a text with more than twice the tokens of the context."""
+    if asked.prompt is not None:
+        tokens = preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens, most=max_seq_len, owner=owner)
+    else:
+        tokens = preprocessor.chat(asked.chat().conversation(), max_seq_len, owner)[1]
+    found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
+    if asked.return_token_strs:
+        found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
+    return found
+
+
+def detokenized(asked: DetokenizeRequest, preprocessor: Preprocessor) -> str:
+    """Raises BadRequest for ids that the tokenizer does not have."""
+    if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
+        raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
+    # a batch, even of one: only that lets go of the interpreter's lock
+    decoded = preprocessor.tokenizer.decode_batch([asked.tokens], skip_special_tokens=asked.skip_special_tokens)
+    text: str = decoded[0]
+    return text

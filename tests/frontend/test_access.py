@@ -73,17 +73,51 @@ def test_requests_a_minute_come_back_steadily(keys: Path) -> None:
     gate.enter(bearer(SECRET)).close()
 
 
-def test_tokens_a_minute_count_prompts_before_and_answers_after(keys: Path) -> None:
+def test_tokens_a_minute_are_charged_before_and_what_was_not_computed_is_given_back(keys: Path) -> None:
     clock = Clock()
     gate = Gate(str(keys), 10, clock)
     visit = gate.enter(bearer(SECRET))
-    visit.charge(60)
-    visit.used(100)
+    visit.charge(90)
     with pytest.raises(RateLimited, match="limit of 100 a minute") as limited:
+        visit.charge(47)
+    assert limited.value.retry_after == 23
+    visit.settle(30)
+    visit.charge(70)
+    with pytest.raises(RateLimited, match="limit of 100 a minute"):
         visit.charge(1)
-    assert limited.value.retry_after == 37
     clock.now += 300
-    visit.charge(5000)  # more than ever fits waits for a full bucket, and then may
+    with pytest.raises(RateLimited, match="may take 101 tokens, and its limit is 100 a minute; ask for fewer"):
+        visit.charge(101)  # however long it waits
+
+
+def test_an_answer_without_a_bound_is_as_long_as_its_key_can_pay_for(keys: Path) -> None:
+    gate = Gate(str(keys), 10, Clock())
+    visit = gate.enter(bearer(SECRET))
+    assert visit.affordable(20, 4) == 20
+    visit.charge(95)
+    assert visit.affordable(20, 4) == 1  # and then it is refused for the prompt's sake
+    assert gate.enter(bearer(OTHER)).affordable(20, 4) is None
+
+
+def test_concurrency_counts_the_answers_of_a_request(keys: Path) -> None:
+    gate = Gate(str(keys), 10, Clock())
+    visit = gate.enter(bearer(SECRET))
+    assert visit.take_slots(64) == 2
+    with pytest.raises(RateLimited, match="2 answers being made"):
+        gate.enter(bearer(SECRET))
+    visit.close()
+    assert gate.enter(bearer(SECRET)).take_slots(1) == 1
+    assert gate.enter(bearer(OTHER)).take_slots(64) == 64
+
+
+def test_keys_share_cached_prompts_only_within_a_group(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("ann", "1") + line("bob", "2", "group=ann") + line("cy", "3", "group=ann") + line("dan", "4"))
+    gate = Gate(str(path), 10)
+    owners = [gate.enter(bearer(secret)).cache_owner for secret in "1234"]
+    assert owners == ["key:ann", "group:ann", "group:ann", "key:dan"]
+    with pytest.raises(ConfigError, match="group='a b'|group=''"):
+        parse_keys(line("eve", "5", "group="), "keys")
 
 
 def test_a_key_has_so_many_requests_open_and_all_keys_together_too(keys: Path) -> None:
@@ -91,7 +125,7 @@ def test_a_key_has_so_many_requests_open_and_all_keys_together_too(keys: Path) -
     gate = Gate(str(keys), 3, clock)
     first, second = gate.enter(bearer(SECRET)), gate.enter(bearer(SECRET))
     clock.now += 600
-    with pytest.raises(RateLimited, match="2 requests open"):
+    with pytest.raises(RateLimited, match="2 answers being made"):
         gate.enter(bearer(SECRET))
     gate.enter(bearer(OTHER))
     with pytest.raises(Overloaded, match="3 requests are being answered"):
@@ -150,8 +184,8 @@ def test_no_text_in_the_file_ends_a_running_server(keys: Path, text: str, caplog
 def test_what_was_charged_can_be_given_back_once(keys: Path) -> None:
     visit = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
     visit.charge(70)
-    visit.give_back()
-    visit.give_back()
+    visit.settle(0)
+    visit.settle(0)
     assert dict(visit.headers())["x-ratelimit-remaining-tokens"] == "100"
 
 

@@ -84,7 +84,7 @@ async def read_slowly(port: int, body: dict[str, Any], pause: Any) -> bytes:
     sock.setblocking(False)
     await loop.sock_connect(sock, ("127.0.0.1", port))
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
     await loop.sock_sendall(sock, head.encode() + content)
     data = bytearray()
     with sock:
@@ -225,7 +225,7 @@ async def posted(port: int, body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
         writer.write(head % len(content) + content)
         return await reader.read()
     finally:

@@ -9,14 +9,14 @@ from pydantic import ValidationError
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.openai.chat import ChatRequest
-from dynserve.openai.completions import CompletionRequest, EmbeddingRequest, prompt_ids
+from dynserve.openai.completions import CompletionRequest, EmbeddingRequest, packed_prompts
 from dynserve.openai.fields import parsed
 from dynserve.openai.messages import CountRequest
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import Conversation, Preprocessor, sampling_defaults
 from dynserve.openai.responses import ResponsesRequest
 from dynserve.openai.text import DetokenizeRequest
-from dynserve.wire.requests import Sampling
+from dynserve.wire.requests import Sampling, unpack_tokens
 
 PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "What is 3+4?"}]}
@@ -171,16 +171,20 @@ def test_reasoning_effort_is_said_in_the_words_of_templates() -> None:
 
 
 def test_a_prompt_may_be_text_or_token_ids_one_or_many() -> None:
-    one = prompt_ids("one two", "prompt", PREPROCESSOR)
+    one = ids_of("one two")
     for form in (one[0], one, ["one two"]):
-        assert prompt_ids(completion(prompt=form).prompt, "prompt", PREPROCESSOR) == one
-    assert prompt_ids(completion(prompt=["one two", "one two"]).prompt, "prompt", PREPROCESSOR) == one * 2
+        assert ids_of(completion(prompt=form).prompt) == one
+    assert ids_of(completion(prompt=["one two", "one two"]).prompt) == one * 2
+
+
+def ids_of(prompts: Any) -> list[list[int]]:
+    return [unpack_tokens(packed) for packed in packed_prompts(prompts, "prompt", PREPROCESSOR, 2048)]
 
 
 @pytest.mark.parametrize("prompt", [[], "", [99999], [-1], ["a", ""], [[1], []], [[1], ["a"]], [1, "a"], ["a"] * 2049])
 def test_prompts_that_cannot_be_answered_are_refused(prompt: Any) -> None:
     with pytest.raises(BadRequest):
-        prompt_ids(completion(prompt=prompt).prompt, "prompt", PREPROCESSOR)
+        ids_of(completion(prompt=prompt).prompt)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""Bodies of requests, on their way in: one budget of bytes for all of them together.
+
+A body that came whole with its headers is small, and is not counted. Any other is charged to the budget from its first
+byte until the request's prompt is made. When the budget is spent, the body that has been arriving for the longest time is
+given up: a client that sends at an ordinary pace is done long before its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+from starlette.requests import ClientDisconnect, Request
+
+from dynserve.config import FrontendConfig
+from dynserve.errors import BodyTooLarge, CallerError, Cancelled, Overloaded
+from dynserve.frontend.request_headers import headers_of
+
+
+class SlowBody(CallerError):
+    code, status = "request_timeout", 408
+
+
+class Bodies:
+    """All bodies of one frontend."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self._config = config
+        self.used = 0  # bytes
+        self._arriving: dict[Body, None] = {}  # oldest first
+
+    def body(self, request: Request) -> Body:
+        """Use it as a context manager: `content` is complete within its block, and charged until the block is left."""
+        return Body(self, request, self._config)
+
+    def charge(self, body: Body, size: int) -> None:
+        """Raises Overloaded when the budget is spent and no other body can be given up."""
+        self.used += size
+        body.charged += size
+        while self.used > self._config.max_bodies_bytes:
+            oldest = next((other for other in self._arriving if other is not body), None)
+            if oldest is None:
+                raise _spent()
+            self._arriving.pop(oldest)
+            oldest.give_up()
+
+
+class Body:
+    """One body."""
+
+    def __init__(self, bodies: Bodies, request: Request, config: FrontendConfig) -> None:
+        self._bodies, self._request, self._config = bodies, request, config
+        self.content: bytes | bytearray = b""
+        self.charged = 0
+        self._scope: asyncio.Timeout | None = None
+        self._given_up = False
+
+    async def __aenter__(self) -> Body:
+        """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come;
+        Overloaded for one that the budget has no room for; Cancelled when the client leaves."""
+        ready = self._request.scope.get("dynserve.body")
+        if ready is not None and (whole := ready()) is not None and len(whole) <= self._config.max_body_bytes:
+            self.content = whole
+            return self
+        try:
+            await self._receive()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._bodies._arriving.pop(self, None)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the budget back. Closing twice is safe."""
+        self.content = b""
+        self._bodies.used -= self.charged
+        self.charged = 0
+
+    def give_up(self) -> None:
+        self._given_up = True
+        self.content = b""
+        self._bodies.used -= self.charged
+        self.charged = 0
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def _receive(self) -> None:
+        most = self._config.max_body_bytes
+        announced = headers_of(self._request).get("content-length", "")
+        if announced.isdecimal() and len(announced) < 20 and int(announced) > most:
+            raise _too_large(most)
+        content = bytearray()
+        self.content = content
+        self._bodies._arriving[self] = None
+        try:
+            async with asyncio.timeout(self._config.receive_timeout_s) as self._scope:
+                async for part in self._request.stream():
+                    if self._given_up:
+                        break
+                    if len(content) + len(part) > most:
+                        raise _too_large(most)
+                    self._bodies.charge(self, len(part))
+                    content += part
+        except TimeoutError:
+            if not self._given_up:
+                raise SlowBody(f"the body did not arrive within {self._config.receive_timeout_s:.0f} s") from None
+        except ClientDisconnect:
+            raise Cancelled("the client left before its request was complete") from None
+        finally:
+            self._scope = None
+        if self._given_up:
+            raise _spent()
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {most:,} bytes")
+
+
+def _spent() -> Overloaded:
+    return Overloaded("the bodies of other requests take all the memory that is set aside for them; try again soon")
