@@ -84,4 +84,3 @@ def _bodies_of(cluster: Cluster) -> Bodies:
     bodies = cluster.frontend.served._edge.bodies  # type: ignore[attr-defined]
     assert isinstance(bodies, Bodies)
     return bodies
-
