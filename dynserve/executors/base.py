@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -74,6 +75,14 @@ def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int 
         raise ContextTooLong(
             f"{length} tokens are over max_num_tokens={max_num_tokens}; "
             "set enable_chunked_prefill to take longer prompts"
+        )
+    highest = max(array("I", request.prompt))
+    if request.prior is not None:
+        highest = max([highest, *request.prior.token_ids])
+    if highest >= limits.vocab_size:
+        raise BadRequest(
+            f"token id {highest} is not one of this model's 0 to {limits.vocab_size - 1}; its tokenizer has more tokens "
+            "than the model"
         )
     if request.guide is not None and not limits.guides:
         raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")

@@ -37,9 +37,9 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "eos", "fetch", "hashes", "matcher",
-        "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed", "state", "ticket",
-        "tokens", "told", "transfer_s", "whole",
+        "adjustments", "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "ends", "fetch",
+        "hashes", "matcher", "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed",
+        "state", "ticket", "tokens", "told", "transfer_s", "whole",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
@@ -48,7 +48,9 @@ class Sequence:
         self.tokens = [*unpack_tokens(request.prompt), *prior]
         self.prompt_len = len(self.tokens) - len(prior)
         # a grammar ends with an end-of-turn token, whatever else is asked for
-        self.eos = frozenset() if request.stop.ignore_eos and request.guide is None else eos
+        own: frozenset[int] = frozenset() if request.stop.ignore_eos and request.guide is None else eos
+        # a set, since it is asked for every token
+        self.ends = own.union(request.stop.token_ids) if request.stop.token_ids else own
         self.seed = seed_for(request.cache_salt)
         packed = request.prompt + pack_tokens(prior) if prior else request.prompt
         self.hashes = extend([], packed, block_size, self.seed)
@@ -63,6 +65,7 @@ class Sequence:
         self.whole = bool(request.pool or request.sampling.prompt_logprobs) and request.prior is None
         # the driver's own
         self.memo: int | None = None
+        self.adjustments: Any = None
         self.matcher: Any = None
         self.pooled: Any = None
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -310,7 +313,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         stop, first = sequence.request.stop, not sequence.generated
-        ended = new.token_id in sequence.eos or new.token_id in stop.token_ids
+        ended = new.token_id in sequence.ends
         if new.error is not None:
             output = Output([], error=new.error)
         elif new.embedding:

@@ -15,6 +15,7 @@ from dynserve.wire.requests import Sampling, Stop
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
+MAX_STOP_IDS = 1024
 MAX_N = 128
 MAX_INT = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -73,7 +74,7 @@ class SamplingFields(Request):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
     stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Many[TokenId] | None = None
+    stop_token_ids: Annotated[Many[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None

@@ -40,6 +40,8 @@ class Preprocessor:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size: int = self.tokenizer.get_vocab_size()
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.highest_id: int = max(self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
         self.segments = Segments(self.tokenizer)
         self._around = _around(self.tokenizer)
         config = json.loads(files.get("tokenizer_config.json", b"{}"))

@@ -70,6 +70,7 @@ class Worker:
         self._file_digests = {name: digest(content) for name, content in files.items()}
         preprocessor = Preprocessor(files)
         self._parity = parity(preprocessor, executor.limits.block_size)
+        _warn_of_surplus_ids(preprocessor, executor.limits.vocab_size)
         self._vocabulary = Vocabulary(preprocessor.tokenizer)
         self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.template)
         self._answers: dict[tuple[str, int], Answer] = {}
@@ -328,6 +329,16 @@ class Worker:
             await asyncio.sleep(0.02)
         if self.busy:
             log.warning("%d requests did not finish within %.0f s", len(self._answers), self.config.drain_timeout_s)
+
+
+def _warn_of_surplus_ids(preprocessor: Preprocessor, vocab_size: int) -> None:
+    """Prompts with ids that the model has no row for are refused, one by one."""
+    highest = preprocessor.highest_id
+    if highest >= vocab_size:
+        log.warning(
+            "the tokenizer has ids up to %d, the model only 0 to %d: prompts with ids beyond are refused",
+            highest, vocab_size - 1,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ uniform number of a draw is a hash of the request's seed and the number of token
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Sequence as Seq
 
 import torch
@@ -56,7 +55,10 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
     if sequence.pooled is not None:
         return Sampled(0, embedding=embedding(sequence.pooled))
     sampling = sequence.request.sampling
-    logits = _penalised(raw.clone(), sequence)
+    logits = raw.clone()
+    if sequence.adjustments is None:
+        sequence.adjustments = Adjustments(sequence, len(raw), raw.device)
+    sequence.adjustments.apply(logits, sequence)
     if sequence.matcher is not None:
         try:
             sequence.matcher.mask(sequence.tokens, sequence.prompt_len, logits)
@@ -66,33 +68,51 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
     return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
 
 
-def _penalised(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Bias and penalties in place, and no end before `min_tokens`.
+class Adjustments:
+    """What one sequence's fields do to its logits: bias and penalties, and no end before `min_tokens`.
 
     Presence and frequency count what was generated, as OpenAI defines them; repetition (CTRL, arXiv 1909.05858) counts
-    the prompt as well.
+    the prompt as well. All of it is kept in tensors that follow the sequence, so that a token costs the same however long
+    the sequence is and however much its request asked for.
     """
-    sampling, stop = sequence.request.sampling, sequence.request.stop
-    vocab = logits.shape[0]
-    for token, bias in sampling.logit_bias.items():
-        if 0 <= token < vocab:
-            logits[token] += bias
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
-        )
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        counts = Counter(sequence.tokens[sequence.prompt_len :])
-        if counts:
-            ids = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-            logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    if sequence.generated < stop.min_tokens and sequence.matcher is None:  # where a grammar ends, the answer ends
-        ends = [token for token in (*sequence.eos, *stop.token_ids) if 0 <= token < vocab]
-        logits[ends] = float("-inf")
-    return logits
+
+    def __init__(self, sequence: Sequence, vocab: int, device: torch.device) -> None:
+        sampling, stop = sequence.request.sampling, sequence.request.stop
+        self._sampling, self._min_tokens = sampling, stop.min_tokens
+        biases = {token: bias for token, bias in sampling.logit_bias.items() if 0 <= token < vocab}
+        self._biased = torch.tensor(list(biases), dtype=torch.long, device=device)
+        self._bias = torch.tensor(list(biases.values()), dtype=torch.float32, device=device)
+        ends = [token for token in sequence.ends if 0 <= token < vocab]
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
+        counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._counts = torch.zeros(vocab, device=device) if counted else None
+        self._seen = torch.zeros(vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1.0 else None
+        self._noted = 0  # tokens of the sequence
+
+    def apply(self, logits: Tensor, sequence: Sequence) -> None:
+        """Changes the logits (`[vocab]`, float32) of the sequence's next token in place."""
+        sampling = self._sampling
+        if len(self._biased):
+            logits.index_add_(0, self._biased, self._bias)
+        if self._seen is not None or self._counts is not None:
+            self._note(sequence)
+        if self._seen is not None:
+            factor = sampling.repetition_penalty
+            penalised = torch.where(logits > 0, logits / factor, logits * factor)
+            torch.where(self._seen, penalised, logits, out=logits)
+        if self._counts is not None:
+            logits -= sampling.presence_penalty * (self._counts > 0) + sampling.frequency_penalty * self._counts
+        if sequence.generated < self._min_tokens and sequence.matcher is None:  # where a grammar ends, the answer ends
+            logits[self._ends] = float("-inf")
+
+    def _note(self, sequence: Sequence) -> None:
+        new = torch.tensor(sequence.tokens[self._noted :], dtype=torch.long)
+        if self._seen is not None:
+            self._seen[new] = True
+        if self._counts is not None:
+            generated = new[max(0, sequence.prompt_len - self._noted) :]
+            self._counts.index_add_(0, generated, torch.ones(len(generated)))
+        self._noted = len(sequence.tokens)
 
 
 def draw(logits: Tensor, sampling: Sampling, position: int) -> int:

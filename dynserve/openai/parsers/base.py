@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 
@@ -55,12 +55,12 @@ def json_text(value: Any) -> str:
     return text
 
 
-def held_back(text: str, strings: Iterable[str]) -> int:
+def held_back(text: str, strings: Collection[str]) -> int:
     """How many characters at the end of `text` may be the beginning of one of `strings`."""
-    longest = 0
-    for string in strings:
-        for length in range(min(len(string) - 1, len(text)), longest, -1):
-            if text.endswith(string[:length]):
-                longest = length
-                break
-    return longest
+    # the longest end first: as long as the text goes on like one of them, the first look finds it
+    for length in range(min(len(text), max(map(len, strings), default=0)), 0, -1):
+        end = text[-length:]
+        for string in strings:
+            if len(string) > length and string.startswith(end):
+                return length
+    return 0
