@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dynserve.errors import ConfigError
@@ -21,8 +21,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Spec(NamedTuple):
+    """`environment` is added to this process's own; what `ps` must not show belongs there."""
+
     name: str
     command: list[str]
+    environment: Mapping[str, str] = {}
 
 
 class Child:
@@ -32,6 +35,7 @@ class Child:
         self, spec: Spec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
     ) -> None:
         self.name, self._command, self.restarts = spec.name, spec.command, restart
+        self._environment = dict(spec.environment)
         self._died, self._width, self._tasks = died, width, tasks
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
@@ -76,8 +80,8 @@ class Child:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
-                preexec_fn=_die_with_parent,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                preexec_fn=die_with_parent,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
             )
         except OSError as error:
             raise ConfigError(f"cannot start {self.name}: {error}") from error
@@ -132,7 +136,7 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readexactly(error.consumed)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Runs in the child before exec: not even a kill -9 of the parent leaves a process behind (Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

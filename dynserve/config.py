@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -306,16 +308,26 @@ class UpConfig:
             raise ConfigError("no workers: give --prefill and --decode, or --aggregated")
 
 
+def redacted(url: str) -> str:
+    """The address, or several with commas, without user names and passwords: for logs, errors and reports."""
+    return _CREDENTIALS.sub(r"\1***@", url)
+
+
+_CREDENTIALS = re.compile(r"(//|^|,)[^/@,]*@")
+
+
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
     """Host and port of `http://host:port`, `nats://host:port` or `host:port`."""
-    parts = urlsplit(url if "//" in url else f"//{url}")
-    try:
+    host, port, netloc = "", None, ""
+    with suppress(ValueError):
+        parts = urlsplit(url if "//" in url else f"//{url}")
+        host, netloc = parts.hostname or "", parts.netloc
         port = parts.port
-    except ValueError:
-        port = None
-    if not parts.hostname or (port is None and parts.netloc.rsplit(":", 1)[-1] != parts.hostname):
-        raise ConfigError(f"{what} {url!r} is not an address; expected something like 127.0.0.1:{default_port}")
-    return parts.hostname, port or default_port
+    if not host or (port is None and netloc.rpartition("@")[2].strip("[]").lower() != host):
+        raise ConfigError(
+            f"{what} {redacted(url)!r} is not an address; expected something like 127.0.0.1:{default_port}"
+        )
+    return host, port or default_port
 
 
 Config = TypeVar("Config", FrontendConfig, WorkerConfig, UpConfig)

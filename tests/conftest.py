@@ -20,12 +20,19 @@ from typing import Any
 import httpx
 import pytest
 
+from dynserve import log_limit
 from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.wire.requests import GenerateRequest, Render, Sampling, Stop, pack_tokens
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 MODEL = TINY_MODEL.name
+
+
+@pytest.fixture(autouse=True)
+def _every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test has caused to be logged must not silence the next one."""
+    monkeypatch.setattr(log_limit, "EVERY", 0.0)
 
 
 class Process:

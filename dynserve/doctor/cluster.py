@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from dynserve.config import WorkerConfig, host_port, nearest
+from dynserve.config import WorkerConfig, host_port, nearest, redacted
 from dynserve.doctor.report import DoctorConfig, Finding
 from dynserve.errors import ConfigError, DynserveError
 from dynserve.executors.engine_args import engine_args
@@ -94,12 +94,12 @@ def nats(config: DoctorConfig) -> Iterator[Finding]:
         with socket.create_connection((host, port), TIMEOUT) as sock:
             greeting = sock.recv(4096)
     except OSError as error:
-        yield _unreachable("NATS", config.nats_url, error, "NATS_URL")
+        yield _unreachable("NATS", redacted(config.nats_url), error, "NATS_URL")
         return
     if greeting.startswith(b"INFO "):
-        yield Finding("NATS", "ok", config.nats_url)
+        yield Finding("NATS", "ok", redacted(config.nats_url))
     else:
-        yield Finding("NATS", "fail", f"{config.nats_url} is not a NATS server", "look at the port")
+        yield Finding("NATS", "fail", f"{redacted(config.nats_url)} is not a NATS server", "look at the port")
 
 
 def etcd(config: DoctorConfig) -> Iterator[Finding]:
@@ -109,15 +109,15 @@ def etcd(config: DoctorConfig) -> Iterator[Finding]:
         with opener.open(f"http://{host}:{port}/version", timeout=TIMEOUT) as answer:
             told = answer.read(4096)
     except OSError as error:
-        yield _unreachable("etcd", config.etcd_url, error, "ETCD_URL")
+        yield _unreachable("etcd", redacted(config.etcd_url), error, "ETCD_URL")
         return
     except (ValueError, EOFError) as error:
-        yield Finding("etcd", "fail", f"{config.etcd_url} does not speak HTTP: {error}", "look at the port")
+        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} does not speak HTTP: {error}", "look at the port")
         return
     if b"etcdserver" in told:
-        yield Finding("etcd", "ok", config.etcd_url)
+        yield Finding("etcd", "ok", redacted(config.etcd_url))
     else:
-        yield Finding("etcd", "fail", f"{config.etcd_url} is not an etcd", "look at the port")
+        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} is not an etcd", "look at the port")
 
 
 def ports(config: DoctorConfig) -> Iterator[Finding]:

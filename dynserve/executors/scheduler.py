@@ -127,7 +127,8 @@ class Scheduler:
     @property
     def begun_tokens(self) -> int:
         """Computed already, of prompts that are not done."""
-        return sum(s.computed - s.cached_tokens for s in self.running if not s.generated)
+        # after a preemption less may be cached than before
+        return sum(max(0, s.computed - s.cached_tokens) for s in self.running if not s.generated)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)

@@ -25,15 +25,20 @@ import msgspec
 
 from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
 from dynserve.executors.handoff import HandoffTable
+from dynserve.log_limit import LimitedLog
 from dynserve.tasks import OwnedTasks, task_group
 from dynserve.wire import MALFORMED
+from dynserve.wire.numbers import BlockHash, Count
 from dynserve.wire.requests import Handoff
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 CONNECT_TIMEOUT = 2.0  # seconds
 IDLE_CONNECTIONS = 4  # kept open per peer
 IDLE_TIMEOUT = 300.0  # seconds a server keeps a connection without a fetch
+FIRST_FETCH_TIMEOUT = 10.0  # seconds that it keeps one that has not fetched anything yet
+MAX_STRANGERS = 256  # connections that have not fetched anything; with more, the oldest is closed
+ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 MAX_MESSAGE = 1 << 16  # bytes
 CONFIRM = b"\x06"
 
@@ -78,12 +83,12 @@ class _State(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Fetch(msgspec.Struct, frozen=True, array_like=True):
-    id: int
+    id: BlockHash
     request_id: str
-    sequence_hash: int
+    sequence_hash: BlockHash
     layout: str
-    skip: int
-    count: int
+    skip: Count
+    count: Count
 
 
 class _Reply(msgspec.Struct, frozen=True, array_like=True):
@@ -139,6 +144,7 @@ class TcpTransceiver:
         host, port = listener.getsockname()[:2]
         self._state = _encode(_State(f"{host}:{port}", store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
+        self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
 
     def state(self) -> bytes:
         return self._state
@@ -167,9 +173,22 @@ class TcpTransceiver:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(self._listener)
+            try:
+                sock, _ = await loop.sock_accept(self._listener)
+            except OSError as error:  # of file descriptors, say, there will be some again
+                log.warning("accept", "port", "no KV transfer can be accepted at the moment: %s", error)
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._tasks.create_task(self._serve_one(sock))
+            task = self._tasks.create_task(self._serve_one(sock))
+            self._strangers[task] = None
+            task.add_done_callback(self._known)
+            if len(self._strangers) > MAX_STRANGERS:
+                next(iter(self._strangers)).cancel()
+
+    def _known(self, task: asyncio.Task[None]) -> None:
+        """It is no stranger any more, or it has ended."""
+        self._strangers.pop(task, None)
 
     def close(self) -> None:
         for sockets in self._idle.values():
@@ -203,23 +222,26 @@ class TcpTransceiver:
     async def _serve_one(self, sock: socket.socket) -> None:
         """Answers fetches on one connection until the peer leaves; a broken peer costs its connection only."""
         with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
+            task = asyncio.current_task()
             while True:
-                async with asyncio.timeout(IDLE_TIMEOUT):
+                async with asyncio.timeout(FIRST_FETCH_TIMEOUT if task in self._strangers else IDLE_TIMEOUT):
                     fetch = _decode_fetch(await _receive_message(sock))
                 await self._answer(sock, fetch)
 
     async def _answer(self, sock: socket.socket, fetch: _Fetch) -> None:
         try:
-            if fetch.layout != self._store.layout:
-                raise HandoffMismatch(f"KV layouts differ: prefill has {self._store.layout}, decode has {fetch.layout}")
             stop = partial(sock.shutdown, socket.SHUT_RDWR)
             with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
-                if fetch.skip < 0 or fetch.skip + fetch.count != len(blocks):
+                if (task := asyncio.current_task()) is not None:
+                    self._known(task)  # it knows the hand-off's names
+                if fetch.layout != self._store.layout:
+                    raise HandoffMismatch("the KV layouts of the two workers differ")
+                if fetch.skip + fetch.count != len(blocks):
                     raise HandoffMismatch(f"{fetch.skip}+{fetch.count} blocks wanted of a hand-off of {len(blocks)}")
                 await self._send_blocks(sock, blocks[fetch.skip :])
                 delivered()
         except HandoffError as error:
-            log.warning("refused a KV transfer: %s", error)
+            log.warning("refused", error.code, "refused a KV transfer: %s", error)
             await _send_message(sock, _Reply(error.code, str(error)))
 
     async def _send_blocks(self, sock: socket.socket, blocks: list[int]) -> None:

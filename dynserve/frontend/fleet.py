@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from dynserve.errors import Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
 from dynserve.frontend.reply import Reply, pass_on
+from dynserve.log_limit import LimitedLog
 from dynserve.openai.parity import difference, parity
 from dynserve.openai.prompt import Preprocessor
 from dynserve.routing.router import Router, Target
@@ -40,6 +41,7 @@ from dynserve.wire.link import (
 from dynserve.wire.requests import Accepted, Ack
 
 log = logging.getLogger(__name__)
+limited = LimitedLog(log)
 
 _HANDING_OVER = ("prefill", "decode")
 
@@ -206,7 +208,7 @@ class Fleet:
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
         if peer is None:
-            log.warning("a link that no worker was known by ended: %s", reason)
+            limited.warning("stranger", "link", "a link that no worker was known by ended: %r", reason[:200])
             return
         if peer.link is not link:
             return
@@ -250,10 +252,10 @@ class Fleet:
             link.abort("did not say hello")
             return
         if hello.frontend_id != self._id:  # it knows an earlier process that listened on this port
-            link.abort(f"looked for {hello.frontend_id}, found {self._id}")
+            link.abort(f"looked for {hello.frontend_id[:100]}, found {self._id}")
             return
         if hello.version != VERSION:  # told apart here, and not by what its messages happen to mean
-            link.abort(f"{hello.instance_id} speaks version {hello.version} of the link, this frontend {VERSION}")
+            link.abort(f"{hello.instance_id[:100]} speaks version {hello.version} of the link, this frontend {VERSION}")
             return
         known = self.peers.get(hello.instance_id)
         if known is not None and (old := known.link) is not None:

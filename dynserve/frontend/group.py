@@ -36,7 +36,8 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> 
 
         async with task_group() as tasks:
             port = held.getsockname()[1]
-            specs = [Spec(f"frontend-{n + 1}", _command(config, argv, port, n)) for n in range(config.workers)]
+            planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
+            specs = [Spec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)]
             width = max(len(spec.name) for spec in specs)
             children = [Child(spec, restart=True, died=died, width=width, tasks=tasks) for spec in specs]
             try:
@@ -60,10 +61,21 @@ def _hold(config: FrontendConfig) -> socket.socket:
 
 
 def _command(config: FrontendConfig, argv: Sequence[str], port: int, number: int) -> list[str]:
-    """The last of two equal flags counts."""
+    """The last of two equal flags counts. Addresses of planes may have passwords in them: they go by the environment."""
     own = {"workers": 1, "reuse-port": "true", "http-port": port}
     for name, first in (("link-port", config.link_port), ("system-port", config.system_port)):
         if first:
             own[name] = first + number
     flags = [f"--{name}={value}" for name, value in own.items()]
-    return [sys.executable, "-m", "dynserve.frontend", *argv, *flags]
+    return [sys.executable, "-m", "dynserve.frontend", *_without_planes(argv), *flags]
+
+
+def _without_planes(argv: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--nats-url", "--etcd-url"):
+            next(words, None)
+        elif not word.startswith(("--nats-url=", "--etcd-url=")):
+            kept.append(word)
+    return kept

@@ -297,7 +297,7 @@ class Run:
             sampling=prompt.sampling,
             stop=prompt.stop,
             render=prompt.render,
-            timeout_s=self.deadline - self._clock(),
+            timeout_s=max(0.0, self.deadline - self._clock()),
             cache_salt=prompt.cache_salt,
             adapter=self._adapter,
             priority=prompt.priority,

@@ -20,11 +20,13 @@ from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError
 from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
 from dynserve.frontend.reply import Record, Write
+from dynserve.log_limit import LimitedLog
 from dynserve.openai.sse import event
 from dynserve.tasks import Limit
 from dynserve.wire.link import Finished
 
 log = logging.getLogger(__name__)
+limited = LimitedLog(log)
 
 LAST_WORD = 1.0  # seconds that an error event may take to be sent
 
@@ -136,7 +138,7 @@ class TokenResponse(Response):
 
     async def _failed(self, error: DynserveError, send: Send) -> None:
         if not isinstance(error, CallerError):
-            log.warning("request %s failed: %s", self._prompt.id, error)
+            limited.warning("failed", error.code, "request %s failed: %s", self._prompt.id, error)
         body = msgspec.json.encode(error_object(error, anthropic=self._prompt.render.kind == "message"))
         try:
             async with asyncio.timeout(LAST_WORD):

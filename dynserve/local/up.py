@@ -1,7 +1,8 @@
 """`dynserve up`: a whole cluster on this machine, and its supervisor.
 
 Everything starts at once: each process waits by itself for what it needs. What `up` does can be done by hand: it runs
-`python -m dynserve.frontend` and `python -m dynserve.worker` with the flags that `ps` shows.
+`python -m dynserve.frontend` and `python -m dynserve.worker` with the flags that `ps` shows,
+and with NATS_URL and ETCD_URL.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from dynserve.child import Child, Spec, misconfigured
-from dynserve.config import UpConfig, WorkerConfig, exit_with, load
+from dynserve.config import UpConfig, WorkerConfig, exit_with, load, redacted
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.access import check_keys
@@ -84,9 +85,8 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
         servers.append(Spec("nats", nats_command(nats_port)))
     etcd_url = config.etcd_url or f"http://127.0.0.1:{etcd_port}"
     nats_url = config.nats_url or f"nats://127.0.0.1:{nats_port}"
-    common = [
-        "--nats-url", nats_url, "--etcd-url", etcd_url, "--namespace", config.namespace, "--log-level", config.log_level,
-    ]  # fmt: skip
+    common = ["--namespace", config.namespace, "--log-level", config.log_level]
+    planes = {"NATS_URL": nats_url, "ETCD_URL": etcd_url}  # which may have passwords in them
     frontend = [
         sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
         "--http-port", str(config.http_port), "--router-mode", config.router_mode,
@@ -96,7 +96,7 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
     worker += ["--executor", config.executor]
     worker += _handed_on(config, "served_model_name", "extra_engine_args", "override_engine_args")
     workers = [
-        Spec(f"{name}-{i + 1}", [*worker, "--disaggregation-mode", role])
+        Spec(f"{name}-{i + 1}", [*worker, "--disaggregation-mode", role], planes)
         for name, role, number in (
             ("prefill", "prefill", config.prefill),
             ("decode", "decode", config.decode),
@@ -104,7 +104,7 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
         )
         for i in range(number)
     ]
-    return Plan(servers, Spec("frontend", frontend), workers, etcd_url, nats_url)
+    return Plan(servers, Spec("frontend", frontend, planes), workers, etcd_url, nats_url)
 
 
 def _handed_on(config: UpConfig, *names: str) -> list[str]:
@@ -149,7 +149,7 @@ class _Cluster:
         took = time.monotonic() - self._began
         print(f"\nready after {took:.1f} s\n\n  {'process':<14} {'pid':>8}  {'role':<19} address")
         for child in self._servers:
-            url = self._plan.etcd_url if child.name == "etcd" else self._plan.nats_url
+            url = redacted(self._plan.etcd_url if child.name == "etcd" else self._plan.nats_url)
             print(f"  {child.name:<14} {child.pid or 0:>8}  {'server':<19} {url}")
         print(f"  {'frontend':<14} {self._frontend.pid or 0:>8}  {'frontend':<19} {self._url}")
         by_pid = {instance["pid"]: instance for instance in self._instances}

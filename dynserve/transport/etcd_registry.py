@@ -16,12 +16,14 @@ from typing import Any
 import aetcd
 from aetcd.rtypes import EventKind
 
-from dynserve.config import host_port
+from dynserve.config import host_port, redacted
 from dynserve.errors import Unavailable, translate
+from dynserve.log_limit import LimitedLog
 from dynserve.tasks import Backoff, running, within
 from dynserve.transport.base import Change, Deleted, Put, Registration
 
 log = logging.getLogger(__name__)
+limited = LimitedLog(log)
 
 TTL = 10  # seconds
 GRACE = TTL + 2  # seconds
@@ -45,7 +47,7 @@ class EtcdRegistry:
     """One etcd server (or the one address of a cluster)."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = redacted(url)
         self._host, self._port = host_port(url, "ETCD_URL", 2379)
 
     @asynccontextmanager
@@ -118,7 +120,7 @@ class _Watch:
         async with self._registry.client() as client:
             with translate(_ERRORS, "etcd"):
                 found = await client.get_prefix(self._prefix.encode())
-                self._reconcile({kv.key.decode(): kv.value for kv in found.kvs})
+                self._reconcile({_name(kv.key): kv.value for kv in found.kvs})
                 self._outage.over()
                 watch = await client.watch_prefix(self._prefix.encode(), start_revision=found.header.revision + 1)
                 events = aiter(watch)
@@ -128,7 +130,7 @@ class _Watch:
                             event = await anext(events)
                     except (TimeoutError, StopAsyncIteration):
                         return  # silence, or something is due: read afresh
-                    key = event.kv.key.decode()
+                    key = _name(event.kv.key)
                     if event.kind == EventKind.PUT:
                         self._put(key, event.kv.value)
                     else:
@@ -150,12 +152,23 @@ class _Watch:
         self._doubtful.pop(key, None)
         if self._known.get(key) != value:
             self._known[key] = value
-            self._on_change(Put(key, value))
+            self._tell(Put(key, value))
 
     def _delete(self, key: str) -> None:
         self._doubtful.pop(key, None)
         if self._known.pop(key, None) is not None:
-            self._on_change(Deleted(key))
+            self._tell(Deleted(key))
+
+    def _tell(self, change: Change) -> None:
+        try:
+            self._on_change(change)
+        except Exception:  # an entry is anybody's who can write to etcd: it must not end those who read it
+            limited.exception("entry", change.key, "an entry in discovery cannot be handled: %r", change.key[:200])
+
+
+def _name(key: bytes) -> str:
+    """Keys that are not UTF-8 are not ours, and have a name all the same."""
+    return key.decode("utf-8", "backslashreplace")
 
 
 class _Outage:

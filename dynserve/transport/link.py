@@ -2,8 +2,10 @@
 
     frame   = u32 little-endian length, then a msgpack array of messages (wire/link.py)
 
-A peer that says nothing for `SILENCE` seconds is gone. A peer that reads so slowly that `MAX_UNSENT` bytes wait is cut:
-one stuck process must not hold another's memory.
+A worker that says nothing for `SILENCE` seconds is gone. A frontend may be silent for longer: it has one event loop for
+all its clients, and a worker that cuts its link ends every answer that goes over it. That its machine is still there is
+known from TCP. A peer that reads so slowly that `MAX_UNSENT` bytes wait is cut: one stuck process must not hold another's
+memory. Until a worker has said hello it is a stranger, and may send `MAX_HELLO` bytes.
 """
 
 from __future__ import annotations
@@ -18,18 +20,25 @@ from typing import Any, cast
 
 from dynserve.config import host_port
 from dynserve.errors import ConfigError, Unavailable, translate
+from dynserve.log_limit import LimitedLog
 from dynserve.transport.base import Link, LinkHandler
 from dynserve.wire import MALFORMED
 from dynserve.wire import link as wire
 from dynserve.wire.link import FromFrontend, FromWorker
 
 HEARTBEAT = 0.5  # seconds between pings, and between looks at how long the peer has been silent
-SILENCE = 3.0  # seconds without a byte after which the peer is gone
+SILENCE = 3.0  # seconds without a byte after which a worker is gone
+FRONTEND_SILENCE = (
+    30.0  # seconds without a byte, or with bytes that TCP does not acknowledge, after which a frontend is
+)
+MAX_HELLO = 64 << 10  # bytes of the first frame, which says who it is
+HELLO_TIMEOUT = 3.0  # seconds that it may take
+MAX_STRANGERS = 256  # connections that have not said hello; with more, the oldest is cut
 MAX_FRAME = 64 << 20  # bytes; a longer frame is a broken or hostile peer
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
 
-log = logging.getLogger(__name__)
+log = LimitedLog(logging.getLogger(__name__))
 
 _length = struct.Struct("<I")
 
@@ -43,6 +52,7 @@ class Framed:
     def __init__(self, *, worker_side: bool) -> None:
         self._decode = wire.decode_from_frontend if worker_side else wire.decode_from_worker
         self._ping: FromWorker | FromFrontend = wire.WorkerPing() if worker_side else wire.FrontendPing()
+        self._silence = FRONTEND_SILENCE if worker_side else SILENCE
         self._loop = asyncio.get_running_loop()
         self._outbox: list[Any] = []
         self._handler: LinkHandler | None = None
@@ -114,7 +124,7 @@ class Framed:
             try:
                 self._handler.received(cast(Link, self), messages)
             except Exception:  # one peer's messages must not take the process along, whatever is in them
-                log.exception("a link is cut: its messages cannot be handled")
+                log.exception("link", "handled", "a link is cut: its messages cannot be handled")
                 self.abort("sent messages that cannot be handled")
 
     def ended(self, reason: str) -> None:
@@ -142,7 +152,7 @@ class Framed:
         now = self._loop.time()
         # When this very process was stalled, the peer's bytes may lie unread in the socket: judge at the next beat.
         stalled = now - self._due > HEARTBEAT
-        if not stalled and now - self._heard > SILENCE:
+        if not stalled and now - self._heard > self._silence:
             self.abort(f"silent for {now - self._heard:.1f} s")
             return
         self.send(self._ping)
@@ -150,11 +160,20 @@ class Framed:
 
 
 class TcpLink(Framed, asyncio.Protocol):
-    """One TCP connection as a link."""
+    """One TCP connection as a link. `accept` and `settled` are given on the side that listens: the first makes the handler
+    of a new connection, the second is called once the peer is no stranger any more, or is gone."""
 
-    def __init__(self, *, worker_side: bool, accept: Callable[[Link], LinkHandler] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        worker_side: bool,
+        accept: Callable[[Link], LinkHandler] | None = None,
+        settled: Callable[[TcpLink], None] | None = None,
+    ) -> None:
         super().__init__(worker_side=worker_side)
-        self._accept = accept
+        self._accept, self._settled = accept, settled
+        self._stranger = accept is not None
+        self._greeting: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._rest = bytearray()  # the beginning of a frame
         self._need = 4  # bytes of it, to go on
@@ -173,9 +192,9 @@ class TcpLink(Framed, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         if (sock := transport.get_extra_info("socket")) is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _watch_peer(sock)
         if self._accept is not None:
+            self._greeting = self._loop.call_later(HELLO_TIMEOUT, self.abort, "did not say hello in time")
             self.start(self._accept(cast(Link, self)))
 
     def data_received(self, data: bytes) -> None:
@@ -188,24 +207,49 @@ class TcpLink(Framed, asyncio.Protocol):
         view, at, end = memoryview(data), 0, len(data)
         self._need, size = 4, 0
         frames: list[bytes | memoryview] = []
+        most = MAX_HELLO if self._stranger else MAX_FRAME
         while end - at >= 4:
             (size,) = _length.unpack_from(view, at)
-            if size > MAX_FRAME:
+            if size > most:
                 break
             if end - at - 4 < size:
                 self._need = 4 + size
                 break
             frames.append(view[at + 4 : at + 4 + size])
             at += 4 + size
+            if self._stranger:  # what it may send next depends on what it says now
+                self.feed([frames.pop()])
+                if self._closed:
+                    return
+                self._greeted()
+                most = MAX_FRAME
         if frames:
             self.feed(frames)
-        if size > MAX_FRAME:
-            self.abort(f"sent a frame of {size} bytes; the most is {MAX_FRAME}")
+        if size > most:
+            self.abort(f"sent a frame of {size} bytes; the most is {most}")
         elif at < end and not self._closed:
             self._rest += view[at:]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._rest = bytearray()
         self.ended(str(exc) if exc else "closed by the peer")
+        self._greeted()
+
+    def _greeted(self) -> None:
+        self._stranger = False
+        if self._greeting is not None:
+            self._greeting.cancel()
+            self._greeting = None
+        if self._settled is not None:
+            self._settled(self)
+
+
+def _watch_peer(sock: socket.socket) -> None:
+    """Lets the kernel find out that the peer's machine is gone; that of a peer which is only busy goes on answering."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if (number := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:  # Linux
+        sock.setsockopt(socket.IPPROTO_TCP, number, int(FRONTEND_SILENCE * 1000))
 
 
 class TcpLinks:
@@ -215,10 +259,21 @@ class TcpLinks:
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
         links: set[TcpLink] = set()
+        strangers: dict[TcpLink, None] = {}  # oldest first
+
+        def settled(link: TcpLink) -> None:
+            strangers.pop(link, None)
+            if link.closed:
+                links.discard(link)
 
         def connected() -> TcpLink:
-            link = TcpLink(worker_side=False, accept=accept)
+            link = TcpLink(worker_side=False, accept=accept, settled=settled)
             links.add(link)
+            strangers[link] = None
+            if len(strangers) > MAX_STRANGERS:
+                oldest = next(iter(strangers))
+                del strangers[oldest]
+                oldest.abort("too many connections have not said hello")
             return link
 
         with translate({OSError: ConfigError}, f"cannot listen for links on {host}:{port}"):
@@ -228,11 +283,12 @@ class TcpLinks:
             yield f"{bound[0]}:{bound[1]}"
         finally:
             server.close()
-            for link in links:
+            for link in list(links):
                 link.close()
 
     async def dial(self, address: str, handler: LinkHandler) -> Link:
-        host, port = host_port(address, "link address", 7000)
+        with translate({ConfigError: Unavailable}, "an entry in discovery"):
+            host, port = host_port(address, "link address", 7000)
         loop = asyncio.get_running_loop()
         with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"cannot reach the frontend at {address}"):
             async with asyncio.timeout(DIAL_TIMEOUT):

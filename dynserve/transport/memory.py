@@ -156,6 +156,7 @@ class MemoryLinks:
         links: list[Link] = []
 
         def accepted(link: Link) -> LinkHandler:
+            links[:] = [known for known in links if not known.closed]
             links.append(link)
             return accept(link)
 

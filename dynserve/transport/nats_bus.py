@@ -12,7 +12,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from dynserve.config import host_port
+from dynserve.config import host_port, redacted
 from dynserve.errors import ClusterError, DynserveError, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
 from dynserve.transport.base import Callback, Handler, Mailbox, OnReply
@@ -123,18 +123,19 @@ class _NatsMailbox:
 async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
     """Connects, however long it takes for a server to be there, and closes with the block."""
     said_down = False
+    shown = redacted(url)
 
     async def disconnected() -> None:
         nonlocal said_down
         if not client.is_closed:
             said_down = True
-            log.warning("NATS at %s is gone; requests take the links until it is back", url)
+            log.warning("NATS at %s is gone; requests take the links until it is back", shown)
 
     async def reconnected() -> None:
         nonlocal said_down
         if said_down:
             said_down = False
-            log.warning("NATS at %s is back", url)
+            log.warning("NATS at %s is back", shown)
 
     async def quiet(error: Exception) -> None:
         log.debug("nats: %s", error)
@@ -144,7 +145,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
     async def connect() -> None:
         nonlocal client
         client = Client()  # one that has failed half-way is not used again
-        with translate(_ERRORS, f"NATS at {url}"):
+        with translate(_ERRORS, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT + 1):
                 await client.connect(
                     url,
@@ -162,14 +163,14 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
     async def first_connect() -> None:
         # the client's own loop would try for ever without a word, so the first connection is probed before
         host, port = host_port(url, "NATS_URL", 4222)
-        with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"NATS at {url}"):
+        with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 _, writer = await asyncio.open_connection(host, port)
                 writer.close()
         await connect()
 
     # a server that has just started may accept and not answer yet: that is a time-out
-    await persist(first_connect, retry_on=ClusterError, waiting_for=f"NATS at {url}")
+    await persist(first_connect, retry_on=ClusterError, waiting_for=f"NATS at {shown}")
     try:
         yield NatsBus(client)
     finally:

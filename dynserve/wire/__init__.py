@@ -6,7 +6,9 @@ from typing import TypeVar
 
 import msgspec
 
-log = logging.getLogger(__name__)
+from dynserve.log_limit import LimitedLog
+
+log = LimitedLog(logging.getLogger(__name__))
 T = TypeVar("T")
 
 # What a decoder raises for bytes that are no message: msgspec leaves text that is no UTF-8 to Python's own error.
@@ -18,5 +20,5 @@ def decoded(decode: Callable[[bytes], T], payload: bytes, what: str) -> T | None
     try:
         return decode(payload)
     except MALFORMED as error:
-        log.warning("ignoring %s that cannot be read: %s", what, error)
+        log.warning("malformed", what, "ignoring %s that cannot be read: %r", what, str(error)[:200])
         return None

@@ -11,17 +11,19 @@ from typing import Literal
 import msgspec
 
 from dynserve.wire import decoded
+from dynserve.wire import log as limited
+from dynserve.wire.numbers import Count, Size, TokenId
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
     """A model as one worker serves it: everything that a frontend needs and cannot guess."""
 
     model: str
-    block_size: int
-    max_seq_len: int
-    num_blocks: int
-    max_batch_size: int
-    eos_token_ids: list[int]
+    block_size: Size
+    max_seq_len: Size
+    num_blocks: Count
+    max_batch_size: Size
+    eos_token_ids: list[TokenId]
     files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
     kv_events: bool = True  # it tells what its cache holds
     parity: dict[str, str] = {}  # how it understands text: stage -> digest (openai/parity.py)
@@ -29,7 +31,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = ""  # how it marks its thoughts
     guides: bool = False  # its answers can be made to follow a grammar
     pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
-    embedding_size: int = 0
+    embedding_size: Count = 0
     adapters: list[str] = []  # LoRA adapters: models by these names
     pairing: dict[str, str] = {}  # what prefill and decode workers must have in common to hand over KV caches
 
@@ -41,9 +43,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     id: str
     role: str  # prefill_and_decode, prefill, decode
-    epoch: int
+    epoch: Count
     host: str
-    pid: int
+    pid: Count
     system_url: str
     card: Card
 
@@ -51,7 +53,7 @@ class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
 class FrontendInstance(msgspec.Struct, frozen=True, kw_only=True, tag="frontend"):
     id: str
     host: str
-    pid: int
+    pid: Count
     link_address: str  # host:port that workers dial
     http_url: str
 
@@ -73,8 +75,16 @@ def unlike(theirs: Mapping[str, str], ours: Mapping[str, str], they: str, we: st
 
 
 def parse(key: str, value: bytes) -> Instance | None:
-    """None, with a warning, for what no version of ours has written."""
-    return decoded(decode, value, f"{key} in discovery")
+    """None, with a warning, for what no version of ours has written, and for an entry under another one's key."""
+    instance = decoded(decode, value, f"{key[:200]!r} in discovery")
+    if instance is not None and not key.endswith(f"/{_role(instance)}/{instance.id}"):
+        limited.warning("misplaced", key, "ignoring %r in discovery: its value names %r", key[:200], instance.id[:100])
+        return None
+    return instance
+
+
+def _role(instance: Instance) -> str:
+    return instance.role if isinstance(instance, WorkerInstance) else FRONTEND
 
 
 def prefix(namespace: str) -> str:
@@ -87,5 +97,4 @@ def frontends(namespace: str) -> str:
 
 
 def key(namespace: str, instance: Instance) -> str:
-    role = instance.role if isinstance(instance, WorkerInstance) else FRONTEND
-    return f"{prefix(namespace)}{role}/{instance.id}"
+    return f"{prefix(namespace)}{_role(instance)}/{instance.id}"

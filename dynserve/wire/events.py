@@ -5,7 +5,11 @@ Messages may be lost: KV events have ids that make it noticeable, the others are
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+from dynserve.wire.numbers import BlockHash, Count
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
@@ -14,14 +18,14 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
     Hashes are the rolling ones (each names its whole prefix); `parent` is None for a chain that begins a prompt.
     """
 
-    parent: int | None
-    hashes: list[int]
+    parent: BlockHash | None
+    hashes: list[BlockHash]
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     """Blocks that are gone, children before their parents: no block is ever there without all before it."""
 
-    hashes: list[int]
+    hashes: list[BlockHash]
 
 
 class Cleared(msgspec.Struct, frozen=True, array_like=True, tag="c"):
@@ -35,20 +39,20 @@ class KvEvents(msgspec.Struct, frozen=True, array_like=True):
     """A batch. `events[i]` has the id `first_id + i`; ids of one epoch are consecutive."""
 
     instance_id: str
-    epoch: int
-    first_id: int
+    epoch: Count
+    first_id: Count
     events: list[KvEvent]
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
     """A worker's own word on how busy it is."""
 
-    running: int = 0
-    waiting: int = 0
-    free_blocks: int = 0
-    total_blocks: int = 0
-    open_handoffs: int = 0
-    begun_tokens: int = 0  # computed already, of prompts that are not done; those found in the cache are not counted
+    running: Count = 0
+    waiting: Count = 0
+    free_blocks: Count = 0
+    total_blocks: Count = 0
+    open_handoffs: Count = 0
+    begun_tokens: Count = 0  # computed already, of prompts that are not done; those found in the cache are not counted
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
@@ -56,17 +60,17 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
 
     instance_id: str
     load: Load
-    epoch: int = 0
-    event_id: int = 0
+    epoch: Count = 0
+    event_id: Annotated[int, msgspec.Meta(ge=-1)] = 0
 
 
 class Share(msgspec.Struct, frozen=True, array_like=True):
     """What one frontend has placed on one worker and not seen ended."""
 
     worker: str
-    prefill_tokens: int
-    decode_tokens: int
-    requests: int
+    prefill_tokens: Count
+    decode_tokens: Count
+    requests: Count
 
 
 class Shares(msgspec.Struct, frozen=True, array_like=True):

@@ -7,8 +7,11 @@ of an engine step; `Tokens` has what does not fit into its columns.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from dynserve.wire.numbers import BlockHash, Count, Seconds, TokenId
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
 VERSION = 2  # of what follows; a field at a struct's end does not change it
@@ -17,13 +20,13 @@ VERSION = 2  # of what follows; a field at a struct's end does not change it
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Token counts of a whole answer, over all phases, and what this phase cost (seconds)."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    queue_s: float = 0.0
-    transfer_s: float = 0.0
-    prefill_s: float = 0.0  # from leaving the queue to the first token
-    reasoning_tokens: int = 0  # those of the completion that were a thought
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Count
+    queue_s: Seconds = 0.0
+    transfer_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0  # from leaving the queue to the first token
+    reasoning_tokens: Count = 0  # those of the completion that were a thought
 
 
 # worker to frontend
@@ -33,17 +36,17 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """First message of a worker. `epoch` changes with every start of the process; `frontend_id` is whom it looks for."""
 
     instance_id: str
-    epoch: int
+    epoch: Count
     frontend_id: str = ""
-    version: int = VERSION
+    version: Count = VERSION
 
 
 class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
     """New tokens of one stream and the bytes that the client reads for them (maybe none: an unfinished character)."""
 
-    stream: int
+    stream: Count
     data: bytes
-    token_ids: list[int]
+    token_ids: list[TokenId]
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -51,17 +54,17 @@ class Step(msgspec.Struct, array_like=True, tag=9, gc=False):
     """What an engine step mostly is: one token each of many streams, in three columns of one length. `data` is what the
     client reads for it, as in `Tokens`."""
 
-    streams: list[int]
-    token_ids: list[int]
+    streams: list[Count]
+    token_ids: list[TokenId]
     data: list[bytes]
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The stream's last message: last tokens, last bytes. With a hand-off the answer goes on at a decode worker."""
 
-    stream: int
+    stream: Count
     data: bytes
-    token_ids: list[int]
+    token_ids: list[TokenId]
     reason: str
     usage: Usage
     handoff: Handoff | None = None
@@ -69,7 +72,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    stream: int
+    stream: Count
     code: str
     message: str
     param: str | None = None  # the field that is at fault
@@ -78,7 +81,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
 class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """Acknowledges a request, whichever road it came by."""
 
-    stream: int
+    stream: Count
     ack: Ack
 
 
@@ -86,11 +89,11 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """A part of the worker's prefix index, valid once `last` is seen; events after `event_id` apply on top. `request` is
     that of the `SnapshotRequest` it answers."""
 
-    epoch: int
-    event_id: int
-    hashes: list[int]
+    epoch: Count
+    event_id: Annotated[int, msgspec.Meta(ge=-1)]
+    hashes: list[BlockHash]
     last: bool
-    request: int = 0
+    request: Count = 0
 
 
 class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -100,7 +103,7 @@ class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
 class Left(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """A decode stream begins without the hand-off that it was given: whoever left that one still holds its blocks."""
 
-    stream: int
+    stream: Count
 
 
 # frontend to worker
@@ -116,7 +119,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """Stop the stream, and give up a hand-off that it left behind. No answer follows."""
 
-    stream: int
+    stream: Count
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
@@ -126,13 +129,13 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
 
 
 class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
-    request: int = 0
+    request: Count = 0
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, tag=26):
     """The hand-off that the stream left has done its work: its decode worker has answered. No answer follows."""
 
-    stream: int
+    stream: Count
 
 
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):

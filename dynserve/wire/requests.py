@@ -10,22 +10,34 @@ from typing import Literal
 
 import msgspec
 
+from dynserve.wire.numbers import (
+    BlockHash,
+    Count,
+    Factor,
+    Logprob,
+    Seconds,
+    Share,
+    Shift,
+    Temperature,
+    TokenId,
+)
+
 Phase = Literal["aggregated", "prefill", "decode"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. `temperature` 0 is greedy; `seed` is always set, so any worker draws the same."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    seed: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    logprobs: int | None = None  # None: none; 0: of the sampled token; k: of the k likeliest as well
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count = 0  # 0: all
+    min_p: Share = 0.0
+    seed: Count = 0
+    presence_penalty: Shift = 0.0
+    frequency_penalty: Shift = 0.0
+    repetition_penalty: Factor = 1.0
+    logit_bias: dict[TokenId, Shift] = {}
+    logprobs: Count | None = None  # None: none; 0: of the sampled token; k: of the k likeliest as well
     prompt_logprobs: bool = False  # and of the prompt's tokens: they come in front of those of the first token
 
     @property
@@ -37,10 +49,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When the answer ends."""
 
-    max_tokens: int
-    min_tokens: int = 0
+    max_tokens: Count
+    min_tokens: Count = 0
     strings: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     include_string: bool = False
 
@@ -48,8 +60,8 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Thought(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids around what a model thinks before it answers; `open`: the prompt has begun a thought already."""
 
-    begin: int
-    end: int
+    begin: TokenId
+    end: TokenId
     open: bool
 
 
@@ -88,36 +100,36 @@ class Render(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Literal["chat", "completion", "response", "message", "embedding"]
     response_id: str
     model: str
-    created: int  # seconds since 1970
+    created: Count  # seconds since 1970
     stream: bool = False
     usage: bool = False  # a last chunk with the token counts
     continuous_usage: bool = False  # and counts so far in every chunk
-    logprobs: int | None = None
+    logprobs: Count | None = None
     skip_special_tokens: bool = True
-    index: int = 0
+    index: Count = 0
     part: bool = False  # one of several choices: the frontend makes what is around them
     echo: bool = False  # the prompt's text first
     reasoning: Reasoning | None = None
     tools: ToolUse | None = None
     frame: str = ""  # JSON object: constant fields of a Responses answer
-    dimensions: int = 0  # of an embedding; 0: all
+    dimensions: Count = 0  # of an embedding; 0: all
     base64: bool = False  # an embedding as base64 of little-endian float32
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probability of one sampled token, and of the likeliest tokens at its position, best first."""
 
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]] = []
+    token_id: TokenId
+    logprob: Logprob
+    top: list[tuple[TokenId, Logprob]] = []
 
 
 class Prior(msgspec.Struct, frozen=True, omit_defaults=True):
     """What earlier phases of the same request already gave to the client."""
 
-    token_ids: list[int]
+    token_ids: list[TokenId]
     logprobs: list[TokenLogprob] = []
-    cached_tokens: int = 0
+    cached_tokens: Count = 0
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +139,13 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     TensorRT-LLM its `disaggregated_params`.
     """
 
-    id: int
+    id: BlockHash
     owner: str  # instance id of the prefill worker
     request_id: str
-    sequence_hash: int  # rolling hash over the whole prompt, salt included
-    num_tokens: int
-    num_bytes: int
-    ttl_s: float  # from the moment the owner wrote this; clocks are not shared
+    sequence_hash: BlockHash  # rolling hash over the whole prompt, salt included
+    num_tokens: Count
+    num_bytes: Count
+    ttl_s: Seconds  # from the moment the owner wrote this; clocks are not shared
     state: bytes
 
 
@@ -141,7 +153,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """`prompt` holds token ids as little-endian u32: compact, and the very bytes that block hashes are made of."""
 
     id: str
-    stream: int  # names the answer on the link to `reply_to`; never reused by a frontend
+    stream: Count  # names the answer on the link to `reply_to`; never reused by a frontend
     reply_to: str
     model: str
     phase: Phase
@@ -149,7 +161,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     sampling: Sampling
     stop: Stop
     render: Render
-    timeout_s: float
+    timeout_s: Seconds
     cache_salt: str = ""
     adapter: str = ""  # name of a LoRA adapter; empty: the model itself
     priority: int = 0  # higher goes first, where the engine has a queue in order of priority
@@ -170,7 +182,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 class Busy(msgspec.Struct, frozen=True, tag="busy"):
     """The queue is full; another worker may not be."""
 
-    waiting: int
+    waiting: Count
 
 
 class Draining(msgspec.Struct, frozen=True, tag="draining"):

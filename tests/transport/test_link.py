@@ -57,10 +57,12 @@ async def test_what_is_said_in_one_turn_of_the_loop_is_one_frame(links: Links) -
     frontend, worker = End(), End()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         link = await links.dial(address, worker)
+        link.send(Hello("w", 1))
+        await until(lambda: len(frontend.bursts) == 1)
         for i in range(100):
             link.send(Tokens(i, b"x" * 1000, [i]))
-        await until(lambda: len(frontend.bursts) == 1)
-        assert [m.stream for m in frontend.bursts[0]] == list(range(100))
+        await until(lambda: len(frontend.bursts) == 2)
+        assert [m.stream for m in frontend.bursts[1]] == list(range(100))
         link.close()
 
 

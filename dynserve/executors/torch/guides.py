@@ -1,6 +1,7 @@
 """Grammars for the sampler: xgrammar compiles them for the model's vocabulary, a `Matcher` follows one answer.
 
-Compiling is done in a thread of its own; matching in the engine's thread, between the logits and the draw.
+Grammars that are quickly compiled (`grammar_weight`) are compiled in a thread, the others in a process each, which can be
+ended: they never wait for each other. Matching is done in the engine's thread, between the logits and the draw.
 """
 
 from __future__ import annotations
@@ -9,158 +10,198 @@ import asyncio
 import contextlib
 import json
 import os
-import re
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from dynserve.child import die_with_parent
 from dynserve.errors import BadRequest, InternalError, Overloaded
-from dynserve.openai.detokenize import tokenizer_parts
+from dynserve.executors.torch.grammar_compiler import (
+    COMPILED,
+    PARAMS,
+    READY,
+    REFUSED,
+    Compiler,
+    GrammarVocabulary,
+    compile_grammar,
+    make_compiler,
+)
+from dynserve.executors.torch.grammar_weight import weight
+from dynserve.tasks import detached
 from dynserve.wire.requests import Guide, Thought
 
 if TYPE_CHECKING:
     import xgrammar
 
-CACHE_BYTES = 256 << 20  # of compiled grammars
+CACHE_BYTES = 256 << 20  # of compiled grammars that are kept
+MAX_BYTES = 64 << 20  # of one compiled grammar
+LIGHT = 512  # of `weight`: up to here a grammar is compiled in a thread
 MAX_WAITING = 256  # grammars
-MAX_THREADS = 4
+MAX_THREADS = 2
+MAX_PROCESSES = 2
 MOST_WAIT, MOST_COMPILE = 10.0, 30.0  # seconds
-MAX_KEPT = 128  # grammars
+MOST_START = 30.0  # seconds until a process can begin to compile
+MAX_SLOW = 1024  # grammars that are remembered for having taken too long
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
 MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
-# JSON may have any white space between its parts; a model that is lost would fill its context with it
-MOST_WHITESPACE = 32
 
 
 _Key = tuple[str, str]  # kind and text
-T = TypeVar("T")
 
 
 class Guides:
-    """Compiles grammars, each in a thread of its own: one that takes for ever holds up neither the others nor the process's
-    end. xgrammar is imported with the first grammar."""
+    """Compiled grammars of one model, by their text. xgrammar is imported with the first one."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
-        self._folder, self._vocab_size, self._eos = folder, vocab_size, list(eos)
+        self._vocabulary = GrammarVocabulary(str(folder), vocab_size, list(eos))
         self._threads = asyncio.Semaphore(MAX_THREADS)  # held as long as a thread is at work, waited for or not
+        self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._waiting = 0
-        self._compiled: OrderedDict[_Key, xgrammar.CompiledGrammar] = OrderedDict()
+        self._kept = _Kept(CACHE_BYTES)
         self._slow: OrderedDict[_Key, None] = OrderedDict()  # those that somebody has given up waiting for
         self._lock = threading.Lock()
-        self._compiler: xgrammar.GrammarCompiler | None = None
+        self._compiler: Compiler | None = None
 
     async def matcher(self, guide: Guide) -> Matcher:
         """What one answer follows the grammar with.
 
         Raises:
-            BadRequest: the grammar is none, or takes too long to compile.
+            BadRequest: the grammar is none, or takes too long or too much memory to compile.
             Overloaded: too many wait for theirs.
         """
         key = (guide.kind, guide.text)
-        compiled = self._compiled.get(key)
+        compiled = self._kept.get(key)
         if compiled is None:
             compiled = await self._compile(key)
-        else:
-            self._compiled.move_to_end(key)
         import xgrammar  # a second's work, done by the thread that compiled
 
-        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocab_size, self._eos, guide.thought)
+        eos = list(self._vocabulary.eos)
+        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocabulary.vocab_size, eos, guide.thought)
 
     async def _compile(self, key: _Key) -> xgrammar.CompiledGrammar:
         if key in self._slow:
-            raise BadRequest("this grammar takes too long to compile", param=_PARAM[key[0]])  # it did before
+            raise BadRequest("this grammar takes too long to compile", param=PARAMS[key[0]])  # it did before
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars wait to be compiled")
+        light = weight(*key) <= LIGHT
+        lane = self._threads if light else self._processes
         self._waiting += 1
         try:
             async with asyncio.timeout(MOST_WAIT):
-                await self._threads.acquire()
+                await lane.acquire()
         except TimeoutError:
             raise Overloaded("other grammars take long to compile; try again later") from None
         finally:
             self._waiting -= 1
-        done = self._start(key)
         try:
-            async with asyncio.timeout(MOST_COMPILE):
-                return await done
+            compiled = await (self._in_thread(key) if light else self._in_process(key))
         except TimeoutError:
-            _remember(self._slow, key, None)
+            self._slow[key] = None
+            if len(self._slow) > MAX_SLOW:
+                self._slow.popitem(last=False)
             message = f"this grammar takes longer than {MOST_COMPILE:.0f} s to compile"
-            raise BadRequest(message, param=_PARAM[key[0]]) from None
+            raise BadRequest(message, param=PARAMS[key[0]]) from None
+        if compiled.memory_size_bytes > MAX_BYTES:
+            size = compiled.memory_size_bytes >> 20
+            message = f"this grammar takes {size} MiB when compiled; {MAX_BYTES >> 20} are possible"
+            raise BadRequest(message, param=PARAMS[key[0]])
+        self._kept.add(key, compiled)
+        return compiled
 
-    def _start(self, key: _Key) -> asyncio.Future[xgrammar.CompiledGrammar]:
-        """A thread for one grammar, which gives back its place when it has ended."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[xgrammar.CompiledGrammar] = loop.create_future()
+    async def _in_thread(self, key: _Key) -> xgrammar.CompiledGrammar:
+        """Raises TimeoutError; the thread goes on, and keeps its place until it has ended."""
+        done = detached(self._compile_now, key)
+        done.add_done_callback(partial(self._thread_ended, key))
+        async with asyncio.timeout(MOST_COMPILE):
+            return await asyncio.shield(done)
 
-        def tell(compiled: xgrammar.CompiledGrammar | None, error: BaseException | None) -> None:
-            self._threads.release()
-            self._slow.pop(key, None)
-            if compiled is not None:
-                _remember(self._compiled, key, compiled)
-            if done.cancelled():
-                return
-            if compiled is not None:
-                done.set_result(compiled)
-            else:
-                done.set_exception(error or InternalError("no grammar came of it"))
+    def _thread_ended(self, key: _Key, done: asyncio.Future[xgrammar.CompiledGrammar]) -> None:
+        self._threads.release()
+        self._slow.pop(key, None)
+        if not done.cancelled():
+            done.exception()  # whoever waited may have gone
 
-        def work() -> None:
-            compiled, failure = None, None
-            try:
-                compiled = self._compile_now(key)
-            except BaseException as error:
-                failure = error
-            with contextlib.suppress(RuntimeError):  # the loop was closed under us: the process is ending
-                loop.call_soon_threadsafe(tell, compiled, failure)
-
+    async def _in_process(self, key: _Key) -> xgrammar.CompiledGrammar:
+        """Raises TimeoutError; the process is ended, whatever happens."""
         try:
-            threading.Thread(target=work, name="compile-grammar", daemon=True).start()
-        except RuntimeError as error:  # no more threads are to be had
-            tell(None, error)
-        return done
+            answer = await _compiled_elsewhere(self._vocabulary, key)
+        finally:
+            self._processes.release()
+        if answer[:1] == REFUSED:
+            raise BadRequest(answer[1:].decode("utf-8", "replace"), param=PARAMS[key[0]])
+        if answer[:1] != COMPILED:
+            raise BadRequest("this grammar takes too much memory to compile", param=PARAMS[key[0]])
+        return await detached(self._read, answer[1:])
 
-    def _compile_now(self, key: _Key) -> xgrammar.CompiledGrammar:
-        with self._lock:
-            compiler = self._compiler = self._compiler or self._make_compiler()
-        kind, text = key
-        try:
-            match kind:
-                case "json":
-                    return compiler.compile_json_schema(text, max_whitespace_cnt=MOST_WHITESPACE)
-                case "regex":
-                    return compiler.compile_regex(text)
-                case "grammar":
-                    return compiler.compile_grammar(text)
-                case _:
-                    return compiler.compile_structural_tag(json.dumps(_bounded(json.loads(text))))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=_PARAM[kind]) from error
-
-    def _make_compiler(self) -> xgrammar.GrammarCompiler:
+    def _read(self, serialized: bytes) -> xgrammar.CompiledGrammar:
         import xgrammar
 
-        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
-        vocabulary = [""] * self._vocab_size
-        for token, id_ in tokenizer.get_vocab().items():
-            if id_ < self._vocab_size:
-                vocabulary[id_] = token
-        kind, prefix_space = _token_encoding(tokenizer)
-        info = xgrammar.TokenizerInfo(
-            vocabulary,
-            vocab_type=getattr(xgrammar.VocabType, kind),
-            vocab_size=self._vocab_size,
-            stop_token_ids=self._eos,
-            add_prefix_space=prefix_space,
-        )
-        return xgrammar.GrammarCompiler(info, max_threads=os.cpu_count() or 1, cache_limit_bytes=CACHE_BYTES)
+        return xgrammar.CompiledGrammar.deserialize_json(serialized.decode(), self._own_compiler().info)
+
+    def _compile_now(self, key: _Key) -> xgrammar.CompiledGrammar:
+        return compile_grammar(self._own_compiler(), *key)
+
+    def _own_compiler(self) -> Compiler:
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = make_compiler(self._vocabulary, max_threads=os.cpu_count() or 1)
+            return self._compiler
+
+
+class _Kept:
+    """Compiled grammars, those that were used last, up to so many bytes together."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self.size = most, 0  # bytes
+        self._grammars: OrderedDict[_Key, xgrammar.CompiledGrammar] = OrderedDict()
+
+    def get(self, key: _Key) -> xgrammar.CompiledGrammar | None:
+        found = self._grammars.get(key)
+        if found is not None:
+            self._grammars.move_to_end(key)
+        return found
+
+    def add(self, key: _Key, compiled: xgrammar.CompiledGrammar) -> None:
+        if key not in self._grammars:
+            self._grammars[key] = compiled
+            self.size += _size(key, compiled)
+        while self.size > self._most:
+            self.size -= _size(*self._grammars.popitem(last=False))
+
+
+def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
+    return compiled.memory_size_bytes + 4 * len(key[1])
+
+
+async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:
+    """What a process of its own says to the grammar; nothing when it died of it. Raises TimeoutError."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "dynserve.executors.torch.grammar_compiler", json.dumps(vocabulary),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(MOST_START):
+            if await process.stdout.read(1) != READY:
+                raise InternalError("the process that compiles grammars did not start")
+        async with asyncio.timeout(MOST_COMPILE):
+            answer, _ = await process.communicate(json.dumps(key).encode())
+            return answer
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 class Matcher:
@@ -224,41 +265,3 @@ class Matcher:
     def _only_the_end(self, logits: Tensor) -> None:
         logits.fill_(float("-inf"))
         logits[self._eos] = 0.0
-
-
-def _remember(kept: OrderedDict[_Key, T], key: _Key, value: T) -> None:
-    kept[key] = value
-    if len(kept) > MAX_KEPT:
-        kept.popitem(last=False)
-
-
-_PARAM = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
-
-
-def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
-    """How the vocabulary writes bytes, in xgrammar's words, and whether texts get a space in front."""
-    found = json.dumps(tokenizer_parts(tokenizer))
-    if '"ByteLevel"' in found:
-        return "BYTE_LEVEL", '"add_prefix_space": true' in found
-    prefix = '"Prepend"' in found or '"prepend_scheme": "first"' in found or '"prepend_scheme": "always"' in found
-    return ("BYTE_FALLBACK" if '"ByteFallback"' in found else "RAW"), prefix
-
-
-def _bounded(form: Any) -> Any:
-    """A structural tag whose JSON has no more white space in a row than it may have elsewhere."""
-    if isinstance(form, list):
-        return [_bounded(item) for item in form]
-    if not isinstance(form, dict):
-        return form
-    if form.get("type") == "json_schema":
-        return {"max_whitespace_cnt": MOST_WHITESPACE} | form  # and no further: what is within is the client's schema
-    return {key: _bounded(value) for key, value in form.items()}
-
-
-def _reason(error: Exception) -> str:
-    """The compiler's own sentence, without time and place."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return _PLACE.sub("", text)[:500]
-
-
-_PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")

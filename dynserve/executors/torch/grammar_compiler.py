@@ -1,0 +1,142 @@
+"""xgrammar's compiler for one model's vocabulary; and, run as a program, the process that compiles one heavy grammar.
+
+A process can be ended and can be held to a bound of memory; a thread in the middle of a compilation can be neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from dynserve.errors import BadRequest
+from dynserve.openai.detokenize import tokenizer_parts
+
+if TYPE_CHECKING:
+    import xgrammar
+
+# JSON may have any white space between its parts; a model that is lost would fill its context with it
+MAX_WHITESPACE = 32
+MAX_MEMORY = 1 << 30  # bytes that one compilation in a process of its own may take
+READY, COMPILED, REFUSED = b"r", b"c", b"x"
+PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
+
+
+class GrammarVocabulary(NamedTuple):
+    """What a compiler needs to know of the model."""
+
+    folder: str
+    vocab_size: int
+    eos: Sequence[int]
+
+
+class Compiler(NamedTuple):
+    """xgrammar's compiler, and the vocabulary as it sees it."""
+
+    engine: xgrammar.GrammarCompiler
+    info: xgrammar.TokenizerInfo
+
+
+def make_compiler(vocabulary: GrammarVocabulary, max_threads: int) -> Compiler:
+    """Imports xgrammar, which takes a second or more. What it compiles is cached by its callers."""
+    import xgrammar
+
+    tokenizer = Tokenizer.from_file(str(Path(vocabulary.folder) / "tokenizer.json"))
+    tokens = [""] * vocabulary.vocab_size
+    for token, id_ in tokenizer.get_vocab().items():
+        if id_ < vocabulary.vocab_size:
+            tokens[id_] = token
+    kind, prefix_space = _token_encoding(tokenizer)
+    info = xgrammar.TokenizerInfo(
+        tokens,
+        vocab_type=getattr(xgrammar.VocabType, kind),
+        vocab_size=vocabulary.vocab_size,
+        stop_token_ids=list(vocabulary.eos),
+        add_prefix_space=prefix_space,
+    )
+    return Compiler(xgrammar.GrammarCompiler(info, max_threads=max_threads, cache_enabled=False), info)
+
+
+def compile_grammar(compiler: Compiler, kind: str, text: str) -> xgrammar.CompiledGrammar:
+    """Raises BadRequest for a text that is not a grammar of this kind."""
+    try:
+        match kind:
+            case "json":
+                return compiler.engine.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
+            case "regex":
+                return compiler.engine.compile_regex(text)
+            case "grammar":
+                return compiler.engine.compile_grammar(text)
+            case _:
+                return compiler.engine.compile_structural_tag(json.dumps(_bounded(json.loads(text))))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BadRequest(f"the grammar cannot be used: {_reason(error)}", param=PARAMS[kind]) from error
+
+
+def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
+    """How the vocabulary writes bytes, in xgrammar's words, and whether texts get a space in front."""
+    found = json.dumps(tokenizer_parts(tokenizer))
+    if '"ByteLevel"' in found:
+        return "BYTE_LEVEL", '"add_prefix_space": true' in found
+    prefix = '"Prepend"' in found or '"prepend_scheme": "first"' in found or '"prepend_scheme": "always"' in found
+    return ("BYTE_FALLBACK" if '"ByteFallback"' in found else "RAW"), prefix
+
+
+def _bounded(form: Any) -> Any:
+    """A structural tag whose JSON has no more white space in a row than it may have elsewhere."""
+    if isinstance(form, list):
+        return [_bounded(item) for item in form]
+    if not isinstance(form, dict):
+        return form
+    if form.get("type") == "json_schema":
+        return {"max_whitespace_cnt": MAX_WHITESPACE} | form  # and no further: what is within is the client's schema
+    return {key: _bounded(value) for key, value in form.items()}
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's own sentence, without time and place."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _PLACE.sub("", text)[:500]
+
+
+_PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")
+
+
+def main() -> None:
+    """The vocabulary is the argument, as JSON. READY goes to standard output; then kind and text come as JSON on standard
+    input, and the result goes out: COMPILED and xgrammar's own JSON, or REFUSED and the reason."""
+    vocabulary = GrammarVocabulary(*json.loads(sys.argv[1]))
+    os.nice(10)
+    compiler = make_compiler(vocabulary, max_threads=1)
+    out = sys.stdout.buffer
+    out.write(READY)
+    out.flush()
+    kind, text = json.loads(sys.stdin.buffer.read())
+    _limit_memory()
+    try:
+        out.write(COMPILED + compile_grammar(compiler, kind, text).serialize_json().encode())
+    except BadRequest as error:
+        out.write(REFUSED + str(error).encode())
+    out.flush()
+    os._exit(0)  # what is left are threads of others' code
+
+
+def _limit_memory() -> None:
+    """From here on: the libraries take much address space that they do not use."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        data = re.search(r"VmData:\s+(\d+) kB", status.read_text())
+        if data is not None:
+            most = int(data[1]) * 1024 + MAX_MEMORY
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+if __name__ == "__main__":
+    main()
