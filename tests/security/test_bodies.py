@@ -1,0 +1,151 @@
+"""Bodies that would take long to parse, and prompts that no context can hold: refused before anything is built of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynserve.cluster import Cluster
+from dynserve.config import TINY_MODEL
+from dynserve.errors import BadRequest, BodyTooLarge, ContextTooLong
+from dynserve.executors.base import Limits, check_request
+from dynserve.openai.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
+from dynserve.openai.model_files import read_model_files
+from dynserve.openai.prompt import SLICE, Preprocessor
+from dynserve.wire.requests import Prior
+from tests.conftest import MODEL, make_request
+
+PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
+BOUNDS = BodyBounds(values=1000, ids=5000)
+
+
+def values_of(node: Any) -> int:
+    if isinstance(node, dict):
+        return 1 + sum(map(values_of, node.values()))
+    return 1 + sum(map(values_of, node)) if isinstance(node, list) else 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(alphabet='ab"\\,[{}]:\u00e4\n'),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(alphabet='ab"\\,['), inner, max_size=5),
+    max_leaves=30,
+)
+
+
+@given(JSON, st.booleans())
+def test_values_are_counted_without_parsing(node: Any, ascii_only: bool) -> None:
+    body = json.dumps(node, ensure_ascii=ascii_only).encode()
+    counted = BodyBounds()._count_values(body)
+    # an empty list or object counts one value more than it has
+    assert values_of(node) <= counted <= 2 * values_of(node) + 1
+
+
+@given(st.lists(st.integers(0, 99999)) | st.lists(st.lists(st.integers(0, 99999))) | st.lists(st.text()))
+def test_token_ids_are_counted_apart(prompt: Any) -> None:
+    import msgspec
+
+    raw = msgspec.Raw(json.dumps(prompt).encode())
+    counted = _count_ids(raw)
+    if any(isinstance(item, str) for item in prompt):
+        assert counted == 0
+    else:
+        assert values_of(prompt) - 1 <= counted <= 2 * values_of(prompt)
+
+
+def test_a_body_within_its_bounds_passes_whatever_it_is() -> None:
+    for body in (b"", b"{", b"[1,2]", b'"x"', b"\xff", b'{"prompt": "x"}', b'{"a": ' + b"[" * 500, b'{"\\ud800": 1}'):
+        BOUNDS.check(body)
+    BOUNDS.check(json.dumps({"prompt": [7] * 4900}).encode())
+    BOUNDS.check(json.dumps({"messages": [{"role": "user", "content": ", [ {" * 100_000}]}).encode())
+    BOUNDS.check(json.dumps({"prompt": [", , ," * 1000] * 50}).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unknown": [[]] * 2000}, "values"),
+        ({"prompt": [[1]] * 3000}, "prompt: 6,000 token ids|values"),
+        ({"prompt": ["a"] * 2000}, "2,00. values"),
+        ({"prompt": [{}] * 2000}, "values"),
+        ({"messages": [{"role": "user", "content": "x"}] * 600}, "values"),
+        ({"user": "x" * (MAX_FIELD + 1)}, "user: 65,539 bytes of JSON; this field may have 65,536"),
+        ({"metadata": {"a": "x" * MAX_FIELD}}, "metadata: "),
+        ({"x" * 1000: "x" * MAX_FIELD}, "x{64}: "),
+        ({"tools": "x" * (5 << 20)}, "tools: "),
+        ({"prompt": "\\" * (MAX_ESCAPES // 2 + 1)}, "escape sequences; send its text as UTF-8"),
+    ],
+)
+def test_a_body_beyond_its_bounds_is_refused_with_the_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BodyTooLarge, match=message):
+        BOUNDS.check(json.dumps(fields).encode())
+
+
+async def test_large_bodies_are_answered_like_small_ones() -> None:
+    """They go through threads, by another way than small ones."""
+    async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster, cluster.client() as client:
+        for path, ask in (
+            ("/v1/completions", {"prompt": "one two", "max_tokens": 3}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}),
+            ("/v1/responses", {"input": "Hello", "max_output_tokens": 3}),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}),
+            ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hello"}]}),
+            ("/tokenize", {"prompt": "one two"}),
+            ("/detokenize", {"tokens": [300, 301]}),
+        ):
+            body = json.dumps({"model": MODEL, **ask}).encode()
+            small = await client.post(path, content=body)
+            large = await client.post(path, content=body + b" " * 100_000)
+            assert small.status_code == large.status_code == 200, (path, small.text, large.text)
+            assert small.json().get("usage") == large.json().get("usage") and len(small.text) == len(large.text)
+            wrong = await client.post(path, content=body[:-1] + b" " * 100_000)
+            assert wrong.status_code == 400 and wrong.json()["error"]["message"], path
+            many = await client.post(path, content=body[:-1] + b', "odd": [' + b"[]," * 50_000 + b"1]}")
+            assert many.status_code == 413 and "odd: " in many.json()["error"]["message"], path
+        assert cluster.frontend.gate.open == 0
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised_whole() -> None:
+    text = "some words of a text " * 400_000
+    began = time.process_time()
+    for tokenise in (lambda: PREPROCESSOR.tokenize(text, most=2048), lambda: PREPROCESSOR.tokenize(text, special=False, most=2048)):  # fmt: skip
+        with pytest.raises(ContextTooLong, match=r"maximum context length is 2048 tokens.*more than 4096 tokens"):
+            tokenise()
+    assert time.process_time() - began < 5  # the whole text takes many times as long
+    assert len(PREPROCESSOR.tokenize("a " * (SLICE * 2), most=SLICE * 2)) > SLICE  # what may fit is tokenised
+
+
+LIMITS = Limits(block_size=32, num_blocks=8, max_seq_len=256, max_batch_size=4, vocab_size=100)
+
+
+def test_ids_that_the_model_has_no_row_for_are_refused_by_every_executor() -> None:
+    check_request(make_request([0, 99]), LIMITS, None)
+    check_request(make_request([5], prior=Prior([99])), LIMITS, None)
+    check_request(make_request([5], prior=Prior([])), LIMITS, None)
+    for request in (make_request([0, 100]), make_request([2**32 - 1, 5]), make_request([5], prior=Prior([100]))):
+        with pytest.raises(BadRequest, match="is not one of this model's 0 to 99"):
+            check_request(request, LIMITS, None)
+
+
+async def test_a_token_that_only_the_tokenizer_has_kills_no_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "surplus"
+    shutil.copytree(TINY_MODEL, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 2048, "content": "<surplus>"} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    async with Cluster(aggregated=1, model=folder) as cluster, cluster.client() as client:
+        assert "the tokenizer has ids up to 2048, the model only 0 to 2047" in caplog.text
+        for prompt in ("one <surplus> two", [5, 2048]):
+            answer = await client.post("/v1/completions", json={"model": "surplus", "prompt": prompt})
+            assert answer.status_code == 400 and "2048" in answer.json()["error"]["message"]
+        good = await client.post("/v1/completions", json={"model": "surplus", "prompt": "one two", "max_tokens": 2})
+        assert good.status_code == 200
