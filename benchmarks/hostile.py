@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ LONGER = 100.0  # milliseconds that others may wait longer
 KEPT = 64.0  # megabytes that may stay: caches, which have bounds of their own
 SURPLUS = "<surplus>"  # a token that the tokenizer has and the model has not
 MB = 1 << 20
+LIMIT = 8 * MB - 1000  # bytes: the largest body that is not refused for its size
 
 
 class Target(NamedTuple):
@@ -130,6 +132,19 @@ async def post(target: Target, data: bytes, path: str = "completions", *, wait: 
     return answer.strip()
 
 
+async def poster(port: int) -> None:
+    """For another program: a body is made for each line `name size` of standard input, and posted at the next line."""
+    target = Target(port, 0, "", "", [])
+    for line in sys.stdin:
+        name, _, size = line.strip().rpartition(" ")
+        path, make = LARGE[name]
+        data = make(int(size)).replace(b'"model": "tiny"', b'"model": "tiny_model"')
+        print("made", flush=True)
+        sys.stdin.readline()
+        answer = (await post(target, data, path)).decode().split()
+        print(answer[1] if len(answer) > 1 else "?", flush=True)
+
+
 async def repeated(until: float, attack: Callable[[], Awaitable[Any]], at_once: int = 2) -> None:
     async def one() -> None:
         while time.monotonic() < until:
@@ -140,9 +155,9 @@ async def repeated(until: float, attack: Callable[[], Awaitable[Any]], at_once: 
         await asyncio.gather(*(one() for _ in range(at_once)))
 
 
-async def large(name: str, target: Target, until: float) -> None:
+async def large(name: str, size: int, target: Target, until: float) -> None:
     path, make = LARGE[name]
-    data = make(31 * MB)
+    data = make(size)
     await repeated(until, lambda: post(target, data, path))
 
 
@@ -305,7 +320,8 @@ async def nats_noise(target: Target, until: float) -> None:
 
 
 ATTACKS: dict[str, Callable[[Target, float], Awaitable[None]]] = {
-    **{f"31 MB: {name}": (lambda target, until, name=name: large(name, target, until)) for name in LARGE},  # type: ignore[misc]
+    **{f"8 MB: {name}": partial(large, name, LIMIT) for name in LARGE},
+    **{f"31 MB: {name}": partial(large, name, 31 * MB) for name in ("messages", "a long text")},
     "pipelines": pipelines,
     "unfinished bodies": unfinished,
     "clients that leave": leaving,
@@ -427,7 +443,9 @@ def cluster(package_path: str | None) -> Iterator[Cluster]:
 
         def start(name: str, command: list[str]) -> None:
             out = stack.enter_context((folder / f"{name}.log").open("wb"))
-            processes[name] = process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+            processes[name] = process = subprocess.Popen(
+                command, stdout=out, stderr=out, env=environment, cwd=package_path
+            )
             stack.callback(process.wait)
             stack.callback(process.kill)
 
@@ -578,7 +596,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three seconds each")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("--poster", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.poster:
+        asyncio.run(poster(args.poster))
+        return
     if args.attack:
         target = Target(*json.loads(args.target))
         asyncio.run(ATTACKS[args.attack](target, time.monotonic() + args.seconds))  # type: ignore[arg-type]

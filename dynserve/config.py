@@ -153,15 +153,15 @@ class FrontendConfig(Planes):
     cors_origins: str | None = option(
         None, "web pages that may call this server, as https://a.example,https://b.example or *", "DYN_CORS_ORIGINS"
     )
-    max_body_bytes: int = option(32 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
+    max_body_bytes: int = option(8 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
     max_bodies_bytes: int = option(
         256 << 20, "of all requests together, while they arrive and are prepared; the slowest is given up",
         "DYN_MAX_BODIES_BYTES",
     )  # fmt: skip
     max_body_values: int = option(
-        40_000, "numbers, texts, objects and lists in one body, token ids apart", "DYN_MAX_BODY_VALUES"
+        32_000, "numbers, texts, objects and lists in one body, token ids apart", "DYN_MAX_BODY_VALUES"
     )
-    max_prompt_ids: int = option(400_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
+    max_prompt_ids: int = option(300_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
     max_header_bytes: int = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
     max_requests: int = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
     receive_timeout_s: float = option(

@@ -17,6 +17,7 @@ from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
 
 SETTLE = 10.0  # seconds
+SWITCH_INTERVAL = 0.001  # seconds
 
 log = logging.getLogger("dynserve.frontend")
 
@@ -43,6 +44,8 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
             await stack.enter_async_context(serving(frontend.system, own, system))
         settle_memory()
+        # threads that prepare large bodies hand the interpreter over to the event loop sooner than after 5 ms each
+        sys.setswitchinterval(SWITCH_INTERVAL)
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()
         log.info("stopping")

@@ -31,10 +31,12 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class BodyBounds(NamedTuple):
-    """`values` are those of the whole body: each number, text, object or list is one. Token ids are counted apart."""
+    """`values` are those of the whole body: each number, text, object or list is one. Token ids are counted apart, and
+    may be in as many lists as a request may have prompts."""
 
-    values: int = 40_000
-    ids: int = 400_000
+    values: int = 32_000
+    ids: int = 300_000
+    prompts: int = 2048
 
     def check(self, body: bytes | bytearray) -> None:
         """Returns for a body that takes less than about 50 ms to parse, or that is not JSON.
@@ -52,9 +54,12 @@ class BodyBounds(NamedTuple):
                 raise BodyTooLarge(f"the body is not a JSON object, and has over {self.values:,} values") from None
             return  # whoever parses it says what is wrong
         for name, raw in fields.items():
-            if name in IDS and (ids := _count_ids(raw)):
+            if name in IDS and (counted := _count_ids(raw)) is not None:
+                ids, lists = counted
                 if ids > self.ids:
                     raise BodyTooLarge(f"{name}: {ids:,} token ids; a request may have {self.ids:,}", param=name)
+                if lists > self.prompts + 1:
+                    raise BodyTooLarge(f"{name}: {lists - 1:,} lists; a request may have {self.prompts:,}", param=name)
                 values -= ids
             size, most = len(memoryview(raw)), _LARGER.get(name, MAX_FIELD)
             if size > most and name not in TEXTS:
@@ -66,7 +71,7 @@ class BodyBounds(NamedTuple):
     def _count_values(self, body: bytes | bytearray) -> int:
         """At least as many as the body's values, and not many more: separators and brackets outside of texts."""
         most = self.values + self.ids
-        values, at = 1, 0
+        values, at, texts = 1, 0, 0
         while at < len(body):
             quote = body.find(b'"', at)
             end = quote if quote >= 0 else len(body)
@@ -76,6 +81,9 @@ class BodyBounds(NamedTuple):
                 raise BodyTooLarge(f"the body has over {most:,} values")
             if quote < 0:
                 break
+            texts += 1
+            if texts > 2 * self.values:  # of which half may be names
+                raise BodyTooLarge(f"the body has over {2 * self.values:,} names and texts")
             at = _end_of_text(body, quote + 1)
         return values
 
@@ -106,9 +114,10 @@ def _end_of_text(body: bytes | bytearray, at: int) -> int:
         at = quote + 1
 
 
-def _count_ids(raw: msgspec.Raw) -> int:
-    """The values of a field that holds nothing but numbers, in lists; 0 for any other."""
+def _count_ids(raw: msgspec.Raw) -> tuple[int, int] | None:
+    """The numbers and the lists of a field that holds nothing else; None for any other field."""
     text = bytes(raw)
     if not text.startswith(b"[") or b'"' in text or b"{" in text:
-        return 0
-    return sum(_count(text, separator, 0, len(text), len(text)) for separator in (b",", b"["))
+        return None
+    lists = _count(text, b"[", 0, len(text), len(text))
+    return _count(text, b",", 0, len(text), len(text)) + lists, lists

@@ -16,6 +16,7 @@ from dynserve.wire.requests import Sampling, Stop
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_STOP_IDS = 1024
+MAX_CHOICES = 4096
 MAX_N = 128
 MAX_INT = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -156,7 +157,7 @@ class AnswerFields(SamplingFields):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: Annotated[Many[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[Many[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
 
     def check(self) -> None:
         super().check()

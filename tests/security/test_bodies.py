@@ -54,9 +54,10 @@ def test_token_ids_are_counted_apart(prompt: Any) -> None:
     raw = msgspec.Raw(json.dumps(prompt).encode())
     counted = _count_ids(raw)
     if any(isinstance(item, str) for item in prompt):
-        assert counted == 0
+        assert counted is None
     else:
-        assert values_of(prompt) - 1 <= counted <= 2 * values_of(prompt)
+        assert counted is not None and values_of(prompt) - 1 <= counted[0] <= 2 * values_of(prompt)
+        assert counted[1] == 1 + sum(isinstance(item, list) for item in prompt)
 
 
 def test_a_body_within_its_bounds_passes_whatever_it_is() -> None:
@@ -72,9 +73,11 @@ def test_a_body_within_its_bounds_passes_whatever_it_is() -> None:
     [
         ({"unknown": [[]] * 2000}, "values"),
         ({"prompt": [[1]] * 3000}, "prompt: 6,000 token ids|values"),
-        ({"prompt": ["a"] * 2000}, "2,00. values"),
+        ({"prompt": [[1]] * 2100}, "prompt: 2,100 lists; a request may have 2,048"),
+        ({"prompt": ["a"] * 1500}, "1,50. values"),
+        ({"prompt": ["a"] * 2100}, "over 2,000 names and texts"),
         ({"prompt": [{}] * 2000}, "values"),
-        ({"messages": [{"role": "user", "content": "x"}] * 600}, "values"),
+        ({"messages": [{"role": "user", "content": "x"}] * 600}, "names and texts|values"),
         ({"user": "x" * (MAX_FIELD + 1)}, "user: 65,539 bytes of JSON; this field may have 65,536"),
         ({"metadata": {"a": "x" * MAX_FIELD}}, "metadata: "),
         ({"x" * 1000: "x" * MAX_FIELD}, "x{64}: "),
