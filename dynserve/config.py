@@ -313,7 +313,7 @@ def redacted(url: str) -> str:
     return _CREDENTIALS.sub(r"\1***@", url)
 
 
-_CREDENTIALS = re.compile(r"(//|^|,)[^/@,]*@")
+_CREDENTIALS = re.compile(r"(//|^|,)[^/]*@")
 
 
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:

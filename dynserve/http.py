@@ -9,7 +9,7 @@ import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -30,6 +30,7 @@ DRAIN = 2.0  # seconds that a body may still take to arrive after its request wa
 SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
 MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
 MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of those
+MAX_HEADERS = 256  # of a request, and as many trailers
 MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
 GOODBYE = 5  # seconds that open connections get when the server stops
 
@@ -96,7 +97,7 @@ def allowed_hosts(wanted: str | None, bound_to: str) -> frozenset[str] | None:
         if not is_loopback(bound_to):
             return None
         own = socket.gethostname().lower()
-        return frozenset({"localhost", own, f"{own.partition('.')[0]}.local"})
+        return frozenset({"localhost", own, f"{own.partition('.')[0]}.local", "host.docker.internal"})
     names = frozenset(name.strip().strip("[]").lower() for name in wanted.split(",") if name.strip())
     if not names:
         raise ConfigError("--allowed-hosts names no host; write `*` for any")
@@ -146,8 +147,13 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self.resume_writing()
+        answering, self._answering = self._answering, None
+        if answering is not None and not answering.response_complete:  # uvicorn looks at the newest request only
+            answering.disconnected = True
+            answering.message_event.set()
         super().connection_lost(exc)
-        self._answering = None
+        self.pipeline.clear()
+        self.cycle = None  # type: ignore[assignment]  # which knows this connection: a reference cycle
         watchers, self._watchers = self._watchers, []
         for left in watchers:
             left()
@@ -164,7 +170,8 @@ class _Protocol(HttpToolsProtocol):
         self._parse(data)
         # all of it was headers, or (where a body has come to an end) trailers
         if (headers and self._in_headers and not self._began) or (body and self._in_body and not self._some_body):
-            self._grow(len(data))
+            with suppress(_NoMoreRequests):
+                self._grow(len(data))
         # headers that are not complete; or an empty line, say, that ended uvicorn's wait for a next request
         waits = self._in_headers or (not self._in_body and self._idle and self.timeout_keep_alive_task is None)
         if waits and self._timer is None:
@@ -204,10 +211,15 @@ class _Protocol(HttpToolsProtocol):
         self._in_headers, self._began, self._size = True, True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_headers:
+        if not self._in_headers:
+            self._grow(
+                len(name) + len(value) + self.limits.header_bytes // MAX_HEADERS
+            )  # a trailer: nobody asks for it
+        elif len(self.headers) < MAX_HEADERS:
             super().on_header(name, value)
         else:
-            self._grow(len(name) + len(value))  # a trailer: nobody asks for it
+            self._refuse(431, f"the request has more than {MAX_HEADERS} headers")
+            raise _NoMoreRequests
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
@@ -218,13 +230,13 @@ class _Protocol(HttpToolsProtocol):
             self._refuse(*refused)
             raise _NoMoreRequests
         self._stop_timer()
-        self._in_headers, self._in_body, self._size = False, True, 0
         if self.transport.is_closing():
-            return
+            raise _NoMoreRequests
         if len(self.pipeline) >= MAX_PIPELINED:
             self._end_with(self.pipeline[0][0])
             raise _NoMoreRequests
-        super().on_headers_complete()
+        super().on_headers_complete()  # which raises an error for a target that is none
+        self._in_headers, self._in_body, self._size = False, True, 0
         if self.pipeline:
             self.flow.resume_reading()  # or nobody would notice that the client has left
         else:
@@ -332,8 +344,8 @@ class _Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         newest = not self.pipeline  # what `_in_body` is about
         self._answering = self.pipeline[-1][0] if self.pipeline else None
-        if newest:
-            self._pipelined_body = 0
+        if self._answering is not None:  # it does not wait any more, and nobody has taken anything of its body yet
+            self._pipelined_body = max(0, self._pipelined_body - len(self._answering.body))
         super().on_response_complete()
         if newest and self._in_body and not self.transport.is_closing():
             self._start_timer(DRAIN)  # who is still sending may read the answer first
@@ -380,6 +392,7 @@ class _Protocol(HttpToolsProtocol):
         self._size += size
         if self._size > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
+            raise _NoMoreRequests
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
@@ -408,6 +421,9 @@ class _Protocol(HttpToolsProtocol):
             return
         if self._in_body and self.pipeline:
             self._drop_newest()
+            return
+        if self._in_body and self._idle:  # it has been answered already
+            self.transport.close()
             return
         if not self._in_body and not self._idle:
             self._end_with(self.cycle)

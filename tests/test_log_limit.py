@@ -34,8 +34,8 @@ def test_one_cause_is_named_once_a_second_with_the_number_of_the_others(
     log.warning("kind", "10.0.0.2", "from %r", "10.0.0.2")
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "from '10.0.0.1'"
-    assert messages[1] == r"from 'a\nb' (999 more of this kind since the last line)"
-    assert len(messages) <= 4 and messages[-1] == "from '10.0.0.2'"
+    assert messages[1] == r"from 'a\nb' (999 more like this were left out)"
+    assert messages[2:] == ["from '10.0.0.2'"] * 2
 
 
 def test_many_causes_do_not_make_many_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,5 +43,19 @@ def test_many_causes_do_not_make_many_lines(clock: Clock, caplog: pytest.LogCapt
     for number in range(10_000):
         clock.now += 0.0001
         log.warning("kind", f"10.0.0.{number}", "from %d", number)
-    assert 10 <= len(caplog.records) <= 22
-    assert len(log._said) <= log_limit.MAX_CAUSES + 1
+    assert len(caplog.records) == 20
+    assert len(log._causes) == log_limit.MAX_CAUSES
+    clock.now += 1.0
+    log.warning("kind", "10.0.0.1", "one more")
+    assert caplog.records[-1].getMessage() == "one more (9,980 more like this were left out)"
+
+
+def test_the_first_lines_of_several_causes_are_all_there(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    log = LimitedLog(logging.getLogger("test"), clock)
+    for number in range(5):
+        log.warning("kind", f"entry {number}" * 1000, "ignoring %d", number)
+        log.warning("other", "", "without a cause")
+    assert [r.getMessage() for r in caplog.records] == [
+        "ignoring 0", "without a cause", "ignoring 1", "ignoring 2", "ignoring 3", "ignoring 4",
+    ]  # fmt: skip
+    assert max(len(cause) for _, cause in log._causes) == log_limit.MAX_CAUSE

@@ -35,7 +35,7 @@ from dynserve.wire.requests import GenerateRequest, Guide, Handoff
 
 log = logging.getLogger(__name__)
 
-GUIDE_TIMEOUT = 60.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
+GUIDE_TIMEOUT = 90.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
 
 
 class Guides(Protocol):
@@ -83,6 +83,7 @@ class Engine:
         self._commands: deque[Callable[[], None]] = deque()
         self._live: dict[int, tuple[Sequence, Sink]] = {}
         self._fetches: dict[int, asyncio.Task[HandoffError | None]] = {}
+        self._compiling: dict[int, asyncio.Task[None]] = {}
         self._kv_listener: KvListener | None = None
         self._load = Load(0, 0, blocks.num_blocks, blocks.num_blocks, 0)
         self._transfers: Counter[str] = Counter()
@@ -106,7 +107,9 @@ class Engine:
             self._post(partial(self._scheduler.add, sequence))
         else:
             assert self._tasks is not None
-            self._tasks.create_task(self._add_guided(sequence, request.guide))
+            task = self._tasks.create_task(self._add_guided(sequence, request.guide))
+            self._compiling[ticket] = task
+            task.add_done_callback(lambda _: self._compiling.pop(ticket, None))
         return ticket
 
     def abort(self, ticket: int) -> None:
@@ -114,6 +117,8 @@ class Engine:
             return
         if (live := self._live.pop(ticket, None)) is None:
             return
+        if (compiling := self._compiling.get(ticket)) is not None:
+            compiling.cancel()  # nobody waits for its grammar any more
         self._post(partial(self._abort_sequence, live[0]))
         if (task := self._fetches.get(ticket)) is not None:
             task.cancel()

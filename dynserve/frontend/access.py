@@ -191,22 +191,22 @@ class Visit:
             self._slots = wanted
         return wanted
 
-    def affordable(self, prompt_tokens: int, answers: int) -> int | None:
-        """The tokens that each answer can have with what is left of the key's minute; None without a limit."""
+    @property
+    def tokens_a_minute(self) -> int | None:
         usage = self._usage
-        if usage is None or usage.tokens is None:
-            return None
-        return max(1, (int(usage.tokens.left(self._gate.clock())) - prompt_tokens) // answers)
+        return None if usage is None or usage.tokens is None else usage.tokens.most
 
     def charge(self, tokens: int) -> None:
-        """Everything that the request may come to: its prompts, and its answers at their longest. Raises RateLimited."""
+        """What the request may come to, before it is computed. Raises RateLimited."""
         usage, now = self._usage, self._gate.clock()
         if usage is None or usage.tokens is None:
             return
         limit = usage.tokens.most
         if tokens > limit:
             message = f"key {usage.key.name}: the request may take {tokens} tokens, and its limit is {limit} a minute"
-            raise _limited(f"{message}; ask for fewer with max_tokens, or for fewer answers", 60, usage, now)
+            error = _limited(f"{message}; ask for shorter or fewer answers, or with a shorter text", 60, usage, now)
+            error.headers += (("x-should-retry", "false"),)  # OpenAI's clients would, and it would never be let in
+            raise error
         if (wait := usage.tokens.wait(tokens, now)) > 0:
             message = f"key {usage.key.name}: {tokens} tokens are over its limit of {limit} a minute"
             raise _limited(message, wait, usage, now)
@@ -217,6 +217,10 @@ class Visit:
         """The request came to `computed` tokens, prompts and answers together: the rest is given back."""
         if self._usage is not None and self._usage.tokens is not None:
             self._usage.tokens.take(computed - self._charged, self._gate.clock())
+        self._charged = 0
+
+    def keep_charge(self) -> None:
+        """What was charged was computed."""
         self._charged = 0
 
     def headers(self) -> list[tuple[str, str]]:

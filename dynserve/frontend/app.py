@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as Pool
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dynserve.config import nearest
 from dynserve.errors import (
     BadRequest,
+    ContextTooLong,
     DynserveError,
     InternalError,
     ModelNotFound,
@@ -30,7 +32,7 @@ from dynserve.errors import (
 from dynserve.frontend.access import Visit
 from dynserve.frontend.bodies import Bodies
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.edge import INLINE_BODY, Threads, Wishes, prompts_of, warning_of, wishes
+from dynserve.frontend.edge import INLINE_BODY, INLINE_PREPARED, Threads, Wishes, prompts_of, warning_of, wishes
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
 from dynserve.frontend.request_headers import headers_of, request_id
@@ -63,7 +65,8 @@ EXPOSED += [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset
 
 R = TypeVar("R", bound=fields.Request)
 T = TypeVar("T")
-CHARACTERS_CHARGED = 4  # of a body for each token of its text, before that is counted
+BYTES_CHARGED = 8  # of a body for each token of its text, before that is counted
+UNBOUNDED_ANSWER = 4096  # tokens, at most, that are charged for an answer of which nobody knows how long it will be
 
 Generating = ChatRequest | CompletionRequest | EmbeddingRequest
 
@@ -160,7 +163,8 @@ class _Edge:
         visit = self.enter(request)
         try:
             async with self.bodies.body(request) as body:
-                large = len(body.content) if len(body.content) > INLINE_BODY else None
+                visit.charge(len(body.content) // BYTES_CHARGED)
+                large = len(body.content) if len(body.content) > INLINE_PREPARED else None
                 given, (asked, kind, frame) = await self.parsed(body.content, form, lambda given: (given, make(given)))
                 model = self.serving(asked.model)
                 order = await self._order(asked, model, kind, frame, large, visit.cache_owner)
@@ -169,6 +173,8 @@ class _Edge:
             order = _charged(visit, order, bounded=isinstance(asked, EmbeddingRequest) or bool(asked.answer_tokens()))
             return self._respond(request, visit, given, asked, order, wished)
         except BaseException as error:
+            if isinstance(error, ContextTooLong):  # to know that took some tokenising
+                visit.keep_charge()
             visit.close()
             if isinstance(error, DynserveError) or not isinstance(error, Exception):
                 raise
@@ -207,14 +213,20 @@ class _Edge:
 
 
 def _charged(visit: Visit, order: Order, *, bounded: bool) -> Order:
-    """Charges the request's key for all that the order can come to. Answers that the client has set no bound for are at
-    most as long as the key can pay for. Raises RateLimited."""
-    most = visit.affordable(order.prompt_tokens, len(order.parts))
-    if most is None:
+    """Charges the request's key for all that the order can come to. Raises RateLimited.
+
+    Where the client has set no bound, answers end when the request has taken what its key may take in a minute. Most of
+    them are far shorter: a part of that is charged, and the rest when it is known.
+    """
+    limit = visit.tokens_a_minute
+    if limit is None:
         return order
+    answers = order.answer_tokens
     if not bounded:
-        order = order.limited(most)
-    visit.charge(order.prompt_tokens + order.answer_tokens)
+        order = order.limited(max(1, (limit - order.prompt_tokens) // len(order.parts)))
+        answers = min(order.answer_tokens, min(UNBOUNDED_ANSWER, max(1, limit // 4)) * len(order.parts))
+    visit.settle(0)
+    visit.charge(order.prompt_tokens + answers)
     return order
 
 
@@ -267,9 +279,9 @@ class Direct:
 def _add_text(app: FastAPI, edge: _Edge) -> None:
     @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
     async def count_tokens(request: Request) -> Response:
-        with edge.enter(request) as visit:
+        with edge.enter(request) as visit, kept_when_too_long(visit):
             async with edge.bodies.body(request) as body:
-                visit.charge(len(body.content) // CHARACTERS_CHARGED)
+                visit.charge(len(body.content) // BYTES_CHARGED)
                 asked, chat = await edge.parsed(body.content, CountRequest, lambda asked: (asked, asked.chat()))
                 model = edge.model(asked.model)
                 prepared = await edge.threads.run(
@@ -281,9 +293,9 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        with edge.enter(request) as visit:
+        with edge.enter(request) as visit, kept_when_too_long(visit):
             async with edge.bodies.body(request) as body:
-                visit.charge(len(body.content) // CHARACTERS_CHARGED)
+                visit.charge(len(body.content) // BYTES_CHARGED)
                 asked = await edge.parsed(body.content, TokenizeRequest, lambda asked: asked)
                 model = edge.model(asked.model)
                 found = await edge.threads.run(
@@ -295,7 +307,7 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
 
     @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        with edge.enter(request) as visit:
+        with edge.enter(request) as visit, kept_when_too_long(visit):
             async with edge.bodies.body(request) as body:
                 asked = await edge.parsed(body.content, DetokenizeRequest, lambda asked: asked)
                 preprocessor = edge.model(asked.model).preprocessor
@@ -305,8 +317,18 @@ def _add_text(app: FastAPI, edge: _Edge) -> None:
             return edge.told(request, {"prompt": text}, asked)
 
 
+@contextmanager
+def kept_when_too_long(visit: Visit) -> Iterator[None]:
+    """To know that a text is too long took some tokenising, which is paid for."""
+    try:
+        yield
+    except ContextTooLong:
+        visit.keep_charge()
+        raise
+
+
 def _size(content: bytes | bytearray, chat: ChatRequest) -> int:
-    return chat.size() if len(content) <= INLINE_BODY else len(content)
+    return chat.size() if len(content) <= INLINE_PREPARED else len(content)
 
 
 def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:

@@ -1,13 +1,14 @@
 """Bodies of requests, on their way in: one budget of bytes for all of them together.
 
-A body that came whole with its headers is small, and is not counted. Any other is charged to the budget from its first
-byte until the request's prompt is made. When the budget is spent, the body that has been arriving for the longest time is
-given up: a client that sends at an ordinary pace is done long before its turn comes.
+What a body has beyond 64 KiB is charged to the budget, until the request's prompt is made. When the budget is spent, the
+body that has been arriving for the longest time is given up: a client that sends at an ordinary pace is done long before
+its turn comes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from types import TracebackType
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from dynserve.config import FrontendConfig
 from dynserve.errors import BodyTooLarge, CallerError, Cancelled, Overloaded
 from dynserve.frontend.request_headers import headers_of
+from dynserve.http import SMALL_BODY
 
 
 class SlowBody(CallerError):
@@ -88,7 +90,8 @@ class Body:
         self._bodies.used -= self.charged
         self.charged = 0
         if self._scope is not None:
-            self._scope.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # its own time has just run out
+                self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def _receive(self) -> None:
         most = self._config.max_body_bytes
@@ -105,8 +108,8 @@ class Body:
                         break
                     if len(content) + len(part) > most:
                         raise _too_large(most)
-                    self._bodies.charge(self, len(part))
                     content += part
+                    self._bodies.charge(self, max(0, len(content) - SMALL_BODY) - self.charged)
         except TimeoutError:
             if not self._given_up:
                 raise SlowBody(f"the body did not arrive within {self._config.receive_timeout_s:.0f} s") from None

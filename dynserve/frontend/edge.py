@@ -18,7 +18,8 @@ from dynserve.frontend.request_headers import headers_of
 from dynserve.openai.order import Order
 
 INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
-INLINE_BODY = 64 << 10  # bytes; a larger body is looked at, parsed and prepared in a thread
+INLINE_BODY = 64 << 10  # bytes; a larger body is looked at and parsed in a thread
+INLINE_PREPARED = 16 << 10  # bytes; of a larger body the prompts are made in a thread, too
 MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
 TOKENISE_TIMEOUT = 60.0  # seconds
 MAX_SESSION = 256  # characters

@@ -214,8 +214,8 @@ class UntilLeft:
         self._runs.append(run)
         run.limit(self._limit)
         if self._left:
-            run.cancel(error := Cancelled("the client has left"))
-            raise error
+            run.outcome = "cancelled"
+            raise Cancelled("the client has left")
 
     def _client_left(self) -> None:
         self._left = True

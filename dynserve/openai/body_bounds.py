@@ -7,6 +7,7 @@ a few milliseconds at most, and stops at the first bound that is passed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -69,23 +70,50 @@ class BodyBounds(NamedTuple):
             raise BodyTooLarge(f"the body has {values:,} values beside token ids; it may have {self.values:,}")
 
     def _count_values(self, body: bytes | bytearray) -> int:
-        """At least as many as the body's values, and not many more: separators and brackets outside of texts."""
-        most = self.values + self.ids
-        values, at, texts = 1, 0, 0
-        while at < len(body):
-            quote = body.find(b'"', at)
-            end = quote if quote >= 0 else len(body)
-            for separator in (b",", b"[", b"{"):
-                values += _count(body, separator, at, end, most)
-            if values > most:
-                raise BodyTooLarge(f"the body has over {most:,} values")
-            if quote < 0:
-                break
-            texts += 1
-            if texts > 2 * self.values:  # of which half may be names
-                raise BodyTooLarge(f"the body has over {2 * self.values:,} names and texts")
-            at = _end_of_text(body, quote + 1)
-        return values
+        return count_values(body, self.values + self.ids, self.values)
+
+
+def count_values(text: bytes | bytearray, most: int, most_texts: int) -> int:
+    """At least as many as the values of a JSON text, and not many more: separators and brackets outside of its texts.
+
+    Raises:
+        BodyTooLarge: there are over `most` values, or over twice `most_texts` names and texts.
+    """
+    # quotes that are not escaped begin and end texts: far too many are seen without looking at each of them
+    escapes = _count(text, b"\\", 0, len(text), len(text))
+    if _count(text, b'"', 0, len(text), 4 * most_texts + escapes) > 4 * most_texts + escapes:
+        raise BodyTooLarge(f"the body has over {2 * most_texts:,} names and texts")
+    values, at, texts = 1, 0, 0
+    while at < len(text):
+        quote = text.find(b'"', at)
+        end = quote if quote >= 0 else len(text)
+        for separator in (b",", b"[", b"{"):
+            values += _count(text, separator, at, end, most)
+        if values > most:
+            raise BodyTooLarge(f"the body has over {most:,} values")
+        if quote < 0:
+            break
+        texts += 1
+        if texts > 2 * most_texts:  # of which half may be names
+            raise BodyTooLarge(f"the body has over {2 * most_texts:,} names and texts")
+        at = _end_of_text(text, quote + 1)
+    return values
+
+
+def check_json_texts(texts: Iterable[str], most: int, param: str) -> None:
+    """For texts that are JSON themselves, which the body's own bounds count as one value each. Raises BodyTooLarge when all
+    of them together have over `most` values."""
+    held = list(texts)
+    if sum(text.count(",") + text.count("[") + text.count("{") for text in held) <= most:
+        return  # even if all of these separate values
+    left = most
+    for text in held:
+        try:
+            left -= count_values(text.encode("utf-8", "replace"), left, left)
+        except BodyTooLarge:
+            left = -1
+        if left < 0:
+            raise BodyTooLarge(f"{param}: over {most:,} values in JSON texts", param=param)
 
 
 def _count(body: bytes | bytearray, what: bytes, start: int, end: int, most: int) -> int:

@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dynserve.errors import BadRequest
+from dynserve.openai.body_bounds import check_json_texts
 from dynserve.openai.fields import AnswerFields, Count, Many
 from dynserve.openai.prompt import Conversation
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 MAX_TOOLS = 512
+MAX_ARGUMENT_VALUES = 32_000  # in the arguments of all calls of a conversation
 OVERHEAD = 50  # characters: what a message or a call costs beside its text
 
 
@@ -168,6 +170,10 @@ class ChatRequest(AnswerFields):
         super().check()
         for at, message in enumerate(self.messages):
             message.check(f"messages.{at}")
+        calls = (call for message in self.messages for call in message.tool_calls or ())
+        arguments = [call.function.arguments for call in calls if isinstance(call.function.arguments, str)]
+        if arguments:
+            check_json_texts(arguments, MAX_ARGUMENT_VALUES, "messages")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.continue_final_message and self.messages[-1].role != "assistant":

@@ -40,7 +40,7 @@ class CompletionRequest(AnswerFields):
         check_prompts(self.prompt, "prompt", (self.best_of or self.n or 1))
 
     def size(self) -> int:
-        return prompts_size(self.prompt)
+        return prompts_size(self.prompt) * (self.best_of or self.n or 1)
 
 
 class EmbeddingRequest(Request):
@@ -74,8 +74,8 @@ def listed(prompts: Prompts) -> Sequence[str | list[int]]:
 
 
 def prompts_size(prompts: Prompts) -> int:
-    """Characters, roughly; token ids need no tokenising."""
-    return sum(len(prompt) if isinstance(prompt, str) else len(prompt) // 8 for prompt in listed(prompts))
+    """Characters, roughly; token ids need no tokenising, but each prompt costs something."""
+    return sum(50 + (len(prompt) if isinstance(prompt, str) else len(prompt) // 8) for prompt in listed(prompts))
 
 
 def packed_prompts(
@@ -91,7 +91,11 @@ def packed_prompts(
     several = len(listed(prompts)) > 1
     for at, prompt in enumerate(listed(prompts)):
         where = f"{field}.{at}" if several else field
-        ids = preprocessor.tokenize(prompt, most=max_seq_len, owner=owner) if isinstance(prompt, str) else prompt
+        ids = (
+            preprocessor.tokenize(prompt, most=max_seq_len, owner=owner, param=field)
+            if isinstance(prompt, str)
+            else prompt
+        )
         if not ids:
             raise BadRequest(f"{where} is empty", param=field)
         if not isinstance(prompt, str) and not (min(ids) >= 0 and max(ids) < preprocessor.vocab_size):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dynserve.errors import BadRequest
+from dynserve.openai.body_bounds import check_json_texts
 from dynserve.openai.chat import ChatRequest, NamedTool, Tool
 from dynserve.openai.completions import CompletionRequest
 from dynserve.openai.parsers.tools import STYLES, Style
@@ -51,6 +52,8 @@ def _plain(asked: ChatRequest | CompletionRequest) -> Guide | None:
         return Guide(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
     if asked.guided_json is not None:
         given = asked.guided_json
+        if isinstance(given, str):
+            check_json_texts([given], 4 * MAX_NODES, "guided_json")
         schema = _schema(given) if isinstance(given, str) else given
         return Guide(kind="json", text=_text(_checked(schema, "guided_json")))
     if asked.guided_regex is not None:

@@ -59,6 +59,8 @@ class Preprocessor:
             BadRequest: the model has no template, or its template refuses these messages.
             ContextTooLong: the text certainly has over twice `most` tokens.
         """
+        said = "".join(str(message.get("content") or "") for message in conversation.messages)
+        self._check_length(said, most, "messages")  # before templates copy and search it
         text = self.render(conversation)
         self._check_length(text, most, "messages")
         return text, self.segments.encode(text, owner)
@@ -98,14 +100,16 @@ class Preprocessor:
         except BadRequest:
             return False
 
-    def tokenize(self, text: str, *, special: bool = True, most: int | None = None, owner: str = "") -> list[int]:
+    def tokenize(
+        self, text: str, *, special: bool = True, most: int | None = None, owner: str = "", param: str = "prompt"
+    ) -> list[int]:
         """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one).
         `owner`: see `Segments.encode`.
 
         Raises:
             ContextTooLong: the text certainly has over twice `most` tokens.
         """
-        self._check_length(text, most, "prompt")
+        self._check_length(text, most, param)
         if not special:
             return self.segments.encode(text, owner)
         if self._around is None:

@@ -12,6 +12,8 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -28,8 +30,7 @@ class Segments:
         self._tokenizer, self._budget = tokenizer, budget
         # those that are found in the raw text; others are found after normalisation, within a piece
         self._ids = {t.content: id_ for id_, t in tokenizer.get_added_tokens_decoder().items() if not t.normalized}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if self._ids else None
+        self._cut = re.compile(f"({any_of(self._ids)})") if self._ids else None
         self._known: OrderedDict[tuple[str, str], array[int]] = OrderedDict()  # by owner and text
         self._bytes = 0
         self._lock = threading.Lock()
@@ -95,6 +96,27 @@ class Segments:
             return False  # these reach into their neighbours
         # Metaspace's scheme `first` looks at whether a piece begins the text
         return '"prepend_scheme": "first"' not in json.dumps(tokenizer_parts(self._tokenizer)["pre_tokenizer"])
+
+
+def any_of(words: Iterable[str]) -> str:
+    """An expression for the longest of the words that begin at a place. What words have in common is looked at once: some
+    models have thousands of reserved tokens that begin alike, and a text of such beginnings would be searched for each."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for char in word:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return _branches(tree)
+
+
+def _branches(node: dict[str, Any]) -> str:
+    branches = [re.escape(char) + _branches(below) for char, below in node.items() if char]
+    if not branches:
+        return ""
+    if len(branches) == 1 and "" not in node:
+        return branches[0]
+    return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
 
 
 def _size(piece: str, ids: array[int]) -> int:

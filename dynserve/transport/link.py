@@ -106,8 +106,9 @@ class Framed:
             self._outbox.clear()
             self.hang_up(at_once=True)
 
-    def feed(self, payloads: Sequence[bytes | memoryview]) -> None:
-        """Whole frames without their lengths; their messages are handled together: one who is behind catches up."""
+    def feed(self, payloads: Sequence[bytes | memoryview]) -> int:
+        """Whole frames without their lengths; their messages are handled together: one who is behind catches up. Gives the
+        number of messages."""
         self._heard = self._loop.time()
         messages: list[Any] = []
         try:
@@ -118,6 +119,7 @@ class Framed:
             self.abort(f"sent something that is no frame: {error}")
         else:
             self._handle(messages)
+        return len(messages)
 
     def _handle(self, messages: list[Any]) -> None:
         if self._handler is not None and messages:
@@ -218,7 +220,8 @@ class TcpLink(Framed, asyncio.Protocol):
             frames.append(view[at + 4 : at + 4 + size])
             at += 4 + size
             if self._stranger:  # what it may send next depends on what it says now
-                self.feed([frames.pop()])
+                if not self.feed([frames.pop()]):
+                    self.abort("said nothing in its first frame")
                 if self._closed:
                     return
                 self._greeted()

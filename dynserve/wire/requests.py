@@ -116,6 +116,14 @@ class Render(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     base64: bool = False  # an embedding as base64 of little-endian float32
 
 
+UNLIKELY = -9999.0  # for a probability that an engine did not give, or gave as no number; JSON has no infinity
+
+
+def finite(logprob: float) -> float:
+    """The log-probability itself, where it is one: a model whose numbers overflow must not cost others their link."""
+    return logprob if UNLIKELY <= logprob <= 1e6 else UNLIKELY
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probability of one sampled token, and of the likeliest tokens at its position, best first."""
 

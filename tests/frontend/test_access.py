@@ -86,17 +86,25 @@ def test_tokens_a_minute_are_charged_before_and_what_was_not_computed_is_given_b
     with pytest.raises(RateLimited, match="limit of 100 a minute"):
         visit.charge(1)
     clock.now += 300
-    with pytest.raises(RateLimited, match="may take 101 tokens, and its limit is 100 a minute; ask for fewer"):
+    with pytest.raises(
+        RateLimited, match="may take 101 tokens, and its limit is 100 a minute; ask for shorter"
+    ) as never:
         visit.charge(101)  # however long it waits
+    assert ("x-should-retry", "false") in never.value.headers
 
 
-def test_an_answer_without_a_bound_is_as_long_as_its_key_can_pay_for(keys: Path) -> None:
+def test_what_was_computed_is_not_given_back_when_the_request_fails(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
+    with gate.enter(bearer(SECRET)) as visit:
+        visit.charge(40)
+        visit.keep_charge()
+    with gate.enter(bearer(SECRET)) as visit:
+        visit.charge(50)
+    visit = gate.enter(bearer(OTHER))
+    assert visit.tokens_a_minute is None and visit.headers() == []
+    gate.clock.now += 60  # type: ignore[attr-defined]
     visit = gate.enter(bearer(SECRET))
-    assert visit.affordable(20, 4) == 20
-    visit.charge(95)
-    assert visit.affordable(20, 4) == 1  # and then it is refused for the prompt's sake
-    assert gate.enter(bearer(OTHER)).affordable(20, 4) is None
+    assert visit.tokens_a_minute == 100
 
 
 def test_concurrency_counts_the_answers_of_a_request(keys: Path) -> None:

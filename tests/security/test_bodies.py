@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,8 +18,13 @@ from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, BodyTooLarge, ContextTooLong
 from dynserve.executors.base import Limits, check_request
 from dynserve.openai.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
+from dynserve.openai.chat import ChatRequest
+from dynserve.openai.fields import parsed
+from dynserve.openai.guide import guide_of
 from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import SLICE, Preprocessor
+from dynserve.openai.segments import any_of
+from dynserve.wire.discovery import Card
 from dynserve.wire.requests import Prior
 from tests.conftest import MODEL, make_request
 
@@ -88,6 +94,42 @@ def test_a_body_within_its_bounds_passes_whatever_it_is() -> None:
 def test_a_body_beyond_its_bounds_is_refused_with_the_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(BodyTooLarge, match=message):
         BOUNDS.check(json.dumps(fields).encode())
+
+
+def test_json_within_json_is_bounded_too() -> None:
+    def body(arguments: str) -> bytes:
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        return json.dumps({"model": "m", "messages": turns}).encode()
+
+    code = json.dumps({"file": "a, b = [1, 2], {3: 4}\n" * 20_000})  # a text full of separators, and two values
+    assert parsed(ChatRequest, body(code)).conversation().messages[1]["tool_calls"][0]["function"]["arguments"]
+    for arguments in ('{"a": [' + "[]," * 40_000 + "1]}", '{"a": [' + '"",' * 40_000 + "1]}"):
+        with pytest.raises(BodyTooLarge, match="messages: over 32,000 values in JSON texts"):
+            parsed(ChatRequest, body(arguments))
+    card = CARD_WITH_GUIDES
+    for schema in ("[" * 300_000, '{"enum": [' + "1," * 20_000 + "1]}"):
+        asked = parsed(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "guided_json": schema}).encode())  # fmt: skip
+        with pytest.raises(BodyTooLarge, match="guided_json"):
+            guide_of(asked, card)
+
+
+CARD_WITH_GUIDES = Card(
+    model="m", block_size=32, max_seq_len=100, num_blocks=4, max_batch_size=2, eos_token_ids=[], guides=True
+)
+
+
+@given(st.lists(st.text(alphabet="<|ab>", min_size=1, max_size=6), min_size=1, max_size=12), st.text(alphabet="<|ab>x"))
+def test_special_tokens_are_found_as_by_trying_the_longest_first(words: list[str], text: str) -> None:
+    plain = re.compile("|".join(map(re.escape, sorted(set(words), key=len, reverse=True))))
+    assert re.findall(any_of(words), text) == plain.findall(text)
+
+
+def test_many_special_tokens_that_begin_alike_are_looked_for_once() -> None:
+    tokens = [f"<unused{number}>" for number in range(6000)]
+    began = time.process_time()
+    assert re.findall(any_of(tokens), "<unused" * 20_000 + "<unused5999>") == ["<unused5999>"]
+    assert time.process_time() - began < 10  # one after the other they would take minutes
 
 
 async def test_large_bodies_are_answered_like_small_ones() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -118,9 +120,71 @@ async def test_a_large_body_behind_an_unanswered_request_is_not_kept() -> None:
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-async def exchange(request: bytes) -> bytes:
-    """What a server on loopback answers, up to the end of the connection. It takes a moment for each answer, so that
-    requests which come together wait behind each other."""
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /live HTTP/1.1\r\n" + HOST + b"a:\r\n" * 300,
+        b"GET /live HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: x\r\n" + b"a:\r\n" * 300,
+        b"POST /live HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a:\r\n" * 300,
+    ],
+)
+async def test_headers_are_bounded_in_number(head: bytes) -> None:
+    answer = await exchange(head + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("target", [b"http://localhost", b"http://"])
+async def test_a_target_that_is_none_behind_a_good_request_does_not_cost_its_answer(target: bytes) -> None:
+    good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
+    assert (await exchange(b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n")).startswith(b"HTTP/1.1 4")
+    answer = await exchange(good * 2 + b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert answer.count(b"HTTP/1.1 200 ") == 2 and answer.count(b"HTTP/1.1 ") == 2
+
+
+async def test_bodies_that_waited_and_were_answered_do_not_count_any_more() -> None:
+    """A client that always has a few requests on their way is served for ever."""
+    post = b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 9000\r\n\r\n" + b"x" * 9000
+    async with taking_its_time() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post * 3)
+        for _ in range(20):
+            writer.write(post)
+            async with asyncio.timeout(10):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_clients_that_leave_a_pipeline_cause_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
+    async with taking_its_time() as port:
+        for _ in range(5):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(good * 3)
+            await asyncio.sleep(0.001)
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+    assert not caplog.records
+
+
+async def test_nothing_is_said_behind_an_answer_to_a_body_that_broke_off() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    sock = bind("127.0.0.1", 0, "--http-port")
+    async with serving(app, sock, Limits()):
+        reader, writer = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1])
+        writer.write(b"POST /a HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
+        answer = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"nonsense\r\n")
+        async with asyncio.timeout(10):
+            assert answer.startswith(b"HTTP/1.1 200 ") and await reader.read() == b""
+        writer.close()
+
+
+@asynccontextmanager
+async def taking_its_time() -> AsyncIterator[int]:
+    """A server that takes a moment for each answer, so that requests which come together wait behind each other."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive()).get("more_body"):
@@ -130,9 +194,13 @@ async def exchange(request: bytes) -> bytes:
         await send({"type": "http.response.body", "body": b""})
 
     sock = bind("127.0.0.1", 0, "--http-port")
-    port = sock.getsockname()[1]
-    limits = Limits(hosts=allowed_hosts(None, "127.0.0.1"))
-    async with serving(app, sock, limits):
+    async with serving(app, sock, Limits(hosts=allowed_hosts(None, "127.0.0.1"))):
+        yield sock.getsockname()[1]
+
+
+async def exchange(request: bytes) -> bytes:
+    """What a server on loopback answers, up to the end of the connection."""
+    async with taking_its_time() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         answer = b""

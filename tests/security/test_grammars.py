@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import psutil
 import pytest
 
 from dynserve.config import TINY_MODEL
-from dynserve.errors import BadRequest
+from dynserve.errors import BadRequest, Overloaded
 from dynserve.executors.torch import guides as module
+from dynserve.executors.torch.grammar_weight import HEAVY as HEAVIEST
 from dynserve.executors.torch.grammar_weight import MAX_TEXT, weight
-from dynserve.executors.torch.guides import LIGHT, Guides, _Kept
+from dynserve.executors.torch.guides import Guides, _Kept
 from dynserve.wire.requests import Guide
 from tests.conftest import until
 
-HEAVY = Guide(kind="regex", text="(([a-z]{0,400}x){0,400}y){0,50}")
+HEAVY = Guide(kind="regex", text="[a-z]?[b-y]?" * 300)  # most of a minute
 
 
 def guides() -> Guides:
@@ -35,7 +37,7 @@ async def compiling() -> psutil.Process:
         found[:] = [p for p in psutil.Process().children() if "grammar_compiler" in " ".join(p.cmdline())]
         return bool(found)
 
-    await until(there)
+    await until(there, 30)
     return found[0]
 
 
@@ -87,12 +89,12 @@ async def test_a_process_that_dies_of_a_grammar_is_the_requests_fault() -> None:
 async def test_what_a_process_compiles_is_followed_like_what_a_thread_does() -> None:
     schema: dict[str, Any] = {"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": 30}
     guide = Guide(kind="json", text=json.dumps(schema))
-    assert weight(guide.kind, guide.text) > LIGHT
     ours = guides()
+    assert weight(guide.kind, guide.text) > ours._most_light
     matcher = (await ours.matcher(guide))._matcher
     assert matcher.accept_string('["') and not matcher.accept_string("x" * 61) and matcher.accept_string('x"]')
     with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
-        await ours.matcher(Guide(kind="regex", text="((" + "a{0,900}b{0,900}"))
+        await ours.matcher(Guide(kind="regex", text="((" + "[a-z]{0,900}b{0,900}"))
 
 
 def test_compiled_grammars_are_kept_up_to_so_many_bytes() -> None:
@@ -108,22 +110,93 @@ def test_compiled_grammars_are_kept_up_to_so_many_bytes() -> None:
     assert [kept.get(key) is not None for key in keys] == [True, False, True, True, False] and kept.size <= 1000
 
 
+SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(50)}}
+
+
 @pytest.mark.parametrize(
-    ("kind", "grammar", "light"),
+    ("kind", "grammar", "least", "most"),
     [
-        ("json", {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(50)}}, True),
-        ("json", {"type": "string", "maxLength": 400}, True),
-        ("json", {"type": "object", "properties": {f"p{i}": {"type": "string", "maxLength": 64} for i in range(10)}}, False),
-        ("json", {"type": "array", "maxItems": 50, "items": {"type": "array", "maxItems": 50, "items": {}}}, False),
-        ("json", {"properties": {"a": {"pattern": "(a{0,60}){0,60}"}}}, False),
-        ("regex", "[0-9]{3}-[0-9]{4}", True),
-        ("regex", "(a{0,60}){0,60}", False),
-        ("regex", "a{0,100000}", False),
-        ("grammar", 'root ::= "a"{0,80} "b"{0,80}', False),
-        ("structural_tag", {"format": {"type": "regex", "pattern": "(a{0,60}){0,60}"}}, False),
-        ("json", {"enum": ["x" * MAX_TEXT]}, False),
+        ("json", SCHEMA, 0, 10),
+        ("json", {"enum": [f"a{i}" for i in range(1000)]}, 0, 20),
+        ("regex", "[0-9]{3}-[0-9]{4}", 5, 10),
+        ("regex", "[a-z]+@[a-z]+", 1, 5),
+        ("grammar", "root ::= " + " | ".join(f'"word{i}"' for i in range(100)), 0, 200),
+        ("json", {"type": "string", "maxLength": 400}, 400, 500),
+        ("json", {"properties": {f"p{i}": {"type": "string", "maxLength": 64} for i in range(10)}}, 640, 1000),
+        ("json", {"type": "array", "maxItems": 50, "items": {"type": "array", "maxItems": 50, "items": {}}}, 2500, 1e5),
+        ("json", {"properties": {"a": {"pattern": "([a-z]{0,60}){0,60}"}}}, 3600, 1e5),
+        ("json", {"properties": {"maxLength": {"type": "string", "maxLength": 800}}, "required": ["maxLength"]}, 800, 1e4),
+        ("json", {"patternProperties": {"^[a-z]{1,20000}$": {}}}, 20000, 1e5),
+        ("json", {"properties": {f"p{i}": {"format": "email"} for i in range(10)}}, 100, 1e4),
+        ("json", {"$defs": {"a": {"maxItems": 50, "items": {}}}, "maxItems": 50, "items": {"$ref": "#/$defs/a"}}, 2500, 1e6),
+        ("regex", "." * 500, 500, 600),
+        ("regex", "[a-z]?[b-y]?" * 50, 2500, 3000),
+        ("json", {"pattern": "[a-z]?" * 100}, 2500, 3000),
+        ("regex", "(" + "." * 180 + "){40}", 7200, 1e4),
+        ("regex", "([a-z]{0,60}){0,60}", 3600, 1e4),
+        ("regex", "a{0,100000}", 12500, 1e6),
+        ("regex", "[^]a]{2}\\w{3,}(((x", 5, 10),
+        ("grammar", "root ::= [a-z]{ 200 }", 200, 1e4),
+        ("grammar", "root ::= a{50}\na ::= b{50}\nb ::= [a-z]{50}", 125000, 1e12),
+        ("structural_tag", {"format": {"type": "regex", "pattern": "([a-z]{0,60}){0,60}"}}, 3600, 1e5),
+        ("json", {"enum": ["x" * MAX_TEXT]}, HEAVIEST, HEAVIEST),
     ],
 )  # fmt: skip
-def test_what_takes_long_is_known_beforehand(kind: str, grammar: Any, light: bool) -> None:
+def test_what_takes_long_is_known_beforehand(kind: str, grammar: Any, least: float, most: float) -> None:
     text = grammar if isinstance(grammar, str) else json.dumps(grammar)
-    assert (weight(kind, text) <= LIGHT) is light
+    assert least <= weight(kind, text) <= most
+
+
+async def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, compiled = guides(), []
+    compile_one = ours._compile_now
+    monkeypatch.setattr(ours, "_compile_now", lambda key: compiled.append(key) or compile_one(key))
+    wanted = Guide(kind="json", text=json.dumps(SCHEMA))
+    await asyncio.gather(*(ours.matcher(wanted) for _ in range(20)))
+    assert len(compiled) == 1 and not ours._pending
+    leaving = [asyncio.create_task(ours.matcher(HEAVY)) for _ in range(3)]
+    process = await compiling()
+    leaving[0].cancel()
+    await asyncio.gather(leaving[0], return_exceptions=True)
+    assert process.is_running()  # the others still wait
+    for task in leaving[1:]:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    await until(lambda: not process.is_running())
+
+
+async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, release = guides(), threading.Event()
+    compile_one = ours._compile_now
+    monkeypatch.setattr(ours, "_compile_now", lambda key: release.wait(10) and compile_one(key))
+    monkeypatch.setattr(module, "MOST_COMPILE", 0.1)
+    wanted = Guide(kind="regex", text="[0-9]+")
+    with pytest.raises(BadRequest, match="takes longer than"):
+        await ours.matcher(wanted)
+    with pytest.raises(BadRequest, match="too long to compile"):
+        await ours.matcher(wanted)
+    release.set()
+    await until(lambda: ours._kept.size > 0)
+    await ours.matcher(wanted)
+
+
+async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = guides()
+
+    def no_thread(*args: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "detached", no_thread)
+        for _ in range(5):
+            with pytest.raises(RuntimeError):
+                await ours.matcher(Guide(kind="regex", text="a"))
+    await ours.matcher(Guide(kind="regex", text="a"))
+
+
+async def test_a_machine_that_is_too_busy_is_not_the_grammars_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_START", 0.001)
+    ours = guides()
+    for _ in range(2):
+        with pytest.raises(Overloaded, match="too busy to compile"):
+            await ours.matcher(HEAVY)

@@ -85,9 +85,10 @@ async def test_one_request_does_not_get_more_tokens_than_a_minute_has(tmp_path: 
             "max_tokens": None,
         }
         unbounded = await ask(client, "ann", "/v1/chat/completions", **chat)
-        assert unbounded.status_code == 200 and unbounded.json()["usage"]["total_tokens"] <= rest + 100
+        assert unbounded.status_code == 200 and unbounded.json()["usage"]["total_tokens"] <= 2000
         assert unbounded.json()["choices"][0]["finish_reason"] == "length"
-        assert (await ask(client, "ann", max_tokens=500)).status_code == 429
+        over = await ask(client, "ann", max_tokens=5)  # what it took beyond what was charged is made up for
+        assert over.status_code == 429 and int(over.headers["retry-after"]) > 5
 
 
 async def test_what_was_not_made_is_given_back_and_what_was_computed_is_not(tmp_path: Path) -> None:

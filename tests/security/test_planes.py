@@ -73,6 +73,15 @@ async def test_who_does_not_say_hello_is_cut(monkeypatch: pytest.MonkeyPatch) ->
         honest.close()
 
 
+async def test_an_empty_frame_is_no_hello() -> None:
+    frontend = End()
+    async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
+        (writer,) = await connected(address, 1, b"\x01\0\0\0\x90" + struct.pack("<I", 60 << 20))
+        await until(lambda: bool(frontend.reasons))
+        assert frontend.reasons == ["said nothing in its first frame"]
+        writer.close()
+
+
 async def test_a_flood_of_strangers_leaves_room_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "MAX_STRANGERS", 5)
     frontend, worker, links = End(), End(), TcpLinks()
@@ -292,6 +301,8 @@ async def test_strangers_at_the_kv_port_make_room(monkeypatch: pytest.MonkeyPatc
     [
         ("nats://user:secret@host:4222", "nats://***@host:4222"),
         ("user:secret@host:4222", "***@host:4222"),
+        ("nats://u:secret@secret@host:4222", "nats://***@host:4222"),
+        ("nats://u:secret,secret@host:4222", "nats://***@host:4222"),
         ("nats://a:secret@h1:1,nats://b:secret@h2:2", "nats://***@h1:1,nats://***@h2:2"),
         ("nats://host:4222", "nats://host:4222"),
         ("host:4222/x@y", "host:4222/x@y"),

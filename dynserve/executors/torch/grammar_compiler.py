@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # JSON may have any white space between its parts; a model that is lost would fill its context with it
 MAX_WHITESPACE = 32
+MAX_BYTES = 64 << 20  # of one compiled grammar
 MAX_MEMORY = 1 << 30  # bytes that one compilation in a process of its own may take
 READY, COMPILED, REFUSED = b"r", b"c", b"x"
 PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
@@ -113,19 +114,27 @@ def main() -> None:
     """The vocabulary is the argument, as JSON. READY goes to standard output; then kind and text come as JSON on standard
     input, and the result goes out: COMPILED and xgrammar's own JSON, or REFUSED and the reason."""
     vocabulary = GrammarVocabulary(*json.loads(sys.argv[1]))
-    os.nice(10)
     compiler = make_compiler(vocabulary, max_threads=1)
     out = sys.stdout.buffer
     out.write(READY)
     out.flush()
     kind, text = json.loads(sys.stdin.buffer.read())
+    os.nice(5)
     _limit_memory()
     try:
-        out.write(COMPILED + compile_grammar(compiler, kind, text).serialize_json().encode())
+        compiled = compile_grammar(compiler, kind, text)
+        if compiled.memory_size_bytes > MAX_BYTES:
+            out.write(REFUSED + too_large(compiled.memory_size_bytes).encode())
+        else:
+            out.write(COMPILED + compiled.serialize_json().encode())
     except BadRequest as error:
         out.write(REFUSED + str(error).encode())
     out.flush()
     os._exit(0)  # what is left are threads of others' code
+
+
+def too_large(size: int) -> str:
+    return f"this grammar takes {size >> 20} MiB when compiled; {MAX_BYTES >> 20} are possible"
 
 
 def _limit_memory() -> None:

@@ -1,8 +1,9 @@
 """An estimate of how long a grammar takes to compile, from its text alone.
 
-What takes long is repetition with a bound: each of its steps is a state of its own, bounds within bounds multiply, and
-for each state all tokens of the vocabulary are looked at. Ten texts of at most 64 characters take seconds with a
-vocabulary of 150,000 tokens; thirty without a bound take 50 ms.
+What takes long are states from which much may follow, because all tokens of the vocabulary are looked at for each of them:
+a repetition with a bound has one for each of its steps, and bounds within bounds multiply. Ten texts of at most 64
+characters take seconds with a vocabulary of 150,000 tokens; thirty without a bound take 50 ms. The estimate is rather too
+high than too low: what it calls heavy is compiled in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,42 +13,106 @@ import re
 from typing import Any
 
 MAX_TEXT = 32 << 10  # characters; a longer grammar is never light
+HEAVY = 1 << 40
+NODE, LITERAL, FORMAT = 1 / 16, 1 / 8, 20.0  # states for a part of a schema, a letter, a `format` (an address, a date)
+OPTIONAL = 1 / 4  # for each pair of parts that may be left out: from before the one it goes on to behind the other
 _BOUNDS = ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties")
-_REGEX_BOUND = re.compile(r"\{(\d+)?(?:,(\d*))?\}")
-_REGEX_WORDS = ("pattern", "regex")
+_EXPRESSIONS = ("pattern", "regex", "grammar")
+_QUANTIFIER = re.compile(r"\{\s*(\d{0,9})\s*(?:,\s*(\d{0,9})\s*)?\}")
 
 
-def weight(kind: str, text: str) -> int:
+def weight(kind: str, text: str) -> float:
     """States, roughly. Grammars that cannot be read weigh nothing: the compiler refuses them at once."""
     if len(text) > MAX_TEXT:
-        return len(text)
-    if kind in ("regex", "grammar"):
-        return _of_regex(text)
+        return HEAVY
+    if kind == "regex":
+        return _of_expression(text)
+    if kind == "grammar":
+        return _of_rules(text)
     try:
-        return _of_json(json.loads(text))
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return 0
+    states = _of_json(found)
+    # what is referred to stands in other places, too, within bounds that cannot be seen from it
+    return states * max([1, *_all_bounds(found)]) if '"$ref"' in text else states
 
 
-def _of_json(node: Any) -> int:
+def _of_json(node: Any) -> float:
     """Of a schema, or of a structural tag, which has schemas and expressions in it."""
     if isinstance(node, list):
         return sum(map(_of_json, node))
     if not isinstance(node, dict):
-        return len(node) // 16 if isinstance(node, str) else 0
-    within = sum(_of_json(value) for word, value in node.items() if word not in _BOUNDS)
-    expressions = sum(_of_regex(node[word]) for word in _REGEX_WORDS if isinstance(node.get(word), str))
-    if isinstance(node.get("grammar"), str):
-        expressions += _of_regex(node["grammar"])
-    bounds = [bound for word in _BOUNDS if isinstance(bound := node.get(word), int)]
-    return (within + expressions + 1) * max(1, *bounds) if bounds else within + expressions + 1
+        return len(node) / 256 if isinstance(node, str) else 0
+    states = NODE + sum(_of_json(value) for value in node.values())
+    for word in _EXPRESSIONS:
+        if isinstance(node.get(word), str):
+            states += _of_rules(node[word]) if word == "grammar" else _of_expression(node[word])
+    if isinstance(node.get("patternProperties"), dict):
+        states += sum(map(_of_expression, node["patternProperties"]))
+    if isinstance(node.get("format"), str):
+        states += FORMAT
+    bounds = _bounds(node)
+    return (states + 1) * max(bounds) if bounds else states
 
 
-def _of_regex(text: str) -> int:
-    """As if all bounds were within each other."""
-    found = 1
-    for low, high in _REGEX_BOUND.findall(text):
-        found *= max(1, int(low[:6] or 0), int(high[:6] or 0))
-        if found > 1 << 40:
-            break
-    return found + len(text) // 16
+def _bounds(node: dict[str, Any]) -> list[int]:
+    """Greater than 1: a property may have such a name, too, and is an object then."""
+    return [bound for word in _BOUNDS if isinstance(bound := node.get(word), int) and bound > 1]
+
+
+def _all_bounds(node: Any) -> list[int]:
+    if isinstance(node, list):
+        return [bound for item in node for bound in _all_bounds(item)]
+    if not isinstance(node, dict):
+        return []
+    return _bounds(node) + [bound for value in node.values() for bound in _all_bounds(value)]
+
+
+def _of_rules(text: str) -> float:
+    """Rules of a grammar use each other: as if all bounds were within each other."""
+    found = _of_expression(_TEXTS.sub("", text)) + LITERAL * len(text) / 2
+    bounds = sorted(max(1, int(low or 0), int(high or 0)) for low, high in _QUANTIFIER.findall(_TEXTS.sub("", text)))
+    for bound in bounds[:-1]:  # the largest was counted with what it is about
+        found = min(HEAVY, found * bound)
+    return found
+
+
+_TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def _of_expression(text: str) -> float:
+    """Of a regular expression: a set or a class is a state, a letter a part of one; a bound multiplies what it follows."""
+    groups, last = [0.0], 0.0  # of each open group, and of what a quantifier would be about
+    at = optional = 0
+    while at < len(text):
+        char = text[at]
+        quantifier = _QUANTIFIER.match(text, at)
+        if quantifier is not None:
+            times = max(1, int(quantifier[1] or 0), int(quantifier[2] or 0))
+            groups[-1] = min(HEAVY, groups[-1] + last * (times - 1))
+            last *= times
+            optional += not int(quantifier[1] or 0)
+            at = quantifier.end()
+            continue
+        if char == "(":
+            groups.append(0.0)
+        elif char == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] = min(HEAVY, groups[-1] + last)
+        elif char == "[":
+            end = text.find("]", at + (3 if text.startswith("^", at + 1) else 2))  # a first `]` is in the set
+            at = end if end > 0 else len(text)
+            last = 1.0
+            groups[-1] += last
+        elif char == "\\":
+            at += 1
+            last = 1.0
+            groups[-1] += last
+        elif char in "*?":
+            optional += 1
+        elif char not in "+|^$":
+            last = 1.0 if char == "." else LITERAL
+            groups[-1] += last
+        at += 1
+    return min(HEAVY, sum(groups) + OPTIONAL * optional**2)

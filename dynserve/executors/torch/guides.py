@@ -26,6 +26,7 @@ from dynserve.child import die_with_parent
 from dynserve.errors import BadRequest, InternalError, Overloaded
 from dynserve.executors.torch.grammar_compiler import (
     COMPILED,
+    MAX_BYTES,
     PARAMS,
     READY,
     REFUSED,
@@ -33,6 +34,7 @@ from dynserve.executors.torch.grammar_compiler import (
     GrammarVocabulary,
     compile_grammar,
     make_compiler,
+    too_large,
 )
 from dynserve.executors.torch.grammar_weight import weight
 from dynserve.tasks import detached
@@ -42,14 +44,15 @@ if TYPE_CHECKING:
     import xgrammar
 
 CACHE_BYTES = 256 << 20  # of compiled grammars that are kept
-MAX_BYTES = 64 << 20  # of one compiled grammar
-LIGHT = 512  # of `weight`: up to here a grammar is compiled in a thread
+# what a thread may compile, by `weight`: so many looks at a token, about a second's work
+LIGHT_WORK, MIN_LIGHT, MAX_LIGHT = 8_000_000, 32.0, 512.0
 MAX_WAITING = 256  # grammars
 MAX_THREADS = 2
 MAX_PROCESSES = 2
 MOST_WAIT, MOST_COMPILE = 10.0, 30.0  # seconds
 MOST_START = 30.0  # seconds until a process can begin to compile
-MAX_SLOW = 1024  # grammars that are remembered for having taken too long
+END_TIMEOUT = 2.0  # seconds that the end of one is waited for
+MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars that are remembered for having taken too long, and for how many seconds
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
 MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
 
@@ -62,11 +65,13 @@ class Guides:
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._vocabulary = GrammarVocabulary(str(folder), vocab_size, list(eos))
+        self._most_light = min(MAX_LIGHT, max(MIN_LIGHT, LIGHT_WORK / vocab_size))
         self._threads = asyncio.Semaphore(MAX_THREADS)  # held as long as a thread is at work, waited for or not
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._waiting = 0
         self._kept = _Kept(CACHE_BYTES)
-        self._slow: OrderedDict[_Key, None] = OrderedDict()  # those that somebody has given up waiting for
+        self._pending: dict[_Key, _Pending] = {}
+        self._slow: OrderedDict[_Key, float] = OrderedDict()  # those that took too long, and when
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
@@ -78,20 +83,42 @@ class Guides:
             Overloaded: too many wait for theirs.
         """
         key = (guide.kind, guide.text)
-        compiled = self._kept.get(key)
-        if compiled is None:
-            compiled = await self._compile(key)
+        compiled = self._kept.get(key) or await self._shared(key)
         import xgrammar  # a second's work, done by the thread that compiled
 
         eos = list(self._vocabulary.eos)
         return Matcher(xgrammar.GrammarMatcher(compiled), self._vocabulary.vocab_size, eos, guide.thought)
 
+    async def _shared(self, key: _Key) -> xgrammar.CompiledGrammar:
+        """One compilation for all that wait for the same grammar; it ends when nobody does any more."""
+        pending = self._pending.get(key)
+        if pending is None:
+            pending = self._pending[key] = _Pending(asyncio.create_task(self._compile(key)))
+            pending.task.add_done_callback(partial(self._ended, key))
+        pending.waiting += 1
+        try:
+            return await asyncio.shield(pending.task)
+        finally:
+            pending.waiting -= 1
+            if not pending.waiting and not pending.task.done():
+                self._forget(key, pending.task)
+                pending.task.cancel()
+                await asyncio.wait([pending.task], timeout=END_TIMEOUT)
+
+    def _forget(self, key: _Key, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
+        if (pending := self._pending.get(key)) is not None and pending.task is task:
+            del self._pending[key]
+
+    def _ended(self, key: _Key, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
+        self._forget(key, task)
+        if not task.cancelled():
+            task.exception()  # whoever waited may have gone
+
     async def _compile(self, key: _Key) -> xgrammar.CompiledGrammar:
-        if key in self._slow:
-            raise BadRequest("this grammar takes too long to compile", param=PARAMS[key[0]])  # it did before
+        self._refuse_slow(key)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars wait to be compiled")
-        light = weight(*key) <= LIGHT
+        light = weight(*key) <= self._most_light
         lane = self._threads if light else self._processes
         self._waiting += 1
         try:
@@ -102,49 +129,66 @@ class Guides:
         finally:
             self._waiting -= 1
         try:
-            compiled = await (self._in_thread(key) if light else self._in_process(key))
+            return await (self._in_thread(key) if light else self._in_process(key))
         except TimeoutError:
-            self._slow[key] = None
+            self._slow[key] = time.monotonic()
             if len(self._slow) > MAX_SLOW:
                 self._slow.popitem(last=False)
             message = f"this grammar takes longer than {MOST_COMPILE:.0f} s to compile"
             raise BadRequest(message, param=PARAMS[key[0]]) from None
-        if compiled.memory_size_bytes > MAX_BYTES:
-            size = compiled.memory_size_bytes >> 20
-            message = f"this grammar takes {size} MiB when compiled; {MAX_BYTES >> 20} are possible"
-            raise BadRequest(message, param=PARAMS[key[0]])
-        self._kept.add(key, compiled)
-        return compiled
+
+    def _refuse_slow(self, key: _Key) -> None:
+        """Raises BadRequest for a grammar that took too long a short while ago."""
+        found = self._slow.get(key)
+        if found is None:
+            return
+        if time.monotonic() - found < SLOW_TTL:
+            raise BadRequest("this grammar takes too long to compile", param=PARAMS[key[0]])
+        del self._slow[key]
 
     async def _in_thread(self, key: _Key) -> xgrammar.CompiledGrammar:
         """Raises TimeoutError; the thread goes on, and keeps its place until it has ended."""
-        done = detached(self._compile_now, key)
+        try:
+            done = detached(self._compile_now, key)
+        except BaseException:
+            self._threads.release()
+            raise
         done.add_done_callback(partial(self._thread_ended, key))
         async with asyncio.timeout(MOST_COMPILE):
-            return await asyncio.shield(done)
+            return self._checked(key, await asyncio.shield(done))
 
     def _thread_ended(self, key: _Key, done: asyncio.Future[xgrammar.CompiledGrammar]) -> None:
+        """What came too late for the one who asked for it is there for the next one."""
         self._threads.release()
-        self._slow.pop(key, None)
-        if not done.cancelled():
-            done.exception()  # whoever waited may have gone
+        if not done.cancelled() and done.exception() is None and done.result().memory_size_bytes <= MAX_BYTES:
+            self._slow.pop(key, None)
+            self._kept.add(key, done.result())
 
     async def _in_process(self, key: _Key) -> xgrammar.CompiledGrammar:
         """Raises TimeoutError; the process is ended, whatever happens."""
         try:
             answer = await _compiled_elsewhere(self._vocabulary, key)
+            if answer[:1] == REFUSED:
+                raise BadRequest(answer[1:].decode("utf-8", "replace"), param=PARAMS[key[0]])
+            if answer[:1] != COMPILED:
+                raise BadRequest("this grammar takes too much memory to compile", param=PARAMS[key[0]])
+            compiled = self._checked(key, await detached(self._read, answer))
         finally:
             self._processes.release()
-        if answer[:1] == REFUSED:
-            raise BadRequest(answer[1:].decode("utf-8", "replace"), param=PARAMS[key[0]])
-        if answer[:1] != COMPILED:
-            raise BadRequest("this grammar takes too much memory to compile", param=PARAMS[key[0]])
-        return await detached(self._read, answer[1:])
+        self._kept.add(key, compiled)
+        return compiled
 
-    def _read(self, serialized: bytes) -> xgrammar.CompiledGrammar:
+    @staticmethod
+    def _checked(key: _Key, compiled: xgrammar.CompiledGrammar) -> xgrammar.CompiledGrammar:
+        if compiled.memory_size_bytes > MAX_BYTES:
+            raise BadRequest(too_large(compiled.memory_size_bytes), param=PARAMS[key[0]])
+        return compiled
+
+    def _read(self, answer: bytes) -> xgrammar.CompiledGrammar:
         import xgrammar
 
-        return xgrammar.CompiledGrammar.deserialize_json(serialized.decode(), self._own_compiler().info)
+        serialized = answer[len(COMPILED) :].decode()
+        return xgrammar.CompiledGrammar.deserialize_json(serialized, self._own_compiler().info)
 
     def _compile_now(self, key: _Key) -> xgrammar.CompiledGrammar:
         return compile_grammar(self._own_compiler(), *key)
@@ -154,6 +198,13 @@ class Guides:
             if self._compiler is None:
                 self._compiler = make_compiler(self._vocabulary, max_threads=os.cpu_count() or 1)
             return self._compiler
+
+
+class _Pending:
+    """A compilation, and how many wait for it."""
+
+    def __init__(self, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
+        self.task, self.waiting = task, 0
 
 
 class _Kept:
@@ -190,17 +241,25 @@ async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes
         stderr=asyncio.subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )  # fmt: skip
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stdin is not None
     try:
-        async with asyncio.timeout(MOST_START):
-            if await process.stdout.read(1) != READY:
-                raise InternalError("the process that compiles grammars did not start")
+        try:
+            async with asyncio.timeout(MOST_START):
+                ready = await process.stdout.read(1)
+        except TimeoutError:
+            raise Overloaded("this machine is too busy to compile a grammar; try again later") from None
+        if ready != READY:
+            raise InternalError("the process that compiles grammars did not start")
         async with asyncio.timeout(MOST_COMPILE):
-            answer, _ = await process.communicate(json.dumps(key).encode())
+            try:
+                answer, _ = await process.communicate(json.dumps(key).encode())
+            except (RuntimeError, OSError):  # it has died, and uvloop finds its input closed
+                return b""
             return answer
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+        process.stdin.close()
         await process.wait()
 
 

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sampled, Sequence
-from dynserve.wire.requests import Sampling, TokenLogprob
+from dynserve.wire.requests import Sampling, TokenLogprob, finite
 
 _pair = struct.Struct("<QQ").pack
 
@@ -106,12 +106,12 @@ class Adjustments:
             logits[self._ends] = float("-inf")
 
     def _note(self, sequence: Sequence) -> None:
-        new = torch.tensor(sequence.tokens[self._noted :], dtype=torch.long)
+        new = torch.tensor(sequence.tokens[self._noted :], dtype=torch.long, device=self._biased.device)
         if self._seen is not None:
             self._seen[new] = True
         if self._counts is not None:
             generated = new[max(0, sequence.prompt_len - self._noted) :]
-            self._counts.index_add_(0, generated, torch.ones(len(generated)))
+            self._counts.index_add_(0, generated, torch.ones(len(generated), device=generated.device))
         self._noted = len(sequence.tokens)
 
 
@@ -140,8 +140,8 @@ def logprob_of(raw: Tensor, token: int, top: int) -> TokenLogprob:
     best: list[tuple[int, float]] = []
     if top > 0:
         values, ids = logprobs.topk(min(top, len(logprobs)))
-        best = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), best)
+        best = list(zip(ids.tolist(), map(finite, values.tolist()), strict=True))
+    return TokenLogprob(token, finite(float(logprobs[token])), best)
 
 
 def embedding(pooled: Tensor) -> bytes:

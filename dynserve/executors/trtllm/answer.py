@@ -8,9 +8,7 @@ from typing import Any
 from dynserve.errors import DynserveError, HandoffMismatch, InternalError, TimedOut
 from dynserve.executors.base import Output
 from dynserve.executors.trtllm.request import wants_prompt
-from dynserve.wire.requests import GenerateRequest, TokenLogprob
-
-UNLIKELY = -9999.0  # for a token that the engine gave no probability of; JSON has no infinity
+from dynserve.wire.requests import UNLIKELY, GenerateRequest, TokenLogprob, finite
 
 
 class Cursor:
@@ -130,12 +128,12 @@ def note_costs(output: Output, result: Any, seconds: float) -> None:
 def entry_of(token: int, entry: Any, top: int) -> TokenLogprob:
     """One position: a dict of token id to `Logprob`, or a number in the engine's simple form."""
     if isinstance(entry, float):
-        return TokenLogprob(token, entry)
+        return TokenLogprob(token, finite(entry))
     mine = entry.get(token)
-    value = mine.logprob if mine is not None else UNLIKELY
+    value = finite(mine.logprob) if mine is not None else UNLIKELY
     if not top:
         return TokenLogprob(token, value)
-    best = sorted(((id_, found.logprob) for id_, found in entry.items()), key=lambda pair: -pair[1])
+    best = sorted(((id_, finite(found.logprob)) for id_, found in entry.items()), key=lambda pair: -pair[1])
     return TokenLogprob(token, value, best[:top])
 
 
