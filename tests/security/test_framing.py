@@ -15,8 +15,13 @@ from dynserve.http import MAX_PIPELINED, Limits, allowed_hosts, bind, serving
 from tests.security.streams import Generator, Harness, Seen, differs, read_by_h11
 
 # `make differential` reads 100,000
-STREAMS = int(os.environ.get("DIFFERENTIAL_STREAMS", "3000"))
+STREAMS = int(os.environ.get("DIFFERENTIAL_STREAMS", "2000"))
 HOST = b"Host: localhost\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynserve.http.DRAIN", 0.1)
 
 
 async def test_generated_streams_are_read_as_h11_reads_them() -> None:
