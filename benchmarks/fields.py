@@ -29,7 +29,8 @@ from dynserve.config import TINY_MODEL
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.torch.sampler import sample
 from dynserve.frontend.__main__ import SWITCH_INTERVAL
-from dynserve.http import Limits, bind, serving
+from dynserve.http import bind, serving
+from dynserve.http_heads import Limits
 from dynserve.openai.body_bounds import BodyBounds
 from dynserve.openai.detokenize import Vocabulary
 from dynserve.openai.fields import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS

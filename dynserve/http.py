@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
-from ipaddress import ip_address
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dynserve.errors import BadRequest, ConfigError, error_object, translate
+from dynserve.http_heads import Fault, Head, Limits, allowed_hosts, fault_of
 
 log = logging.getLogger(__name__)
 
@@ -69,46 +69,6 @@ class Tls(NamedTuple):
 
     certificate: str
     key: str
-
-
-class Limits(NamedTuple):
-    """Of what a connection may send before it is known what it wants, and of how long it may read nothing.
-
-    `hosts` are the names that a request's Host header may have, in lower case; an IP address is always accepted, because
-    no name of somebody else's can stand behind it. None accepts every name.
-    """
-
-    header_bytes: int = 64 << 10
-    header_s: float = 60.0
-    write_s: float = 60.0  # without the client reading anything
-    hosts: frozenset[str] | None = None
-
-
-def allowed_hosts(wanted: str | None, bound_to: str) -> frozenset[str] | None:
-    """The names of `Limits.hosts`, from a comma-separated list or `*`.
-
-    Without a list, a server that listens on loopback only answers to names of this machine: a web page whose own name
-    was made to point at 127.0.0.1 (DNS rebinding) is refused. A server on another address answers to any name.
-
-    Raises:
-        ConfigError: the list is empty.
-    """
-    if wanted is None:
-        if not is_loopback(bound_to):
-            return None
-        own = socket.gethostname().lower()
-        return frozenset({"localhost", own, f"{own.partition('.')[0]}.local", "host.docker.internal"})
-    names = frozenset(name.strip().strip("[]").lower() for name in wanted.split(",") if name.strip())
-    if not names:
-        raise ConfigError("--allowed-hosts names no host; write `*` for any")
-    return None if "*" in names else names
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _NoMoreRequests(Exception):
@@ -255,51 +215,11 @@ class _Protocol(HttpToolsProtocol):
         }
         self.scope.update(ways)  # type: ignore[typeddict-item]
 
-    def _fault(self) -> tuple[int, str] | None:
-        """The status and the sentence for headers that are refused. A header that frames or addresses the request and
-        can be read in two ways is read differently by somebody in front of this server."""
-        size = len(self.url)
-        host: bytes | None = None
-        coded = 0
-        for name, value in self.headers:
-            size += len(name) + len(value)
-            if name == b"host":
-                if host is not None:
-                    return 400, "the request has more than one Host header"
-                host = value.rstrip(b" \t")  # which the parser leaves where a packet ended there
-            elif name == b"transfer-encoding":
-                coded += 1
-                if value.strip(b" \t").lower() != b"chunked":
-                    repeated = b"chunked" in value.lower()
-                    return (400 if repeated else 501), "the only Transfer-Encoding that is supported is `chunked`, once"
-        if size > self.limits.header_bytes:
-            return 431, "the request's headers are too large"
-        version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            return 505, "only HTTP/1.0 and HTTP/1.1 are supported"
-        if coded > 1 or (coded and version == "1.0"):
-            return 400, "Transfer-Encoding is allowed once, in HTTP/1.1"
-        if self.parser.get_method() == b"CONNECT":
-            return 405, "this server is not a proxy: CONNECT is not supported"
-        if host is None:
-            return None if version == "1.0" else (400, "the request has no Host header")
-        if b"://" in self.url and (named := _AUTHORITY.match(self.url)) is not None:
-            host = named[1]  # RFC 9112, section 3.2.2: it takes the header's place
-        return None if host == self._accepted_host else self._host_fault(host)
-
-    def _host_fault(self, host: bytes) -> tuple[int, str] | None:
-        found = _HOST.fullmatch(host)
-        if found is None:
-            return 400, "the Host header is not a host name with an optional port"
-        name = found[1].decode("ascii").strip("[]").lower()
-        hosts = self.limits.hosts
-        if hosts is not None and name not in hosts and not name.endswith(".localhost") and not _is_address(name):
-            return (
-                421,
-                f"this server does not answer for the host {name[:100]!r}; --allowed-hosts can name more of them",
-            )
+    def _fault(self) -> Fault | None:
+        head = Head(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
+        fault, host = fault_of(head, self.limits, self._accepted_host)
         self._accepted_host = host
-        return None
+        return fault
 
     def _end_with(self, cycle: RequestResponseCycle) -> None:
         """The answer to `cycle` is the connection's last. A client that sends many requests before it has read an answer
@@ -541,19 +461,6 @@ class _Polite:
     def close(self) -> None:
         self.flush()
         self._close()
-
-
-# a name, an IPv4 address, or an IPv6 one in brackets; and a port
-_HOST = re.compile(rb"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-_AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#]*)")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def tls_of(certificate: str | None, key: str | None) -> Tls | None:

@@ -54,7 +54,7 @@ class LimitedLog:
             self._log.exception(message + left_out, *args)
 
     def _left_out(self, kind_name: str, cause_name: str) -> str | None:
-        """What is to be said of lines that were left out before this one; None when this one is left out, too."""
+        """The words about lines that were left out before this one; None when this one is left out, too."""
         now = self._clock()
         kind = self._kinds.setdefault(kind_name, _Kind())
         cause = self._cause(kind_name, cause_name[:MAX_CAUSE])

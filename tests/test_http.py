@@ -18,7 +18,8 @@ from uvicorn.server import ServerState
 
 from dynserve.cluster import Cluster
 from dynserve.errors import ConfigError
-from dynserve.http import Limits, Tls, _Protocol, bind, check_tls, serving
+from dynserve.http import Tls, _Protocol, bind, check_tls, serving
+from dynserve.http_heads import Limits
 from tests.conftest import MODEL, until
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}

@@ -12,7 +12,8 @@ from dynserve.config import FrontendConfig
 from dynserve.frontend.access import check_keys
 from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.frontend.group import run_group
-from dynserve.http import Limits, allowed_hosts, bind, serving, tls_of, url_of
+from dynserve.http import bind, serving, tls_of, url_of
+from dynserve.http_heads import Limits, allowed_hosts
 from dynserve.process import Stop, run_role, settle_memory
 from dynserve.transport.planes import open_planes
 
@@ -26,6 +27,8 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
     check_policy(config)
     check_keys(config.api_keys_file)
     tls = tls_of(config.tls_certificate, config.tls_key)
+    limits = Limits(config.max_header_bytes, config.receive_timeout_s)
+    ours = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.http_host))
     if config.workers > 1:
         await run_group(config, argv, stop)
         return
@@ -37,8 +40,6 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
         if config.reuse_port:  # the kernel chooses who gets a connection: not one that knows nothing yet
             await frontend.settled(SETTLE)
-        limits = Limits(config.max_header_bytes, config.receive_timeout_s)
-        ours = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.http_host))
         await stack.enter_async_context(serving(frontend.served, sock, ours, tls))
         if own is not None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))

@@ -197,7 +197,7 @@ class Visit:
         return None if usage is None or usage.tokens is None else usage.tokens.most
 
     def charge(self, tokens: int) -> None:
-        """What the request may come to, before it is computed. Raises RateLimited."""
+        """Charges what the request may come to, before it is computed. Raises RateLimited."""
         usage, now = self._usage, self._gate.clock()
         if usage is None or usage.tokens is None:
             return
@@ -220,7 +220,7 @@ class Visit:
         self._charged = 0
 
     def keep_charge(self) -> None:
-        """What was charged was computed."""
+        """Keeps the charge although the request failed: that much was computed."""
         self._charged = 0
 
     def headers(self) -> list[tuple[str, str]]:
@@ -228,7 +228,7 @@ class Visit:
         return [] if self._usage is None else _told(self._usage, self._gate.clock())
 
     def close(self) -> None:
-        """What is still charged was not computed."""
+        """Ends the request, and gives back what is still charged."""
         if not self._closed:
             self._closed = True
             if self._charged:

@@ -11,7 +11,8 @@ import h11
 import uvicorn
 from uvicorn.server import ServerState
 
-from dynserve.http import _HOST, Limits, _Protocol
+from dynserve.http import _Protocol
+from dynserve.http_heads import HOST, Limits
 
 
 class Seen(NamedTuple):
@@ -176,7 +177,7 @@ def _refused_by_rule(request: h11.Request) -> bool:
         return True
     if codings and (request.http_version == b"1.0" or lengths):
         return True
-    return bool(hosts) and _HOST.fullmatch(hosts[0]) is None
+    return bool(hosts) and HOST.fullmatch(hosts[0]) is None
 
 
 # What this server refuses in streams that h11 accepts, as patterns of the raw bytes.

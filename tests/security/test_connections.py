@@ -13,7 +13,8 @@ import pytest
 
 from dynserve.cluster import Cluster
 from dynserve.frontend.bodies import Bodies
-from dynserve.http import SMALL_BODY, Limits, bind, serving
+from dynserve.http import SMALL_BODY, bind, serving
+from dynserve.http_heads import Limits
 from tests.conftest import MODEL, until
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

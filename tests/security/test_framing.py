@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dynserve.errors import ConfigError
-from dynserve.http import MAX_PIPELINED, Limits, allowed_hosts, bind, serving
+from dynserve.http import MAX_PIPELINED, bind, serving
+from dynserve.http_heads import Limits, allowed_hosts
 from tests.security.streams import Generator, Harness, Seen, differs, read_by_h11
 
 # `make differential` reads 100,000

@@ -31,7 +31,7 @@ PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided
 
 
 class GrammarVocabulary(NamedTuple):
-    """What a compiler needs to know of the model."""
+    """The parts of a model that a compiler needs to know."""
 
     folder: str
     vocab_size: int

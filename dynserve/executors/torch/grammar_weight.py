@@ -39,7 +39,7 @@ def weight(kind: str, text: str) -> float:
 
 
 def _of_json(node: Any) -> float:
-    """Of a schema, or of a structural tag, which has schemas and expressions in it."""
+    """The states of a schema, or of a structural tag, which has schemas and expressions in it."""
     if isinstance(node, list):
         return sum(map(_of_json, node))
     if not isinstance(node, dict):
@@ -82,7 +82,8 @@ _TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def _of_expression(text: str) -> float:
-    """Of a regular expression: a set or a class is a state, a letter a part of one; a bound multiplies what it follows."""
+    """The states of a regular expression: a set or a class is one, a letter a part of one; a bound multiplies what it
+    follows."""
     groups, last = [0.0], 0.0  # of each open group, and of what a quantifier would be about
     at = optional = 0
     while at < len(text):

@@ -158,7 +158,7 @@ class Guides:
             return self._checked(key, await asyncio.shield(done))
 
     def _thread_ended(self, key: _Key, done: asyncio.Future[xgrammar.CompiledGrammar]) -> None:
-        """What came too late for the one who asked for it is there for the next one."""
+        """Gives the thread's place back, and keeps a result that came too late for the next request."""
         self._threads.release()
         if not done.cancelled() and done.exception() is None and done.result().memory_size_bytes <= MAX_BYTES:
             self._slow.pop(key, None)
@@ -233,7 +233,7 @@ def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
 
 
 async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:
-    """What a process of its own says to the grammar; nothing when it died of it. Raises TimeoutError."""
+    """The answer of a process that compiles this grammar alone; empty when it died of it. Raises TimeoutError."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "dynserve.executors.torch.grammar_compiler", json.dumps(vocabulary),
         stdin=asyncio.subprocess.PIPE,

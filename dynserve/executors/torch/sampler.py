@@ -69,7 +69,7 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
 
 
 class Adjustments:
-    """What one sequence's fields do to its logits: bias and penalties, and no end before `min_tokens`.
+    """The changes that one sequence's fields make to its logits: bias and penalties, and no end before `min_tokens`.
 
     Presence and frequency count what was generated, as OpenAI defines them; repetition (CTRL, arXiv 1909.05858) counts
     the prompt as well. All of it is kept in tensors that follow the sequence, so that a token costs the same however long
