@@ -151,8 +151,9 @@ async def repeated(until: float, attack: Callable[[], Awaitable[Any]], at_once: 
             with contextlib.suppress(OSError, TimeoutError):
                 print(await attack() or "", flush=True)
 
-    async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic() + 5):
-        await asyncio.gather(*(one() for _ in range(at_once)))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, until - time.monotonic()) + 5):
+            await asyncio.gather(*(one() for _ in range(at_once)))
 
 
 async def large(name: str, size: int, target: Target, until: float) -> None:
@@ -201,7 +202,7 @@ async def leaving(target: Target, until: float) -> None:
 
 
 async def per_token(target: Target, until: float, **fields: Any) -> None:
-    data = body(prompt="one two", stream=True, ignore_eos=True, **({"max_tokens": 400} | fields))
+    data = body(**({"prompt": "one two", "stream": True, "ignore_eos": True, "max_tokens": 400} | fields))
     await repeated(until, lambda: post(target, data), at_once=6)
 
 

@@ -28,9 +28,7 @@ from dynserve.wire.link import FromFrontend, FromWorker
 
 HEARTBEAT = 0.5  # seconds between pings, and between looks at how long the peer has been silent
 SILENCE = 3.0  # seconds without a byte after which a worker is gone
-FRONTEND_SILENCE = (
-    30.0  # seconds without a byte, or with bytes that TCP does not acknowledge, after which a frontend is
-)
+FRONTEND_SILENCE = 30.0  # the same for a frontend, and for bytes that TCP does not acknowledge
 MAX_HELLO = 64 << 10  # bytes of the first frame, which says who it is
 HELLO_TIMEOUT = 3.0  # seconds that it may take
 MAX_STRANGERS = 256  # connections that have not said hello; with more, the oldest is cut

@@ -62,6 +62,7 @@ async def open_executor(
     stepper = Stepper(model, cache)
     eos = eos_token_ids(folder)
     guides = Guides(folder, model.config.vocab_size, eos)
+    guided = bool(eos) and guides_installed()
     engine = Engine(
         scheduler,
         cache,
@@ -71,7 +72,7 @@ async def open_executor(
         handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
         wake=stepper.wake.set,
         chunked=args.enable_chunked_prefill,
-        guides=guides if eos and guides_installed() else None,
+        guides=guides if guided else None,
         embedding_size=model.config.hidden_size,
     )
     async with (
@@ -80,6 +81,8 @@ async def open_executor(
     ):
         engine.connect(transceiver, tasks)
         stepper.start(engine)
+        if guided:
+            tasks.create_task(guides.prepare())
         try:
             yield engine
         finally:

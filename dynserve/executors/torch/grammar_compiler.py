@@ -11,7 +11,9 @@ import re
 import resource
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -47,8 +49,7 @@ class Compiler(NamedTuple):
 
 def make_compiler(vocabulary: GrammarVocabulary, max_threads: int) -> Compiler:
     """Imports xgrammar, which takes a second or more. What it compiles is cached by its callers."""
-    import xgrammar
-
+    xgrammar = _import_xgrammar()
     tokenizer = Tokenizer.from_file(str(Path(vocabulary.folder) / "tokenizer.json"))
     tokens = [""] * vocabulary.vocab_size
     for token, id_ in tokenizer.get_vocab().items():
@@ -63,6 +64,23 @@ def make_compiler(vocabulary: GrammarVocabulary, max_threads: int) -> Compiler:
         add_prefix_space=prefix_space,
     )
     return Compiler(xgrammar.GrammarCompiler(info, max_threads=max_threads, cache_enabled=False), info)
+
+
+def _import_xgrammar() -> Any:
+    """xgrammar imports transformers for two names that only its readers of transformers' own tokenizers use; that would
+    take twice as long as all the rest, in a process that answers requests."""
+    if "xgrammar" not in sys.modules and "transformers" not in sys.modules:
+        stand_in: Any = ModuleType("transformers")
+        stand_in.PreTrainedTokenizerBase = stand_in.PreTrainedTokenizerFast = stand_in.LogitsProcessor = object
+        sys.modules["transformers"] = stand_in
+        try:
+            return import_module("xgrammar")
+        except Exception:  # a version that needs more of it
+            for name in [name for name in sys.modules if name.partition(".")[0] == "xgrammar"]:
+                del sys.modules[name]
+        finally:
+            del sys.modules["transformers"]
+    return import_module("xgrammar")
 
 
 def compile_grammar(compiler: Compiler, kind: str, text: str) -> xgrammar.CompiledGrammar:

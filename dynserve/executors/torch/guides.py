@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -51,11 +52,14 @@ MAX_THREADS = 2
 MAX_PROCESSES = 2
 MOST_WAIT, MOST_COMPILE = 10.0, 30.0  # seconds
 MOST_START = 30.0  # seconds until a process can begin to compile
+PREPARE_AFTER = 5.0  # seconds from the start
 END_TIMEOUT = 2.0  # seconds that the end of one is waited for
 MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars that are remembered for having taken too long, and for how many seconds
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
 MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
 
+
+log = logging.getLogger(__name__)
 
 _Key = tuple[str, str]  # kind and text
 
@@ -74,6 +78,15 @@ class Guides:
         self._slow: OrderedDict[_Key, float] = OrderedDict()  # those that took too long, and when
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
+
+    async def prepare(self) -> None:
+        """Imports the compiler a while after the start, so that no request has to wait for it, whoever sent the first
+        grammar. Importing holds the interpreter for some tenths of a second."""
+        await asyncio.sleep(PREPARE_AFTER)
+        try:
+            await detached(self._own_compiler)
+        except Exception as error:  # whoever sends a grammar is told
+            log.warning("grammars cannot be compiled here: %r", error)
 
     async def matcher(self, guide: Guide) -> Matcher:
         """What one answer follows the grammar with.
