@@ -180,6 +180,17 @@ async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeyp
     await ours.matcher(wanted)
 
 
+def test_slow_masks_of_all_answers_share_a_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    held_up = module.HeldUp()
+    assert [held_up.add(0.04) for _ in range(3)] == [True, True, False]
+    now[0] += 1.0
+    assert held_up.add(0.04) and not held_up.add(0.06)
+    now[0] += 60.0
+    assert held_up.add(0.1)
+
+
 async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = guides()
 

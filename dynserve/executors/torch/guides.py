@@ -56,7 +56,9 @@ PREPARE_AFTER = 5.0  # seconds from the start
 END_TIMEOUT = 2.0  # seconds that the end of one is waited for
 MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars that are remembered for having taken too long, and for how many seconds
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
-MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.15, 1.0, 0.005
+MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.05, 1.0, 0.005
+# seconds that the masks of all answers together may hold up the steps: a mask of up to SLOW_MASK is usual, and not counted
+SLOW_MASK, MOST_HELD_UP, HELD_UP_PER_S = 0.01, 0.1, 0.1
 
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Guides:
         self._kept = _Kept(CACHE_BYTES)
         self._pending: dict[_Key, _Pending] = {}
         self._slow: OrderedDict[_Key, float] = OrderedDict()  # those that took too long, and when
+        self._held_up = HeldUp()
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
@@ -100,7 +103,8 @@ class Guides:
         import xgrammar  # a second's work, done by the thread that compiled
 
         eos = list(self._vocabulary.eos)
-        return Matcher(xgrammar.GrammarMatcher(compiled), self._vocabulary.vocab_size, eos, guide.thought)
+        matcher = xgrammar.GrammarMatcher(compiled)
+        return Matcher(matcher, self._vocabulary.vocab_size, eos, guide.thought, self._held_up)
 
     async def _shared(self, key: _Key) -> xgrammar.CompiledGrammar:
         """One compilation for all that wait for the same grammar; it ends when nobody does any more."""
@@ -276,6 +280,20 @@ async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes
         await process.wait()
 
 
+class HeldUp:
+    """The time by which slow masks have held up everybody's steps lately; it is forgiven steadily. For the step's thread."""
+
+    def __init__(self) -> None:
+        self._seconds, self._at = 0.0, time.monotonic()
+
+    def add(self, seconds: float) -> bool:
+        """Whether there was room for that."""
+        now = time.monotonic()
+        self._seconds = max(0.0, self._seconds - (now - self._at) * HELD_UP_PER_S) + seconds
+        self._at = now
+        return self._seconds <= MOST_HELD_UP
+
+
 class Matcher:
     """One answer on its way through a grammar. While the model thinks, anything goes but the end.
 
@@ -283,11 +301,17 @@ class Matcher:
     """
 
     def __init__(
-        self, matcher: xgrammar.GrammarMatcher, vocab_size: int, eos: list[int], thought: Thought | None
+        self,
+        matcher: xgrammar.GrammarMatcher,
+        vocab_size: int,
+        eos: list[int],
+        thought: Thought | None,
+        held_up: HeldUp,
     ) -> None:
         import xgrammar
 
         self._matcher, self._vocab_size, self._eos, self._thought = matcher, vocab_size, eos, thought
+        self._held_up = held_up
         self._apply = xgrammar.apply_token_bitmask_inplace
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._seen = 0
@@ -304,7 +328,8 @@ class Matcher:
         self._mask(tokens, prompt_len, logits)
         spent = time.thread_time() - began
         self._spent += spent
-        if spent > MOST_AT_ONCE or self._spent > MOST_SPENT + MOST_PER_TOKEN * self._seen:
+        crowded = spent > SLOW_MASK and not self._held_up.add(spent)
+        if crowded or spent > MOST_AT_ONCE or self._spent > MOST_SPENT + MOST_PER_TOKEN * self._seen:
             raise BadRequest("this grammar takes too long to follow; simplify what repeats within it")
 
     def _mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
