@@ -43,7 +43,9 @@ from dynserve.local.embedded import etcd_command, free_ports, nats_command
 MODEL = "tiny"
 QUIET = 6.0  # seconds of polite clients alone
 LONGER = 100.0  # milliseconds that others may wait longer
-KEPT = 64.0  # megabytes that may stay: caches, which have bounds of their own
+KEPT = (
+    128.0  # megabytes that may stay: caches, which have bounds of their own (of compiled grammars 256 in each worker)
+)
 SURPLUS = "<surplus>"  # a token that the tokenizer has and the model has not
 MB = 1 << 20
 LIMIT = 8 * MB - 1000  # bytes: the largest body that is not refused for its size

@@ -80,7 +80,7 @@ class Child:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
-                preexec_fn=die_with_parent,
+                preexec_fn=_die_with_parent,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
             )
         except OSError as error:
@@ -136,7 +136,7 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readexactly(error.consumed)
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Runs in the child before exec: not even a kill -9 of the parent leaves a process behind (Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

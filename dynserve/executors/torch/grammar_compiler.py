@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # JSON may have any white space between its parts; a model that is lost would fill its context with it
 MAX_WHITESPACE = 32
 MAX_BYTES = 64 << 20  # of one compiled grammar
+MAX_CPU = 120  # seconds, with the start
 MAX_MEMORY = 1 << 30  # bytes that one compilation in a process of its own may take
 READY, COMPILED, REFUSED = b"r", b"c", b"x"
 PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
@@ -139,6 +140,7 @@ def main() -> None:
     kind, text = json.loads(sys.stdin.buffer.read())
     os.nice(5)
     _limit_memory()
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))  # should nobody be left who ends it
     try:
         compiled = compile_grammar(compiler, kind, text)
         if compiled.memory_size_bytes > MAX_BYTES:

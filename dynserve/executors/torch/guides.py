@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dynserve.child import die_with_parent
 from dynserve.errors import BadRequest, InternalError, Overloaded
 from dynserve.executors.torch.grammar_compiler import (
     COMPILED,
@@ -251,37 +251,51 @@ def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
 
 async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:
     """The answer of a process that compiles this grammar alone; empty when it died of it. Raises TimeoutError."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "dynserve.executors.torch.grammar_compiler", json.dumps(vocabulary),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
+    process = await detached(_spawn, vocabulary)
     try:
         try:
             async with asyncio.timeout(MOST_START):
-                ready = await process.stdout.read(1)
+                ready = await detached(_first_byte, process)
         except TimeoutError:
             raise Overloaded("this machine is too busy to compile a grammar; try again later") from None
         if ready != READY:
             raise InternalError("the process that compiles grammars did not start")
         async with asyncio.timeout(MOST_COMPILE):
-            try:
-                answer, _ = await process.communicate(json.dumps(key).encode())
-            except (RuntimeError, OSError):  # it has died, and uvloop finds its input closed
-                return b""
-            return answer
+            return await detached(_talk, process, json.dumps(key).encode())
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.stdin.close()
-        await process.wait()
+        process.kill()
+        detached(_reap, process)
+
+
+def _spawn(vocabulary: GrammarVocabulary) -> subprocess.Popen[bytes]:
+    """With vfork, and so without a look at this process's memory: a copy of gigabytes of page tables holds up everybody,
+    and asyncio's way of starting processes makes one on the event loop."""
+    command = [sys.executable, "-m", "dynserve.executors.torch.grammar_compiler", json.dumps(vocabulary)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def _first_byte(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    return os.read(process.stdout.fileno(), 1)
+
+
+def _talk(process: subprocess.Popen[bytes], text: bytes) -> bytes:
+    try:
+        return process.communicate(text)[0]
+    except (OSError, ValueError):  # it has died, or was ended
+        return b""
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError, ValueError):
+                pipe.close()
 
 
 class HeldUp:
-    """The time by which slow masks have held up everybody's steps lately; it is forgiven steadily. For the step's thread."""
+    """The time by which slow masks have held up everybody's steps lately, and which is forgiven steadily."""
 
     def __init__(self) -> None:
         self._seconds, self._at = 0.0, time.monotonic()
