@@ -41,6 +41,7 @@ from dynserve.config import TINY_MODEL, host_port
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 
 MODEL = "tiny"
+WARM = 7.0  # seconds before anything is measured
 QUIET = 6.0  # seconds of polite clients alone
 LONGER = 100.0  # milliseconds that others may wait longer
 KEPT = (
@@ -568,7 +569,7 @@ async def all_attacks(names: list[str], seconds: float, package_path: str | None
         with cluster(package_path) as running:
             polite = Polite(running.target.http)
             clients = asyncio.ensure_future(polite.run())
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(WARM)
             polite.taken()
             await asyncio.sleep(QUIET)
             alone, _, _ = polite.taken()
