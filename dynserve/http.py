@@ -22,7 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dynserve.errors import BadRequest, ConfigError, error_object, translate
-from dynserve.http_heads import Fault, Head, Limits, allowed_hosts, fault_of
+from dynserve.http_heads import Fault, Limits, allowed_hosts, fault_of
 
 log = logging.getLogger(__name__)
 
@@ -216,9 +216,10 @@ class _Protocol(HttpToolsProtocol):
         self.scope.update(ways)  # type: ignore[typeddict-item]
 
     def _fault(self) -> Fault | None:
-        head = Head(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
-        fault, host = fault_of(head, self.limits, self._accepted_host)
-        self._accepted_host = host
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        fault, self._accepted_host = fault_of(
+            method, self.url, version, self.headers, limits=self.limits, accepted=self._accepted_host
+        )
         return fault
 
     def _end_with(self, cycle: RequestResponseCycle) -> None:

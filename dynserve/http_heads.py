@@ -57,22 +57,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Head(NamedTuple):
-    """The head of one request, as it was parsed. Names of headers are in lower case."""
-
-    method: bytes
-    target: bytes
-    version: str
-    headers: Sequence[tuple[bytes, bytes]]
-
-
-def fault_of(head: Head, limits: Limits, accepted: bytes | None) -> tuple[Fault | None, bytes | None]:
-    """Why the head is refused, or None; and the Host header that is accepted from now on. `accepted` is the one that was
-    accepted last on the same connection, and needs no second look."""
-    size = len(head.target)
+def fault_of(
+    method: bytes,
+    target: bytes,
+    version: str,
+    headers: Sequence[tuple[bytes, bytes]],
+    *,
+    limits: Limits,
+    accepted: bytes | None,
+) -> tuple[Fault | None, bytes | None]:
+    """Why a head is refused, or None; and the Host header that is accepted from now on. `accepted` is the one that was
+    accepted last on the same connection, and needs no second look. Names of `headers` are in lower case."""
+    size = len(target)
     host: bytes | None = None
     coded = 0
-    for name, value in head.headers:
+    for name, value in headers:
         size += len(name) + len(value)
         if name == b"host":
             if host is not None:
@@ -86,15 +85,15 @@ def fault_of(head: Head, limits: Limits, accepted: bytes | None) -> tuple[Fault 
                 return ((400 if repeated else 501), sentence), accepted
     if size > limits.header_bytes:
         return (431, "the request's headers are too large"), accepted
-    if head.version not in ("1.0", "1.1"):
+    if version not in ("1.0", "1.1"):
         return (505, "only HTTP/1.0 and HTTP/1.1 are supported"), accepted
-    if coded > 1 or (coded and head.version == "1.0"):
+    if coded > 1 or (coded and version == "1.0"):
         return (400, "Transfer-Encoding is allowed once, in HTTP/1.1"), accepted
-    if head.method == b"CONNECT":
+    if method == b"CONNECT":
         return (405, "this server is not a proxy: CONNECT is not supported"), accepted
     if host is None:
-        return (None if head.version == "1.0" else (400, "the request has no Host header")), accepted
-    if b"://" in head.target and (named := _AUTHORITY.match(head.target)) is not None:
+        return (None if version == "1.0" else (400, "the request has no Host header")), accepted
+    if b"://" in target and (named := _AUTHORITY.match(target)) is not None:
         host = named[1]  # RFC 9112, section 3.2.2: it takes the header's place
     if host == accepted:
         return None, accepted

@@ -76,10 +76,9 @@ def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int 
             f"{length} tokens are over max_num_tokens={max_num_tokens}; "
             "set enable_chunked_prefill to take longer prompts"
         )
-    highest = max(array("I", request.prompt))
-    if request.prior is not None:
-        highest = max([highest, *request.prior.token_ids])
-    if highest >= limits.vocab_size:
+    prior = request.prior.token_ids if request.prior is not None else []
+    if _any_beyond(request.prompt, limits.vocab_size) or max(prior, default=0) >= limits.vocab_size:
+        highest = max([*array("I", request.prompt), *prior])
         raise BadRequest(
             f"token id {highest} is not one of this model's 0 to {limits.vocab_size - 1}; its tokenizer has more tokens "
             "than the model"
@@ -88,6 +87,19 @@ def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int 
         raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
     if request.pool is not None and not limits.embedding_size:
         raise BadRequest("this model's workers make no embeddings", param="model")
+
+
+def _any_beyond(prompt: bytes, vocab_size: int) -> bool:
+    """Whether one of the token ids (u32 little-endian) is `vocab_size` or more. It runs for every request, so all ids are
+    looked at together, as one large number: adding 2**31 - vocab_size to each of them reaches the highest bit of just
+    those."""
+    count = len(prompt) // 4
+    ids = int.from_bytes(prompt, "little")
+    missing = int.from_bytes(((1 << 31) - vocab_size).to_bytes(4, "little") * count, "little")
+    return (ids | ids + missing) & int.from_bytes(_HIGHEST_BIT * count, "little") != 0
+
+
+_HIGHEST_BIT = (1 << 31).to_bytes(4, "little")
 
 
 class Executor(Protocol):

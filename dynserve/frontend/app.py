@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as Pool
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -32,7 +33,16 @@ from dynserve.errors import (
 from dynserve.frontend.access import Visit
 from dynserve.frontend.bodies import Bodies
 from dynserve.frontend.decisions import KEPT
-from dynserve.frontend.edge import INLINE_BODY, INLINE_PREPARED, Threads, Wishes, prompts_of, warning_of, wishes
+from dynserve.frontend.edge import (
+    INLINE_BODY,
+    INLINE_CHARACTERS,
+    INLINE_PREPARED,
+    Threads,
+    Wishes,
+    prompts_of,
+    warning_of,
+    wishes,
+)
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
 from dynserve.frontend.request_headers import headers_of, request_id
@@ -162,12 +172,12 @@ class _Edge:
         """A whole request up to its response, which then owns the visit."""
         visit = self.enter(request)
         try:
-            async with self.bodies.body(request) as body:
-                visit.charge(len(body.content) // BYTES_CHARGED)
-                large = len(body.content) if len(body.content) > INLINE_PREPARED else None
-                given, (asked, kind, frame) = await self.parsed(body.content, form, lambda given: (given, make(given)))
-                model = self.serving(asked.model)
-                order = await self._order(asked, model, kind, frame, large, visit.cache_owner)
+            content = self.bodies.whole(request)
+            if content is not None:
+                given, asked, order = await self._ordered(visit, content, form, make)
+            else:
+                async with self.bodies.body(request) as body:
+                    given, asked, order = await self._ordered(visit, body.content, form, make)
             session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
             wished = wishes(request, visit, asked.priority, session)
             order = _charged(visit, order, bounded=isinstance(asked, EmbeddingRequest) or bool(asked.answer_tokens()))
@@ -182,22 +192,26 @@ class _Edge:
             log.exception("request %s failed", request_id(request))
             raise InternalError("internal error; the frontend's log has the details") from error
 
-    async def _order(
-        self, asked: Generating, model: Model, kind: Kind, frame: str, size: int | None, owner: str
-    ) -> Order:
-        """`size`: of a body so large that nothing of it is looked at here. `owner`: of what was tokenised before."""
-        preprocessor, card = model.preprocessor, model.card
-
-        def work() -> Order:
-            if isinstance(asked, ChatRequest):
-                prepared = prepare_chat(asked, preprocessor, card.max_seq_len, owner)
-                return order_chat(asked, prepared, card, preprocessor, kind, frame)
-            prepared = prepare_prompts(asked, preprocessor, card.max_seq_len, owner)
-            if isinstance(asked, EmbeddingRequest):
-                return order_embedding(asked, prepared, card)
-            return order_completion(asked, prepared, card, preprocessor)
-
-        return await self.threads.run(asked.size() if size is None else size, work)
+    async def _ordered(
+        self,
+        visit: Visit,
+        content: bytes | bytearray,
+        form: type[R],
+        make: Callable[[R], tuple[Generating, Kind, str]],
+    ) -> tuple[R, Generating, Order]:
+        """A body up to the order that it comes to; what takes long is done in threads."""
+        visit.charge(len(content) // BYTES_CHARGED)
+        if len(content) <= INLINE_BODY:
+            given = self._request(content, form)
+            asked, kind, frame = make(given)
+        else:
+            given, (asked, kind, frame) = await self.parsed(content, form, lambda given: (given, make(given)))
+        model = self.serving(asked.model)
+        size = asked.size() if len(content) <= INLINE_PREPARED else len(content)
+        if size <= INLINE_CHARACTERS:
+            return given, asked, _order(asked, model, kind, frame, visit.cache_owner)
+        work = partial(_order, asked, model, kind, frame, visit.cache_owner)
+        return given, asked, await self.threads.run(size, work)
 
     def _respond(
         self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order, wished: Wishes
@@ -210,6 +224,18 @@ class _Edge:
         if not order.render.part:
             return TokenResponse(pipeline, prompts[0], visit, headers)
         return FanOut(pipeline, prompts, visit, headers, group=order.group, keep=order.keep, request_id=id_)
+
+
+def _order(asked: Generating, model: Model, kind: Kind, frame: str, owner: str) -> Order:
+    """`owner`: see `Segments.encode`."""
+    preprocessor, card = model.preprocessor, model.card
+    if isinstance(asked, ChatRequest):
+        prepared = prepare_chat(asked, preprocessor, card.max_seq_len, owner)
+        return order_chat(asked, prepared, card, preprocessor, kind, frame)
+    prepared = prepare_prompts(asked, preprocessor, card.max_seq_len, owner)
+    if isinstance(asked, EmbeddingRequest):
+        return order_embedding(asked, prepared, card)
+    return order_completion(asked, prepared, card, preprocessor)
 
 
 def _charged(visit: Visit, order: Order, *, bounded: bool) -> Order:

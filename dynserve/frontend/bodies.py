@@ -31,6 +31,12 @@ class Bodies:
         self.used = 0  # bytes
         self._arriving: dict[Body, None] = {}  # oldest first
 
+    def whole(self, request: Request) -> bytes | None:
+        """A small body that came with its headers, for which there is nothing to wait; None for any other."""
+        ready = request.scope.get("dynserve.body")
+        found: bytes | None = None if ready is None else ready()
+        return None if found is not None and len(found) > self._config.max_body_bytes else found
+
     def body(self, request: Request) -> Body:
         """Use it as a context manager: `content` is complete within its block, and charged until the block is left."""
         return Body(self, request, self._config)
@@ -60,8 +66,7 @@ class Body:
     async def __aenter__(self) -> Body:
         """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come;
         Overloaded for one that the budget has no room for; Cancelled when the client leaves."""
-        ready = self._request.scope.get("dynserve.body")
-        if ready is not None and (whole := ready()) is not None and len(whole) <= self._config.max_body_bytes:
+        if (whole := self._bodies.whole(self._request)) is not None:
             self.content = whole
             return self
         try:

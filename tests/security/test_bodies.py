@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dynserve.cluster import Cluster
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, BodyTooLarge, ContextTooLong
-from dynserve.executors.base import Limits, check_request
+from dynserve.executors.base import Limits, _any_beyond, check_request
 from dynserve.openai.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
 from dynserve.openai.chat import ChatRequest
 from dynserve.openai.fields import parsed
@@ -25,7 +25,7 @@ from dynserve.openai.model_files import read_model_files
 from dynserve.openai.prompt import SLICE, Preprocessor
 from dynserve.openai.segments import any_of
 from dynserve.wire.discovery import Card
-from dynserve.wire.requests import Prior
+from dynserve.wire.requests import Prior, pack_tokens
 from tests.conftest import MODEL, make_request
 
 PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
@@ -176,6 +176,14 @@ def test_ids_that_the_model_has_no_row_for_are_refused_by_every_executor() -> No
     for request in (make_request([0, 100]), make_request([2**32 - 1, 5]), make_request([5], prior=Prior([100]))):
         with pytest.raises(BadRequest, match="is not one of this model's 0 to 99"):
             check_request(request, LIMITS, None)
+
+
+@given(
+    st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 300), min_size=1),
+    st.integers(1, 2**31 - 1) | st.integers(1, 300),
+)
+def test_ids_are_compared_all_at_once_as_one_by_one(ids: list[int], rows: int) -> None:
+    assert _any_beyond(pack_tokens(ids), rows) == any(id_ >= rows for id_ in ids)
 
 
 async def test_a_token_that_only_the_tokenizer_has_kills_no_worker(
