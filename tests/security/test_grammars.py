@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -34,7 +35,11 @@ async def compiling() -> psutil.Process:
     found: list[psutil.Process] = []
 
     def there() -> bool:
-        found[:] = [p for p in psutil.Process().children() if "grammar_compiler" in " ".join(p.cmdline())]
+        found[:] = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # one that has just ended
+                if "grammar_compiler" in " ".join(child.cmdline()):
+                    found.append(child)
         return bool(found)
 
     await until(there, 30)
@@ -72,6 +77,26 @@ async def test_an_abandoned_request_ends_the_process_that_compiles_for_it() -> N
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await until(lambda: not process.is_running())
+    assert not ours._processes.locked()
+
+
+async def test_a_request_given_up_while_its_process_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, spawn = threading.Event(), module._spawn
+    processes = []
+
+    def slowly(vocabulary: Any) -> Any:
+        started.wait(10)
+        processes.append(spawn(vocabulary))
+        return processes[0]
+
+    monkeypatch.setattr(module, "_spawn", slowly)
+    ours = guides()
+    asked = asyncio.create_task(ours.matcher(HEAVY))
+    await asyncio.sleep(0.05)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    started.set()
+    await until(lambda: bool(processes) and processes[0].returncode is not None)
     assert not ours._processes.locked()
 
 

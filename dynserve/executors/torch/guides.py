@@ -251,7 +251,12 @@ def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
 
 async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:
     """The answer of a process that compiles this grammar alone; empty when it died of it. Raises TimeoutError."""
-    process = await detached(_spawn, vocabulary)
+    spawned = detached(_spawn, vocabulary)
+    try:
+        process = await asyncio.shield(spawned)
+    except asyncio.CancelledError:
+        spawned.add_done_callback(_end_unwanted)
+        raise
     try:
         try:
             async with asyncio.timeout(MOST_START):
@@ -265,6 +270,13 @@ async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes
     finally:
         process.kill()
         detached(_reap, process)
+
+
+def _end_unwanted(spawned: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """Ends a process whose request was given up while it was being started."""
+    if not spawned.cancelled() and spawned.exception() is None:
+        spawned.result().kill()
+        detached(_reap, spawned.result())
 
 
 def _spawn(vocabulary: GrammarVocabulary) -> subprocess.Popen[bytes]:
