@@ -13,6 +13,7 @@ COMMANDS = {
     "frontend": ("dynserve.frontend.__main__", "the OpenAI server"),
     "worker": ("dynserve.worker.__main__", "one worker"),
     "doctor": ("dynserve.doctor.report", "look at this machine: what would go wrong, and what to do"),
+    "make-model": ("dynserve.local.make_model", "make a model of random weights, for work on speed"),
     "key": ("dynserve.frontend.key", "make an API key"),
 }
 

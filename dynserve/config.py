@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Role = Literal["prefill_and_decode", "prefill", "decode"]
 ExecutorName = Literal["torch", "simulated", "trtllm"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16"]
 RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
@@ -210,6 +212,8 @@ class WorkerConfig(Planes):
     max_num_tokens: int | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
     kv_block_size: int | None = option(None, "tokens per KV block; default 32")
     free_gpu_memory_fraction: float | None = option(None, "part of the free memory that the KV cache takes")
+    device: DeviceName = option("auto", "torch: auto, cpu or cuda; auto takes a GPU where there is one", "DYN_DEVICE")
+    dtype: DtypeName = option("auto", "torch: auto, float32 or bfloat16; auto is float32 on a CPU", "DYN_DTYPE")
     tensor_parallel_size: int = option(1, "GPUs per layer (trtllm)")
     pipeline_parallel_size: int = option(1, "stages of layers (trtllm)")
     max_queue: int = option(

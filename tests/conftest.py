@@ -53,8 +53,12 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             self._popen.send_signal(number)
 
-    def wait(self, timeout: float = 15) -> int:
-        return self._popen.wait(timeout)
+    def wait(self, timeout: float = 60) -> int:
+        """Its exit code. The time is for a machine that is busy with other tests, and is no requirement."""
+        try:
+            return self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it still runs after {timeout:.0f} s:\n{self.output()}") from None
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import random
 import signal
@@ -90,11 +89,11 @@ async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> Non
         deployment.worker(role, engine=tight)
     deployment.wait_for(4)
     # two of the long answers are more than a worker's blocks; they go first, so that all of them are there at once
-    bodies = [ask(case["prompt"][:30], 320) for case in GOLDEN[:8]] + [ask(case["prompt"]) for case in GOLDEN[:25]]
-    roomy = await texts(deployment.base, bodies[:8], 1)
-    found = await texts(deployment.base, bodies, 33)
-    assert found[:8] == roomy
-    assert found[8:] == [golden_text(case) for case in GOLDEN[:25]]
+    bodies = [ask(case["prompt"][:30], 320) for case in GOLDEN[:4]] + [ask(case["prompt"]) for case in GOLDEN[:25]]
+    roomy = await texts(deployment.base, bodies[:4], 1)
+    found = await texts(deployment.base, bodies, 29)
+    assert found[:4] == roomy
+    assert found[4:] == [golden_text(case) for case in GOLDEN[:25]]
     pages = [httpx.get(f"{i['address']}/metrics", trust_env=False).text for i in deployment.health()["instances"]]
     lines = [
         line for page in pages for line in page.splitlines() if line.startswith("dynserve_worker_preemptions_total")
@@ -229,11 +228,13 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(deploy: Any) -> Non
 PARTS = ("etcd", "nats", "frontend", "worker")
 
 
-ORDERS = list(itertools.permutations(PARTS))
+# any part can be the first one and the last one, and any two come in either order
+ORDERS = [PARTS[at:] + PARTS[:at] for at in range(4)]
+ORDERS = [order for forth in ORDERS[:3] for order in (forth, forth[::-1])]
 
 
 @pytest.mark.parametrize("orders", list(zip(ORDERS[::2], ORDERS[1::2], strict=True)), ids=lambda o: "-".join(o[0]))
-def test_every_order_of_starting_works(deploy: Any, tmp_path: Path, orders: list[tuple[str, ...]]) -> None:
+def test_any_two_parts_start_in_either_order(deploy: Any, tmp_path: Path, orders: list[tuple[str, ...]]) -> None:
     """Two at a time, on as many cores."""
     clusters = []
     for number, order in enumerate(orders):

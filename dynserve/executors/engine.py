@@ -193,6 +193,10 @@ class Engine:
         self._note_load()
         return work
 
+    def ahead(self, work: Seq[Slice]) -> list[Slice]:
+        """The step after one that is not booked yet, where nothing has to be decided for it; else none."""
+        return [] if self._commands else self._scheduler.ahead(work)
+
     def fetches(self) -> list[Fetch]:
         """Transfers that the plan decided on. `start` them before the step: they go on while it computes."""
         return self._scheduler.drain_fetches()
@@ -200,7 +204,7 @@ class Engine:
     def most_steps(self, work: list[Slice], most: int) -> int:
         return self._scheduler.most_steps(work, most)
 
-    def book(self, work: list[Slice], sampled: list[list[Sampled]]) -> StepResult:
+    def book(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]]) -> StepResult:
         outputs = self._scheduler.commit(work, sampled, self._loop.time())
         self._note_load()
         return StepResult(outputs, self._scheduler.blocks.drain_events())

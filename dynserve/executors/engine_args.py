@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -77,13 +79,13 @@ _NESTED: dict[str, tuple[type[msgspec.Struct], Schema]] = {
 }
 
 
-def engine_args(config: WorkerConfig) -> EngineArgs:
-    """The merged options.
+def engine_args(config: WorkerConfig, defaults: Mapping[str, Any] = MappingProxyType({})) -> EngineArgs:
+    """The merged options. `defaults` are those of the device, where they differ from the others.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one and where it stands), or a value that does not fit.
     """
-    merged = _from_flags(config)
+    merged = {**defaults, **_from_flags(config)}
     if config.extra_engine_args:
         _merge(merged, _yaml(config.extra_engine_args), f"--extra-engine-args {config.extra_engine_args}")
     if config.override_engine_args:

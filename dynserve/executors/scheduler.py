@@ -196,6 +196,33 @@ class Scheduler:
             work = [slice_ for slice_ in work if slice_.sequence.state is State.RUNNING]
         return work
 
+    def ahead(self, work: Seq[Slice]) -> list[Slice]:
+        """The step after `work`, when that one is not booked yet: each sequence goes on with the token that it will have
+        drawn. Empty where something has to be decided first, or known, such as the token that a grammar goes on from.
+        One that ends by a token that nobody could know of is computed in vain, and left out by `commit`."""
+        if self._fetches or any(not s.samples for s in work) or len(work) < len(self.running):
+            return []
+        if self.waiting and len(self.running) + len(self.fetching) < self.max_batch_size:
+            return []
+        going_on = [s for s in work if s.sequence.state is State.RUNNING and not self._ends_with(s)]
+        if any(s.sequence.matcher is not None for s in going_on):
+            return []
+        lacking = [max(0, self._blocks_for(s.start + s.size + 1) - len(s.sequence.blocks)) for s in going_on]
+        if not self.blocks.can_take(sum(lacking)):
+            return []
+        for slice_, number in zip(going_on, lacking, strict=True):
+            if number:
+                slice_.sequence.blocks += self.blocks.take(number)
+        return [Slice(s.sequence, s.start + s.size, 1, True) for s in going_on]
+
+    def _ends_with(self, slice_: Slice) -> bool:
+        """Whether the token that this slice yields is its sequence's last, whichever it is."""
+        sequence, length = slice_.sequence, slice_.start + slice_.size + 1
+        request = sequence.request
+        if request.phase == "prefill" or request.pool is not None:
+            return True
+        return length - sequence.prompt_len >= request.stop.max_tokens or length >= self.max_seq_len
+
     def most_steps(self, work: Seq[Slice], most: int) -> int:
         """How many steps like `work`, all of it decoding, can be booked at once: as many as there are blocks for."""
         while most > 1 and not self.blocks.can_take(sum(self._lacking(s.sequence, most) for s in work)):
@@ -208,6 +235,8 @@ class Scheduler:
         outputs: list[tuple[Sequence, Output]] = []
         for slice_, new in zip(work, sampled, strict=True):
             sequence, more = slice_.sequence, max(0, len(new) - 1)
+            if sequence.state is not State.RUNNING:
+                continue  # it was begun ahead of the step that ended it
             if more:
                 sequence.blocks += self.blocks.take(self._lacking(sequence, len(new)))
                 sequence.tokens += [token.token_id for token in new[:-1]]

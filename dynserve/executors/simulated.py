@@ -23,7 +23,7 @@ from dynserve.executors.engine import Engine
 from dynserve.executors.engine_args import EngineArgs, engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice
-from dynserve.executors.transceiver import TcpTransceivers, Transceiver, Transceivers
+from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, Transceiver, Transceivers
 from dynserve.openai.model_files import eos_token_ids, model_limits
 from dynserve.routing.hashing import sequence_hash
 from dynserve.tasks import task_group
@@ -80,7 +80,7 @@ async def open_executor(
             engine.handoffs.cancel_all()
 
 
-class NoMemory:
+class NoMemory(HostBlocks):
     """A block store without bytes. `block_bytes` is what a block would weigh, for records and times."""
 
     def __init__(self, layout: str, block_bytes: int) -> None:

@@ -16,8 +16,8 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -54,9 +54,30 @@ class BlockStore(Protocol):
     @property
     def block_bytes(self) -> int: ...
 
-    def view(self, block: int) -> memoryview:
-        """The block's bytes, writable, without a copy."""
+    def outgoing(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        """The bytes of these blocks in order, in pieces. A piece is valid until the next one is asked for."""
         ...
+
+    def incoming(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        """Memory to write the bytes of these blocks to, in order, in pieces. A piece is in its blocks when the next one, or
+        the end, is asked for."""
+        ...
+
+
+class HostBlocks:
+    """What a `BlockStore` in the host's memory does with its views: nothing is copied."""
+
+    def view(self, block: int) -> memoryview:
+        """The block's bytes, writable."""
+        raise NotImplementedError
+
+    async def outgoing(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        for block in blocks:
+            yield self.view(block)
+
+    async def incoming(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        for block in blocks:
+            yield self.view(block)
 
 
 class Transceiver(Protocol):
@@ -215,8 +236,9 @@ class TcpTransceiver:
         reply = _decode_reply(await _receive_message(sock))
         if reply.code:
             raise from_wire(reply.code, reply.message)
-        for block in blocks:
-            await _receive_into(sock, self._store.view(block))
+        async with aclosing(self._store.incoming(blocks)) as pieces:
+            async for piece in pieces:
+                await _receive_into(sock, piece)
         await loop.sock_sendall(sock, CONFIRM)
 
     async def _serve_one(self, sock: socket.socket) -> None:
@@ -247,8 +269,9 @@ class TcpTransceiver:
     async def _send_blocks(self, sock: socket.socket, blocks: list[int]) -> None:
         loop = asyncio.get_running_loop()
         await _send_message(sock, _Reply())
-        for block in blocks:
-            await loop.sock_sendall(sock, self._store.view(block))
+        async with aclosing(self._store.outgoing(blocks)) as pieces:
+            async for piece in pieces:
+                await loop.sock_sendall(sock, piece)
         confirmed = await loop.sock_recv(sock, 1)
         if confirmed != CONFIRM:
             raise EOFError("the receiver left before it confirmed")
@@ -330,6 +353,10 @@ class MemoryTransceiver:
             await asyncio.sleep(0)
             if stopped.is_set():
                 raise HandoffBroken("the owner cancelled the hand-off")
-            for block, source in zip(blocks, theirs[skip:], strict=True):
-                self._store.view(block)[:] = owner._store.view(source)
+            async with (
+                aclosing(self._store.incoming(blocks)) as pieces,
+                aclosing(owner._store.outgoing(theirs[skip:])) as sources,
+            ):
+                async for piece in pieces:
+                    piece[:] = await anext(sources)
             delivered()

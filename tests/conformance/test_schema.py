@@ -22,7 +22,7 @@ from schemathesis.config import SchemathesisConfig
 
 from tests.conformance.conftest import Target
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "6"))
 DEADLINE = 30.0  # seconds for one answer
 SEEN: collections.Counter[tuple[str, int]] = collections.Counter()
 

@@ -13,14 +13,14 @@ import pytest
 
 from dynserve.errors import HandoffBroken, HandoffError, HandoffGone, HandoffMismatch
 from dynserve.executors.handoff import End, HandoffTable
-from dynserve.executors.transceiver import MemoryTransceivers, TcpTransceivers, Transceiver
+from dynserve.executors.transceiver import HostBlocks, MemoryTransceivers, TcpTransceivers, Transceiver
 from dynserve.wire.requests import GenerateRequest, Handoff
 from tests.conftest import make_request, until
 
 REQUEST = make_request([1, 2, 3])
 
 
-class Store:
+class Store(HostBlocks):
     def __init__(self, fill: int, layout: str = "same") -> None:
         self.layout, self.block_bytes = layout, 70_000
         self.memory = bytearray([fill]) * (8 * self.block_bytes)

@@ -19,7 +19,7 @@ import pytest
 from dynserve.config import host_port, redacted
 from dynserve.errors import ConfigError, HandoffMismatch, Unavailable
 from dynserve.executors.handoff import HandoffTable
-from dynserve.executors.transceiver import TcpTransceivers, _decode_reply, _Fetch
+from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, _decode_reply, _Fetch
 from dynserve.frontend.group import _without_planes
 from dynserve.tasks import persist
 from dynserve.transport import link as link_module
@@ -222,7 +222,7 @@ def test_numbers_that_no_worker_can_mean_are_refused_where_they_are_decoded(numb
 # KV transfers
 
 
-class Store:
+class Store(HostBlocks):
     layout, block_bytes = "secret-layout", 8
 
     def view(self, block: int) -> memoryview:

@@ -6,7 +6,8 @@ that a hand-off moves it as one run of bytes straight out of, and into, this ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynserve.executors.scheduler import Slice
+from dynserve.executors.transceiver import HostBlocks
+
+PIECE_BYTES = 16 << 20  # of a transfer through the host's memory
+COPY_POLL = 0.0002  # seconds between looks at whether a copy from the device is done
 
 
 class Prefill(NamedTuple):
@@ -48,7 +53,7 @@ class StepLayout(NamedTuple):
     whole: list[tuple[int, int]]  # slices of which every row is looked at: index in the step's work, first row
 
 
-class KvCache:
+class KvCache(HostBlocks):
     """Memory for `num_blocks` blocks; also the `BlockStore` of the transceiver."""
 
     def __init__(
@@ -58,23 +63,71 @@ class KvCache:
         shape = (num_blocks, num_layers, 2, block_size, kv_heads, head_dim)
         self.num_blocks = num_blocks
         # zeros, not empty: padding is masked to a weight of 0, and 0 times a NaN found in old memory is a NaN
-        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+        self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
         self._device = device
-        self.block_bytes = self._memory[0].numel() * self._memory.element_size()
+        # whatever reads or writes the cache on a GPU goes through this stream, and so happens in order
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.block_bytes = self.memory[0].numel() * self.memory.element_size()
         self.layout = f"{model}:{str(dtype).removeprefix('torch.')}:{num_layers}x2x{block_size}x{kv_heads}x{head_dim}"
         # bytes of the whole cache, sliced per block; only memory of the host can be seen this way
-        self._bytes = self._memory.view(-1).view(torch.uint8).numpy().data if device.type == "cpu" else None
+        self._bytes = _bytes_of(self.memory) if device.type == "cpu" else None
 
     def view(self, block: int) -> memoryview:
-        if self._bytes is None:
-            raise RuntimeError("a KV cache on a GPU has no host view; it needs a transceiver that reads device memory")
+        """The block's bytes, writable, without a copy; of a cache in the host's memory."""
+        assert self._bytes is not None
         return self._bytes[block * self.block_bytes : (block + 1) * self.block_bytes]
+
+    async def outgoing(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        if self.stream is None:
+            async for view in super().outgoing(blocks):
+                yield view
+            return
+        for some in self._pieces(blocks):
+            host = self._pinned(len(some))
+            with torch.cuda.stream(self.stream):
+                host.copy_(self.gather(self.index(some)), non_blocking=True)
+                copied = self.stream.record_event()
+            while not copied.query():
+                await asyncio.sleep(COPY_POLL)
+            yield _bytes_of(host)
+
+    async def incoming(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
+        if self.stream is None:
+            async for view in super().incoming(blocks):
+                yield view
+            return
+        for some in self._pieces(blocks):
+            host = self._pinned(len(some))
+            yield _bytes_of(host)
+            with torch.cuda.stream(self.stream):  # whoever reads the blocks does so behind this
+                self.scatter(self.index(some), host.to(self._device, non_blocking=True))
+
+    def index(self, blocks: Sequence[int]) -> Tensor:
+        """Block numbers on the device, of which the host does not wait for the copy."""
+        host = torch.tensor(blocks, dtype=torch.long, pin_memory=self.stream is not None)
+        return host.to(self._device, non_blocking=True)
+
+    def gather(self, blocks: Tensor, out: Tensor | None = None) -> Tensor:
+        """The blocks one after the other, `[n, ...]`, in one piece of memory; on the current stream."""
+        return torch.index_select(self.memory, 0, blocks, out=out)
+
+    def scatter(self, blocks: Tensor, content: Tensor) -> None:
+        """The reverse of `gather`."""
+        self.memory.index_copy_(0, blocks, content)
+
+    def _pieces(self, blocks: Sequence[int]) -> Iterator[Sequence[int]]:
+        most = max(1, PIECE_BYTES // self.block_bytes)
+        for at in range(0, len(blocks), most):
+            yield blocks[at : at + most]
+
+    def _pinned(self, blocks: int) -> Tensor:
+        return torch.empty((blocks, *self.memory.shape[1:]), dtype=self.memory.dtype, pin_memory=True)
 
     def write(self, layer: int, layout: StepLayout, keys: Tensor, values: Tensor) -> None:
         """Stores `[T, kv_heads, head_dim]` keys and values of this step."""
-        self._memory[layout.block_of, layer, 0, layout.offset_of] = keys
-        self._memory[layout.block_of, layer, 1, layout.offset_of] = values
+        self.memory[layout.block_of, layer, 0, layout.offset_of] = keys
+        self.memory[layout.block_of, layer, 1, layout.offset_of] = values
 
     def attend(self, layer: int, layout: StepLayout, q: Tensor) -> Tensor:
         """Causal attention of `[T, heads, head_dim]` queries, each over its own sequence; same shape."""
@@ -156,5 +209,10 @@ class KvCache:
 
     def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
         """`[..., n]` block numbers to `[..., n * block_size, kv_heads, head_dim]`."""
-        found = self._memory[:, layer, which][blocks]
+        found = self.memory[:, layer, which][blocks]
         return found.view(*blocks.shape[:-1], -1, self._kv_heads, self._head_dim)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Those of a tensor in the host's memory, writable, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

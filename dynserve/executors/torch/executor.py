@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,28 +12,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import Executor
 from dynserve.executors.engine import Engine, StepResult
-from dynserve.executors.engine_args import EngineArgs, engine_args
+from dynserve.executors.engine_args import engine_args
 from dynserve.executors.kv_blocks import BlockManager
-from dynserve.executors.scheduler import Sampled, Scheduler, Slice
-from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.scheduler import Scheduler
 from dynserve.executors.torch.guides import Guides
-from dynserve.executors.torch.model import ModelConfig, Transformer
-from dynserve.executors.torch.sampler import sample
-from dynserve.executors.torch.whole import look_at
+from dynserve.executors.torch.loading import Target, load
+from dynserve.executors.torch.stepping import Runner, Step
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.openai.model_files import eos_token_ids
 from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30  # of KV cache when nothing says how much
-SMALL_MODEL = 50_000_000  # parameters up to which a second thread costs more than it brings
 STOP_TIMEOUT = 10.0  # seconds that closing waits for a step to end
+SWITCH_INTERVAL = 0.0002  # seconds
 STEPS_AHEAD = 2  # steps whose results may wait for the event loop
 
 
@@ -46,9 +41,10 @@ async def open_executor(
     Raises:
         ConfigError: the folder, the model or an engine option is not usable.
     """
-    args = engine_args(config)
+    target = Target.choose(config.device, config.dtype)
+    args = engine_args(config, target.defaults)
     folder = Path(config.model_path)
-    model, cache = await asyncio.to_thread(load, folder, args)
+    model, cache, runner = await asyncio.to_thread(load, folder, args, target)
     limit = model.config.max_position
     scheduler = Scheduler(
         BlockManager(
@@ -59,7 +55,7 @@ async def open_executor(
         max_seq_len=min(args.max_seq_len or limit, limit, cache.num_blocks * args.kv_cache_config.tokens_per_block),
         chunked=args.enable_chunked_prefill,
     )
-    stepper = Stepper(model, cache)
+    stepper = Stepper(runner)
     eos = eos_token_ids(folder)
     guides = Guides(folder, model.config.vocab_size, eos)
     guided = bool(eos) and guides_installed()
@@ -80,6 +76,8 @@ async def open_executor(
         task_group() as tasks,
     ):
         engine.connect(transceiver, tasks)
+        if runner.overlaps:  # tokens must not wait for 5 ms until the event loop lets go of the interpreter, or gets it
+            sys.setswitchinterval(SWITCH_INTERVAL)
         stepper.start(engine)
         if guided:
             tasks.create_task(guides.prepare())
@@ -94,37 +92,13 @@ def guides_installed() -> bool:
     return find_spec("xgrammar") is not None
 
 
-def load(folder: Path, args: EngineArgs) -> tuple[Transformer, KvCache]:
-    config = ModelConfig.read(folder)
-    # CPUs compute bfloat16 slowly and with less precision; float32 also makes every batch size agree on greedy tokens
-    device, dtype = torch.device("cpu"), torch.float32
-    model = Transformer(config, folder, device, dtype)
-    small = model.num_parameters < SMALL_MODEL
-    torch.set_num_threads(args.num_threads or (1 if small else os.cpu_count() or 1))
-    size = args.kv_cache_config.tokens_per_block
-    block_bytes = 2 * config.num_layers * size * config.num_kv_heads * config.head_dim * dtype.itemsize
-    num_blocks = args.num_blocks or (
-        -(-args.kv_cache_config.max_tokens // size)
-        if args.kv_cache_config.max_tokens
-        else max(1, min(CACHE_BYTES // block_bytes, args.max_batch_size * -(-config.max_position // size)))
-    )
-    cache = KvCache(
-        num_blocks=num_blocks, block_size=size, num_layers=config.num_layers, kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim, dtype=dtype, device=device, model=folder.resolve().name,
-    )  # fmt: skip
-    log.info(
-        "%s: %.1f M parameters, %d KV blocks of %d tokens (%.0f MB), %d thread(s)",
-        config.family, model.num_parameters / 1e6, num_blocks, size, num_blocks * block_bytes / 1e6,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return model, cache
-
-
 class Stepper:
-    """The thread that computes. One step: plan, forward, sample, book, and one call into the event loop."""
+    """The thread that computes. One step: plan, compute, draw, book, and one call into the event loop. Where the device
+    computes by itself, the next step is begun before the last one's tokens are read, if there is nothing to decide."""
 
-    def __init__(self, model: Transformer, cache: KvCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._begun: Step | None = None
         self.wake = threading.Event()
         self._stopping = False
         self._ahead = threading.Semaphore(STEPS_AHEAD)
@@ -150,28 +124,29 @@ class Stepper:
             self._tell(engine.fail, error)
 
     def _step(self, engine: Engine) -> None:
+        step = self._begun or self._plan(engine)
+        self._begun = None
+        if step is None:
+            self._hand_over(engine, engine.book([], []))
+            if not engine.has_commands:
+                self.wake.wait()
+            return
+        if self._runner.overlaps and (more := engine.ahead(step.work)):
+            self._begun = self._runner.begin(more, step)
+        self._hand_over(engine, engine.book(step.work, step.result()))
+
+    def _plan(self, engine: Engine) -> Step | None:
         self.wake.clear()
         work = engine.plan()
         if fetches := engine.fetches():
             self._tell(engine.start, fetches)
-        result = engine.book(work, self.compute(work) if work else [])
+        return self._runner.begin(work, None) if work else None
+
+    def _hand_over(self, engine: Engine, result: StepResult) -> None:
         if result.outputs or result.events:
             # the loop may be behind, but not by more than this: results must not pile up
             self._ahead.acquire()
             self._tell(self._deliver, engine, result)
-        if not work and not engine.has_commands:
-            self.wake.wait()
-
-    def compute(self, work: list[Slice]) -> list[list[Sampled]]:
-        layout, owners = self._cache.lay_out(work)
-        hidden = self._model.forward(self._cache, layout)
-        for i, first in layout.whole:
-            look_at(self._model, hidden[first : first + work[i].size], work[i])
-        sampled: list[list[Sampled]] = [[] for _ in work]
-        logits = self._model.logits(hidden[layout.sampling])
-        for owner, new in zip(owners, sample(logits, [work[i].sequence for i in owners]), strict=True):
-            sampled[owner] = [new]
-        return sampled
 
     def _deliver(self, engine: Engine, result: StepResult) -> None:
         self._ahead.release()

@@ -178,7 +178,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, `[max_position, 1, head_dim]` each.
+    """cos and sin, `[max_position, 1, head_dim]` each."""
+    angles = rotary_angles(config)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def rotary_angles(config: ModelConfig) -> Tensor:
+    """The angle of each pair of elements at each position, `[max_position, head_dim / 2]`, float32.
 
     Source of the scaled frequencies: Llama 3.1's model card and its reference code (`rope_type: llama3`), and the
     position interpolation paper for `linear` (arXiv 2306.15595).
@@ -192,9 +199,7 @@ def rotary_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         inverse = _llama3_frequencies(inverse, scaling)
     elif kind != "default":
         raise ConfigError(f"rope_type {kind!r} is not supported; default, linear and llama3 are")
-    angles = torch.outer(torch.arange(config.max_position, dtype=torch.float32), inverse)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return torch.outer(torch.arange(config.max_position, dtype=torch.float32), inverse)
 
 
 def _llama3_frequencies(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:

@@ -1,16 +1,22 @@
 """From logits to tokens. Draws depend on (seed, position) only, so a request continues the same on any worker.
 
-A generator that advances with every draw would have to travel with a hand-off, a preemption, a migration. Instead the
-uniform number of a draw is a hash of the request's seed and the number of tokens before it.
+A generator that advances with every draw would have to travel with a hand-off, a preemption, a migration. Instead each draw
+has a key, a hash of the request's seed and the number of tokens before it, and each token's share of the draw's randomness
+is a hash of that key and the token. The token drawn is the one with the largest sum of its logit (by the temperature) and
+Gumbel noise: that is a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030), it needs no sorting, and it is
+computed alike on a CPU and, for thousands of tokens side by side, on a GPU (`cuda/kernels.cu`).
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence as Seq
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
@@ -26,22 +32,42 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
     """One token per row of `logits` (`[S, vocab]`, float32)."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        Sampled(token) if _plain(sequence) else _sample_one(logits[row], sequence)
+        Sampled(token) if sequence.request.sampling.greedy and plain(sequence) else _sample_one(logits[row], sequence)
         for row, (token, sequence) in enumerate(zip(best, sequences, strict=True))
     ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """In [0, 1), from 53 bits of XXH3-64."""
-    return (xxh3_64_intdigest(_pair(seed & 0xFFFFFFFFFFFFFFFF, position)) >> 11) / (1 << 53)
+def key_of(seed: int, position: int) -> tuple[int, int]:
+    """The key of a draw, as two numbers of 32 bits: XXH3-64 of the seed and the number of tokens before."""
+    key = xxh3_64_intdigest(_pair(seed & 0xFFFFFFFFFFFFFFFF, position))
+    return key & 0xFFFFFFFF, key >> 32
 
 
-def _plain(sequence: Sequence) -> bool:
-    """Whether the likeliest token, untouched, is the answer."""
+def gumbel(key: tuple[int, int], vocab: int) -> NDArray[np.float32]:
+    """Standard Gumbel noise for each token, `[vocab]`. The hash is MurmurHash3's 32-bit finaliser, twice."""
+    bits = _mixed(_mixed(_spread(vocab) + np.uint32(key[0])) ^ np.uint32(key[1]))
+    # the smallest numbers decide who wins, and are the finest in floating point
+    uniform = np.minimum((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(0.99999994))
+    noise: NDArray[np.float32] = -np.log(-np.log1p(-uniform))
+    return noise
+
+
+@lru_cache(maxsize=4)
+def _spread(vocab: int) -> NDArray[np.uint32]:
+    return np.arange(vocab, dtype=np.uint32) * np.uint32(0x9E3779B1)
+
+
+def _mixed(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+def plain(sequence: Sequence) -> bool:
+    """Whether the logits are taken as they are, and nothing is asked for but the token."""
     s = sequence.request.sampling
     return (
-        s.greedy
-        and sequence.matcher is None
+        sequence.matcher is None
         and sequence.pooled is None
         and s.logprobs is None
         and not s.logit_bias
@@ -89,23 +115,29 @@ class Adjustments:
         self._seen = torch.zeros(vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1.0 else None
         self._noted = 0  # tokens of the sequence
 
-    def apply(self, logits: Tensor, sequence: Sequence) -> None:
-        """Changes the logits (`[vocab]`, float32) of the sequence's next token in place."""
+    def apply(self, logits: Tensor, sequence: Sequence, pending: Tensor | None = None) -> None:
+        """Changes the logits (`[vocab]`, float32) of the sequence's next token in place. `pending` (`[1]`) is a token
+        behind `sequence.tokens` that is known to the device only."""
         sampling = self._sampling
         if len(self._biased):
             logits.index_add_(0, self._biased, self._bias)
         if self._seen is not None or self._counts is not None:
             self._note(sequence)
+            if pending is not None:
+                self._note_pending(pending.long())
         if self._seen is not None:
             factor = sampling.repetition_penalty
             penalised = torch.where(logits > 0, logits / factor, logits * factor)
             torch.where(self._seen, penalised, logits, out=logits)
         if self._counts is not None:
             logits -= sampling.presence_penalty * (self._counts > 0) + sampling.frequency_penalty * self._counts
-        if sequence.generated < self._min_tokens and sequence.matcher is None:  # where a grammar ends, the answer ends
+        generated = sequence.generated + (pending is not None)
+        if generated < self._min_tokens and sequence.matcher is None:  # where a grammar ends, the answer ends
             logits[self._ends] = float("-inf")
 
     def _note(self, sequence: Sequence) -> None:
+        if self._noted >= len(sequence.tokens):
+            return
         new = torch.tensor(sequence.tokens[self._noted :], dtype=torch.long, device=self._biased.device)
         if self._seen is not None:
             self._seen[new] = True
@@ -114,24 +146,43 @@ class Adjustments:
             self._counts.index_add_(0, generated, torch.ones(len(generated), device=generated.device))
         self._noted = len(sequence.tokens)
 
+    def _note_pending(self, token: Tensor) -> None:
+        if self._seen is not None:
+            self._seen.index_fill_(0, token, True)
+        if self._counts is not None:
+            self._counts.index_add_(0, token, torch.ones(1, device=token.device))
+        self._noted += 1
+
 
 def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """Temperature, then top-k, then top-p, then min-p, then the inverse of the cumulative distribution."""
-    logits, ids = torch.sort(logits, descending=True, stable=True)
+    """Top-k, then top-p of what that leaves, then min-p, all after the temperature; then one of the rest."""
+    logits = logits.cpu()
+    if sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+        logits = logits.masked_fill(~_kept(logits, sampling), float("-inf"))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = logits.numpy() / np.float32(sampling.temperature) + gumbel(
+            key_of(sampling.seed, position), len(logits)
+        )
+    token = int(np.argmax(scores))
+    # a bias or penalty may take logits out of range: the likeliest is still the likeliest
+    return token if np.isfinite(scores[token]) else int(logits.argmax())
+
+
+def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Which tokens can be drawn, `[vocab]`. The likeliest always can."""
+    ranked, ids = torch.sort(logits, descending=True, stable=True)
     if sampling.top_k > 0:
-        logits = logits[: sampling.top_k]
-    p = torch.softmax(logits / sampling.temperature, dim=-1)
-    if not torch.isfinite(p[0]):  # a bias or penalty took the logits out of range: the likeliest is still the likeliest
-        return int(ids[0])
+        ranked = ranked[: sampling.top_k]
+    p = torch.softmax(ranked / sampling.temperature, dim=-1)
+    kept = torch.ones_like(p, dtype=torch.bool)
     if sampling.top_p < 1.0:
-        before = p.cumsum(dim=-1) - p
-        p = torch.where(before < sampling.top_p, p, 0.0)  # the likeliest always stays: nothing is before it
-        p[0] = p[0] if p[0] > 0 else 1.0
+        kept &= p.cumsum(dim=-1) - p < sampling.top_p
     if sampling.min_p > 0.0:
-        p = torch.where(p >= sampling.min_p * p[0], p, 0.0)
-    cumulative = p.double().cumsum(dim=-1)
-    at = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
-    return int(ids[min(int(at), int((p > 0).nonzero()[-1]))])
+        kept &= p >= sampling.min_p * p[0]
+    kept[0] = True
+    found = torch.zeros(len(logits), dtype=torch.bool)
+    found[ids[: len(kept)]] = kept
+    return found
 
 
 def logprob_of(raw: Tensor, token: int, top: int) -> TokenLogprob:

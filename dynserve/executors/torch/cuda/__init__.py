@@ -1,0 +1,1 @@
+"""The torch executor's steps on a GPU: kernels, CUDA graphs, sampling, and the loop that keeps the device busy."""

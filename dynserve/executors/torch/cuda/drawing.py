@@ -1,0 +1,165 @@
+"""Drawing tokens on the device: what `sampler.py` does, for all rows of a step at once and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynserve.errors import BadRequest
+from dynserve.executors.scheduler import Sampled
+from dynserve.executors.scheduler import Sequence as _Sequence
+from dynserve.executors.torch.cuda.forward import Forward
+from dynserve.executors.torch.cuda.kernels import Launcher
+from dynserve.executors.torch.cuda.packet import IN_FLIGHT, Packet
+from dynserve.executors.torch.sampler import Adjustments, embedding, key_of, plain
+from dynserve.wire.requests import TokenLogprob, finite
+
+CHUNKS = 64  # blocks that look at a row's logits at once, where there are few rows
+MIN_BLOCKS = 264
+
+
+class Drawing:
+    """The device's sampler. `packet` has the picks of `Forward.head` and every row's sampling fields."""
+
+    def __init__(self, forward: Forward, launcher: Launcher, vocabulary: int, most: int, device: torch.device) -> None:
+        self._forward, self._launch = forward, launcher.launch
+        self._vocabulary, self._device = vocabulary, device
+        i, f = torch.int32, torch.float32
+        self.packet = Packet(
+            {"picks": (most, i), "temperatures": (most, f), "keys": (2 * most, i), "top_ks": (most, i),
+             "top_ps": (most, f), "min_ps": (most, f)}, device,
+        )  # fmt: skip
+        self._cuts = torch.zeros(most, dtype=torch.int64, device=device)
+        self._best = torch.zeros(most, dtype=torch.int64, device=device)
+        self._arrived = torch.zeros(most, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(most, dtype=torch.int32, pin_memory=pinned) for _ in range(IN_FLIGHT)]
+        self._at = 0
+        self._cut = self._was_cut = False
+
+    @staticmethod
+    def kernel_names() -> list[str]:
+        return ["choose", "truncate"]
+
+    def prepare(
+        self, sequences: Sequence[_Sequence], positions: Sequence[int], rows: Sequence[int], padded: int
+    ) -> None:
+        """Sends the rows to pick and how to draw from each. `positions` counts the tokens before each drawn one."""
+        host = self.packet.fill()
+        count = len(sequences)
+        host["picks"][:count] = rows
+        host["picks"][count:padded] = 0
+        host["temperatures"][:padded] = 0.0
+        self._cut = False
+        keys, temperatures = host["keys"].view("uint32"), host["temperatures"]
+        for at, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            sampling = sequence.request.sampling
+            if sampling.greedy:
+                continue
+            temperatures[at] = sampling.temperature
+            keys[2 * at : 2 * at + 2] = key_of(sampling.seed, position)
+            host["top_ks"][at], host["top_ps"][at], host["min_ps"][at] = sampling.top_k, sampling.top_p, sampling.min_p
+            self._cut |= sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+        self.packet.send()
+
+    def draw(self, sequences: Sequence[_Sequence], positions: Sequence[int], before: Sequence[int]) -> Drawn:
+        """Draws a token for each row of the logits. `before[i]` is the row of the last step's tokens that sequence `i` was
+        given last, where its token is not known here yet, or -1."""
+        count = len(sequences)
+        logits = self._forward.logits
+        extras = [_Extras(at, logits[at], s, self._vocabulary) for at, s in enumerate(sequences) if not plain(s)]
+        pending = self._forward.drawn
+        for extra in extras:
+            source = before[extra.at]
+            extra.apply(pending[source : source + 1] if source >= 0 else None)
+        self._at = (self._at + 1) % IN_FLIGHT
+        host, packet = self._hosts[self._at], self.packet
+        if self._cut:
+            self._launch(
+                "truncate", (count, 1, 1), 1024, logits, packet["temperatures"], packet["top_ks"], packet["top_ps"],
+                packet["min_ps"], self._cuts,
+            )  # fmt: skip
+        elif self._was_cut:
+            self._cuts.zero_()
+        self._was_cut = self._cut
+        chunks = max(8, min(CHUNKS, MIN_BLOCKS // count))
+        self._launch(
+            "choose", (chunks, count, 1), 256, logits, packet["temperatures"], packet["keys"], self._cuts, self._best,
+            self._arrived, pending, host,
+        )  # fmt: skip
+        for extra in extras:
+            extra.finish(pending)
+        return Drawn(host, count, extras)
+
+
+class Drawn:
+    """Tokens on their way to the host."""
+
+    def __init__(self, host: Tensor, count: int, extras: list[_Extras]) -> None:
+        self._host, self._count, self._extras = host, count, extras
+
+    def read(self) -> list[Sampled]:
+        """After the device has come that far."""
+        sampled = [Sampled(token) for token in self._host[: self._count].tolist()]
+        for extra in self._extras:
+            sampled[extra.at] = extra.sampled(sampled[extra.at].token_id)
+        return sampled
+
+
+class _Extras:
+    """One row that wants more than a plain draw."""
+
+    def __init__(self, at: int, logits: Tensor, sequence: _Sequence, vocabulary: int) -> None:
+        self.at, self._logits, self._sequence, self._vocabulary = at, logits, sequence, vocabulary
+        self._error: BadRequest | None = None
+        self._top: tuple[Tensor, Tensor] | None = None
+        self._own: Tensor | None = None
+        self._logprobs: Tensor | None = None
+
+    def apply(self, pending: Tensor | None) -> None:
+        """Changes the logits as the request's fields say, and keeps what is asked for of those before."""
+        sequence = self._sequence
+        if sequence.pooled is not None:
+            return
+        if (top := sequence.request.sampling.logprobs) is not None:
+            self._logprobs = torch.log_softmax(self._logits, dim=-1)
+            if top > 0:
+                values, ids = self._logprobs.topk(min(top, self._vocabulary))
+                self._top = _to_host(values), _to_host(ids)
+        if sequence.adjustments is None:
+            sequence.adjustments = Adjustments(sequence, self._vocabulary, self._logits.device)
+        sequence.adjustments.apply(self._logits, sequence, pending)
+        if sequence.matcher is not None:
+            try:
+                sequence.matcher.mask(sequence.tokens, sequence.prompt_len, self._logits)
+            except BadRequest as error:  # the others of this step have done nothing wrong
+                self._error = error
+
+    def finish(self, drawn: Tensor) -> None:
+        if self._logprobs is not None:
+            self._own = _to_host(self._logprobs.gather(0, drawn[self.at : self.at + 1].long()))
+            self._logprobs = None
+
+    def sampled(self, token: int) -> Sampled:
+        if self._sequence.pooled is not None:
+            return Sampled(0, embedding=embedding(self._sequence.pooled))
+        if self._error is not None:
+            return Sampled(0, error=self._error)
+        if self._own is None:
+            return Sampled(token)
+        best: list[tuple[int, float]] = []
+        if self._top is not None:
+            values, ids = self._top
+            best = list(zip(ids.tolist(), map(finite, values.tolist()), strict=True))
+        return Sampled(token, TokenLogprob(token, finite(float(self._own)), best))
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy that is there once the device has come that far."""
+    if values.device.type == "cpu":
+        return values.clone()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return host

@@ -1,0 +1,297 @@
+"""Steps on a GPU: rows are laid out on the host, computed in CUDA graphs, drawn from on the device, and read a step later.
+
+Three ways through the model, by what a step holds:
+
+    few sequences that decode      own matrix-vector products, five kernels a layer       a graph for 1, 2 and 4 rows
+    up to 256 tokens of any kind   cuBLAS, attention row by row                           a graph for each of some sizes
+    more                           cuBLAS, prompts by FlashAttention                      no graph: the device is busy
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynserve.executors.scheduler import Sampled, Slice, State
+from dynserve.executors.scheduler import Sequence as _Sequence
+from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
+from dynserve.executors.torch.cuda.forward import FUSED, Forward, Prompts
+from dynserve.executors.torch.cuda.kernels import Launcher, Shape
+from dynserve.executors.torch.cuda.packet import Packet
+from dynserve.executors.torch.model import Transformer
+from dynserve.executors.torch.stepping import Step
+from dynserve.executors.torch.whole import look_at
+
+log = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # rows that graphs are captured for
+MOST_CHANGES = 1024  # of block tables, that a step's packet has room for
+
+
+class Capture:
+    """Runs what it is given, and keeps it as a CUDA graph, if the device has them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on = device.type == "cuda"
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, name: Any, launch: Callable[[], None]) -> None:
+        if (graph := self._graphs.get(name)) is not None:
+            graph.replay()
+        else:
+            launch()
+
+    def keep(self, name: Any, launch: Callable[[], None]) -> None:
+        if not self._on:
+            return
+        launch()  # libraries set themselves up with the first call, which a graph must not hold
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            launch()
+        self._pool = self._pool or graph.pool()
+        self._graphs[name] = graph
+
+
+class _Slot:
+    """A sequence's row of the device's block tables, and what is in it."""
+
+    def __init__(self, number: int, sequence: _Sequence) -> None:
+        self.number, self.sequence = number, sequence
+        self.blocks: list[int] = []
+
+
+class _Rows(NamedTuple):
+    """A step laid out: for each slice that samples its last row, and where its last token comes from."""
+
+    rows: int
+    picks: list[int]
+    sources: list[int]  # row of the last step's tokens, or -1
+
+
+class CudaStep:
+    """A step that the device computes, or has computed. Its work may be in another order than what was asked for."""
+
+    def __init__(self, work: Sequence[Slice], drawn: Drawn | None, wait: Callable[[], None]) -> None:
+        self.work, self._drawn, self._wait = work, drawn, wait
+        self.row_of = {id(s.sequence): row for row, s in enumerate(s for s in work if s.samples)}
+
+    def result(self) -> list[list[Sampled]]:
+        self._wait()
+        found = iter(self._drawn.read() if self._drawn is not None else ())
+        return [[next(found)] if s.samples else [] for s in self.work]
+
+
+class CudaRunner:
+    """Steps of one model on one GPU. `max_rows` and `max_samples` are the most tokens and sequences of a step."""
+
+    overlaps = True
+
+    def __init__(
+        self, model: Transformer, cache: KvCache, shape: Shape, launcher: Launcher, *, max_rows: int, max_samples: int,
+        max_seq_len: int,
+    ) -> None:  # fmt: skip
+        self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
+        slots = 2 * max_samples  # some of those that have ended are noticed late
+        width = -(-max_seq_len // shape.block) + 1
+        max_rows, max_samples = max(max_rows, SIZES[-1]), max(max_samples, SIZES[-1])
+        self._forward = Forward(
+            model, cache, shape, launcher, max_rows=max_rows, slots=slots, table_width=width, max_samples=max_samples
+        )
+        self._drawing = Drawing(self._forward, launcher, shape.vocabulary, max_samples, self._device)
+        self._short, self._long = self._packet(SIZES[-1]), self._packet(max_rows)
+        self._free = list(range(slots))
+        self._slots: dict[int, _Slot] = {}
+        self._capture = Capture(self._device)
+
+    def capture(self, most: int) -> None:
+        """Captures the graphs for steps of up to `most` rows. Says how far it is."""
+        began = said = time.monotonic()
+        sizes = [size for size in SIZES if size <= max(most, SIZES[0])]
+        with torch.inference_mode(), self._on_stream():
+            for done, size in enumerate(reversed(sizes)):  # the largest first: the others then use its memory
+                self._idle_rows(size)
+                for fused in (True, False) if size in FUSED else (False,):
+                    self._capture.keep(("layers", size, fused), partial(self._layers, size, fused))
+                self._capture.keep(("head", size), partial(self._head, size))
+                if time.monotonic() - said > 1.0:
+                    said = time.monotonic()
+                    log.info("captured CUDA graphs for %d of %d batch sizes", done + 1, len(sizes))
+        log.info("captured %d CUDA graphs in %.1f s", len(self._capture), time.monotonic() - began)
+
+    @torch.inference_mode()
+    def begin(self, work: Sequence[Slice], before: Step | None) -> CudaStep:
+        rows_before = before.row_of if isinstance(before, CudaStep) else {}
+        with self._on_stream():
+            total = sum(s.size for s in work)
+            if total > SIZES[-1]:
+                work = sorted(work, key=_part)
+            if total <= SIZES[-1]:
+                laid = self._run_short(work, total, rows_before)
+            else:
+                laid = self._run_long(work, total, rows_before)
+            self._look(work)
+            drawn = self._draw(work, laid) if laid.picks else None
+            return CudaStep(work, drawn, self._mark())
+
+    def _run_short(self, work: Sequence[Slice], total: int, before: dict[int, int]) -> _Rows:
+        size = next(size for size in SIZES if size >= total)
+        fused = size in FUSED and all(s.size == 1 for s in work)
+        laid = self._lay_out(self._short, work, before, size)
+        self._capture.run(("layers", size, fused), lambda: self._layers(size, fused))
+        return laid
+
+    def _run_long(self, work: Sequence[Slice], total: int, before: dict[int, int]) -> _Rows:
+        laid = self._lay_out(self._long, work, before, total)
+        self._forward.begin(self._long, total)
+        self._forward.long_layers(self._long, total, self._prompts(work))
+        return laid
+
+    def _layers(self, size: int, fused: bool) -> None:
+        self._forward.begin(self._short, size)
+        self._forward.layers(self._short, size, fused=fused)
+
+    def _head(self, size: int) -> None:
+        self._forward.head(self._drawing.packet["picks"], size)
+
+    def _draw(self, work: Sequence[Slice], laid: _Rows) -> Drawn:
+        sampling = [s for s in work if s.samples]
+        sequences = [s.sequence for s in sampling]
+        positions = [s.start + s.size for s in sampling]
+        padded = next((size for size in SIZES if size >= len(sampling)), len(sampling))
+        self._drawing.prepare(sequences, positions, laid.picks, padded)
+        self._capture.run(("head", padded), lambda: self._head(padded))
+        return self._drawing.draw(sequences, positions, laid.sources)
+
+    def _look(self, work: Sequence[Slice]) -> None:
+        """Serves the requests that look at every position of their prompt."""
+        first = 0
+        for slice_ in work:
+            if slice_.sequence.whole and not slice_.sequence.generated:
+                look_at(self._model, self._forward.x[first : first + slice_.size], slice_)
+            first += slice_.size
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _mark(self) -> Callable[[], None]:
+        if self._device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
+
+    # laying out
+
+    def _packet(self, rows: int) -> Packet:
+        i = torch.int32
+        names = {"slots": (rows, i), "positions": (rows, i), "sources": (rows, i), "tokens": (rows, i)}
+        return Packet(names | {"changes": (1 + 3 * MOST_CHANGES, i)}, self._device)
+
+    def _idle_rows(self, size: int) -> None:
+        host = self._short.fill()
+        host["positions"][:size], host["sources"][:size] = -1, -1
+        host["tokens"][:size] = host["slots"][:size] = 0
+        host["changes"][0] = 0
+        self._short.send()
+        self._drawing.prepare([], [], [], size)
+
+    def _lay_out(self, packet: Packet, work: Sequence[Slice], before: dict[int, int], padded: int) -> _Rows:
+        """Fills the packet. Rows come in the order of the work."""
+        slots: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        row_sources: list[int] = []
+        changes: list[int] = []
+        picks, sources = [], []
+        for sequence, start, count, samples in work:
+            slot = self._slot(sequence)
+            if slot.blocks != sequence.blocks:
+                self._note_blocks(slot, changes)
+            end = start + count
+            source = before[id(sequence)] if end > len(sequence.tokens) else -1
+            positions += range(start, end)
+            slots += [slot.number] * count
+            tokens += sequence.tokens[start:end] if source < 0 else [0]
+            row_sources += [source] if source >= 0 else [-1] * count
+            if samples:
+                picks.append(len(positions) - 1)
+                sources.append(source)
+        rows, missing = len(positions), padded - len(positions)
+        host = packet.fill()
+        host["slots"][:padded] = slots + [0] * missing
+        host["positions"][:padded] = positions + [-1] * missing
+        host["tokens"][:padded] = tokens + [0] * missing
+        host["sources"][:padded] = row_sources + [-1] * missing
+        host["changes"][0] = len(changes) // 3
+        host["changes"][1 : 1 + len(changes)] = changes
+        packet.send()
+        return _Rows(rows, picks, sources)
+
+    def _slot(self, sequence: _Sequence) -> _Slot:
+        slot = self._slots.get(id(sequence))
+        if slot is None:
+            if not self._free:
+                for key in [key for key, s in self._slots.items() if s.sequence.state is not State.RUNNING]:
+                    self._free.append(self._slots.pop(key).number)
+            slot = self._slots[id(sequence)] = _Slot(self._free.pop(), sequence)
+        return slot
+
+    def _note_blocks(self, slot: _Slot, changes: list[int]) -> None:
+        """Brings the device's table up to date: by the step's packet, or in a copy where much has changed."""
+        ours, theirs = slot.blocks, slot.sequence.blocks
+        changed = [at for at in range(len(theirs)) if at >= len(ours) or ours[at] != theirs[at]]
+        if len(changed) <= 8 and len(changes) // 3 + len(changed) <= MOST_CHANGES:
+            for at in changed:
+                changes += (slot.number, at, theirs[at])
+        else:
+            # memory of its own: what the device has not read yet must not be written over
+            row = torch.tensor(theirs, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            self._forward.tables[slot.number, : len(theirs)].copy_(row, non_blocking=True)
+        slot.blocks = list(theirs)
+
+    def _prompts(self, work: Sequence[Slice]) -> Prompts:
+        """For a long step, whose work is in the order that `Prompts` needs."""
+        fresh = [s for s in work if s.size > 1 and s.start == 0]
+        going_on = [s for s in work if s.size > 1 and s.start > 0]
+        size = self._block
+        held = [-(-(s.start + s.size) // size) for s in going_on]
+        blocks = [block for s, n in zip(going_on, held, strict=True) for block in s.sequence.blocks[:n]]
+        return Prompts(
+            sum(s.size for s in fresh),
+            self._offsets([s.size for s in fresh]),
+            max((s.size for s in fresh), default=0),
+            sum(s.size for s in (*fresh, *going_on)),
+            self._offsets([s.size for s in going_on]),
+            max((s.size for s in going_on), default=0),
+            self._on_device(blocks, torch.long),
+            self._offsets([n * size for n in held]),
+            self._on_device([s.start + s.size for s in going_on], torch.int32),
+            max((n * size for n in held), default=0),
+        )
+
+    def _offsets(self, sizes: Sequence[int]) -> Tensor:
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + size)
+        return self._on_device(offsets, torch.int32)
+
+    def _on_device(self, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).to(self._device, non_blocking=True)
+
+
+def _part(slice_: Slice) -> int:
+    """Prompts that begin, prompts that go on, and single tokens."""
+    return 2 if slice_.size == 1 else int(slice_.start > 0)

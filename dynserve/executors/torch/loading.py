@@ -1,0 +1,166 @@
+"""From a model folder to what computes its steps: which device, which type, which kernels, how many KV blocks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from dynserve.config import DeviceName, DtypeName
+from dynserve.errors import ConfigError
+from dynserve.executors.engine_args import EngineArgs
+from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.model import ModelConfig, Transformer
+from dynserve.executors.torch.stepping import PlainRunner, Runner
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 30  # of KV cache in a host's memory, when nothing says how much
+SMALL_MODEL = 50_000_000  # parameters up to which a second thread costs more than it brings
+GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType({"max_batch_size": 256, "max_num_tokens": 8192})
+GPU_FRACTION = 0.9  # of the memory that is left beside the model, for the KV cache
+GPU_RESERVE = 1 << 30  # bytes for what libraries allocate themselves: cuBLAS, CUDA graphs, FlashAttention
+OLDEST_CARD = (8, 0)  # compute capability that has bfloat16
+
+
+class Target(NamedTuple):
+    """Where and in which type a model is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def choose(device: DeviceName, dtype: DtypeName) -> Target:
+        """Raises ConfigError where a GPU is asked for and cannot be used."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            built = torch.version.cuda
+            reason = (
+                "torch sees no GPU (nvidia-smi tells whether there is one)" if built else "this torch is a CPU build"
+            )
+            raise ConfigError(f"--device cuda: {reason}")
+        if dtype == "auto":
+            # CPUs compute bfloat16 slowly; float32 also makes every batch size agree on greedy tokens
+            dtype = "bfloat16" if device == "cuda" else "float32"
+        return Target(torch.device(device, 0) if device == "cuda" else torch.device(device), getattr(torch, dtype))
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Engine options that differ on this device."""
+        return GPU_DEFAULTS if self.device.type == "cuda" else {}
+
+
+def load(folder: Path, args: EngineArgs, target: Target) -> tuple[Transformer, KvCache, Runner]:
+    """Blocks for as long as it takes to read the weights, and on a GPU to compile and to capture graphs.
+
+    Raises:
+        ConfigError: the folder or the model is not usable, or there is not enough memory on the GPU.
+    """
+    config = ModelConfig.read(folder)
+    try:
+        model = Transformer(config, folder, *target)
+        if target.device.type == "cuda":
+            return _load_on_gpu(folder, args, model)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(_too_small(config, target)) from error
+    small = model.num_parameters < SMALL_MODEL
+    torch.set_num_threads(args.num_threads or (1 if small else os.cpu_count() or 1))
+    size = args.kv_cache_config.tokens_per_block
+    most = min(CACHE_BYTES // _block_bytes(model, size), args.max_batch_size * -(-config.max_position // size))
+    cache = _cache(folder, model, args, most)
+    log.info("computing with %d thread(s)", torch.get_num_threads())
+    return model, cache, PlainRunner(model, cache)
+
+
+def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Transformer, KvCache, Runner]:
+    size = args.kv_cache_config.tokens_per_block
+    reserve = _working_memory(model.config, args) + GPU_RESERVE
+    free, _ = torch.cuda.mem_get_info()
+    fraction = args.kv_cache_config.free_gpu_memory_fraction or GPU_FRACTION
+    most = int((free - reserve) * fraction) // _block_bytes(model, size)
+    if most < -(-args.max_num_tokens // size):
+        raise ConfigError(_too_small(model.config, Target(model.device, model.dtype)))
+    cache = _cache(folder, model, args, most)
+    if (reason := _no_kernels(model)) is not None:
+        log.warning("%s: torch's own operations compute this model, slowly", reason)
+        return model, cache, PlainRunner(model, cache)
+    return model, cache, _fast_runner(model, cache, args)
+
+
+def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs) -> Runner:
+    from dynserve.executors.torch.cuda.drawing import Drawing
+    from dynserve.executors.torch.cuda.forward import Forward
+    from dynserve.executors.torch.cuda.kernels import Kernels, Shape
+    from dynserve.executors.torch.cuda.runner import CudaRunner
+
+    config = model.config
+    shape = Shape.of(config, args.kv_cache_config.tokens_per_block)
+    kernels = Kernels(shape, [*Forward.kernel_names(shape, config.qkv_bias), *Drawing.kernel_names()])
+    length = min(args.max_seq_len or config.max_position, config.max_position)
+    runner = CudaRunner(
+        model, cache, shape, kernels, max_rows=args.max_num_tokens, max_samples=args.max_batch_size, max_seq_len=length
+    )
+    runner.capture(args.max_batch_size)
+    return runner
+
+
+def _no_kernels(model: Transformer) -> str | None:
+    from dynserve.executors.torch.cuda.kernels import unfit
+
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CARD:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; kernels need 8.0"
+        )
+    if model.dtype != torch.bfloat16:
+        return f"the kernels compute bfloat16, not {str(model.dtype).removeprefix('torch.')}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "the package cuda-bindings, which compiles kernels, is not installed"
+    return unfit(model.config)
+
+
+def _block_bytes(model: Transformer, block_size: int) -> int:
+    config = model.config
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+
+
+def _cache(folder: Path, model: Transformer, args: EngineArgs, most: int) -> KvCache:
+    """`most` is the number of blocks when no option says another."""
+    config, size = model.config, args.kv_cache_config.tokens_per_block
+    wanted = args.kv_cache_config.max_tokens
+    num_blocks = args.num_blocks or (-(-wanted // size) if wanted else max(1, most))
+    cache = KvCache(
+        num_blocks=num_blocks, block_size=size, num_layers=config.num_layers, kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim, dtype=model.dtype, device=model.device, model=folder.resolve().name,
+    )  # fmt: skip
+    log.info(
+        "%s on %s: %.1f M parameters, %d KV blocks of %d tokens (%.0f MB)",
+        config.family, model.device, model.num_parameters / 1e6, num_blocks, size, num_blocks * cache.block_bytes / 1e6,
+    )  # fmt: skip
+    return cache
+
+
+def _working_memory(config: ModelConfig, args: EngineArgs) -> int:
+    """Bytes that a step needs beside weights and cache."""
+    rows, width = args.max_num_tokens, config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    activations = 2 * rows * (2 * config.hidden_size + width + 3 * config.intermediate_size)
+    logits = 4 * args.max_batch_size * config.vocab_size
+    attention = 4 * rows * config.num_heads * config.head_dim
+    return activations + logits + attention
+
+
+def _too_small(config: ModelConfig, target: Target) -> str:
+    if target.device.type != "cuda":
+        return "there is not enough memory for this model"
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"the GPU has {total / 1e9:.0f} GB, of which {free / 1e9:.1f} GB are free: not enough for this model and its KV "
+        "cache; lower --max-num-tokens, --max-batch-size or kv_cache_config.max_tokens, or see with nvidia-smi who uses it"
+    )

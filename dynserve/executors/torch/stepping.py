@@ -1,0 +1,62 @@
+"""What the torch executor's thread asks of a device: to begin a step, and to say later what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dynserve.executors.scheduler import Sampled, Slice
+from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.model import Transformer
+from dynserve.executors.torch.sampler import sample
+from dynserve.executors.torch.whole import look_at
+
+
+class Step(Protocol):
+    """A step that was begun."""
+
+    @property
+    def work(self) -> Sequence[Slice]: ...
+
+    def result(self) -> list[list[Sampled]]:
+        """One new token for each slice that samples. Waits until the step is done. Called once."""
+        ...
+
+
+class Runner(Protocol):
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step can be begun while the one before it is being computed."""
+        ...
+
+    def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
+        """With `before`, a step of this runner whose result is not known yet: slices whose token it draws continue it."""
+        ...
+
+
+class PlainRunner:
+    """Computes a step at once, with torch's operations alone, on any device."""
+
+    overlaps = False
+
+    def __init__(self, model: Transformer, cache: KvCache) -> None:
+        self._model, self._cache = model, cache
+
+    def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
+        layout, owners = self._cache.lay_out(work)
+        hidden = self._model.forward(self._cache, layout)
+        for i, first in layout.whole:
+            look_at(self._model, hidden[first : first + work[i].size], work[i])
+        sampled: list[list[Sampled]] = [[] for _ in work]
+        logits = self._model.logits(hidden[layout.sampling])
+        for owner, new in zip(owners, sample(logits, [work[i].sequence for i in owners]), strict=True):
+            sampled[owner] = [new]
+        return _Done(work, sampled)
+
+
+class _Done:
+    def __init__(self, work: Sequence[Slice], sampled: list[list[Sampled]]) -> None:
+        self.work, self._sampled = work, sampled
+
+    def result(self) -> list[list[Sampled]]:
+        return self._sampled
