@@ -134,15 +134,23 @@ def check(folder: Path) -> None:
     from dynserve.executors.engine_args import EngineArgs, KvCache
     from dynserve.executors.kv_blocks import BlockManager
     from dynserve.executors.scheduler import Scheduler, Sequence
+    from dynserve.executors.torch.attention import KvCache as KvBlocks
     from dynserve.executors.torch.loading import Target, load
+    from dynserve.executors.torch.model import Transformer
 
     args = EngineArgs(max_batch_size=64, max_num_tokens=4096, kv_cache_config=KvCache(max_tokens=40_000))
     _, _, runner = load(folder, args, Target.choose("cuda", "bfloat16"))
     exact, cache, _ = load(folder, args, Target.choose("cuda", "float32"))
+    ordinary = Transformer(exact.config, folder, torch.device("cuda"), torch.bfloat16)
+    theirs = KvBlocks(
+        num_blocks=1250, block_size=32, num_layers=exact.config.num_layers, kv_heads=exact.config.num_kv_heads,
+        head_dim=exact.config.head_dim, dtype=torch.bfloat16, device=exact.device, model="m",
+    )  # fmt: skip
     scheduler = Scheduler(
         BlockManager(1200, 32), max_batch_size=64, max_num_tokens=4096, max_seq_len=4096, chunked=True
     )
     errors: dict[str, list[float]] = {}
+    usual: list[float] = []  # errors of torch's operations in bfloat16
     wrong = total = 0
     for lengths in ((6,), (64,), (5, 9), (1, 2, 3, 100), tuple(range(2, 40)), (1500, 700, 3), (3000,), (37,) * 60):
         for number, length in enumerate(lengths):
@@ -154,6 +162,8 @@ def check(folder: Path) -> None:
             rows = [s for s in step.work if s.samples]
             layout, owners = cache.lay_out(step.work)
             logits = exact.logits(exact.forward(cache, layout)[layout.sampling])
+            rough = ordinary.logits(ordinary.forward(theirs, theirs.lay_out(step.work)[0])[layout.sampling])
+            usual += [float(e) for e in (rough - logits).norm(dim=-1) / logits.norm(dim=-1)]
             order = [step.work[owner] for owner in owners]
             size = sum(s.size for s in step.work)
             kind = (
@@ -169,6 +179,9 @@ def check(folder: Path) -> None:
         print(
             f"check {kind}: relative error of logits {max(found_errors):.1e} at most, {statistics.mean(found_errors):.1e} on average, {len(found_errors)} rows"
         )
+    print(
+        f"check: torch's own operations in bfloat16: {max(usual):.1e} at most, {statistics.mean(usual):.1e} on average"
+    )
     print(f"check: the likeliest token differs from float32's in {wrong} of {total}")
     assert max(max(e) for e in errors.values()) < 0.05
 
@@ -209,13 +222,21 @@ def breakdown(path: Path, name: str) -> None:
 async def profiled(executor: Executor, folder: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    for number in (1, 16, 64):
-        await run(executor, [prompt_of(64) for _ in range(number)], 20)
+    for number, length, new in (
+        (1, 64, 40),
+        (4, 64, 40),
+        (16, 64, 40),
+        (64, 64, 40),
+        (256, 64, 40),
+        (1, 1024, 1),
+        (1, 16000, 1),
+    ):
+        await run(executor, [prompt_of(length) for _ in range(number)], new)
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            await run(executor, [prompt_of(64) for _ in range(number)], 40)
-        path = folder / f"trace_{number}.json"
+            await run(executor, [prompt_of(length) for _ in range(number)], new)
+        path = folder / f"trace_{number}_{length}.json"
         recorded.export_chrome_trace(str(path))
-        breakdown(path, f"{number} streams of 40 tokens")
+        breakdown(path, f"{number} streams of {length} + {new} tokens")
         path.unlink()
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 1 << 30  # of KV cache in a host's memory, when nothing says how much
 SMALL_MODEL = 50_000_000  # parameters up to which a second thread costs more than it brings
-GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType({"max_batch_size": 256, "max_num_tokens": 8192})
+GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType({"max_batch_size": 256, "max_num_tokens": 16384})
 GPU_FRACTION = 0.9  # of the memory that is left beside the model, for the KV cache
 GPU_RESERVE = 1 << 30  # bytes for what libraries allocate themselves: cuBLAS, CUDA graphs, FlashAttention
 OLDEST_CARD = (8, 0)  # compute capability that has bfloat16
@@ -107,7 +107,7 @@ def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs) -> Runner
     runner = CudaRunner(
         model, cache, shape, kernels, max_rows=args.max_num_tokens, max_samples=args.max_batch_size, max_seq_len=length
     )
-    runner.capture(args.max_batch_size)
+    runner.capture(args.max_num_tokens)
     return runner
 
 

@@ -68,7 +68,6 @@ class Emulated:
         self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Tensor | int | None, early: bool = False
     ) -> None:
         self.launched.append(kernel)
-        values, types = arguments(args)
-        boxes = [type_(value) for value, type_ in zip(values, types, strict=True)]
+        boxes = arguments(args)
         pointers = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes))
         self._entries[kernel](*grid, threads, pointers)

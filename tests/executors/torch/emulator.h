@@ -23,6 +23,7 @@ using std::min;
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -72,6 +73,25 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
     T other;
     memcpy(&other, &exchanged[warp][turn][lane ^ mask], sizeof(T));
     return other;
+}
+
+inline float bf16_at(unsigned pair, int high) { return __uint_as_float(high ? pair & 0xffff0000u : pair << 16); }
+// mma.m16n8k16: lane 4g + t holds rows g and g + 8 of A and of the result, column g of B, columns 2t and 2t + 1 of the result
+inline void multiply_add(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    static unsigned shared[64][32][6];
+    int warp = current / 32, lane = current % 32;
+    unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(shared[warp][lane], mine, sizeof mine);
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            unsigned* a = shared[warp][row % 8 * 4 + k % 8 / 2];
+            unsigned* b = shared[warp][column * 4 + k % 8 / 2];
+            c[i] += bf16_at(a[row / 8 + k / 8 * 2], k % 2) * bf16_at(b[4 + k / 8], k % 2);
+        }
+    }
+    __syncwarp();
 }
 
 inline void run_fiber() {

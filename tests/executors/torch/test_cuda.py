@@ -159,34 +159,40 @@ def test_every_step_computes_the_logits_of_a_plain_forward_pass(emulation: Emula
     emulation.run(check, overlap=False)
     assert {1, 2, 4, 5} <= seen
     launched = {name.split("<")[0] for name in emulation.emulated.launched}
-    assert {"gemv", "attend", "rope_write", "rms_norm", "silu_mul", "begin", "choose"} <= launched
+    assert {"product", "attend", "rope_write", "rms_norm", "silu_mul", "begin", "choose"} <= launched
 
 
-def test_long_steps_compute_the_same(tmp_path: Path, library: Path) -> None:
-    """Prompts of more tokens than a graph holds: from the start, behind a cached prefix, and beside answers."""
-    emulation = Emulation(make_checkpoint(tmp_path / "model", "qwen2"), library, max_rows=400)
+@pytest.mark.parametrize("going_on", [20, 200])
+def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch: Any, going_on: int) -> None:
+    """Prompts of more tokens than rows are looked after one by one: from the start, behind a cached prefix, and beside answers;
+    in a graph's way, and in the way of steps that no graph has room for."""
+    emulation = Emulation(make_checkpoint(tmp_path / "model", "qwen2"), library, max_rows=900)
     shared = prompt_of(64, 9)
     errors: list[float] = []
+    steps: list[int] = []
+    long_layers = Forward.long_layers
+    monkeypatch.setattr(Forward, "long_layers", lambda *args: steps.append(args[2]) or long_layers(*args))
 
     def check(step: CudaStep) -> None:
         for row, slice_ in enumerate(s for s in step.work if s.samples):
             expected = emulation.reference.logits(slice_.sequence.tokens[: slice_.start + slice_.size])[-1]
             errors.append(error_of(emulation.runner._forward.logits[row], expected))
 
-    greedy, stop = Sampling(temperature=0.0), Stop(max_tokens=3, ignore_eos=True)
+    greedy, stop = Sampling(temperature=0.0), Stop(max_tokens=2, ignore_eos=True)
     emulation.add([*shared, 1], sampling=greedy, stop=Stop(max_tokens=1, ignore_eos=True))
     emulation.run(check, overlap=False)
-    for prompt in (prompt_of(300), [*shared, *prompt_of(130)], prompt_of(2), [*shared, 7], prompt_of(90)):
+    for prompt in (prompt_of(380), [*shared, *prompt_of(going_on)], prompt_of(2), [*shared, 7], prompt_of(130)):
         emulation.add(prompt, sampling=greedy, stop=stop)
     emulation.run(check, overlap=False)
-    assert len(errors) == 16 and max(errors) < 0.03
+    assert len(errors) == 11 and max(errors) < 0.03
+    assert bool(steps) == (going_on == 200)
 
 
 def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path) -> None:
     """One row's keys are looked at by several blocks; the last one adds up."""
     emulation = Emulation(make_checkpoint(tmp_path / "model", "llama"), tmp_path)
     sequence = emulation.add(
-        prompt_of(790), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=3, ignore_eos=True)
+        prompt_of(530), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=3, ignore_eos=True)
     )
     checked = []
 
@@ -209,6 +215,7 @@ def test_a_step_begun_ahead_continues_with_the_token_that_is_not_known_yet(llama
     for overlap in (False, True):
         sequences = [emulation.add(prompt_of(20 + i, i), sampling=s, stop=stop) for i, s in enumerate(sampling)]
         emulation.run(overlap=overlap)
+        emulation.scheduler.blocks.clear()  # or the second time would compute less of the prompts, in other steps
         found.append([s.tokens for s in sequences])
     assert found[0] == found[1]
 
@@ -244,7 +251,7 @@ class Draws:
         with torch.inference_mode():
             runner._drawing.prepare(sequences, positions, range(len(sequences)), len(sequences))
             runner._forward.logits[: len(logits)] = logits
-            return [s.token_id for s in runner._drawing.draw(sequences, positions, unknown).read()]
+            return [s.token_id for s in runner._drawing.draw(sequences, unknown).read()]
 
     @staticmethod
     def host(logits: torch.Tensor, sampling: list[Sampling], prompts: list[list[int]]) -> list[int]:

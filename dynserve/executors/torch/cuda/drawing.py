@@ -11,13 +11,12 @@ from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sampled
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.cuda.forward import Forward
-from dynserve.executors.torch.cuda.kernels import Launcher
+from dynserve.executors.torch.cuda.kernels import BLOCKS, Launcher
 from dynserve.executors.torch.cuda.packet import IN_FLIGHT, Packet
 from dynserve.executors.torch.sampler import Adjustments, embedding, key_of, plain
 from dynserve.wire.requests import TokenLogprob, finite
 
 CHUNKS = 64  # blocks that look at a row's logits at once, where there are few rows
-MIN_BLOCKS = 264
 
 
 class Drawing:
@@ -29,14 +28,14 @@ class Drawing:
         i, f = torch.int32, torch.float32
         self.packet = Packet(
             {"picks": (most, i), "temperatures": (most, f), "keys": (2 * most, i), "top_ks": (most, i),
-             "top_ps": (most, f), "min_ps": (most, f)}, device,
+             "top_ps": (most, f), "min_ps": (most, f), "turn": (1, i)}, device,
         )  # fmt: skip
         self._cuts = torch.zeros(most, dtype=torch.int64, device=device)
         self._best = torch.zeros(most, dtype=torch.int64, device=device)
         self._arrived = torch.zeros(most, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        self._hosts = [torch.zeros(most, dtype=torch.int32, pin_memory=pinned) for _ in range(IN_FLIGHT)]
-        self._at = 0
+        self._hosts = torch.zeros(IN_FLIGHT, most, dtype=torch.int32, pin_memory=pinned)
+        self._turn = 0
         self._cut = self._was_cut = False
 
     @staticmethod
@@ -45,16 +44,20 @@ class Drawing:
 
     def prepare(
         self, sequences: Sequence[_Sequence], positions: Sequence[int], rows: Sequence[int], padded: int
-    ) -> None:
-        """Sends the rows to pick and how to draw from each. `positions` counts the tokens before each drawn one."""
+    ) -> bool:
+        """Sends the rows to pick and how to draw from each. `positions` counts the tokens before each drawn one. True where
+        `choose` is all there is to do: nobody wants a cut distribution, other logits, or to know more than the token."""
         host = self.packet.fill()
         count = len(sequences)
         host["picks"][:count] = rows
         host["picks"][count:padded] = 0
         host["temperatures"][:padded] = 0.0
-        self._cut = False
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        host["turn"][0] = self._turn
         keys, temperatures = host["keys"].view("uint32"), host["temperatures"]
+        self._cut, simple = False, True
         for at, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            simple &= plain(sequence)
             sampling = sequence.request.sampling
             if sampling.greedy:
                 continue
@@ -63,35 +66,43 @@ class Drawing:
             host["top_ks"][at], host["top_ps"][at], host["min_ps"][at] = sampling.top_k, sampling.top_p, sampling.min_p
             self._cut |= sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
         self.packet.send()
+        if self._was_cut and not self._cut:
+            self._cuts.zero_()
+        self._was_cut = self._cut
+        return simple and not self._cut
 
-    def draw(self, sequences: Sequence[_Sequence], positions: Sequence[int], before: Sequence[int]) -> Drawn:
-        """Draws a token for each row of the logits. `before[i]` is the row of the last step's tokens that sequence `i` was
-        given last, where its token is not known here yet, or -1."""
+    def choose(self, count: int) -> None:
+        """Draws from the first `count` rows of the logits as they are."""
+        packet = self.packet
+        chunks = max(8, min(CHUNKS, BLOCKS // count))
+        self._launch(
+            "choose", (chunks, count, 1), 256, self._forward.logits, packet["temperatures"], packet["keys"], self._cuts,
+            self._best, self._arrived, self._forward.drawn, self._hosts, packet["turn"], self._hosts.shape[1], early=True,
+        )  # fmt: skip
+
+    def drawn(self, count: int) -> Drawn:
+        """What the last `choose` draws."""
+        return Drawn(self._hosts[self._turn], count, [])
+
+    def draw(self, sequences: Sequence[_Sequence], before: Sequence[int]) -> Drawn:
+        """Draws a token for each row of the logits, whatever the requests want. `before[i]` is the row of the last step's
+        tokens that sequence `i` was given last, where its token is not known here yet, or -1."""
         count = len(sequences)
-        logits = self._forward.logits
+        logits, pending = self._forward.logits, self._forward.drawn
         extras = [_Extras(at, logits[at], s, self._vocabulary) for at, s in enumerate(sequences) if not plain(s)]
-        pending = self._forward.drawn
         for extra in extras:
             source = before[extra.at]
             extra.apply(pending[source : source + 1] if source >= 0 else None)
-        self._at = (self._at + 1) % IN_FLIGHT
-        host, packet = self._hosts[self._at], self.packet
         if self._cut:
+            packet = self.packet
             self._launch(
                 "truncate", (count, 1, 1), 1024, logits, packet["temperatures"], packet["top_ks"], packet["top_ps"],
                 packet["min_ps"], self._cuts,
             )  # fmt: skip
-        elif self._was_cut:
-            self._cuts.zero_()
-        self._was_cut = self._cut
-        chunks = max(8, min(CHUNKS, MIN_BLOCKS // count))
-        self._launch(
-            "choose", (chunks, count, 1), 256, logits, packet["temperatures"], packet["keys"], self._cuts, self._best,
-            self._arrived, pending, host,
-        )  # fmt: skip
+        self.choose(count)
         for extra in extras:
             extra.finish(pending)
-        return Drawn(host, count, extras)
+        return Drawn(self._hosts[self._turn], count, extras)
 
 
 class Drawn:

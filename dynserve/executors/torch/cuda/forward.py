@@ -10,37 +10,40 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.kernels import (
     BIAS,
+    BLOCKS,
     FLOAT,
     NORM,
     PICK,
     RESIDUAL,
-    ROWS_OF_GEMV,
     SILU,
-    Gemv,
     Launcher,
+    Product,
     Shape,
     attend_name,
 )
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Layer, Transformer, rotary_angles
 
-FUSED = (1, 2, 4)  # rows of steps in which every row is a sequence of its own, and matrix-vector products are used
-MOST_SPLITS = 16  # parts that the keys of one row are cut into
-MIN_BLOCKS = 264  # of attention, two for each multiprocessor of an H100
+FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS does
+SHORT = 512  # keys of a row up to which one block looks at all of them
+MOST_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
+LONG = 2048  # tokens of a prompt from which cuDNN's attention is faster than FlashAttention 2 (H100: 60 us against 72)
+MOST_SPLITS = 32  # parts that the keys of a longer row are cut into
 
 
 class Prompts(NamedTuple):
     """The rows of a long step that are parts of prompts, and come first in it: `fresh` ones whose keys are all among the
     rows, then those that go on behind what the cache holds. Offsets are cumulative, on the device, int32."""
 
-    fresh_rows: int
+    fresh_sizes: list[int]
     fresh_offsets: Tensor
-    fresh_longest: int
     rows: int  # fresh ones and others
     query_offsets: Tensor
     query_longest: int
@@ -55,9 +58,10 @@ class Forward:
 
     def __init__(
         self, model: Transformer, cache: KvCache, shape: Shape, launcher: Launcher, *, max_rows: int, slots: int,
-        table_width: int, max_samples: int,
+        table_width: int, max_samples: int, max_alone: int,
     ) -> None:  # fmt: skip
         self._model, self._cache, self._shape, self._launch = model, cache, shape, launcher.launch
+        self._products = products(shape, model.config.qkv_bias)
         device = model.device
         for layer in model.layers:
             interleave(layer)
@@ -75,18 +79,15 @@ class Forward:
         self._picked = buffer(max_samples, shape.hidden)
         self.logits = buffer(max_samples, shape.vocabulary, torch.float32)
         self.drawn = torch.zeros(max_samples, dtype=torch.int32, device=device)
-        most = max(rows * splits_for(rows, shape, rows in FUSED) for rows in range(1, max_samples + 1))
+        most = max(rows * splits_for(rows, shape, short=False) for rows in range(1, max_alone + 1))
         self._parts = torch.zeros(most * shape.heads * (shape.head_dim + 2), dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(max_samples * shape.heads, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(max_alone * shape.heads, dtype=torch.int32, device=device)
 
     @staticmethod
     def kernel_names(shape: Shape, qkv_bias: bool) -> list[str]:
         """All that a `Forward` launches."""
         names = [attend_name(1, True), attend_name(1, False), attend_name(shape.heads_together, False)]
-        for columns in FUSED:
-            names += [
-                Gemv.plan(n, k, flags).name(k, columns, flags) for n, k, flags in _products(shape, qkv_bias).values()
-            ]
+        names += [p.kernel(columns)[0] for columns in (1, FEW) for p in products(shape, qkv_bias).values()]
         return [*names, "begin", "rope_write", "rms_norm", "silu_mul"]
 
     def begin(self, rows: Packet, count: int) -> None:
@@ -95,50 +96,65 @@ class Forward:
             rows["tokens"], self.drawn, self._model.embedding, self.x,
         )  # fmt: skip
 
-    def layers(self, rows: Packet, count: int, *, fused: bool) -> None:
-        """From embeddings to hidden states, both in `x[:count]`; keys and values go into the cache."""
+    def layers(self, rows: Packet, count: int, *, alone: bool, short: bool) -> None:
+        """From embeddings to hidden states, both in `x[:count]`; keys and values go into the cache. `alone`: every row is a
+        sequence of its own. `short`: none of them has more than `SHORT` keys."""
         for index, layer in enumerate(self._model.layers):
-            if fused:
-                self._small_layer(layer, index, rows, count)
+            if count <= FEW:
+                self._layer_of_few(layer, index, rows, count, alone, short)
             else:
-                self._layer(layer, index, rows, count, None)
+                self._layer(layer, index, rows, count, short, None)
+
+    def layers_with_prompts(self, rows: Packet, count: int) -> None:
+        """The same where prompts are among the rows, which come first and are whole: `offsets` has where each begins and
+        ends. `beside` lists the other rows, each of which is looked after by itself, and ends with -1s."""
+        for index, layer in enumerate(self._model.layers):
+            self._layer(layer, index, rows, count, False, None, prompts=True)
 
     def long_layers(self, rows: Packet, count: int, prompts: Prompts) -> None:
-        for index, layer in enumerate(self._model.layers):
-            self._layer(layer, index, rows, count, prompts)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            for index, layer in enumerate(self._model.layers):
+                self._layer(layer, index, rows, count, False, prompts)
 
     def head(self, picks: Tensor, count: int) -> None:
         """`logits[:count]`, float32, of the rows that `picks` names."""
-        model, shape = self._model, self._shape
-        if count in FUSED:
-            n, k, flags = _products(shape, False)["head"]
-            plan = Gemv.plan(n, k, flags)
-            self._launch(
-                plan.name(k, count, flags), (plan.blocks(n), 1, 1), 256, model.head, self.x, self.logits, n, None,
-                model.norm, picks,
-            )  # fmt: skip
+        model = self._model
+        if count <= FEW:
+            self._product("head", model.head, self.x, self.logits, count, norm=model.norm, pick=picks)
             return
         self._launch("rms_norm", (count, 1, 1), 256, self.x, model.norm, self._picked, picks)
         matrix_product_f32(self._picked[:count], model.head, self.logits[:count])
 
-    def _small_layer(self, layer: Layer, index: int, rows: Packet, count: int) -> None:
-        products = _products(self._shape, layer.qkv_bias is not None)
+    def _product(
+        self, name: str, weight: Tensor, x: Tensor, out: Tensor, columns: int, *, bias: Tensor | None = None,
+        norm: Tensor | None = None, pick: Tensor | None = None, early: bool = True,
+    ) -> None:  # fmt: skip
+        product = self._products[name]
+        kernel, blocks = product.kernel(columns)
+        own = () if columns == 1 else (columns,)
+        self._launch(kernel, (blocks, 1, 1), 256, weight, x, out, product.n, *own, bias, norm, pick, early=early)
 
-        def gemv(name: str, weight: Tensor, x: Tensor, out: Tensor, *rest: Tensor | None, early: bool = True) -> None:
-            n, k, flags = products[name]
-            plan = Gemv.plan(n, k, flags)
-            self._launch(
-                plan.name(k, count, flags), (plan.blocks(n), 1, 1), 256, weight, x, out, n, *rest, None, early=early
-            )
-
+    def _layer_of_few(self, layer: Layer, index: int, rows: Packet, count: int, alone: bool, short: bool) -> None:
+        x, qkv, attended, mid = self.x, self._qkv, self._attended, self._mid
         # the first kernel waits for the step's own data in full: what the others read before they wait is there then
-        gemv("qkv", layer.qkv, self.x, self._qkv, layer.qkv_bias, layer.attn_norm, early=index > 0)
-        self._attend(layer, index, rows, 0, count, fused=True)
-        gemv("o", layer.o, self._attended, self.x, None, None)
-        gemv("gate_up", layer.gate_up, self.x, self._mid, None, layer.mlp_norm)
-        gemv("down", layer.down, self._mid, self.x, None, None)
+        self._product("qkv", layer.qkv, x, qkv, count, bias=layer.qkv_bias, norm=layer.attn_norm, early=index > 0)
+        if not alone:
+            self._rope_write(layer, index, rows, count)
+        self._attend(layer, index, rows, 0, count, fused=alone, short=short)
+        self._product("o", layer.o, attended, x, count)
+        self._product("gate_up", layer.gate_up, x, mid, count, norm=layer.mlp_norm)
+        self._product("down", layer.down, mid, x, count)
 
-    def _layer(self, layer: Layer, index: int, rows: Packet, count: int, prompts: Prompts | None) -> None:
+    def _layer(
+        self,
+        layer: Layer,
+        index: int,
+        rows: Packet,
+        count: int,
+        short: bool,
+        long: Prompts | None,
+        prompts: bool = False,
+    ) -> None:
         shape, launch = self._shape, self._launch
         x, normed, qkv, attended = self.x[:count], self._normed[:count], self._qkv[:count], self._attended[:count]
         launch("rms_norm", (count, 1, 1), 256, x, layer.attn_norm, normed, None, early=index > 0)
@@ -146,16 +162,16 @@ class Forward:
             torch.mm(normed, layer.qkv.t(), out=qkv)
         else:
             torch.addmm(layer.qkv_bias, normed, layer.qkv.t(), out=qkv)
-        launch(
-            "rope_write", (count, 1, 1), 256, qkv, self._cache.memory, self.tables, self.tables.shape[1], rows["slots"],
-            rows["positions"], self._rope, layer.q_norm, layer.k_norm, index, early=True,
-        )  # fmt: skip
+        self._rope_write(layer, index, rows, count)
         first = 0
-        if prompts is not None:
-            self._attend_prompts(index, prompts)
-            first = prompts.rows
-        if first < count:
-            self._attend(layer, index, rows, first, count - first, fused=False)
+        if long is not None:
+            self._attend_prompts(index, long)
+            first = long.rows
+        if prompts:
+            attended.copy_(self._whole_prompts(qkv, rows["offsets"], count))
+            self._attend(layer, index, rows, 0, MOST_BESIDE, fused=False, short=True, listed=rows["beside"])
+        elif first < count:
+            self._attend(layer, index, rows, first, count - first, fused=False, short=short)
         x.addmm_(attended, layer.o.t())
         launch("rms_norm", (count, 1, 1), 256, x, layer.mlp_norm, normed, None, early=True)
         torch.mm(normed, layer.gate_up.t(), out=self._gate_up[:count])
@@ -163,25 +179,55 @@ class Forward:
         launch("silu_mul", (blocks, count, 1), 256, self._gate_up, self._mid, early=True)
         x.addmm_(self._mid[:count], layer.down.t())
 
-    def _attend(self, layer: Layer, index: int, rows: Packet, first: int, count: int, *, fused: bool) -> None:
+    def _rope_write(self, layer: Layer, index: int, rows: Packet, count: int) -> None:
+        self._launch(
+            "rope_write", (count, 1, 1), 256, self._qkv, self._cache.memory, self.tables, self.tables.shape[1],
+            rows["slots"], rows["positions"], self._rope, layer.q_norm, layer.k_norm, index, early=True,
+        )  # fmt: skip
+
+    def _attend(
+        self,
+        layer: Layer,
+        index: int,
+        rows: Packet,
+        first: int,
+        count: int,
+        *,
+        fused: bool,
+        short: bool,
+        listed: Tensor | None = None,
+    ) -> None:
         """Attention of rows `first` on, each over its own sequence up to itself."""
         shape = self._shape
-        together = _together(count, shape, fused)
+        together = _together(count, shape)
         self._launch(
-            attend_name(together, fused), (shape.heads // together, count, splits_for(count, shape, fused)), 256,
+            attend_name(together, fused), (shape.heads // together, count, splits_for(count, shape, short=short)), 256,
             self._qkv[first:], self._cache.memory, self.tables, self.tables.shape[1], rows["slots"][first:],
             rows["positions"][first:], self._rope, layer.q_norm, layer.k_norm, self._attended[first:], self._parts,
-            self._arrived, index, early=True,
+            self._arrived, index, listed, early=True,
         )  # fmt: skip
+
+    def _whole_prompts(self, qkv: Tensor, offsets: Tensor, count: int) -> Tensor:
+        """What prompts attend to, `[count, heads * head_dim]`; of other rows nothing that could be used."""
+        q, k, v = self._heads(qkv)
+        return causal_attention(q, k, v, offsets, offsets, count, count, None).view(count, -1)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = self._shape
+        rows = qkv.view(len(qkv), -1, shape.head_dim)
+        ends = shape.heads, shape.heads + shape.kv_heads
+        return rows[:, : ends[0]], rows[:, ends[0] : ends[1]], rows[:, ends[1] :]
 
     def _attend_prompts(self, index: int, prompts: Prompts) -> None:
         shape = self._shape
-        rows = self._qkv[: prompts.rows].view(prompts.rows, -1, shape.head_dim)
         out = self._attended[: prompts.rows].view(prompts.rows, shape.heads, shape.head_dim)
-        q, k, v = torch.split(rows, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        fresh = prompts.fresh_rows
-        if fresh:
-            offsets, longest = prompts.fresh_offsets, prompts.fresh_longest
+        q, k, v = self._heads(self._qkv[: prompts.rows])
+        sizes, offsets, fresh = prompts.fresh_sizes, prompts.fresh_offsets, sum(prompts.fresh_sizes)
+        if sizes and min(sizes) >= LONG:
+            for begin, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+                _attend_whole(*(part[begin : begin + size] for part in (q, k, v, out)))
+        elif sizes:
+            longest = max(sizes)
             out[:fresh] = causal_attention(q[:fresh], k[:fresh], v[:fresh], offsets, offsets, longest, longest, None)
         if fresh < prompts.rows:
             stored = self._cache.memory[prompts.blocks, index].transpose(0, 1)
@@ -192,25 +238,28 @@ class Forward:
             )  # fmt: skip
 
 
-def _products(shape: Shape, qkv_bias: bool) -> dict[str, tuple[int, int, int]]:
-    """The matrix-vector products of a model: rows and columns of the matrix, and what is done around it."""
+def products(shape: Shape, qkv_bias: bool) -> dict[str, Product]:
+    """The matrix products of a model."""
     width = shape.heads * shape.head_dim
     return {
-        "qkv": (shape.qkv, shape.hidden, NORM | BIAS if qkv_bias else NORM),
-        "o": (shape.hidden, width, RESIDUAL),
-        "gate_up": (2 * shape.intermediate, shape.hidden, NORM | SILU),
-        "down": (shape.hidden, shape.intermediate, RESIDUAL),
-        "head": (shape.vocabulary, shape.hidden, NORM | FLOAT | PICK),
+        "qkv": Product(shape.qkv, shape.hidden, NORM | BIAS if qkv_bias else NORM),
+        "o": Product(shape.hidden, width, RESIDUAL),
+        "gate_up": Product(2 * shape.intermediate, shape.hidden, NORM | SILU),
+        "down": Product(shape.hidden, shape.intermediate, RESIDUAL),
+        "head": Product(shape.vocabulary, shape.hidden, NORM | FLOAT | PICK),
     }
 
 
-def _together(rows: int, shape: Shape, fused: bool) -> int:
-    return 1 if fused or rows <= ROWS_OF_GEMV else shape.heads_together
+def _together(rows: int, shape: Shape) -> int:
+    """Query heads that one block looks after: one, while blocks are few."""
+    return 1 if rows <= FEW else shape.heads_together
 
 
-def splits_for(rows: int, shape: Shape, fused: bool) -> int:
-    """Parts of a row's keys that blocks look at side by side: many where there are few rows to keep the card busy."""
-    return max(1, min(MOST_SPLITS, MIN_BLOCKS // (rows * shape.heads // _together(rows, shape, fused))))
+def splits_for(rows: int, shape: Shape, *, short: bool) -> int:
+    """Parts of a row's keys that blocks look at side by side: more where few rows would leave the card idle."""
+    if short:
+        return 1
+    return max(4, min(MOST_SPLITS, 2 * BLOCKS // (rows * shape.heads // _together(rows, shape))))
 
 
 def interleave(layer: Layer) -> None:
@@ -227,6 +276,13 @@ def matrix_product_f32(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x.float(), weight.float().t(), out=out)
 
 
+def _attend_whole(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Causal attention of a whole sequence, `[rows, heads, head_dim]`, by the library that is the fastest for long ones."""
+    queries, keys, values = (part.transpose(0, 1)[None] for part in (q, k, v))
+    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+    out.copy_(attended[0].transpose(0, 1))
+
+
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, q_longest: int, k_longest: int,
     k_lengths: Tensor | None,
@@ -241,10 +297,12 @@ def causal_attention(
     for (begin, end), (start, stop), at in zip(
         _pairs(q_offsets), _pairs(k_offsets), range(len(q_offsets)), strict=False
     ):
+        if begin == end:
+            continue
         length = stop - start if k_lengths is None else int(k_lengths[at])
         visible = torch.arange(length) <= torch.arange(length - (end - begin), length)[:, None]
         keys, values = (half[start : start + length].transpose(0, 1)[None] for half in (k, v))
-        out[begin:end] = torch.nn.functional.scaled_dot_product_attention(
+        out[begin:end] = F.scaled_dot_product_attention(
             q[begin:end].transpose(0, 1)[None], keys, values, attn_mask=visible, enable_gqa=True
         )[0].transpose(0, 1)
     return out

@@ -1,14 +1,15 @@
 // The kernels of one model step on a GPU, for one model's shape: sizes are macros, which the compiler is given
 // (`compiler.py`), so that loops unroll and indices fold.
 //
-// A decode step of a few sequences only streams the weights through the chip once. What keeps it from doing so at full speed
-// are the gaps between kernels. So there are few of them, five a layer, and each starts before the one before it has ended
-// (programmatic dependent launch): it loads its weights, which nobody writes, and only then waits for its input.
+// A step of a few rows only streams the weights through the chip once. What keeps it from doing so at full speed are the gaps
+// between kernels. So there are few of them, five a layer, and each starts before the one before it has ended (programmatic
+// dependent launch): it loads its weights, which nobody writes, and only then waits for its input.
 //
-//     gemv NORM|BIAS   x ──▶ q, k, v                        gemv NORM|SILU   x ──▶ silu(gate) · up
-//     attend           q, k, v, cache ──▶ attention         gemv RESIDUAL    x += down(…)
-//     gemv RESIDUAL    x += o(attention)
+//     product NORM|BIAS   x --> q, k, v                      product NORM|SILU   x --> silu(gate) * up
+//     attend              q, k, v, cache --> attention       product RESIDUAL    x += down(...)
+//     product RESIDUAL    x += o(attention)
 //
+// For a single row gemv takes product's place: sums over lanes cost less then than tensor cores that are mostly idle.
 // With more rows, matrix products are cuBLAS's, and rms_norm, rope_write, attend and silu_mul stand between them.
 //
 // A row is one token of one sequence. Where rows of a step belong to the same sequence (a prompt), rope_write has stored the
@@ -74,9 +75,9 @@ __device__ __forceinline__ float sum_over(float value, int lanes) {  // of each 
     return value;
 }
 
-// y = W f(x) for COLS columns x of K elements; W is [n, K]. ROWS rows of W belong to each group of WARPS warps, which split
-// K among them. NORM: f is RMS normalisation. SILU: rows of W alternate between gate and up. PICK: column c is x[pick[c]].
-template <int K, int WARPS, int ROWS, int COLS, int FLAGS>
+// out = W f(x) for one column x of K elements; W is [n, K]. ROWS rows of W belong to each group of WARPS warps, which split K
+// among them. NORM: f is RMS normalisation. SILU: rows of W alternate between gate and up. PICK: the column is x[pick[0]].
+template <int K, int WARPS, int ROWS, int FLAGS>
 __global__ void __launch_bounds__(256)
 gemv(const bf16* weights, const bf16* x, void* out, int n, const bf16* bias, const bf16* norm, const int* pick) {
     constexpr int CHUNKS = K / 8, LANES = 32 * WARPS, PER = (CHUNKS + LANES - 1) / LANES, GROUPS = WARPS_PER_BLOCK / WARPS;
@@ -96,72 +97,178 @@ gemv(const bf16* weights, const bf16* x, void* out, int n, const bf16* bias, con
     }
     let_next_start();
     wait_for_input();
-    for (int c = 0; c < COLS; c++) {
-        const uint4* column = (const uint4*)(x + (size_t)((FLAGS & PICK) ? pick[c] : c) * K);
-        float sums[ROWS + 1];
+    const uint4* column = (const uint4*)(x + (size_t)((FLAGS & PICK) ? pick[0] : 0) * K);
+    float sums[ROWS + 1];
 #pragma unroll
-        for (int r = 0; r <= ROWS; r++) sums[r] = 0.f;
+    for (int r = 0; r <= ROWS; r++) sums[r] = 0.f;
 #pragma unroll
-        for (int j = 0; j < PER; j++) {
-            int chunk = (j * WARPS + part) * 32 + lane;
-            float f[8], g[8];
-            unpack(chunk < CHUNKS ? __ldcg(column + chunk) : make_uint4(0, 0, 0, 0), f);
+    for (int j = 0; j < PER; j++) {
+        int chunk = (j * WARPS + part) * 32 + lane;
+        float f[8], g[8];
+        unpack(chunk < CHUNKS ? __ldcg(column + chunk) : make_uint4(0, 0, 0, 0), f);
+        if (FLAGS & NORM) {
+            unpack(scale[j], g);
+#pragma unroll
+            for (int q = 0; q < 8; q++) {
+                sums[ROWS] = fmaf(f[q], f[q], sums[ROWS]);
+                f[q] *= g[q];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            unpack(w[r][j], g);
+#pragma unroll
+            for (int q = 0; q < 8; q++) sums[r] = fmaf(g[q], f[q], sums[r]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS + ((FLAGS & NORM) ? 1 : 0); r++) sums[r] = sum_over(sums[r], 32);
+    float mine = 0.f, up = 0.f, squares = 0.f;
+    if (WARPS == 1) {
+#pragma unroll
+        for (int r = 0; r < OUT; r++)
+            if (lane == r) {
+                mine = sums[(FLAGS & SILU) ? 2 * r : r];
+                if (FLAGS & SILU) up = sums[2 * r + 1];
+            }
+        squares = sums[ROWS];
+    } else {
+        if (lane == 0) {
+#pragma unroll
+            for (int r = 0; r <= ROWS; r++) partial[warp][r] = sums[r];
+        }
+        __syncthreads();
+        if (part == 0 && lane < OUT)
+            for (int other = warp; other < warp + WARPS; other++) {
+                mine += partial[other][(FLAGS & SILU) ? 2 * lane : lane];
+                if (FLAGS & SILU) up += partial[other][2 * lane + 1];
+                squares += partial[other][ROWS];
+            }
+    }
+    if (part == 0 && lane < OUT) {
+        int at = (FLAGS & SILU) ? row / 2 + lane : row + lane, width = (FLAGS & SILU) ? n / 2 : n;
+        if (at < width) {
             if (FLAGS & NORM) {
-                unpack(scale[j], g);
-#pragma unroll
-                for (int q = 0; q < 8; q++) {
-                    sums[ROWS] = fmaf(f[q], f[q], sums[ROWS]);
-                    f[q] *= g[q];
-                }
+                float rms = rsqrtf(squares / K + EPSILON);
+                mine *= rms;
+                up *= rms;
             }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                unpack(w[r][j], g);
-#pragma unroll
-                for (int q = 0; q < 8; q++) sums[r] = fmaf(g[q], f[q], sums[r]);
-            }
+            size_t index = at;
+            if (FLAGS & SILU) mine = mine / (1.f + expf(-mine)) * up;
+            if (FLAGS & BIAS) mine += to_float(bias[at]);
+            if (FLAGS & RESIDUAL) mine += to_float(((bf16*)out)[index]);
+            if (FLAGS & FLOAT) ((float*)out)[index] = mine;
+            else ((bf16*)out)[index] = to_bf16(mine);
         }
+    }
+}
+
+// Adds A B to a warp's 16 x 8 tile: A is 16 x 16, B is 16 x 8, as in PTX's mma.m16n8k16.
+#ifndef EMULATED
+__device__ __forceinline__ void multiply_add(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+// out = W f(x) for up to 8 * EIGHTS columns x of K elements; W is [n, K]. A block has TILES tiles of 16 rows of W; the other
+// warps split K. NORM: f is RMS normalisation. SILU: rows of W alternate between gate and up. PICK: column c is x[pick[c]].
+//
+// The tensor cores multiply, although there is little to multiply: so no sum has to be passed between lanes. In which order
+// elements of K are taken does not matter if it is the same on both sides: each lane takes 8 that lie side by side.
+template <int K, int TILES, int EIGHTS, int FLAGS>
+__global__ void __launch_bounds__(256, 2)
+product(const bf16* weights, const bf16* x, void* out, int n, int columns, const bf16* bias, const bf16* norm, const int* pick) {
+    constexpr int PARTS = WARPS_PER_BLOCK / TILES, CHUNKS = K / 8, STEPS = (CHUNKS + 4 * PARTS - 1) / (4 * PARTS);
+    constexpr int DEPTH = STEPS < 8 ? STEPS : 8, SIZE = 128 * EIGHTS;
+    __shared__ float sums[WARPS_PER_BLOCK][SIZE], squares[WARPS_PER_BLOCK][8 * EIGHTS];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, part = warp % PARTS, group = lane >> 2;
+    int row = (blockIdx.x * TILES + warp / PARTS) * 16 + group;
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
+    const uint4* upper = (const uint4*)(weights + (size_t)row * K);
+    const uint4* lower = (const uint4*)(weights + (size_t)(row + 8) * K);
+    uint4 a[DEPTH][2];
 #pragma unroll
-        for (int r = 0; r < ROWS + ((FLAGS & NORM) ? 1 : 0); r++) sums[r] = sum_over(sums[r], 32);
-        float mine = 0.f, up = 0.f, squares = 0.f;
-        if (WARPS == 1) {
+    for (int i = 0; i < DEPTH; i++) {
+        int chunk = (i * PARTS + part) * 4 + (lane & 3);
+        a[i][0] = chunk < CHUNKS && row < n ? __ldcs(upper + chunk) : nothing;
+        a[i][1] = chunk < CHUNKS && row + 8 < n ? __ldcs(lower + chunk) : nothing;
+    }
+    let_next_start();
+    wait_for_input();
+    const uint4* inputs[EIGHTS];
+    float c[EIGHTS][4], square[EIGHTS];
 #pragma unroll
-            for (int r = 0; r < OUT; r++)
-                if (lane == r) {
-                    mine = sums[(FLAGS & SILU) ? 2 * r : r];
-                    if (FLAGS & SILU) up = sums[2 * r + 1];
-                }
-            squares = sums[ROWS];
-        } else {
-            if (lane == 0) {
+    for (int e = 0; e < EIGHTS; e++) {
+        int column = e * 8 + group;
+        inputs[e] = column < columns ? (const uint4*)(x + (size_t)((FLAGS & PICK) ? pick[column] : column) * K) : nullptr;
+        c[e][0] = c[e][1] = c[e][2] = c[e][3] = square[e] = 0.f;
+    }
+#pragma unroll 1
+    for (int base = 0; base < STEPS; base += DEPTH) {
 #pragma unroll
-                for (int r = 0; r <= ROWS; r++) partial[warp][r] = sums[r];
-            }
-            __syncthreads();
-            if (part == 0 && lane < OUT)
-                for (int other = warp; other < warp + WARPS; other++) {
-                    mine += partial[other][(FLAGS & SILU) ? 2 * lane : lane];
-                    if (FLAGS & SILU) up += partial[other][2 * lane + 1];
-                    squares += partial[other][ROWS];
-                }
-            if (COLS > 1) __syncthreads();
-        }
-        if (part == 0 && lane < OUT) {
-            int at = (FLAGS & SILU) ? row / 2 + lane : row + lane, width = (FLAGS & SILU) ? n / 2 : n;
-            if (at < width) {
+        for (int i = 0; i < DEPTH; i++) {
+            int chunk = ((base + i) * PARTS + part) * 4 + (lane & 3);
+            bool there = base + i < STEPS && chunk < CHUNKS;
+            float f[8], g[8];
+            if (FLAGS & NORM) unpack(there ? *((const uint4*)norm + chunk) : nothing, g);
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                uint4 b = there && inputs[e] ? __ldcg(inputs[e] + chunk) : nothing;
                 if (FLAGS & NORM) {
-                    float rms = rsqrtf(squares / K + EPSILON);
-                    mine *= rms;
-                    up *= rms;
+                    unpack(b, f);
+#pragma unroll
+                    for (int q = 0; q < 8; q++) {
+                        square[e] = fmaf(f[q], f[q], square[e]);
+                        f[q] *= g[q];
+                    }
+                    b = pack(f);
                 }
-                size_t index = (size_t)c * width + at;
-                if (FLAGS & SILU) mine = mine / (1.f + expf(-mine)) * up;
-                if (FLAGS & BIAS) mine += to_float(bias[at]);
-                if (FLAGS & RESIDUAL) mine += to_float(((bf16*)out)[index]);
-                if (FLAGS & FLOAT) ((float*)out)[index] = mine;
-                else ((bf16*)out)[index] = to_bf16(mine);
+                multiply_add(c[e], a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y, b.x, b.y);
+                multiply_add(c[e], a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w, b.z, b.w);
             }
+            int later = ((base + i + DEPTH) * PARTS + part) * 4 + (lane & 3);
+            bool more = base + i + DEPTH < STEPS && later < CHUNKS;
+            a[i][0] = more && row < n ? __ldcs(upper + later) : nothing;
+            a[i][1] = more && row + 8 < n ? __ldcs(lower + later) : nothing;
         }
+    }
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {  // a lane holds rows group and group + 8 of two columns
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sums[warp][(e * 8 + (lane & 3) * 2 + (i & 1)) * 16 + group + (i >> 1) * 8] = c[e][i];
+        if (FLAGS & NORM) {
+            square[e] = sum_over(square[e], 4);
+            if ((lane & 3) == 0) squares[warp][e * 8 + group] = square[e];
+        }
+    }
+    __syncthreads();
+    constexpr int ROWS = (FLAGS & SILU) ? 8 : 16;  // of the result, in a tile
+    int width = (FLAGS & SILU) ? n / 2 : n;
+    for (int i = threadIdx.x; i < TILES * ROWS * columns; i += 256) {
+        int column = i / (TILES * ROWS), tile = i / ROWS % TILES, r = i % ROWS, at = (blockIdx.x * TILES + tile) * ROWS + r;
+        if (at >= width) continue;
+        float value = 0.f, up = 0.f, all = 0.f;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            const float* its = sums[tile * PARTS + p] + column * 16;
+            value += its[(FLAGS & SILU) ? 2 * r : r];
+            if (FLAGS & SILU) up += its[2 * r + 1];
+            if (FLAGS & NORM) all += squares[tile * PARTS + p][column];
+        }
+        if (FLAGS & NORM) {
+            float rms = rsqrtf(all / K + EPSILON);
+            value *= rms;
+            up *= rms;
+        }
+        size_t index = (size_t)column * width + at;
+        if (FLAGS & SILU) value = value / (1.f + expf(-value)) * up;
+        if (FLAGS & BIAS) value += to_float(bias[at]);
+        if (FLAGS & RESIDUAL) value += to_float(((bf16*)out)[index]);
+        if (FLAGS & FLOAT) ((float*)out)[index] = value;
+        else ((bf16*)out)[index] = to_bf16(value);
     }
 }
 
@@ -200,24 +307,42 @@ __device__ __forceinline__ size_t place(const int* table, int position, int laye
 
 // One block for HPB query heads of one row and one part of its keys. Each warp looks at other keys; so do the lane groups of
 // a warp. All keep a running maximum and a sum (online softmax), which are put together at the end, over the lane groups,
-// the warps and, by whoever is last, over the parts.
+// the warps and, by whoever is last, over the parts. `listed` names the rows, where not all are meant, and ends with -1s.
 template <int HPB, int FUSED, int UNROLL>
 __global__ void __launch_bounds__(256)
 attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const int* slots, const int* positions,
-       const float* rope, const bf16* q_norm, const bf16* k_norm, bf16* out, float* parts, u32* arrived, int layer) {
+       const float* rope, const bf16* q_norm, const bf16* k_norm, bf16* out, float* parts, u32* arrived, int layer,
+       const int* listed) {
     constexpr int KEYS = 32 / LANES_PER_KEY, STRIDE = WARPS_PER_BLOCK * KEYS;
     __shared__ float top[WARPS_PER_BLOCK][HPB], total[WARPS_PER_BLOCK][HPB], sums[WARPS_PER_BLOCK][HPB][HEAD_DIM];
     __shared__ int last;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane / LANES_PER_KEY, d = lane % LANES_PER_KEY;
-    int head = blockIdx.x * HPB, kv = head / GROUP, row = blockIdx.y, splits = gridDim.z;
+    int head = blockIdx.x * HPB, kv = head / GROUP, row = listed ? listed[blockIdx.y] : (int)blockIdx.y, splits = gridDim.z;
+    if (row < 0) {
+        wait_for_input();
+        return;
+    }
     int position = positions[row], length = position + 1;
-    let_next_start();
-    int span = ((length + splits - 1) / splits + 255) / 256 * 256, from = blockIdx.z * span;
-    wait_for_input();  // also where there is nothing to do: what comes after may rely on what came before
-    if (from >= length) return;
-    int to = min(length, from + span), used = (length + span - 1) / span;
+    int span = ((length + splits - 1) / splits + 255) / 256 * 256, from = blockIdx.z * span, to = min(length, from + span);
     const int* table = tables + (size_t)slots[row] * table_width;
     const bf16* mine = qkv + (size_t)row * QKV;
+    uint4 keys[UNROLL], values[UNROLL];
+    auto load = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            int j = base + i * STRIDE + warp * KEYS + group;
+            bool stored = j < to && !(FUSED && j == position);
+            const bf16* at = cache + (stored ? place(table, j, layer, 0, kv) : 0);
+            keys[i] = stored ? __ldcg((const uint4*)at + d) : make_uint4(0, 0, 0, 0);
+            values[i] = stored ? __ldcg((const uint4*)(at + BLOCK * KV_HEADS * HEAD_DIM) + d) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    let_next_start();
+    if (FUSED) load(from);  // earlier steps have written these
+    wait_for_input();  // also where there is nothing to do: what comes after may rely on what came before
+    if (from >= length) return;
+    if (!FUSED) load(from);
+    int used = (length + span - 1) / span;
 
     float q[HPB][8], new_key[8], new_value[8];
 #pragma unroll
@@ -246,17 +371,13 @@ attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const i
         for (int e = 0; e < 8; e++) acc[h][e] = 0.f;
     }
     for (int base = from; base < to; base += STRIDE * UNROLL) {
-        uint4 keys[UNROLL], values[UNROLL];
-#pragma unroll
-        for (int i = 0; i < UNROLL; i++) {
-            int j = base + i * STRIDE + warp * KEYS + group;
-            bool stored = j < to && !(FUSED && j == position);
-            keys[i] = stored ? __ldcg((const uint4*)(cache + place(table, j, layer, 0, kv)) + d) : make_uint4(0, 0, 0, 0);
-            values[i] = stored ? __ldcg((const uint4*)(cache + place(table, j, layer, 1, kv)) + d) : make_uint4(0, 0, 0, 0);
-        }
+        if (base > from) load(base);
         float scores[HPB][UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
+#pragma unroll
+            for (int h = 0; h < HPB; h++) scores[h][i] = -1e30f;
+            if (base + i * STRIDE >= to) continue;  // for all warps alike
             int j = base + i * STRIDE + warp * KEYS + group;
             float key[8];
             unpack(keys[i], key);
@@ -286,6 +407,7 @@ attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const i
         }
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
+            if (base + i * STRIDE >= to) continue;
             int j = base + i * STRIDE + warp * KEYS + group;
             float value[8];
             unpack(values[i], value);
@@ -476,6 +598,25 @@ __device__ __forceinline__ float gumbel(u32 low, u32 high, int token) {
     return -logf(-log1pf(-fminf(((float)bits + 0.5f) * 2.3283064365386963e-10f, 0.99999994f)));
 }
 
+// Calls `use(value, token)` for every logit of a row that is not minus infinity, by all threads of so many blocks.
+template <typename Use>
+__device__ __forceinline__ void for_each_logit(const float* logits, int block, int blocks, Use use) {
+#if VOCABULARY % 4 == 0
+    const float4* fours = (const float4*)logits;
+#pragma unroll 4
+    for (int i = block * blockDim.x + threadIdx.x; i < VOCABULARY / 4; i += blocks * blockDim.x) {
+        float4 four = fours[i];
+        if (four.x > -INFINITY) use(four.x, 4 * i);
+        if (four.y > -INFINITY) use(four.y, 4 * i + 1);
+        if (four.z > -INFINITY) use(four.z, 4 * i + 2);
+        if (four.w > -INFINITY) use(four.w, 4 * i + 3);
+    }
+#else
+    for (int token = block * blockDim.x + threadIdx.x; token < VOCABULARY; token += blocks * blockDim.x)
+        if (logits[token] > -INFINITY) use(logits[token], token);
+#endif
+}
+
 __device__ __forceinline__ u64 highest_of_block(u64 value, u64* shared) {
     for (int offset = 16; offset; offset /= 2) {
         u64 other = __shfl_xor_sync(0xffffffffu, value, offset);
@@ -490,23 +631,24 @@ __device__ __forceinline__ u64 highest_of_block(u64 value, u64* shared) {
 }
 
 // Draws one token per row: the largest of logit / temperature + noise among those that the row's cut leaves (Gumbel-max). A
-// temperature of 0 takes the likeliest. Blocks share a row; the last one writes its token, for the next step and the host.
+// temperature of 0 takes the likeliest. Blocks share a row; the last one writes its token, for the next step and, into the
+// `turn`th of its arrays, for the host.
 __global__ void __launch_bounds__(256)
 choose(const float* logits, const float* temperatures, const u32* keys, const u64* cuts, u64* best, u32* arrived,
-       int* drawn, int* host) {
+       int* drawn, int* hosts, const int* turn, int host_size) {
     __shared__ u64 shared[WARPS_PER_BLOCK];
     int row = blockIdx.y;
-    const float* mine = logits + (size_t)row * VOCABULARY;
+    let_next_start();
+    wait_for_input();
     float temperature = temperatures[row];
     u32 low = keys[2 * row], high = keys[2 * row + 1];
     u64 cut = cuts[row], winner = 0;
-    for (int token = blockIdx.x * 256 + threadIdx.x; token < VOCABULARY; token += gridDim.x * 256) {
-        float value = mine[token];
-        if (!(value > -INFINITY) || order(value, token) < cut) continue;
+    for_each_logit(logits + (size_t)row * VOCABULARY, blockIdx.x, gridDim.x, [&](float value, int token) {
+        if (cut && order(value, token) < cut) return;
         if (temperature > 0.f) value = value / temperature + gumbel(low, high, token);
         u64 candidate = order(value, token);
         winner = candidate > winner ? candidate : winner;
-    }
+    });
     winner = highest_of_block(winner, shared);
     if (threadIdx.x != 0) return;
     atomicMax(best + row, winner);
@@ -516,10 +658,8 @@ choose(const float* logits, const float* temperatures, const u32* keys, const u6
     arrived[row] = 0;
     int token = winner ? (int)~(u32)winner : 0;
     drawn[row] = token;
-    host[row] = token;
+    hosts[(size_t)*turn * host_size + row] = token;
 }
-
-struct Span { u64 mass; u32 count; };
 
 // Where a row's distribution is cut: tokens whose `order` is below `cuts[row]` cannot be drawn. top-k, then top-p of what that
 // leaves, then min-p. One block a row. A cut is found by a histogram of the logits, of which the bin with the cut in it is
@@ -540,13 +680,13 @@ __device__ u64 find_cut(const float* logits, float top, float bottom, float temp
         float scale = BINS / fmaxf(far - near, 1e-30f);
         for (int b = threadIdx.x; b < BINS; b += blockDim.x) counts[b] = 0, masses[b] = 0;
         __syncthreads();
-        for (int token = threadIdx.x; token < VOCABULARY; token += blockDim.x) {
-            float value = logits[token], distance = top - value;
-            if (!(value > -INFINITY) || order(value, token) < floor || distance < near || distance > far) continue;
+        for_each_logit(logits, 0, 1, [&](float value, int token) {
+            float distance = top - value;
+            if (order(value, token) < floor || distance < near || distance > far) return;
             int bin = min(BINS - 1, (int)((distance - near) * scale));
             atomicAdd(counts + bin, 1u);
             if (by_mass) atomicAdd(masses + bin, mass_of(value, top, temperature));
-        }
+        });
         __syncthreads();
         if (threadIdx.x < 64) {  // sums of 32 bins each, so that one thread has not to look at all of them
             u64 sum = 0;
@@ -574,14 +714,14 @@ __device__ u64 find_cut(const float* logits, float top, float bottom, float temp
         u32 number = counts[found];
         float low = near, high = far;
         if (number <= LISTED) {
-            for (int token = threadIdx.x; token < VOCABULARY; token += blockDim.x) {
-                float value = logits[token], distance = top - value;
-                if (!(value > -INFINITY) || order(value, token) < floor || distance < low || distance > high) continue;
-                if (min(BINS - 1, (int)((distance - low) * scale)) != found) continue;
+            for_each_logit(logits, 0, 1, [&](float value, int token) {
+                float distance = top - value;
+                if (order(value, token) < floor || distance < low || distance > high) return;
+                if (min(BINS - 1, (int)((distance - low) * scale)) != found) return;
                 u32 at = (u32)atomicAdd(shared + 2, 1ull);
                 listed[at] = order(value, token);
                 listed_mass[at] = by_mass ? mass_of(value, top, temperature) : 1;
-            }
+            });
             __syncthreads();
             u64 kept = 0;  // the complement of the lowest order that is kept
             for (u32 i = threadIdx.x; i < number; i += blockDim.x) {
@@ -614,13 +754,11 @@ truncate(const float* logits, const float* temperatures, const int* top_ks, cons
         return;
     }
     u64 most = 0, least = 0;  // of the ordered logits, and of their complements
-    for (int token = threadIdx.x; token < VOCABULARY; token += blockDim.x) {
-        float value = mine[token];
-        if (!(value > -INFINITY)) continue;
+    for_each_logit(mine, 0, 1, [&](float value, int token) {
         u64 its = order(value, token), inverse = ~its;
         most = its > most ? its : most;
         least = inverse > least ? inverse : least;
-    }
+    });
     most = highest_of_block(most, shared);
     least = highest_of_block(least, shared);
     if (most == 0) {
@@ -638,8 +776,9 @@ truncate(const float* logits, const float* temperatures, const int* top_ks, cons
         if (threadIdx.x == 0) shared[3] = 0;
         __syncthreads();
         u64 sum = 0;
-        for (int token = threadIdx.x; token < VOCABULARY; token += blockDim.x)
-            if (mine[token] > -INFINITY && order(mine[token], token) >= cut) sum += mass_of(mine[token], top, temperature);
+        for_each_logit(mine, 0, 1, [&](float value, int token) {
+            if (order(value, token) >= cut) sum += mass_of(value, top, temperature);
+        });
         atomicAdd(shared + 3, sum);
         __syncthreads();
         u64 limit = (u64)((double)shared[3] * top_p);

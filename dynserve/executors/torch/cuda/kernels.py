@@ -25,8 +25,7 @@ from dynserve.executors.torch.model import ModelConfig
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 WARPS = 8  # of a block
-BLOCKS = 300  # that a matrix-vector product should have on a card of about 130 multiprocessors
-ROWS_OF_GEMV = 4  # most rows that are computed by matrix-vector products; more are cuBLAS's
+BLOCKS = 264  # that keep a card of about 130 multiprocessors busy
 NORM, BIAS, RESIDUAL, SILU, FLOAT, PICK = 1, 2, 4, 8, 16, 32  # as in kernels.cu
 
 
@@ -88,34 +87,39 @@ def unfit(config: ModelConfig) -> str | None:
     return None
 
 
-class Gemv(NamedTuple):
-    """How a matrix-vector product is cut up: `warps` share `rows` rows of the matrix."""
+class Product(NamedTuple):
+    """A matrix product of a few columns: an `[n, k]` matrix, and what is done around it."""
 
-    warps: int
-    rows: int
+    n: int
+    k: int
+    flags: int
 
-    @staticmethod
-    def plan(n: int, k: int, flags: int) -> Gemv:
-        """Each thread loads so many pieces of 16 bytes that the product has about `BLOCKS` blocks, at most 16. Of the ways
-        to do so, one that wastes few lanes and has short sums."""
-        chunks = k // 8
-        wanted = min(16.0, max(1.0, n * chunks / (32 * WARPS) / BLOCKS))
-        best, plan = math.inf, Gemv(WARPS, 2 if flags & SILU else 1)
+    def kernel(self, columns: int) -> tuple[str, int]:
+        """The kernel's name and number of blocks."""
+        if columns == 1:
+            warps, rows = self._shares
+            return f"gemv<{self.k}, {warps}, {rows}, {self.flags}>", -(-self.n // (WARPS // warps * rows))
+        # tiles of 16 rows in a block: as many as leave enough blocks to fill a card
+        tiles = max(t for t in (1, 2, 4, 8) if t == 1 or self.n / 16 / t >= BLOCKS)
+        return f"product<{self.k}, {tiles}, {-(-columns // 8)}, {self.flags}>", -(-self.n // (16 * tiles))
+
+    @property
+    def _shares(self) -> tuple[int, int]:
+        """For a single column, how many warps share how many rows of the matrix. Each thread loads so many pieces of 16
+        bytes that there are about `BLOCKS` blocks, at most 16. Of the ways to do so, one that wastes few lanes and has
+        short sums."""
+        chunks = self.k // 8
+        wanted = min(16.0, max(1.0, self.n * chunks / (32 * WARPS) / BLOCKS))
+        best, shares = math.inf, (WARPS, 2 if self.flags & SILU else 1)
         for warps, rows in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
             pieces = -(-chunks // (32 * warps))
-            if pieces * rows > 16 or (flags & SILU and rows < 2):
+            if pieces * rows > 16 or (self.flags & SILU and rows < 2):
                 continue
             waste = pieces * 32 * warps / chunks - 1
             cost = abs(math.log(wanted / (pieces * rows))) + 0.5 * waste + 0.05 * pieces
             if cost < best:
-                best, plan = cost, Gemv(warps, rows)
-        return plan
-
-    def name(self, k: int, columns: int, flags: int) -> str:
-        return f"gemv<{k}, {self.warps}, {self.rows}, {columns}, {flags}>"
-
-    def blocks(self, n: int) -> int:
-        return -(-n // (WARPS // self.warps * self.rows))
+                best, shares = cost, (warps, rows)
+        return shares
 
 
 def attend_name(together: int, fused: bool) -> str:
@@ -131,46 +135,66 @@ class Launcher(Protocol):
         ...
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, for attributes whose value is a number."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("number", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
 class Kernels:
-    """The compiled kernels, on the current device."""
+    """The compiled kernels, on the current device. The driver is called through ctypes: the bindings take several times as
+    long for a launch, and a long prompt is hundreds of them."""
 
     def __init__(self, shape: Shape, names: Sequence[str]) -> None:
         from cuda.bindings import driver
 
-        self._driver = driver
         major, minor = torch.cuda.get_device_capability()
-        self._early = major >= 9
         compiled = _compiled(shape, sorted(set(names)), f"sm_{major}{minor}")
         torch.cuda.current_stream().synchronize()  # makes sure that there is a context
-        module = _checked(driver.cuModuleLoadData(compiled.binary))
+        self._module = _checked(driver.cuModuleLoadData(compiled.binary))
         self._functions = {
-            name: _checked(driver.cuModuleGetFunction(module, symbol.encode()))
+            name: int(_checked(driver.cuModuleGetFunction(self._module, symbol.encode())))
             for name, symbol in compiled.symbols.items()
         }
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        self._attribute = attribute
+        # not CDLL, which would let go of the interpreter for each launch, and wait to get it back
+        self._launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
+        self._launch.argtypes = [ctypes.c_void_p] * 4
+        attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        self._early = ctypes.pointer(attribute) if major >= 9 else None
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Tensor | int | None, early: bool = False
     ) -> None:
-        config = self._driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.hStream = torch.cuda.current_stream().cuda_stream
-        if early and self._early:
-            config.attrs = [self._attribute]
-            config.numAttrs = 1
-        values, types = arguments(args)
-        _checked(self._driver.cuLaunchKernelEx(config, self._functions[kernel], (values, types), 0))
+        config = _Config((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1))
+        config.stream = torch.cuda.current_stream().cuda_stream
+        if early and self._early is not None:
+            config.attributes, config.number = self._early, 1
+        boxes = arguments(args)
+        pointers = (ctypes.c_void_p * len(boxes))(*map(ctypes.addressof, boxes))
+        error = self._launch(ctypes.addressof(config), self._functions[kernel], ctypes.addressof(pointers), None)
+        if error:
+            raise RuntimeError(f"CUDA: launching {kernel} failed with error {error}")
 
 
-def arguments(args: Sequence[Tensor | int | None]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Values and C types."""
-    values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
-    types = tuple(ctypes.c_int if isinstance(arg, int) else ctypes.c_void_p for arg in args)
-    return values, types
+def arguments(args: Sequence[Tensor | int | None]) -> list[ctypes.c_int | ctypes.c_void_p]:
+    """As C passes them: integers, and pointers."""
+    return [
+        ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(None if arg is None else arg.data_ptr())
+        for arg in args
+    ]
 
 
 class _Compiled(msgspec.Struct, frozen=True):

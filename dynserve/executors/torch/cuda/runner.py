@@ -2,13 +2,15 @@
 
 Three ways through the model, by what a step holds:
 
-    few sequences that decode      own matrix-vector products, five kernels a layer       a graph for 1, 2 and 4 rows
-    up to 256 tokens of any kind   cuBLAS, attention row by row                           a graph for each of some sizes
-    more                           cuBLAS, prompts by FlashAttention                      no graph: the device is busy
+    up to 8 tokens     own matrix products, five or six kernels a layer    a graph for each of some sizes
+    up to 512 tokens   cuBLAS, attention row by row                        a graph for each of some sizes
+    up to 2,048        cuBLAS, whole prompts by FlashAttention             a graph for each of some sizes
+    more               cuBLAS, prompts by FlashAttention or cuDNN          no graph: the device is busy
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from dynserve.executors.scheduler import Sampled, Slice, State
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
-from dynserve.executors.torch.cuda.forward import FUSED, Forward, Prompts
+from dynserve.executors.torch.cuda.forward import FEW, MOST_BESIDE, SHORT, Forward, Prompts
 from dynserve.executors.torch.cuda.kernels import Launcher, Shape
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Transformer
@@ -32,7 +34,10 @@ from dynserve.executors.torch.whole import look_at
 
 log = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # rows that graphs are captured for
+# rows that graphs are captured for
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)
+SIZES_WITH_PROMPTS = (768, 1024, 1280, 1536, 1792, 2048)  # of steps with whole prompts among the rows
+MOST_PROMPTS = 32  # that these have room for
 MOST_CHANGES = 1024  # of block tables, that a step's packet has room for
 
 
@@ -106,9 +111,18 @@ class CudaRunner:
         self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
         slots = 2 * max_samples  # some of those that have ended are noticed late
         width = -(-max_seq_len // shape.block) + 1
-        max_rows, max_samples = max(max_rows, SIZES[-1]), max(max_samples, SIZES[-1])
+        self._most_samples = next((size for size in SIZES if size >= max_samples), max_samples)
+        max_rows, max_samples = max(max_rows, SIZES_WITH_PROMPTS[-1]), self._most_samples
         self._forward = Forward(
-            model, cache, shape, launcher, max_rows=max_rows, slots=slots, table_width=width, max_samples=max_samples
+            model,
+            cache,
+            shape,
+            launcher,
+            max_rows=max_rows,
+            slots=slots,
+            table_width=width,
+            max_samples=max_samples,
+            max_alone=SIZES_WITH_PROMPTS[-1],
         )
         self._drawing = Drawing(self._forward, launcher, shape.vocabulary, max_samples, self._device)
         self._short, self._long = self._packet(SIZES[-1]), self._packet(max_rows)
@@ -117,19 +131,33 @@ class CudaRunner:
         self._capture = Capture(self._device)
 
     def capture(self, most: int) -> None:
-        """Captures the graphs for steps of up to `most` rows. Says how far it is."""
+        """Captures the graphs for steps of up to `most` tokens. Says how far it is."""
         began = said = time.monotonic()
-        sizes = [size for size in SIZES if size <= max(most, SIZES[0])]
+        plans: list[tuple[int, Callable[[int], None]]] = [
+            *((size, self._capture_with_prompts) for size in reversed(SIZES_WITH_PROMPTS) if size <= most),
+            *((size, self._capture_size) for size in reversed(SIZES) if size <= most),
+        ]
         with torch.inference_mode(), self._on_stream():
-            for done, size in enumerate(reversed(sizes)):  # the largest first: the others then use its memory
-                self._idle_rows(size)
-                for fused in (True, False) if size in FUSED else (False,):
-                    self._capture.keep(("layers", size, fused), partial(self._layers, size, fused))
-                self._capture.keep(("head", size), partial(self._head, size))
+            for done, (size, capture) in enumerate(plans):  # the largest first: the others then use its memory
+                capture(size)
                 if time.monotonic() - said > 1.0:
                     said = time.monotonic()
-                    log.info("captured CUDA graphs for %d of %d batch sizes", done + 1, len(sizes))
+                    log.info("captured CUDA graphs for %d of %d step sizes", done + 1, len(plans))
         log.info("captured %d CUDA graphs in %.1f s", len(self._capture), time.monotonic() - began)
+
+    def _capture_with_prompts(self, size: int) -> None:
+        self._idle_rows(self._long, size)
+        self._capture.keep(("prompts", size), partial(self._layers_with_prompts, size))
+
+    def _capture_size(self, size: int) -> None:
+        self._idle_rows(self._short, size)
+        for short, alone in itertools.product((True, False), repeat=2):
+            if alone or size <= FEW:
+                self._capture.keep(("layers", size, alone, short), partial(self._layers, size, alone, short))
+            if alone and size <= self._most_samples:
+                self._capture.keep(("decode", size, short), partial(self._decode, size, short))
+        if size <= self._most_samples:
+            self._capture.keep(("head", size), partial(self._head, size))
 
     @torch.inference_mode()
     def begin(self, work: Sequence[Slice], before: Step | None) -> CudaStep:
@@ -138,42 +166,67 @@ class CudaRunner:
             total = sum(s.size for s in work)
             if total > SIZES[-1]:
                 work = sorted(work, key=_part)
-            if total <= SIZES[-1]:
-                laid = self._run_short(work, total, rows_before)
+                laid = self._run_prompts(work, rows_before, total)
             else:
-                laid = self._run_long(work, total, rows_before)
+                size = next(size for size in SIZES if size >= total)
+                laid = self._lay_out(self._short, work, rows_before, size)
+                alone, short = len(work) == total, all(s.start + s.size <= SHORT for s in work)
+                if alone and len(laid.picks) == total and (drawn := self._decoded(work, laid, size, short)):
+                    return CudaStep(work, drawn, self._mark())
+                alone = alone or size > FEW
+                self._capture.run(("layers", size, alone, short), partial(self._layers, size, alone, short))
             self._look(work)
-            drawn = self._draw(work, laid) if laid.picks else None
-            return CudaStep(work, drawn, self._mark())
+            return CudaStep(work, self._draw(work, laid) if laid.picks else None, self._mark())
 
-    def _run_short(self, work: Sequence[Slice], total: int, before: dict[int, int]) -> _Rows:
-        size = next(size for size in SIZES if size >= total)
-        fused = size in FUSED and all(s.size == 1 for s in work)
-        laid = self._lay_out(self._short, work, before, size)
-        self._capture.run(("layers", size, fused), lambda: self._layers(size, fused))
-        return laid
-
-    def _run_long(self, work: Sequence[Slice], total: int, before: dict[int, int]) -> _Rows:
+    def _run_prompts(self, work: Sequence[Slice], before: dict[int, int], total: int) -> _Rows:
+        """A step of many tokens, sorted by `_part`."""
+        fresh = sum(s.size for s in work if _part(s) == 0)
+        number = sum(_part(s) == 0 for s in work)
+        short = all(s.start + s.size <= 4 * SHORT for s in work[number:])
+        if total <= SIZES_WITH_PROMPTS[-1] and 0 < number <= MOST_PROMPTS and total - fresh <= MOST_BESIDE and short:
+            size = next(size for size in SIZES_WITH_PROMPTS if size >= total)
+            laid = self._lay_out(self._long, work, before, size, fresh=[s.size for s in work[:number]])
+            self._capture.run(("prompts", size), partial(self._layers_with_prompts, size))
+            return laid
         laid = self._lay_out(self._long, work, before, total)
         self._forward.begin(self._long, total)
         self._forward.long_layers(self._long, total, self._prompts(work))
         return laid
 
-    def _layers(self, size: int, fused: bool) -> None:
+    def _layers_with_prompts(self, size: int) -> None:
+        self._forward.begin(self._long, size)
+        self._forward.layers_with_prompts(self._long, size)
+
+    def _decoded(self, work: Sequence[Slice], laid: _Rows, size: int, short: bool) -> Drawn | None:
+        """Does all of a step in one graph, if its rows are alone and nobody wants anything special."""
+        if any(s.sequence.whole and not s.sequence.generated for s in work) or not self._prepare(work, laid, size):
+            return None
+        self._capture.run(("decode", size, short), partial(self._decode, size, short))
+        return self._drawing.drawn(len(work))
+
+    def _decode(self, size: int, short: bool) -> None:
+        self._layers(size, True, short)
+        self._head(size)
+        self._drawing.choose(size)
+
+    def _layers(self, size: int, alone: bool, short: bool) -> None:
         self._forward.begin(self._short, size)
-        self._forward.layers(self._short, size, fused=fused)
+        self._forward.layers(self._short, size, alone=alone, short=short)
 
     def _head(self, size: int) -> None:
         self._forward.head(self._drawing.packet["picks"], size)
 
-    def _draw(self, work: Sequence[Slice], laid: _Rows) -> Drawn:
+    def _prepare(self, work: Sequence[Slice], laid: _Rows, padded: int) -> bool:
         sampling = [s for s in work if s.samples]
-        sequences = [s.sequence for s in sampling]
         positions = [s.start + s.size for s in sampling]
-        padded = next((size for size in SIZES if size >= len(sampling)), len(sampling))
-        self._drawing.prepare(sequences, positions, laid.picks, padded)
-        self._capture.run(("head", padded), lambda: self._head(padded))
-        return self._drawing.draw(sequences, positions, laid.sources)
+        return self._drawing.prepare([s.sequence for s in sampling], positions, laid.picks, padded)
+
+    def _draw(self, work: Sequence[Slice], laid: _Rows) -> Drawn:
+        sequences = [s.sequence for s in work if s.samples]
+        size = next((size for size in SIZES if size >= len(sequences)), len(sequences))
+        self._prepare(work, laid, size)
+        self._capture.run(("head", size), partial(self._head, size))
+        return self._drawing.draw(sequences, laid.sources)
 
     def _look(self, work: Sequence[Slice]) -> None:
         """Serves the requests that look at every position of their prompt."""
@@ -198,18 +251,23 @@ class CudaRunner:
     def _packet(self, rows: int) -> Packet:
         i = torch.int32
         names = {"slots": (rows, i), "positions": (rows, i), "sources": (rows, i), "tokens": (rows, i)}
+        names |= {"beside": (MOST_BESIDE, i), "offsets": (MOST_PROMPTS + 1, i)}
         return Packet(names | {"changes": (1 + 3 * MOST_CHANGES, i)}, self._device)
 
-    def _idle_rows(self, size: int) -> None:
-        host = self._short.fill()
-        host["positions"][:size], host["sources"][:size] = -1, -1
+    def _idle_rows(self, packet: Packet, size: int) -> None:
+        host = packet.fill()
+        host["positions"][:size] = host["sources"][:size] = -1
+        host["beside"][:] = -1
+        host["offsets"][:] = 0
         host["tokens"][:size] = host["slots"][:size] = 0
         host["changes"][0] = 0
-        self._short.send()
-        self._drawing.prepare([], [], [], size)
+        packet.send()
+        self._drawing.prepare([], [], [], min(size, self._most_samples))
 
-    def _lay_out(self, packet: Packet, work: Sequence[Slice], before: dict[int, int], padded: int) -> _Rows:
-        """Fills the packet. Rows come in the order of the work."""
+    def _lay_out(
+        self, packet: Packet, work: Sequence[Slice], before: dict[int, int], padded: int, fresh: Sequence[int] = ()
+    ) -> _Rows:
+        """Fills the packet. Rows come in the order of the work. `fresh` are the sizes of whole prompts that come first."""
         slots: list[int] = []
         positions: list[int] = []
         tokens: list[int] = []
@@ -235,6 +293,12 @@ class CudaRunner:
         host["positions"][:padded] = positions + [-1] * missing
         host["tokens"][:padded] = tokens + [0] * missing
         host["sources"][:padded] = row_sources + [-1] * missing
+        if fresh:
+            offsets = list(itertools.accumulate(fresh, initial=0))
+            host["offsets"][:] = offsets + offsets[-1:] * (MOST_PROMPTS + 1 - len(offsets))
+            beside = range(offsets[-1], rows)
+            host["beside"][: len(beside)] = beside
+            host["beside"][len(beside) :] = -1
         host["changes"][0] = len(changes) // 3
         host["changes"][1 : 1 + len(changes)] = changes
         packet.send()
@@ -270,9 +334,8 @@ class CudaRunner:
         held = [-(-(s.start + s.size) // size) for s in going_on]
         blocks = [block for s, n in zip(going_on, held, strict=True) for block in s.sequence.blocks[:n]]
         return Prompts(
-            sum(s.size for s in fresh),
+            [s.size for s in fresh],
             self._offsets([s.size for s in fresh]),
-            max((s.size for s in fresh), default=0),
             sum(s.size for s in (*fresh, *going_on)),
             self._offsets([s.size for s in going_on]),
             max((s.size for s in going_on), default=0),
