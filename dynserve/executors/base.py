@@ -61,6 +61,7 @@ class Limits(NamedTuple):
     kv_events: bool = True  # it tells what its cache holds, when it is asked to
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
+    taken_once: bool = False  # a hand-off that one worker may have begun to take cannot be given to a second one
 
 
 def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int | None) -> None:

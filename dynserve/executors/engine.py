@@ -67,6 +67,7 @@ class Engine:
         chunked: bool = True,
         guides: Guides | None = None,
         embedding_size: int = 0,
+        pairing: Mapping[str, str] | None = None,
     ) -> None:
         self._guides = guides
         self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
@@ -74,7 +75,7 @@ class Engine:
         blocks = scheduler.blocks
         self.limits = Limits(
             blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size,
-            guides is not None, embedding_size,
+            guides is not None, embedding_size, pairing=pairing or {},
         )  # fmt: skip
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self.handoffs = HandoffTable(instance_id, handoff_ttl_s, self._release)
@@ -131,7 +132,8 @@ class Engine:
         return (self,)
 
     def describe(self) -> Mapping[str, str]:
-        return {}
+        carriers = [] if self._transceiver is None else self._transceiver.carriers
+        return {"kv_transfer": ", ".join(carriers)} if carriers else {}
 
     def load(self) -> Load:
         load = self._load

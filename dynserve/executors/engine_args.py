@@ -22,6 +22,10 @@ from dynserve.executors.trtllm.names import ARGS, KV_CACHE, OLD, TRANSCEIVER, Sc
 log = logging.getLogger(__name__)
 
 
+# DEFAULT takes the best that both workers have; UCX is what NIXL uses below
+BACKENDS = ("DEFAULT", "NIXL", "UCX", "TCP")
+
+
 class KvCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens_per_block: int = 32
     max_tokens: int | None = None
@@ -33,6 +37,13 @@ class CacheTransceiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     backend: str = "DEFAULT"
     kv_transfer_timeout_ms: int = 60_000
     max_tokens_in_buffer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"cache_transceiver_config.backend {self.backend!r} is not one that this executor has"
+                f"{nearest(self.backend.upper(), BACKENDS)}; there are {', '.join(BACKENDS)}"
+            )
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

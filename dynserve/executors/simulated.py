@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -99,6 +100,10 @@ class Timed:
         self._s_per_block = (
             size * args.bytes_per_token / (args.transfer_gb_per_s * 1e9) / args.speed if args.speed else 0
         )
+
+    @property
+    def carriers(self) -> Seq[str]:
+        return self._inner.carriers
 
     def state(self) -> bytes:
         return self._inner.state()

@@ -1,7 +1,7 @@
 """The cache transceiver: moves the blocks of a hand-off from the prefill worker's memory into the decode worker's.
 
-`TcpTransceiver` talks over plain TCP between the two workers, straight from and into the block tensors. The interface
-is what a NIXL one will offer: an address, and `fetch`.
+`TcpTransceiver` talks over plain TCP between the two workers, straight from and into the block tensors, and leaves the
+bytes to a carrier (`carriers.py`) where both sides have one that reaches.
 
     decode                                   prefill
     Fetch{id, request, hash, layout} ──────▶ is it open, is it this request's, is the memory laid out alike?
@@ -16,7 +16,8 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import msgspec
 
 from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
+from dynserve.executors.carriers import Carrier, CarrierFailed
 from dynserve.executors.handoff import HandoffTable
 from dynserve.log_limit import LimitedLog
 from dynserve.tasks import OwnedTasks, task_group
@@ -40,6 +42,7 @@ FIRST_FETCH_TIMEOUT = 10.0  # seconds that it keeps one that has not fetched any
 MAX_STRANGERS = 256  # connections that have not fetched anything; with more, the oldest is closed
 ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 MAX_MESSAGE = 1 << 16  # bytes
+MAX_FAILED = 1024  # pairs of addresses and carriers that are remembered
 CONFIRM = b"\x06"
 
 
@@ -81,6 +84,11 @@ class HostBlocks:
 
 
 class Transceiver(Protocol):
+    @property
+    def carriers(self) -> Sequence[str]:
+        """By which blocks can come, best first."""
+        ...
+
     def state(self) -> bytes:
         """What a hand-off carries so that `fetch` on another worker finds this one."""
         ...
@@ -110,11 +118,13 @@ class _Fetch(msgspec.Struct, frozen=True, array_like=True):
     layout: str
     skip: Count
     count: Count
+    carriers: dict[str, bytes] = {}  # names of those that the receiver has, best first, and what each says of itself
 
 
 class _Reply(msgspec.Struct, frozen=True, array_like=True):
     code: str = ""
     message: str = ""
+    carrier: str = ""  # that moves the blocks; empty: they follow
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -140,7 +150,11 @@ def parse_state(state: bytes, layout: str) -> str:
 
 
 class TcpTransceivers:
-    """Opens a server on a free port of `host`, and closes all connections with the block."""
+    """Opens a server on a free port of `host`, and closes all connections with the block. `carriers` move the bytes where
+    they reach, the first of them that does."""
+
+    def __init__(self, carriers: Sequence[Carrier] = ()) -> None:
+        self._carriers = carriers
 
     @asynccontextmanager
     async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
@@ -149,7 +163,7 @@ class TcpTransceivers:
         listener.setblocking(False)
         try:
             async with task_group() as tasks:
-                transceiver = TcpTransceiver(table, store, listener, tasks)
+                transceiver = TcpTransceiver(table, store, listener, tasks, self._carriers)
                 tasks.create_task(transceiver.serve())
                 try:
                     yield transceiver
@@ -160,12 +174,22 @@ class TcpTransceivers:
 
 
 class TcpTransceiver:
-    def __init__(self, table: HandoffTable, store: BlockStore, listener: socket.socket, tasks: OwnedTasks) -> None:
+    def __init__(
+        self, table: HandoffTable, store: BlockStore, listener: socket.socket, tasks: OwnedTasks,
+        carriers: Sequence[Carrier] = (),
+    ) -> None:  # fmt: skip
         self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
+        self._carriers = {carrier.name: carrier for carrier in carriers}
+        self._failed: set[tuple[str, str]] = set()  # addresses that a carrier was found not to work with
+        self.carried: Counter[str] = Counter()  # transfers that were received, by carrier
         host, port = listener.getsockname()[:2]
         self._state = _encode(_State(f"{host}:{port}", store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
         self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
+
+    @property
+    def carriers(self) -> Sequence[str]:
+        return [*self._carriers, "tcp"]
 
     def state(self) -> bytes:
         return self._state
@@ -173,23 +197,34 @@ class TcpTransceiver:
     async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
         address = parse_state(handoff.state, self._store.layout)
         with translate(_BROKEN, f"KV transfer from {address}"):
-            sock, reused = await self._connection(address)
-            try:
-                await self._fetch_over(sock, handoff, blocks, skip)
-            except (OSError, EOFError):
-                sock.close()
-                if not reused:
+            while True:
+                sock, reused = await self._connection(address)
+                try:
+                    await self._fetch_over(sock, address, handoff, blocks, skip)
+                except (OSError, EOFError):
+                    sock.close()
+                    if not reused:
+                        raise
+                    continue  # an idle connection may have been closed by the peer long ago
+                except CarrierFailed as error:  # the peer has its hand-off open again when the connection is closed
+                    sock.close()
+                    self._warn_of(address, error)
+                    continue
+                except HandoffError:
+                    self._keep(address, sock)
                     raise
-                # an idle connection may have been closed by the peer long ago: once more on a fresh one
-                sock = await _connect(address)
-                await self._fetch_over(sock, handoff, blocks, skip)
-            except HandoffError:
+                except BaseException:
+                    sock.close()
+                    raise
                 self._keep(address, sock)
-                raise
-            except BaseException:
-                sock.close()
-                raise
-            self._keep(address, sock)
+                return
+
+    def _warn_of(self, address: str, error: CarrierFailed) -> None:
+        name = str(error.args[0])
+        if len(self._failed) > MAX_FAILED:  # of workers that are long gone, most of them
+            self._failed.clear()
+        self._failed.add((address, name))
+        log.warning("carrier", name, "KV blocks of %s cannot come by %s: %s", address, name, error.__cause__)
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -229,17 +264,40 @@ class TcpTransceiver:
         else:
             sock.close()
 
-    async def _fetch_over(self, sock: socket.socket, handoff: Handoff, blocks: list[int], skip: int) -> None:
+    async def _fetch_over(
+        self, sock: socket.socket, address: str, handoff: Handoff, blocks: list[int], skip: int
+    ) -> None:
         loop = asyncio.get_running_loop()
-        fetch = _Fetch(handoff.id, handoff.request_id, handoff.sequence_hash, self._store.layout, skip, len(blocks))
+        hellos = {
+            name: c.hello() for name, c in self._carriers.items() if blocks and (address, name) not in self._failed
+        }
+        fetch = _Fetch(
+            handoff.id, handoff.request_id, handoff.sequence_hash, self._store.layout, skip, len(blocks), hellos
+        )
         await _send_message(sock, fetch)
         reply = _decode_reply(await _receive_message(sock))
         if reply.code:
             raise from_wire(reply.code, reply.message)
+        self.carried[reply.carrier or "tcp"] += 1
+        if reply.carrier:
+            await self._receive_by(reply.carrier, blocks, sock)
+            return
         async with aclosing(self._store.incoming(blocks)) as pieces:
             async for piece in pieces:
                 await _receive_into(sock, piece)
         await loop.sock_sendall(sock, CONFIRM)
+
+    async def _receive_by(self, name: str, blocks: list[int], sock: socket.socket) -> None:
+        carrier = self._carriers.get(name)
+        if carrier is None:
+            raise ConnectionResetError(f"the peer sends by {name}, which was not offered")
+        try:
+            await carrier.receive(blocks, _Connection(sock))
+        except CarrierFailed as error:
+            raise CarrierFailed(name) from error.__cause__
+        await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
+        if await asyncio.get_running_loop().sock_recv(sock, 1) != CONFIRM:
+            raise ConnectionResetError("the hand-off had ended before its blocks were there")
 
     async def _serve_one(self, sock: socket.socket) -> None:
         """Answers fetches on one connection until the peer leaves; a broken peer costs its connection only."""
@@ -252,7 +310,7 @@ class TcpTransceiver:
 
     async def _answer(self, sock: socket.socket, fetch: _Fetch) -> None:
         try:
-            stop = partial(sock.shutdown, socket.SHUT_RDWR)
+            stop = partial(_shut, sock)
             with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
                 if (task := asyncio.current_task()) is not None:
                     self._known(task)  # it knows the hand-off's names
@@ -260,21 +318,54 @@ class TcpTransceiver:
                     raise HandoffMismatch("the KV layouts of the two workers differ")
                 if fetch.skip + fetch.count != len(blocks):
                     raise HandoffMismatch(f"{fetch.skip}+{fetch.count} blocks wanted of a hand-off of {len(blocks)}")
-                await self._send_blocks(sock, blocks[fetch.skip :])
+                carrier = self._carrier_for(fetch.carriers)
+                await self._send_blocks(sock, blocks[fetch.skip :], carrier)
+                if carrier is not None:
+                    # whoever has cancelled it has shut this connection: the byte tells that nobody had
+                    await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
                 delivered()
         except HandoffError as error:
             log.warning("refused", error.code, "refused a KV transfer: %s", error)
             await _send_message(sock, _Reply(error.code, str(error)))
 
-    async def _send_blocks(self, sock: socket.socket, blocks: list[int]) -> None:
+    def _carrier_for(self, offered: Mapping[str, bytes]) -> Carrier | None:
+        for name, carrier in self._carriers.items():
+            if name in offered and carrier.reaches(offered[name]):
+                return carrier
+        return None
+
+    async def _send_blocks(self, sock: socket.socket, blocks: list[int], carrier: Carrier | None) -> None:
         loop = asyncio.get_running_loop()
-        await _send_message(sock, _Reply())
-        async with aclosing(self._store.outgoing(blocks)) as pieces:
-            async for piece in pieces:
-                await loop.sock_sendall(sock, piece)
+        if carrier is not None:
+            await _send_message(sock, _Reply(carrier=carrier.name))
+            await carrier.send(blocks, _Connection(sock))
+        else:
+            await _send_message(sock, _Reply())
+            async with aclosing(self._store.outgoing(blocks)) as pieces:
+                async for piece in pieces:
+                    await loop.sock_sendall(sock, piece)
         confirmed = await loop.sock_recv(sock, 1)
         if confirmed != CONFIRM:
             raise EOFError("the receiver left before it confirmed")
+
+
+class _Connection:
+    """`Talk` over a transfer's TCP connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    async def tell(self, message: bytes) -> None:
+        await _send_bytes(self._sock, message)
+
+    async def hear(self) -> bytes:
+        return await _receive_message(self._sock)
+
+
+def _shut(sock: socket.socket) -> None:
+    """Ends what is being sent or waited for there; the other side may have ended it before."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 async def _connect(address: str) -> socket.socket:
@@ -292,7 +383,10 @@ async def _connect(address: str) -> socket.socket:
 
 
 async def _send_message(sock: socket.socket, message: _Fetch | _Reply) -> None:
-    payload = _encode(message)
+    await _send_bytes(sock, _encode(message))
+
+
+async def _send_bytes(sock: socket.socket, payload: bytes) -> None:
     await asyncio.get_running_loop().sock_sendall(sock, _length.pack(len(payload)) + payload)
 
 
@@ -337,6 +431,7 @@ class MemoryTransceiver:
         self._table, self._store, self._others = table, store, others
         self._state = _encode(_State(name, store.layout))
         self.closed = False
+        self.carriers = ("memory",)
 
     def state(self) -> bytes:
         return self._state

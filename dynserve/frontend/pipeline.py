@@ -258,7 +258,7 @@ class Run:
                     raise
                 error = failure.with_traceback(None)  # which knows this frame: a ring
                 excluded.add(placed.worker)
-                if not self._replies[-1].refused and peer.instance is not None and peer.instance.card.pairing:
+                if not self._replies[-1].refused and peer.instance is not None and peer.instance.card.taken_once:
                     handoff = None  # that worker may have begun to take it: a second one must not
                 pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)

@@ -34,6 +34,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     embedding_size: Count = 0
     adapters: list[str] = []  # LoRA adapters: models by these names
     pairing: dict[str, str] = {}  # what prefill and decode workers must have in common to hand over KV caches
+    taken_once: bool = False  # a hand-off that one worker may have begun to take cannot be given to a second one
 
     def serves(self, name: str) -> bool:
         """Whether that is the model, or one of its adapters."""

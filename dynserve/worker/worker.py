@@ -102,6 +102,7 @@ class Worker:
             embedding_size=limits.embedding_size,
             adapters=list(limits.adapters),
             pairing=dict(limits.pairing),
+            taken_once=limits.taken_once,
         )
         return WorkerInstance(
             id=self.id,

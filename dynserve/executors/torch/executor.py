@@ -14,12 +14,15 @@ from typing import Any
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import Executor
+from dynserve.executors.carriers import Carrier
 from dynserve.executors.engine import Engine, StepResult
 from dynserve.executors.engine_args import engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Scheduler
+from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.guides import Guides
 from dynserve.executors.torch.loading import Target, load
+from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import Runner, Step
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.openai.model_files import eos_token_ids
@@ -70,9 +73,11 @@ async def open_executor(
         chunked=args.enable_chunked_prefill,
         guides=guides if guided else None,
         embedding_size=model.config.hidden_size,
+        pairing={"KV cache": cache.layout.partition(":")[2]},
     )
+    carriers = await asyncio.to_thread(carriers_for, args.cache_transceiver_config.backend, cache, runner, instance_id)
     async with (
-        (transceivers or TcpTransceivers()).open(engine.handoffs, cache, config.link_host) as transceiver,
+        (transceivers or TcpTransceivers(carriers)).open(engine.handoffs, cache, config.link_host) as transceiver,
         task_group() as tasks,
     ):
         engine.connect(transceiver, tasks)
@@ -86,6 +91,23 @@ async def open_executor(
         finally:
             engine.handoffs.cancel_all()
             await stepper.stop()
+
+
+def carriers_for(backend: str, cache: KvCache, runner: Runner, worker: str) -> list[Carrier]:
+    """By which blocks can come other than over TCP, best first.
+
+    Raises:
+        ConfigError: NIXL is asked for and is not here.
+    """
+    on_gpu = cache.stream is not None
+    carriers: list[Carrier] = []
+    if backend == "DEFAULT" and runner.launcher is not None:
+        from dynserve.executors.torch.cuda.peer import PeerCarrier
+
+        carriers.append(PeerCarrier(cache, runner.launcher))
+    if backend in ("NIXL", "UCX") or (backend == "DEFAULT" and on_gpu and nixl_api() is not None):
+        carriers.append(NixlCarrier(cache, worker))
+    return carriers
 
 
 def guides_installed() -> bool:

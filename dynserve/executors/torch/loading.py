@@ -98,11 +98,13 @@ def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs) -> Runner
     from dynserve.executors.torch.cuda.drawing import Drawing
     from dynserve.executors.torch.cuda.forward import Forward
     from dynserve.executors.torch.cuda.kernels import Kernels, Shape
+    from dynserve.executors.torch.cuda.peer import PeerCarrier
     from dynserve.executors.torch.cuda.runner import CudaRunner
 
     config = model.config
     shape = Shape.of(config, args.kv_cache_config.tokens_per_block)
-    kernels = Kernels(shape, [*Forward.kernel_names(shape, config.qkv_bias), *Drawing.kernel_names()])
+    names = Forward.kernel_names(shape, config.qkv_bias) + Drawing.kernel_names() + PeerCarrier.kernel_names
+    kernels = Kernels(shape, names)
     length = min(args.max_seq_len or config.max_position, config.max_position)
     runner = CudaRunner(
         model, cache, shape, kernels, max_rows=args.max_num_tokens, max_samples=args.max_batch_size, max_seq_len=length

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from dynserve.executors.scheduler import Sampled, Slice
 from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.cuda.kernels import Launcher
 from dynserve.executors.torch.model import Transformer
 from dynserve.executors.torch.sampler import sample
 from dynserve.executors.torch.whole import look_at
@@ -29,6 +30,11 @@ class Runner(Protocol):
         """Whether a step can be begun while the one before it is being computed."""
         ...
 
+    @property
+    def launcher(self) -> Launcher | None:
+        """What launches kernels on its device, if there are kernels."""
+        ...
+
     def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
         """With `before`, a step of this runner whose result is not known yet: slices whose token it draws continue it."""
         ...
@@ -38,6 +44,7 @@ class PlainRunner:
     """Computes a step at once, with torch's operations alone, on any device."""
 
     overlaps = False
+    launcher = None
 
     def __init__(self, model: Transformer, cache: KvCache) -> None:
         self._model, self._cache = model, cache

@@ -111,7 +111,7 @@ class TrtllmExecutor:
         return Limits(
             engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
             adapters=tuple(self._terms.adapters), kv_events=engine.tells_kv, pairing=engine.pairing if
-            engine.disaggregates else {},
+            engine.disaggregates else {}, taken_once=True,
         )  # fmt: skip
 
     @property

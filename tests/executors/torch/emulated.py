@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
-from dynserve.executors.torch.cuda.kernels import SOURCE, Shape, arguments
+from dynserve.executors.torch.cuda.kernels import SOURCE, Argument, Shape, arguments
 
 HERE = Path(__file__).parent
 
@@ -65,7 +64,7 @@ class Emulated:
         self.launched: list[str] = []
 
     def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Tensor | int | None, early: bool = False
+        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Argument, early: bool = False
     ) -> None:
         self.launched.append(kernel)
         boxes = arguments(args)

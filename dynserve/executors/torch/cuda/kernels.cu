@@ -793,3 +793,24 @@ truncate(const float* logits, const float* temperatures, const int* top_ks, cons
     }
     if (threadIdx.x == 0) cuts[row] = cut > most ? most : cut;
 }
+
+// ---- transfers ----
+
+// Copies blocks of `size` pieces of 16 bytes: the i-th goes from from[i] to to[i]. Either side may be another GPU's memory.
+__global__ void __launch_bounds__(256)
+move_blocks(const uint4* source, const long long* from, uint4* target, const long long* to, int number, int size) {
+    constexpr int AT_ONCE = 8;
+    int slices = (size + 256 * AT_ONCE - 1) / (256 * AT_ONCE);
+    for (int work = blockIdx.x; work < number * slices; work += gridDim.x) {
+        int block = work / slices, first = work % slices * 256 * AT_ONCE + threadIdx.x;
+        const uint4* in = source + from[block] * size;
+        uint4* out = target + to[block] * size;
+        uint4 pieces[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + 256 * i < size) pieces[i] = __ldcg(in + first + 256 * i);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + 256 * i < size) out[first + 256 * i] = pieces[i];
+    }
+}

@@ -126,9 +126,12 @@ def attend_name(together: int, fused: bool) -> str:
     return f"attend<{together}, {int(fused)}, {8 if together == 1 else 4}>"
 
 
+Argument = Tensor | int | ctypes.c_void_p | None  # of a kernel
+
+
 class Launcher(Protocol):
     def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Tensor | int | None, early: bool = False
+        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Argument, early: bool = False
     ) -> None:
         """Launches a kernel by its C++ name. Tensors are passed as pointers, None as a null pointer. With `early` it may
         start before the kernel before it has ended, which it waits for by itself."""
@@ -163,9 +166,9 @@ class Kernels:
         major, minor = torch.cuda.get_device_capability()
         compiled = _compiled(shape, sorted(set(names)), f"sm_{major}{minor}")
         torch.cuda.current_stream().synchronize()  # makes sure that there is a context
-        self._module = _checked(driver.cuModuleLoadData(compiled.binary))
+        self._module = checked(driver.cuModuleLoadData(compiled.binary))
         self._functions = {
-            name: int(_checked(driver.cuModuleGetFunction(self._module, symbol.encode())))
+            name: int(checked(driver.cuModuleGetFunction(self._module, symbol.encode())))
             for name, symbol in compiled.symbols.items()
         }
         # not CDLL, which would let go of the interpreter for each launch, and wait to get it back
@@ -176,7 +179,7 @@ class Kernels:
         self._early = ctypes.pointer(attribute) if major >= 9 else None
 
     def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Tensor | int | None, early: bool = False
+        self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Argument, early: bool = False
     ) -> None:
         config = _Config((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1))
         config.stream = torch.cuda.current_stream().cuda_stream
@@ -189,12 +192,17 @@ class Kernels:
             raise RuntimeError(f"CUDA: launching {kernel} failed with error {error}")
 
 
-def arguments(args: Sequence[Tensor | int | None]) -> list[ctypes.c_int | ctypes.c_void_p]:
+def arguments(args: Sequence[Argument]) -> list[ctypes.c_int | ctypes.c_void_p]:
     """As C passes them: integers, and pointers."""
-    return [
-        ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(None if arg is None else arg.data_ptr())
-        for arg in args
-    ]
+    boxes: list[ctypes.c_int | ctypes.c_void_p] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            boxes.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, int):
+            boxes.append(ctypes.c_int(arg))
+        else:
+            boxes.append(arg or ctypes.c_void_p(None))
+    return boxes
 
 
 class _Compiled(msgspec.Struct, frozen=True):
@@ -206,7 +214,7 @@ def _compiled(shape: Shape, names: Sequence[str], architecture: str) -> _Compile
     from cuda.bindings import nvrtc
 
     source = SOURCE.read_text()
-    version = _checked(nvrtc.nvrtcVersion())
+    version = checked(nvrtc.nvrtcVersion())
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *shape.macros()]
     path = _cache_folder() / f"{xxh3_128_hexdigest(repr((source, names, flags, version)).encode())}.kernels"
     with contextlib.suppress(OSError, msgspec.MsgspecError):
@@ -223,17 +231,17 @@ def _compiled(shape: Shape, names: Sequence[str], architecture: str) -> _Compile
 def _compile(source: str, names: Sequence[str], flags: Sequence[str]) -> _Compiled:
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
     for name in names:
-        _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
+        checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
     if result.value:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise ConfigError(f"the GPU kernels could not be compiled: {log.decode(errors='replace').strip()}")
-    symbols = {name: _checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode() for name in names}
-    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    symbols = {name: checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode() for name in names}
+    binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, binary))
     return _Compiled(symbols, binary)
 
 
@@ -241,7 +249,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynserve"
 
 
-def _checked(answer: tuple[Any, ...]) -> Any:
+def checked(answer: tuple[Any, ...]) -> Any:
     """The value of a call of CUDA, whose answers begin with an error code."""
     error, *values = answer
     if error.value:

@@ -108,6 +108,7 @@ class CudaRunner:
         self, model: Transformer, cache: KvCache, shape: Shape, launcher: Launcher, *, max_rows: int, max_samples: int,
         max_seq_len: int,
     ) -> None:  # fmt: skip
+        self.launcher = launcher
         self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
         slots = 2 * max_samples  # some of those that have ended are noticed late
         width = -(-max_seq_len // shape.block) + 1

@@ -1,0 +1,135 @@
+"""The carrier between GPUs of one machine: the decode worker reads the prefill worker's KV cache over NVLink or PCIe.
+
+The prefill worker shows its cache (CUDA IPC); one kernel of the decode worker reads the blocks out of there straight into
+its own. Nothing is gathered, staged or scattered, and the prefill worker's GPU computes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import torch
+
+from dynserve.executors.carriers import CarrierFailed, Talk, finished
+from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.cuda.kernels import Launcher, checked
+from dynserve.wire import MALFORMED
+
+log = logging.getLogger(__name__)
+
+BLOCKS = 64  # of the kernel that copies: enough to fill a link, and less than half of the card
+IDLE = 2.0  # seconds that another worker's cache is kept open after a transfer
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class _Offer(msgspec.Struct, frozen=True, array_like=True):
+    handle: bytes  # of the allocation that the cache is in
+    offset: int  # of the cache in it, bytes
+    num_blocks: int
+    blocks: list[int]
+
+
+class PeerCarrier:
+    """Of one KV cache on a GPU."""
+
+    name = "cuda-ipc"
+    kernel_names: ClassVar[list[str]] = ["move_blocks"]
+
+    def __init__(self, cache: KvCache, launcher: Launcher) -> None:
+        from cuda.bindings import driver
+
+        self._driver, self._cache, self._launch = driver, cache, launcher.launch
+        self._machine = BOOT_ID.read_bytes().strip() if BOOT_ID.exists() else b""
+        base, _ = checked(driver.cuMemGetAddressRange(cache.memory.data_ptr()))
+        handle = checked(driver.cuIpcGetMemHandle(base))
+        self._handle = bytes(handle.reserved)
+        self._offset = cache.memory.data_ptr() - int(base)
+        self._opened: dict[bytes, _Opened] = {}  # by their handles
+        self._stream = torch.cuda.Stream(cache.memory.device)  # type: ignore[no-untyped-call]
+
+    def hello(self) -> bytes:
+        return self._machine
+
+    def reaches(self, hello: bytes) -> bool:
+        return bool(hello) and hello == self._machine
+
+    async def send(self, blocks: Sequence[int], talk: Talk) -> None:
+        offer = _Offer(self._handle, self._offset, self._cache.num_blocks, list(blocks))
+        await talk.tell(msgspec.msgpack.encode(offer))
+
+    async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
+        try:
+            offer = msgspec.msgpack.decode(await talk.hear(), type=_Offer)
+        except MALFORMED as error:
+            raise CarrierFailed from error
+        if len(offer.blocks) != len(blocks) or not all(0 <= block < offer.num_blocks for block in offer.blocks):
+            raise CarrierFailed from ValueError("the other side offers other blocks than were asked for")
+        torch.cuda.set_device(self._cache.memory.device)
+        try:
+            opened = self._open(offer.handle)
+        except RuntimeError as error:
+            raise CarrierFailed from error
+        opened.users += 1
+        if opened.closing is not None:
+            opened.closing.cancel()
+        try:
+            done = self._copy(opened.pointer + offer.offset, offer.blocks, blocks)
+            try:
+                await finished(done.query)
+            except asyncio.CancelledError:
+                done.synchronize()  # it writes to blocks that are given back now
+                raise
+        finally:
+            self._used(offer.handle, opened)
+
+    def _copy(self, source: int, theirs: Sequence[int], ours: Sequence[int]) -> torch.cuda.Event:
+        cache = self._cache
+        assert cache.stream is not None
+        size = cache.block_bytes // 16
+        # what was begun before may still write to blocks that are ours now; later steps go on beside the copy
+        self._stream.wait_event(cache.stream.record_event())
+        with torch.cuda.stream(self._stream):
+            from_, to = cache.index(theirs), cache.index(ours)
+            self._launch(
+                "move_blocks", (BLOCKS, 1, 1), 256, ctypes.c_void_p(source), from_, cache.memory, to, len(ours), size
+            )
+            done: torch.cuda.Event = self._stream.record_event()
+            return done
+
+    def _open(self, handle: bytes) -> _Opened:
+        found = self._opened.get(handle)
+        if found is None:
+            wrapped = self._driver.CUipcMemHandle()
+            wrapped.reserved = handle
+            flags = self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+            pointer = int(checked(self._driver.cuIpcOpenMemHandle(wrapped, flags.value)))
+            found = self._opened[handle] = _Opened(pointer)
+        return found
+
+    def _used(self, handle: bytes, opened: _Opened) -> None:
+        """Closes it when it is not used again soon: memory that is open here is not free there, although its owner may have
+        died and started again."""
+        opened.users -= 1
+        if opened.users == 0:
+            opened.closing = asyncio.get_running_loop().call_later(IDLE, self._close, handle)
+
+    def _close(self, handle: bytes) -> None:
+        opened = self._opened.pop(handle)
+        torch.cuda.set_device(self._cache.memory.device)
+        (error,) = self._driver.cuIpcCloseMemHandle(opened.pointer)
+        if error.value:
+            log.warning("CUDA: closing a peer's memory failed: %s", error.name)
+
+
+class _Opened:
+    """Another worker's memory."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer, self.users = pointer, 0
+        self.closing: asyncio.TimerHandle | None = None
