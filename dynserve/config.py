@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Role = Literal["prefill_and_decode", "prefill", "decode"]
 ExecutorName = Literal["torch", "simulated", "trtllm"]
-DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -212,7 +211,7 @@ class WorkerConfig(Planes):
     max_num_tokens: int | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
     kv_block_size: int | None = option(None, "tokens per KV block; default 32")
     free_gpu_memory_fraction: float | None = option(None, "part of the free memory that the KV cache takes")
-    device: DeviceName = option("auto", "torch: auto, cpu or cuda; auto takes a GPU where there is one", "DYN_DEVICE")
+    device: str = option("auto", "torch: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "DYN_DEVICE")
     dtype: DtypeName = option("auto", "torch: auto, float32 or bfloat16; auto is float32 on a CPU", "DYN_DTYPE")
     tensor_parallel_size: int = option(1, "GPUs per layer (trtllm)")
     pipeline_parallel_size: int = option(1, "stages of layers (trtllm)")
@@ -245,6 +244,7 @@ class WorkerConfig(Planes):
         )  # fmt: skip
         if self.adapters and self.executor != "trtllm":
             raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} has none")
+        _device(self)
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
         _ports(self, "system_port")
@@ -292,6 +292,7 @@ class UpConfig:
     executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
     extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
     override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")
+    device: str = option("auto", "auto, cpu or cuda: auto gives each worker a GPU, where there are any", "DYN_DEVICE")
     nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
     etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
     namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
@@ -302,6 +303,8 @@ class UpConfig:
         _positive(self, "start_timeout_s")
         _ports(self, "http_port")
         _tls(self)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda")
         if min(self.prefill, self.decode, self.aggregated) < 0:
             raise ConfigError("--prefill, --decode and --aggregated cannot be negative")
         if (self.prefill > 0) != (self.decode > 0):
@@ -472,6 +475,14 @@ def _apart(config: FrontendConfig, counts: dict[str, int]) -> None:
             continue
         if first < second + counts[other] and second < first + counts[one]:
             raise ConfigError(f"{_flag(other)} {second} is within the ports from {_flag(one)} {first} on")
+
+
+def _device(config: WorkerConfig) -> None:
+    if not _DEVICE.fullmatch(config.device):
+        raise ConfigError(f"--device {config.device!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, …")
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def _ports(config: Any, *names: str) -> None:

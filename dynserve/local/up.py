@@ -27,6 +27,7 @@ from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.access import check_keys
 from dynserve.http import bind, tls_of
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
+from dynserve.local.gpus import gpus
 from dynserve.openai.model_files import check_model_folder
 from dynserve.process import Stop, run_process
 from dynserve.tasks import OwnedTasks, task_group
@@ -52,6 +53,8 @@ async def run(config: UpConfig, stop: Stop) -> None:
         async with task_group() as tasks:
             cluster = _Cluster(config, plan, tasks)
             try:
+                if shared := sum("--free-gpu-memory-fraction" in spec.command for spec in plan.workers):
+                    print(f"there are fewer GPUs than workers: {shared} of them share one with others", flush=True)
                 await cluster.start()
                 cluster.show()
                 await stop.wait(cluster.broken)
@@ -95,14 +98,19 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
     worker = [sys.executable, "-m", "dynserve.worker", *common, "--model-path", config.model_path]
     worker += ["--executor", config.executor]
     worker += _handed_on(config, "served_model_name", "extra_engine_args", "override_engine_args")
-    workers = [
-        Spec(f"{name}-{i + 1}", [*worker, "--disaggregation-mode", role], planes)
+    roles = [
+        (f"{name}-{i + 1}", role)
         for name, role, number in (
             ("prefill", "prefill", config.prefill),
             ("decode", "decode", config.decode),
             ("aggregated", "prefill_and_decode", config.aggregated),
         )
         for i in range(number)
+    ]
+    devices = spread(config.device, gpus() if config.device != "cpu" and config.executor == "torch" else 0, len(roles))
+    workers = [
+        Spec(name, [*worker, "--disaggregation-mode", role, *device], planes)
+        for (name, role), device in zip(roles, devices, strict=True)
     ]
     return Plan(servers, Spec("frontend", frontend, planes), workers, etcd_url, nats_url)
 
@@ -111,6 +119,19 @@ def _handed_on(config: UpConfig, *names: str) -> list[str]:
     """Flags of a child that are ours, too, where they were given."""
     given = [(name, getattr(config, name)) for name in names if getattr(config, name) is not None]
     return [word for name, value in given for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def spread(device: str, gpus: int, workers: int) -> list[list[str]]:
+    """The flags that give each worker a GPU of its own, or, where there are fewer, a share of one."""
+    if not gpus:
+        return [[] if device == "auto" else ["--device", device]] * workers
+    sharing = [sum(other % gpus == number % gpus for other in range(workers)) for number in range(workers)]
+    # each looks at what is free when it starts, and the others of its GPU are starting, too
+    return [
+        ["--device", f"cuda:{number % gpus}"]
+        + (["--free-gpu-memory-fraction", f"{0.8 / share:.2f}"] if share > 1 else [])
+        for number, share in enumerate(sharing)
+    ]
 
 
 class _Cluster:

@@ -140,6 +140,7 @@ class Stepper:
 
     def _run(self, engine: Engine) -> None:
         try:
+            self._runner.enter()
             while not self._stopping:
                 self._step(engine)
         except BaseException as error:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dynserve.config import DeviceName, DtypeName
+from dynserve.config import DtypeName
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import EngineArgs
 from dynserve.executors.torch.attention import KvCache
@@ -36,20 +36,21 @@ class Target(NamedTuple):
     dtype: torch.dtype
 
     @staticmethod
-    def choose(device: DeviceName, dtype: DtypeName) -> Target:
+    def choose(device: str, dtype: DtypeName) -> Target:
         """Raises ConfigError where a GPU is asked for and cannot be used."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            built = torch.version.cuda
-            reason = (
-                "torch sees no GPU (nvidia-smi tells whether there is one)" if built else "this torch is a CPU build"
-            )
-            raise ConfigError(f"--device cuda: {reason}")
+        name, _, number = device.partition(":")
+        if name == "cuda" and not torch.cuda.is_available():
+            why = "torch sees no GPU; does nvidia-smi list one?" if torch.version.cuda else "this torch is a CPU build"
+            raise ConfigError(f"--device {device}: {why}")
+        if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"--device {device}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0")
         if dtype == "auto":
             # CPUs compute bfloat16 slowly; float32 also makes every batch size agree on greedy tokens
-            dtype = "bfloat16" if device == "cuda" else "float32"
-        return Target(torch.device(device, 0) if device == "cuda" else torch.device(device), getattr(torch, dtype))
+            dtype = "bfloat16" if name == "cuda" else "float32"
+        chosen = torch.device(name, int(number or 0)) if name == "cuda" else torch.device(name)
+        return Target(chosen, getattr(torch, dtype))
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -64,6 +65,8 @@ def load(folder: Path, args: EngineArgs, target: Target) -> tuple[Transformer, K
         ConfigError: the folder or the model is not usable, or there is not enough memory on the GPU.
     """
     config = ModelConfig.read(folder)
+    if target.device.type == "cuda":
+        torch.cuda.set_device(target.device)
     try:
         model = Transformer(config, folder, *target)
         if target.device.type == "cuda":

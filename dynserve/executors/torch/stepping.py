@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from dynserve.executors.scheduler import Sampled, Slice
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.kernels import Launcher
@@ -35,6 +37,10 @@ class Runner(Protocol):
         """What launches kernels on its device, if there are kernels."""
         ...
 
+    def enter(self) -> None:
+        """Called once by the thread that steps."""
+        ...
+
     def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
         """With `before`, a step of this runner whose result is not known yet: slices whose token it draws continue it."""
         ...
@@ -48,6 +54,10 @@ class PlainRunner:
 
     def __init__(self, model: Transformer, cache: KvCache) -> None:
         self._model, self._cache = model, cache
+
+    def enter(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)
 
     def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
         layout, owners = self._cache.lay_out(work)

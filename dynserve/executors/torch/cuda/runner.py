@@ -160,6 +160,10 @@ class CudaRunner:
         if size <= self._most_samples:
             self._capture.keep(("head", size), partial(self._head, size))
 
+    def enter(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     @torch.inference_mode()
     def begin(self, work: Sequence[Slice], before: Step | None) -> CudaStep:
         rows_before = before.row_of if isinstance(before, CudaStep) else {}
