@@ -63,6 +63,7 @@ class NixlCarrier:
         if api is None:
             raise ConfigError("cache_transceiver_config.backend NIXL needs the extra dynserve[nixl]")
         self._cache, self._device = cache, cache.memory.device
+        self._enter()
         self._blocks = max(1, PIECE_BYTES[self._device.type] // cache.block_bytes)  # in a piece
         shape = (2 * PIECES, self._blocks, *cache.memory.shape[1:])
         self._pieces = torch.empty(shape, dtype=cache.memory.dtype, device=self._device)
@@ -84,6 +85,7 @@ class NixlCarrier:
 
     async def send(self, blocks: Sequence[int], talk: Talk) -> None:
         lent: deque[int] = deque()
+        self._enter()
         try:
             for at in range(0, len(blocks), self._blocks):
                 if len(lent) == 2:
@@ -99,6 +101,7 @@ class NixlCarrier:
 
     async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
         scattered: list[Callable[[], bool]] = []
+        self._enter()
         for at in range(0, len(blocks), self._blocks):
             some = blocks[at : at + self._blocks]
             try:
@@ -117,6 +120,11 @@ class NixlCarrier:
             await talk.tell(GOT)
         for done in scattered:
             await finished(done)
+
+    def _enter(self) -> None:
+        """Makes our device the thread's own, as UCX expects."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     async def _taken(self, talk: Talk, lent: deque[int]) -> None:
         if await talk.hear() != GOT:

@@ -45,6 +45,7 @@ class PeerCarrier:
         from cuda.bindings import driver
 
         self._driver, self._cache, self._launch = driver, cache, launcher.launch
+        torch.cuda.set_device(cache.memory.device)
         self._machine = BOOT_ID.read_bytes().strip() if BOOT_ID.exists() else b""
         base, _ = checked(driver.cuMemGetAddressRange(cache.memory.data_ptr()))
         handle = checked(driver.cuIpcGetMemHandle(base))
