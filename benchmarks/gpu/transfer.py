@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import uvloop
 
 from dynserve.errors import HandoffError
 from dynserve.executors.carriers import Carrier
@@ -70,7 +71,7 @@ def request() -> GenerateRequest:
 def owner(carrier: str, model: Model, tokens: int, pipe: Any) -> None:
     async def run() -> None:
         cache = cache_of(model, 0, tokens)
-        cache.memory.copy_(torch.randint(0, 1000, cache.memory.shape, dtype=torch.bfloat16, device="cuda:0"))
+        cache.memory.copy_(torch.randint(0, 250, cache.memory.shape, dtype=torch.bfloat16, device="cuda:0"))
         cache.memory[:, 0, 0, 0, 0, 0] = torch.arange(cache.num_blocks, dtype=torch.float32, device="cuda:0") % 251
         torch.cuda.synchronize(0)
         table = HandoffTable("owner", 600, lambda ticket, how: None)
@@ -83,7 +84,7 @@ def owner(carrier: str, model: Model, tokens: int, pipe: Any) -> None:
                 handoff = table.open(ticket, request(), blocks, 0, transceiver.state())
                 pipe.send((msgspec.msgpack.encode(handoff), cache.memory[blocks].double().sum().item()))
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 async def measure(carrier: str, shape: str, runs: int) -> None:
@@ -195,7 +196,7 @@ def main() -> None:
     for shape in args.shapes.split(","):
         for carrier in args.carriers.split(","):
             try:
-                asyncio.run(measure(carrier, shape, args.runs))
+                uvloop.run(measure(carrier, shape, args.runs))
             except Exception as error:
                 print(f"{shape} {carrier}: {type(error).__name__}: {error}", flush=True)
 

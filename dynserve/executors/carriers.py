@@ -31,6 +31,11 @@ class CarrierFailed(Exception):
 class Talk(Protocol):
     """The connection between the two sides of a transfer, in messages."""
 
+    @property
+    def peer(self) -> str:
+        """The address of the worker that is asked; the same for all transfers from it."""
+        ...
+
     async def tell(self, message: bytes) -> None: ...
 
     async def hear(self) -> bytes: ...
@@ -58,6 +63,10 @@ class Carrier(Protocol):
         Raises:
             CarrierFailed: the transfer could not be done in this way.
         """
+        ...
+
+    def lost(self, peer: str) -> None:
+        """The worker at this address has gone, or was not asked for long: what is kept open of it can be closed."""
         ...
 
 

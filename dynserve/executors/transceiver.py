@@ -247,22 +247,35 @@ class TcpTransceiver:
         self._strangers.pop(task, None)
 
     def close(self) -> None:
-        for sockets in self._idle.values():
-            for sock in sockets:
-                sock.close()
-        self._idle.clear()
+        for address, sockets in list(self._idle.items()):
+            for sock in list(sockets):
+                self._end_idle(address, sock)
 
     async def _connection(self, address: str) -> tuple[socket.socket, bool]:
         if idle := self._idle.get(address):
-            return idle.pop(), True
+            sock = idle.pop()
+            asyncio.get_running_loop().remove_reader(sock)
+            return sock, True
         return await _connect(address), False
 
     def _keep(self, address: str, sock: socket.socket) -> None:
         idle = self._idle.setdefault(address, [])
         if len(idle) < IDLE_CONNECTIONS:
             idle.append(sock)
+            # nothing is said on it unasked: when there is something to read, it is its end
+            asyncio.get_running_loop().add_reader(sock, self._end_idle, address, sock)
         else:
             sock.close()
+
+    def _end_idle(self, address: str, sock: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(sock)
+        sock.close()
+        idle = self._idle[address]
+        idle.remove(sock)
+        if not idle:
+            del self._idle[address]
+            for carrier in self._carriers.values():
+                carrier.lost(address)
 
     async def _fetch_over(
         self, sock: socket.socket, address: str, handoff: Handoff, blocks: list[int], skip: int
@@ -280,23 +293,24 @@ class TcpTransceiver:
             raise from_wire(reply.code, reply.message)
         self.carried[reply.carrier or "tcp"] += 1
         if reply.carrier:
-            await self._receive_by(reply.carrier, blocks, sock)
+            await self._receive_by(reply.carrier, blocks, _Connection(sock, address))
             return
         async with aclosing(self._store.incoming(blocks)) as pieces:
             async for piece in pieces:
                 await _receive_into(sock, piece)
         await loop.sock_sendall(sock, CONFIRM)
 
-    async def _receive_by(self, name: str, blocks: list[int], sock: socket.socket) -> None:
+    async def _receive_by(self, name: str, blocks: list[int], connection: _Connection) -> None:
         carrier = self._carriers.get(name)
         if carrier is None:
             raise ConnectionResetError(f"the peer sends by {name}, which was not offered")
         try:
-            await carrier.receive(blocks, _Connection(sock))
+            await carrier.receive(blocks, connection)
         except CarrierFailed as error:
             raise CarrierFailed(name) from error.__cause__
-        await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
-        if await asyncio.get_running_loop().sock_recv(sock, 1) != CONFIRM:
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection.sock, CONFIRM)
+        if await loop.sock_recv(connection.sock, 1) != CONFIRM:
             raise ConnectionResetError("the hand-off had ended before its blocks were there")
 
     async def _serve_one(self, sock: socket.socket) -> None:
@@ -338,7 +352,7 @@ class TcpTransceiver:
         loop = asyncio.get_running_loop()
         if carrier is not None:
             await _send_message(sock, _Reply(carrier=carrier.name))
-            await carrier.send(blocks, _Connection(sock))
+            await carrier.send(blocks, _Connection(sock, ""))
         else:
             await _send_message(sock, _Reply())
             async with aclosing(self._store.outgoing(blocks)) as pieces:
@@ -352,14 +366,14 @@ class TcpTransceiver:
 class _Connection:
     """`Talk` over a transfer's TCP connection."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock, self.peer = sock, peer
 
     async def tell(self, message: bytes) -> None:
-        await _send_bytes(self._sock, message)
+        await _send_bytes(self.sock, message)
 
     async def hear(self) -> bytes:
-        return await _receive_message(self._sock)
+        return await _receive_message(self.sock)
 
 
 def _shut(sock: socket.socket) -> None:

@@ -71,6 +71,10 @@ class ByHand:
     def __init__(self, side: Side) -> None:
         self.side, self.reading, self.go = side, asyncio.Event(), asyncio.Event()
         self.fails: Exception | None = None
+        self.gone: list[str] = []
+
+    def lost(self, peer: str) -> None:
+        self.gone.append(peer)
 
     def hello(self) -> bytes:
         return b"hand"
@@ -117,6 +121,20 @@ async def test_a_carrier_that_fails_is_left_out_from_then_on(sides: Make) -> Non
     assert decode.content(2) == {107.0} and decode.content(3) == {108.0}
     assert decode.transceiver.carried == {"by-hand": 1, "tcp": 2}
     await until(lambda: prefill.released == [1, 2])
+
+
+async def test_a_carrier_hears_of_workers_that_have_gone(sides: Make) -> None:
+    decode = await sides(0, ByHand)
+    decode.carrier.go.set()
+    prefill = Side(1)
+    prefill.carrier = ByHand(prefill)
+    async with TcpTransceivers([prefill.carrier]).open(prefill.table, prefill.cache, "127.0.0.1") as opened:
+        prefill.transceiver = opened  # type: ignore[assignment]
+        for ticket in range(3):
+            await decode.transceiver.fetch(prefill.offer([7], ticket=ticket), [2], skip=0)
+        assert decode.carrier.gone == []
+    await until(lambda: len(decode.carrier.gone) == 1)
+    assert not decode.transceiver._idle
 
 
 async def test_blocks_read_after_their_hand_off_was_cancelled_are_not_used(sides: Make) -> None:

@@ -75,6 +75,7 @@ class NixlCarrier:
             raise ConfigError(f"NIXL does not start here: {error}") from error
         self._outgoing, self._incoming = _Places(range(PIECES)), _Places(range(PIECES, 2 * PIECES))
         self._peers: dict[bytes, str] = {}
+        self._agents: dict[str, bytes] = {}  # of the workers at these addresses
         self._stream = torch.cuda.Stream(self._device) if cache.stream is not None else None  # type: ignore[no-untyped-call]
 
     def hello(self) -> bytes:
@@ -113,6 +114,7 @@ class NixlCarrier:
             if piece.size != mine.nbytes:
                 self._incoming.give_back(place)
                 raise CarrierFailed from ValueError(f"a piece of {piece.size} bytes instead of {mine.nbytes}")
+            self._agents[talk.peer] = piece.agent
             await self._read(piece, mine, place)
             done = self._scatter(some, mine)
             self._incoming.give_back_when(done, place)
@@ -120,6 +122,10 @@ class NixlCarrier:
             await talk.tell(GOT)
         for done in scattered:
             await finished(done)
+
+    def lost(self, peer: str) -> None:
+        if (agent := self._agents.pop(peer, None)) is not None:
+            self._forget(agent)
 
     def _enter(self) -> None:
         """Makes our device the thread's own, as UCX expects."""

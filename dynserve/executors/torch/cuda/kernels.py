@@ -250,7 +250,7 @@ def _cache_folder() -> Path:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """The value of a call of CUDA, whose answers begin with an error code."""
+    """The first value of a call of CUDA, whose answers begin with an error code."""
     error, *values = answer
     if error.value:
         raise RuntimeError(f"CUDA: {error.name}")

@@ -23,8 +23,7 @@ from dynserve.wire import MALFORMED
 
 log = logging.getLogger(__name__)
 
-BLOCKS = 64  # of the kernel that copies: enough to fill a link, and less than half of the card
-IDLE = 2.0  # seconds that another worker's cache is kept open after a transfer
+BLOCKS = 128  # of the kernel that copies: enough to fill a link
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -47,11 +46,11 @@ class PeerCarrier:
         self._driver, self._cache, self._launch = driver, cache, launcher.launch
         torch.cuda.set_device(cache.memory.device)
         self._machine = BOOT_ID.read_bytes().strip() if BOOT_ID.exists() else b""
-        base, _ = checked(driver.cuMemGetAddressRange(cache.memory.data_ptr()))
+        base = checked(driver.cuMemGetAddressRange(cache.memory.data_ptr()))
         handle = checked(driver.cuIpcGetMemHandle(base))
         self._handle = bytes(handle.reserved)
         self._offset = cache.memory.data_ptr() - int(base)
-        self._opened: dict[bytes, _Opened] = {}  # by their handles
+        self._opened: dict[str, _Opened] = {}  # by their owners' addresses
         self._stream = torch.cuda.Stream(cache.memory.device)  # type: ignore[no-untyped-call]
 
     def hello(self) -> bytes:
@@ -73,12 +72,10 @@ class PeerCarrier:
             raise CarrierFailed from ValueError("the other side offers other blocks than were asked for")
         torch.cuda.set_device(self._cache.memory.device)
         try:
-            opened = self._open(offer.handle)
+            opened = self._open(talk.peer, offer.handle)
         except RuntimeError as error:
             raise CarrierFailed from error
         opened.users += 1
-        if opened.closing is not None:
-            opened.closing.cancel()
         try:
             done = self._copy(opened.pointer + offer.offset, offer.blocks, blocks)
             try:
@@ -87,7 +84,9 @@ class PeerCarrier:
                 done.synchronize()  # it writes to blocks that are given back now
                 raise
         finally:
-            self._used(offer.handle, opened)
+            opened.users -= 1
+            if opened.lost:
+                self.lost(talk.peer)
 
     def _copy(self, source: int, theirs: Sequence[int], ours: Sequence[int]) -> torch.cuda.Event:
         cache = self._cache
@@ -103,34 +102,38 @@ class PeerCarrier:
             done: torch.cuda.Event = self._stream.record_event()
             return done
 
-    def _open(self, handle: bytes) -> _Opened:
-        found = self._opened.get(handle)
-        if found is None:
-            wrapped = self._driver.CUipcMemHandle()
-            wrapped.reserved = handle
-            flags = self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-            pointer = int(checked(self._driver.cuIpcOpenMemHandle(wrapped, flags.value)))
-            found = self._opened[handle] = _Opened(pointer)
-        return found
-
-    def _used(self, handle: bytes, opened: _Opened) -> None:
-        """Closes it when it is not used again soon: memory that is open here is not free there, although its owner may have
-        died and started again."""
-        opened.users -= 1
-        if opened.users == 0:
-            opened.closing = asyncio.get_running_loop().call_later(IDLE, self._close, handle)
-
-    def _close(self, handle: bytes) -> None:
-        opened = self._opened.pop(handle)
+    def lost(self, peer: str) -> None:
+        """Closes its memory, which is not free there as long as it is open here, although its owner may have died."""
+        opened = self._opened.get(peer)
+        if opened is None:
+            return
+        if opened.users:
+            opened.lost = True
+            return
+        del self._opened[peer]
         torch.cuda.set_device(self._cache.memory.device)
         (error,) = self._driver.cuIpcCloseMemHandle(opened.pointer)
         if error.value:
             log.warning("CUDA: closing a peer's memory failed: %s", error.name)
 
+    def _open(self, peer: str, handle: bytes) -> _Opened:
+        found = self._opened.get(peer)
+        if found is not None and found.handle != handle and not found.users:  # it has started again at the same address
+            self.lost(peer)
+            found = None
+        if found is None:
+            wrapped = self._driver.CUipcMemHandle()
+            wrapped.reserved = handle
+            flags = self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+            pointer = int(checked(self._driver.cuIpcOpenMemHandle(wrapped, flags.value)))
+            found = self._opened[peer] = _Opened(handle, pointer)
+        return found
+
 
 class _Opened:
     """Another worker's memory."""
 
-    def __init__(self, pointer: int) -> None:
-        self.pointer, self.users = pointer, 0
-        self.closing: asyncio.TimerHandle | None = None
+    def __init__(self, handle: bytes, pointer: int) -> None:
+        self.handle, self.pointer = handle, pointer
+        self.users = 0
+        self.lost = False
