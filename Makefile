@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml docker/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dynserve needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c docker/constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c docker/constraints.txt -e '.[torch,local,bench,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c docker/constraints.txt -e '.[torch,nixl,local,bench,test]'
 	@touch $(STAMP)
 
 clean:

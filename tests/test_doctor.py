@@ -52,7 +52,15 @@ def test_on_a_laptop_nothing_is_in_the_way(servers: tuple[str, str]) -> None:
 
 
 def test_a_prefill_worker_here_is_told_all_that_it_lacks() -> None:
-    done = run("--role", "prefill", "--executor", "trtllm", "--json", NATS_URL="nats://127.0.0.1:1")
+    done = run(
+        "--role",
+        "prefill",
+        "--executor",
+        "trtllm",
+        "--json",
+        NATS_URL="nats://127.0.0.1:1",
+        NIXL_PLUGINS_DIR="/nowhere",
+    )
     assert done.returncode == 1
     told = json.loads(done.stdout)
     assert told["ok"] is False and told["role"] == "prefill" and told["executor"] == "trtllm"
@@ -99,6 +107,7 @@ def test_nixl_and_ucx_are_looked_at_for_a_backend_that_uses_them(monkeypatch: py
     monkeypatch.syspath_prepend(str(DOUBLES))
     transceiver = json.dumps({"cache_transceiver_config": {"backend": "NIXL"}})
     config = {"executor": "trtllm", "role": "prefill", "override_engine_args": transceiver}
+    monkeypatch.setenv("NIXL_PLUGINS_DIR", str(DOUBLES / "tensorrt_llm" / "libs" / "nixl" / "plugins"))
     assert found(**config)["NIXL"].state == "ok"
     monkeypatch.setenv("NIXL_PLUGINS_DIR", "/nowhere")
     assert found(**config)["NIXL"].state == "fail"

@@ -84,7 +84,9 @@ async def open_executor(
         if runner.overlaps:  # tokens must not wait for 5 ms until the event loop lets go of the interpreter, or gets it
             sys.setswitchinterval(SWITCH_INTERVAL)
         stepper.start(engine)
-        if guided:
+        if guided and runner.overlaps:
+            await guides.prepare(after=0)  # later it would hold up steps that take half a millisecond
+        elif guided:
             tasks.create_task(guides.prepare())
         try:
             yield engine

@@ -82,10 +82,10 @@ class Guides:
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
-    async def prepare(self) -> None:
-        """Imports the compiler a while after the start, so that no request has to wait for it, whoever sent the first
+    async def prepare(self, after: float = PREPARE_AFTER) -> None:
+        """Imports the compiler `after` so many seconds, so that no request has to wait for it, whoever sent the first
         grammar. Importing holds the interpreter for some tenths of a second."""
-        await asyncio.sleep(PREPARE_AFTER)
+        await asyncio.sleep(after)
         try:
             await detached(self._own_compiler)
         except Exception as error:  # whoever sends a grammar is told

@@ -35,6 +35,7 @@ class Transceivers(TcpTransceivers):
     """A transfer that fails ends its request: this engine does not prefill instead."""
 
     def __init__(self, failed: Any) -> None:
+        super().__init__()
         self._failed = failed
 
     def open(self, table: Any, store: Any, host: str) -> Any:
