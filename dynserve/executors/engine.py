@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
+
+import uvloop
 
 from dynserve.errors import (
     DynserveError,
@@ -72,6 +75,8 @@ class Engine:
         self._guides = guides
         self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
         self._loop = asyncio.get_running_loop()
+        # uvloop's time has milliseconds only, and steps take less
+        self._clock = time.monotonic if isinstance(self._loop, uvloop.Loop) else self._loop.time
         blocks = scheduler.blocks
         self.limits = Limits(
             blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size,
@@ -102,7 +107,7 @@ class Engine:
             raise Unavailable("the engine is dead")
         check_request(request, self.limits, None if self._chunked else self._scheduler.max_num_tokens)
         ticket = next(self._tickets)
-        sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._loop.time())
+        sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._clock())
         self._live[ticket] = (sequence, sink)
         if request.guide is None:
             self._post(partial(self._scheduler.add, sequence))
@@ -191,7 +196,7 @@ class Engine:
         """Carries out what the loop side asked for, and decides on the next step."""
         while self._commands:
             self._commands.popleft()()
-        work = self._scheduler.schedule(self._loop.time())
+        work = self._scheduler.schedule(self._clock())
         self._note_load()
         return work
 
@@ -207,7 +212,7 @@ class Engine:
         return self._scheduler.most_steps(work, most)
 
     def book(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]]) -> StepResult:
-        outputs = self._scheduler.commit(work, sampled, self._loop.time())
+        outputs = self._scheduler.commit(work, sampled, self._clock())
         self._note_load()
         return StepResult(outputs, self._scheduler.blocks.drain_events())
 
@@ -275,7 +280,7 @@ class Engine:
         task = self._tasks.create_task(self._fetch(fetch))
         self._fetches[ticket] = task
         # a task that is cancelled before its first step never runs its own clean-up
-        task.add_done_callback(partial(self._fetch_ended, fetch, self._loop.time()))
+        task.add_done_callback(partial(self._fetch_ended, fetch, self._clock()))
 
     async def _fetch(self, fetch: Fetch) -> HandoffError | None:
         """What went wrong, as a value: a task that raised would take its owner with it."""
@@ -302,4 +307,4 @@ class Engine:
         if error is not None:
             log.warning("request %s: %s; prefilling here instead", fetch.sequence.request.id, error)
         ok = not task.cancelled() and error is None
-        self._post(partial(self._scheduler.fetched, fetch.sequence, self._loop.time() - began, ok=ok))
+        self._post(partial(self._scheduler.fetched, fetch.sequence, self._clock() - began, ok=ok))

@@ -292,7 +292,7 @@ async def test_calls_are_streamed_as_openai_streams_them(client: Client, target:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_tool_must_be_called_when_that_is_required(client: Client, target: Target, stream: bool) -> None:
     tools: Any = [WEATHER]
-    fields: Any = {"tools": tools, "tool_choice": "required", "temperature": 1, "seed": 2, "max_tokens": 300}
+    fields: Any = {"tools": tools, "tool_choice": "required", "temperature": 1, "seed": 3, "max_tokens": 300}
     if stream:
         chunks = await chunks_of(client, target, "Hello!", **fields)
         deltas = [call for chunk in chunks for c in chunk.choices for call in c.delta.tool_calls or ()]

@@ -368,12 +368,29 @@ class Matcher:
             self._only_the_end(logits)
             return
         before = logits.clone() if not self._seen and self._thought is not None else None
-        if self._matcher.fill_next_token_bitmask(self._bitmask):
-            self._apply(logits, self._bitmask.to(logits.device)[0])
+        forbids = self._matcher.fill_next_token_bitmask(self._bitmask)
+        if forbids:
+            self._forbid(logits)
         if before is not None and self._thought is not None:  # it may think first, or begin to answer at once
             logits[self._thought.begin] = before[self._thought.begin]
-        if not torch.isfinite(logits).any():  # a dead end: nothing that the vocabulary can spell goes on from here
+        if forbids and self._dead_end(logits, before is not None):
             self._only_the_end(logits)
+
+    def _forbid(self, logits: Tensor) -> None:
+        """Sets the logits of tokens whose bits are not set to minus infinity."""
+        if not logits.is_cuda:
+            self._apply(logits, self._bitmask[0])
+            return
+        # xgrammar's own kernel would be compiled with the first grammar, in the middle of everybody's steps
+        words = self._bitmask[0].to(logits.device, non_blocking=True)
+        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+        logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, float("-inf"))
+
+    def _dead_end(self, logits: Tensor, may_think: bool) -> bool:
+        """Whether nothing that the vocabulary can spell goes on from here."""
+        if logits.is_cuda:  # which is not waited for
+            return not may_think and not bool(self._bitmask.any())
+        return not bool(torch.isfinite(logits).any())
 
     def _take(self, token: int) -> None:
         thought = self._thought

@@ -188,18 +188,16 @@ def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch:
     assert bool(steps) == (going_on == 200)
 
 
-def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path) -> None:
+def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path, library: Path) -> None:
     """One row's keys are looked at by several blocks; the last one adds up."""
-    emulation = Emulation(make_checkpoint(tmp_path / "model", "llama"), tmp_path)
-    sequence = emulation.add(
-        prompt_of(530), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=3, ignore_eos=True)
-    )
+    emulation = Emulation(make_checkpoint(tmp_path / "model", "llama"), library, max_rows=600)
+    stop = Stop(max_tokens=3, ignore_eos=True)
+    sequence = emulation.add(prompt_of(530), sampling=Sampling(temperature=0.0), stop=stop)
     checked = []
 
     def check(step: CudaStep) -> None:
-        if step.work[0].samples:
-            expected = emulation.reference.logits(sequence.tokens)[-1]
-            checked.append(error_of(emulation.runner._forward.logits[0], expected))
+        expected = emulation.reference.logits(sequence.tokens)[-1]
+        checked.append(error_of(emulation.runner._forward.logits[0], expected))
 
     emulation.run(check, overlap=False)
     assert len(checked) == 3 and max(checked) < 0.03
@@ -221,14 +219,14 @@ def test_a_step_begun_ahead_continues_with_the_token_that_is_not_known_yet(llama
 
 
 def test_what_ends_unexpectedly_was_computed_once_too_often_and_nothing_comes_of_it(llama: Emulation) -> None:
-    probe = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=20, ignore_eos=True))
+    probe = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, ignore_eos=True))
     llama.run()
-    end = probe.tokens[10]
+    end = probe.tokens[9]
     first = probe.tokens.index(end, 6)
-    stopped = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=20, token_ids=(end,)))
-    other = llama.add(prompt_of(9), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=20, ignore_eos=True))
+    stopped = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, token_ids=(end,)))
+    other = llama.add(prompt_of(9), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, ignore_eos=True))
     llama.run()
-    assert stopped.tokens == probe.tokens[:first] and len(other.tokens) == 29
+    assert stopped.tokens == probe.tokens[:first] and len(other.tokens) == 18
     assert llama.scheduler.blocks.free == llama.scheduler.blocks.num_blocks
 
 
@@ -308,9 +306,9 @@ def test_draws_of_the_device_follow_the_distribution(draws: Draws) -> None:
     logits = torch.full((8, VOCAB), float("-inf"))
     logits[:, 3:6] = torch.log(torch.tensor([0.1, 0.6, 0.3]))
     found = np.array([
-        draws.device(logits, [Sampling(seed=seed * 8 + i) for i in range(8)], [[1]] * 8) for seed in range(60)
+        draws.device(logits, [Sampling(seed=seed * 8 + i) for i in range(8)], [[1]] * 8) for seed in range(30)
     ])  # fmt: skip
-    assert [float((found == token).mean()) for token in (3, 4, 5)] == pytest.approx([0.1, 0.6, 0.3], abs=0.07)
+    assert [float((found == token).mean()) for token in (3, 4, 5)] == pytest.approx([0.1, 0.6, 0.3], abs=0.1)
 
 
 def test_a_grammar_holds_beside_rows_without_one(llama: Emulation) -> None:
