@@ -20,7 +20,7 @@ from dynserve.executors.engine_args import engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Scheduler
 from dynserve.executors.torch.attention import KvCache
-from dynserve.executors.torch.guides import Guides
+from dynserve.executors.torch.guides import Guides, warm_up
 from dynserve.executors.torch.loading import Target, load
 from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import Runner, Step
@@ -86,6 +86,7 @@ async def open_executor(
         stepper.start(engine)
         if guided and runner.overlaps:
             await guides.prepare(after=0)  # later it would hold up steps that take half a millisecond
+            await asyncio.to_thread(warm_up, model.config.vocab_size, model.device)
         elif guided:
             tasks.create_task(guides.prepare())
         try:

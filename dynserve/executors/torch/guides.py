@@ -340,6 +340,7 @@ class Matcher:
         self._held_up = held_up
         self._apply = xgrammar.apply_token_bitmask_inplace
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
+        self._ends_there: Tensor | None = None  # end tokens, where the logits are
         self._seen = 0
         self._spent = 0.0  # seconds
         self._thinking = thought is not None and thought.open
@@ -362,7 +363,9 @@ class Matcher:
         for token in tokens[prompt_len + self._seen :]:
             self._take(token)
         if self._thinking:
-            logits[self._eos] = float("-inf")  # an answer of nothing but a thought would escape the grammar
+            logits.index_fill_(
+                0, self._ends(logits), float("-inf")
+            )  # an answer of nothing but a thought would escape the grammar
             return
         if self._matcher.is_terminated():
             self._only_the_end(logits)
@@ -381,10 +384,9 @@ class Matcher:
         if not logits.is_cuda:
             self._apply(logits, self._bitmask[0])
             return
-        # xgrammar's own kernel would be compiled with the first grammar, in the middle of everybody's steps
-        words = self._bitmask[0].to(logits.device, non_blocking=True)
-        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
-        logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, float("-inf"))
+        if not self._bitmask.is_pinned():  # or each copy would wait for the steps that were begun before
+            self._bitmask = self._bitmask.pin_memory()
+        forbid_on_gpu(logits, self._bitmask[0])
 
     def _dead_end(self, logits: Tensor, may_think: bool) -> bool:
         """Whether nothing that the vocabulary can spell goes on from here."""
@@ -404,4 +406,24 @@ class Matcher:
 
     def _only_the_end(self, logits: Tensor) -> None:
         logits.fill_(float("-inf"))
-        logits[self._eos] = 0.0
+        logits.index_fill_(0, self._ends(logits), 0.0)
+
+    def _ends(self, logits: Tensor) -> Tensor:
+        if self._ends_there is None or self._ends_there.device != logits.device:
+            self._ends_there = torch.tensor(self._eos, dtype=torch.long, device=logits.device)
+        return self._ends_there
+
+
+def forbid_on_gpu(logits: Tensor, bitmask: Tensor) -> None:
+    """The same as xgrammar's, by torch: xgrammar's own kernel would be compiled with the first grammar, while all wait."""
+    words = bitmask.to(logits.device, non_blocking=True)
+    bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, float("-inf"))
+
+
+def warm_up(vocab_size: int, device: torch.device) -> None:
+    """Loads what masks need into a GPU, so that the first grammar does not seem slow to follow."""
+    logits = torch.zeros(vocab_size, device=device)
+    forbid_on_gpu(logits, torch.zeros(-(-vocab_size // 32), dtype=torch.int32).pin_memory())
+    logits.index_fill_(0, torch.zeros(1, dtype=torch.long, device=device), 0.0)
+    torch.cuda.synchronize(device)
