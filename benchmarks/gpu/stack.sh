@@ -6,5 +6,6 @@ python3 -m dynserve up --model-path "$model" --served-model-name m --http-port 8
 for _ in $(seq 600); do grep -q "^ready after" "$OUT/$name.log" && break; kill -0 $up 2>/dev/null || break; sleep 0.1; done
 echo "== $name: $(grep '^ready after' "$OUT/$name.log" || tail -15 "$OUT/$name.log"), $(( ($(date +%s%N) - began) / 1000000 )) ms with the shell"
 python3 benchmarks/guide.py --name "$name" --pause 0.5 --out "$OUT" --runs 20 "${guide[@]}" 2> "$OUT/$name.err" | grep -v "^$" || tail -5 "$OUT/$name.err"
+[ -n "$FIRST_TOKEN" ] && python3 benchmarks/gpu/first_token.py --runs 15
 grep -hE "WARNING|ERROR|Traceback" "$OUT/$name.log" | sort | uniq -c | sort -rn | head -8
 kill -INT $up; wait $up

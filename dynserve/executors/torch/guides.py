@@ -363,9 +363,8 @@ class Matcher:
         for token in tokens[prompt_len + self._seen :]:
             self._take(token)
         if self._thinking:
-            logits.index_fill_(
-                0, self._ends(logits), float("-inf")
-            )  # an answer of nothing but a thought would escape the grammar
+            # an answer of nothing but a thought would escape the grammar
+            logits.index_fill_(0, self._ends(logits), float("-inf"))
             return
         if self._matcher.is_terminated():
             self._only_the_end(logits)
