@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from dynserve.executors.kv_blocks import BlockManager
-from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, State
+from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice, State
 from dynserve.wire.requests import Stop
 from tests.conftest import make_request
 
@@ -135,3 +136,63 @@ def test_random_work_ends_with_every_block_free(seed: int) -> None:
                 ended += 1
         s.check()
     assert s.idle and s.blocks.free == s.blocks.num_blocks and ended
+
+
+# steps begun ahead
+
+
+def begun(scheduler: Scheduler, *prompts: list[int], **options: Any) -> list[Slice]:
+    for number, prompt in enumerate(prompts):
+        scheduler.add(Sequence(number, make_request(prompt, **options), scheduler.blocks.block_size, frozenset(), 0.0))
+    return scheduler.schedule(0.0)
+
+
+def test_a_step_ahead_decodes_behind_the_token_that_is_not_known_yet() -> None:
+    scheduler = Scheduler(BlockManager(20, 4), max_batch_size=4, max_num_tokens=64, max_seq_len=64, chunked=True)
+    work = begun(scheduler, [1, 2, 3], [4, 5, 6, 7])
+    ahead = scheduler.ahead(work)
+    assert [(s.start, s.size, s.samples) for s in ahead] == [(3, 1, True), (4, 1, True)]
+    assert len(ahead[1].sequence.blocks) == 2  # one for the token that is behind a full block
+    scheduler.commit(work, [[Sampled(8)], [Sampled(9)]])
+    scheduler.commit(ahead, [[Sampled(10)], [Sampled(11)]])
+    assert [s.sequence.tokens for s in ahead] == [[1, 2, 3, 8, 10], [4, 5, 6, 7, 9, 11]]
+    scheduler.check()
+
+
+def test_what_a_step_ahead_computed_of_an_ended_sequence_is_left_out() -> None:
+    scheduler = Scheduler(BlockManager(20, 4), max_batch_size=4, max_num_tokens=64, max_seq_len=64, chunked=True)
+    stop = Stop(max_tokens=8, token_ids=(99,))
+    work = begun(scheduler, [1, 2, 3, 4], [5], stop=stop)
+    ahead = scheduler.ahead(work)
+    scheduler.commit(work, [[Sampled(99)], [Sampled(7)]])
+    assert scheduler.ahead(ahead)[0].sequence is ahead[1].sequence  # the other one goes on alone
+    outputs = scheduler.commit(ahead, [[Sampled(8)], [Sampled(6)]])
+    assert [output.token_ids for _, output in outputs] == [[6]]
+    assert ahead[0].sequence.tokens == [1, 2, 3, 4] and not ahead[0].sequence.blocks
+    scheduler.check()
+
+
+def test_no_step_is_begun_ahead_where_something_has_to_be_decided() -> None:
+    def made(**changes: Any) -> Scheduler:
+        options: dict[str, Any] = {"max_batch_size": 2, "max_num_tokens": 8, "max_seq_len": 64, "chunked": True}
+        return Scheduler(BlockManager(changes.pop("num_blocks", 20), 4), **(options | changes))
+
+    chunk = made()
+    assert chunk.ahead(begun(chunk, list(range(20)))) == []  # a prompt goes on
+    newcomer = made()
+    work = begun(newcomer, [1])
+    newcomer.add(Sequence(9, make_request([2]), 4, frozenset(), 0.0))
+    assert newcomer.ahead(work) == []  # somebody can be let in
+    last = made()
+    assert last.ahead(begun(last, [1], stop=Stop(max_tokens=1))) == []  # it ends, whatever the token is
+    prefill = made()
+    assert prefill.ahead(begun(prefill, [1], phase="prefill")) == []
+    full = made(num_blocks=1)
+    assert full.ahead(begun(full, [1, 2, 3, 4])) == []  # there is no block left
+    guided = made()
+    work = begun(guided, [1])
+    work[0].sequence.matcher = object()
+    assert guided.ahead(work) == []  # its grammar has to see the token
+    fullhouse = made()
+    work = begun(fullhouse, [1], [2], [3])
+    assert len(work) == 2 and len(fullhouse.ahead(work)) == 2  # who waits cannot be let in anyway

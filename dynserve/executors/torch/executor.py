@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dynserve.config import WorkerConfig
+from dynserve.errors import ConfigError
 from dynserve.executors.base import Executor
 from dynserve.executors.carriers import Carrier
 from dynserve.executors.engine import Engine, StepResult
@@ -102,14 +104,23 @@ def carriers_for(backend: str, cache: KvCache, runner: Runner, worker: str) -> l
     Raises:
         ConfigError: NIXL is asked for and is not here.
     """
-    on_gpu = cache.stream is not None
-    carriers: list[Carrier] = []
-    if backend == "DEFAULT" and runner.launcher is not None:
+    if backend in ("NIXL", "UCX"):
+        return [NixlCarrier(cache, worker)]
+    if backend != "DEFAULT" or cache.stream is None:
+        return []
+    makers: list[Callable[[], Carrier]] = []
+    if (launcher := runner.launcher) is not None:
         from dynserve.executors.torch.cuda.peer import PeerCarrier
 
-        carriers.append(PeerCarrier(cache, runner.launcher))
-    if backend in ("NIXL", "UCX") or (backend == "DEFAULT" and on_gpu and nixl_api() is not None):
-        carriers.append(NixlCarrier(cache, worker))
+        makers.append(partial(PeerCarrier, cache, launcher))
+    if nixl_api() is not None:
+        makers.append(partial(NixlCarrier, cache, worker))
+    carriers: list[Carrier] = []
+    for make in makers:
+        try:
+            carriers.append(make())
+        except (ConfigError, RuntimeError) as error:  # nobody asked for this one: there is always TCP
+            log.warning("KV blocks will not come by one of the faster ways: %s", error)
     return carriers
 
 
