@@ -54,7 +54,7 @@ class Carrier(Protocol):
         ...
 
     async def send(self, blocks: Sequence[int], talk: Talk) -> None:
-        """Lets the other side have these blocks. They stay as they are until this returns."""
+        """Lets the other side have these blocks, which stay as they are until it has confirmed that it has them."""
         ...
 
     async def receive(self, blocks: Sequence[int], talk: Talk) -> None:

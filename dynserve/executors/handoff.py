@@ -7,8 +7,9 @@
         ├──ttl over──▶ expired                              └──cancel: sending stops first──▶ cancelled
         └──cancel────▶ cancelled
 
-Whatever the end, `release` is called once and the blocks are free. While bytes are on their way the blocks stay, whoever
-cancels: memory that is being read must not be given to another sequence.
+Whatever the end, `release` is called once and the blocks are free. While bytes are on their way the blocks stay, until
+whoever cancels has stopped the sending. A carrier's receiver may read on for a moment: it is told that the hand-off has
+ended before it uses anything (`carriers.py`).
 """
 
 from __future__ import annotations

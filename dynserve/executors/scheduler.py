@@ -379,6 +379,9 @@ class Scheduler:
         sequence.state = State.DONE
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.adjustments = sequence.matcher = (
+            None  # they may be large, and whoever still has it has no use for them
+        )
 
     def _lacking(self, sequence: Sequence, steps: int) -> int:
         """Blocks that it needs beside its own to decode for `steps` more."""

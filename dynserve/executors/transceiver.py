@@ -42,6 +42,7 @@ FIRST_FETCH_TIMEOUT = 10.0  # seconds that it keeps one that has not fetched any
 MAX_STRANGERS = 256  # connections that have not fetched anything; with more, the oldest is closed
 ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 MAX_MESSAGE = 1 << 16  # bytes
+MAX_TALK = 1 << 22  # bytes of a carrier's message, between sides that have found each other
 MAX_FAILED = 1024  # pairs of addresses and carriers that are remembered
 CONFIRM = b"\x06"
 
@@ -180,8 +181,9 @@ class TcpTransceiver:
     ) -> None:  # fmt: skip
         self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
         self._carriers = {carrier.name: carrier for carrier in carriers}
+        self._in_use: Counter[str] = Counter()  # connections, by address
         self._failed: set[tuple[str, str]] = set()  # addresses that a carrier was found not to work with
-        self.carried: Counter[str] = Counter()  # transfers that were received, by carrier
+        self.carried: Counter[str] = Counter()  # transfers that were begun, by carrier
         host, port = listener.getsockname()[:2]
         self._state = _encode(_State(f"{host}:{port}", store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
@@ -197,27 +199,37 @@ class TcpTransceiver:
     async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
         address = parse_state(handoff.state, self._store.layout)
         with translate(_BROKEN, f"KV transfer from {address}"):
-            while True:
-                sock, reused = await self._connection(address)
-                try:
-                    await self._fetch_over(sock, address, handoff, blocks, skip)
-                except (OSError, EOFError):
-                    sock.close()
-                    if not reused:
-                        raise
-                    continue  # an idle connection may have been closed by the peer long ago
-                except CarrierFailed as error:  # the peer has its hand-off open again when the connection is closed
-                    sock.close()
-                    self._warn_of(address, error)
-                    continue
-                except HandoffError:
-                    self._keep(address, sock)
+            while not await self._fetched(address, handoff, blocks, skip):
+                pass
+
+    async def _fetched(self, address: str, handoff: Handoff, blocks: list[int], skip: int) -> bool:
+        """False when it is worth another try: on a fresh connection, or by another carrier."""
+        self._in_use[address] += 1
+        kept: socket.socket | None = None
+        try:
+            sock, reused = await self._connection(address)
+            try:
+                await self._fetch_over(sock, address, handoff, blocks, skip)
+                kept = sock
+            except (OSError, EOFError):
+                if not reused:
                     raise
-                except BaseException:
+                return False  # an idle connection may have been closed by the peer long ago
+            except CarrierFailed as error:  # the peer has its hand-off open again when the connection is closed
+                self._warn_of(address, error)
+                return False
+            except HandoffError:
+                kept = sock
+                raise
+            finally:
+                if kept is None:
                     sock.close()
-                    raise
-                self._keep(address, sock)
-                return
+        finally:
+            self._in_use[address] -= 1
+            if kept is not None:
+                self._keep(address, kept)
+            self._look_for(address)
+        return True
 
     def _warn_of(self, address: str, error: CarrierFailed) -> None:
         name = str(error.args[0])
@@ -270,12 +282,17 @@ class TcpTransceiver:
     def _end_idle(self, address: str, sock: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(sock)
         sock.close()
-        idle = self._idle[address]
-        idle.remove(sock)
-        if not idle:
-            del self._idle[address]
-            for carrier in self._carriers.values():
-                carrier.lost(address)
+        self._idle[address].remove(sock)
+        self._look_for(address)
+
+    def _look_for(self, address: str) -> None:
+        """Tells the carriers when there is no connection to a worker any more."""
+        if self._idle.get(address) or self._in_use[address]:
+            return
+        self._idle.pop(address, None)
+        del self._in_use[address]
+        for carrier in self._carriers.values():
+            carrier.lost(address)
 
     async def _fetch_over(
         self, sock: socket.socket, address: str, handoff: Handoff, blocks: list[int], skip: int
@@ -333,7 +350,13 @@ class TcpTransceiver:
                 if fetch.skip + fetch.count != len(blocks):
                     raise HandoffMismatch(f"{fetch.skip}+{fetch.count} blocks wanted of a hand-off of {len(blocks)}")
                 carrier = self._carrier_for(fetch.carriers)
-                await self._send_blocks(sock, blocks[fetch.skip :], carrier)
+                try:
+                    await self._send_blocks(sock, blocks[fetch.skip :], carrier)
+                except (OSError, EOFError):
+                    raise
+                except Exception as error:  # of memory that ran out, say: it costs this transfer, not the worker
+                    log.warning("sending", type(error).__name__, "KV blocks could not be sent: %r", error)
+                    raise EOFError from error
                 if carrier is not None:
                     # whoever has cancelled it has shut this connection: the byte tells that nobody had
                     await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
@@ -373,7 +396,7 @@ class _Connection:
         await _send_bytes(self.sock, message)
 
     async def hear(self) -> bytes:
-        return await _receive_message(self.sock)
+        return await _receive_message(self.sock, MAX_TALK)
 
 
 def _shut(sock: socket.socket) -> None:
@@ -404,12 +427,12 @@ async def _send_bytes(sock: socket.socket, payload: bytes) -> None:
     await asyncio.get_running_loop().sock_sendall(sock, _length.pack(len(payload)) + payload)
 
 
-async def _receive_message(sock: socket.socket) -> bytes:
+async def _receive_message(sock: socket.socket, most: int = MAX_MESSAGE) -> bytes:
     head = bytearray(4)
     await _receive_into(sock, memoryview(head))
     (size,) = _length.unpack(head)
-    if size > MAX_MESSAGE:
-        raise OSError(f"a message of {size} bytes; the most is {MAX_MESSAGE}")
+    if size > most:
+        raise OSError(f"a message of {size} bytes; the most is {most}")
     body = bytearray(size)
     await _receive_into(sock, memoryview(body))
     return bytes(body)

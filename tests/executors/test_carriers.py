@@ -137,6 +137,19 @@ async def test_a_carrier_hears_of_workers_that_have_gone(sides: Make) -> None:
     assert not decode.transceiver._idle
 
 
+async def test_a_worker_that_goes_in_the_middle_of_a_transfer_is_told_of_too(sides: Make) -> None:
+    decode, prefill = await sides(0, ByHand), Side(1)
+    prefill.carrier = ByHand(prefill)
+    async with TcpTransceivers([prefill.carrier]).open(prefill.table, prefill.cache, "127.0.0.1") as opened:
+        prefill.transceiver = opened  # type: ignore[assignment]
+        fetching = asyncio.create_task(decode.transceiver.fetch(prefill.offer([7]), [2], skip=0))
+        await decode.carrier.reading.wait()
+    decode.carrier.go.set()
+    with pytest.raises(HandoffBroken):
+        await fetching
+    assert len(decode.carrier.gone) == 1
+
+
 async def test_blocks_read_after_their_hand_off_was_cancelled_are_not_used(sides: Make) -> None:
     """The owner gives the memory to others at once; what is read then is not the hand-off's."""
     prefill, decode = await sides(1, ByHand), await sides(0, ByHand)
@@ -202,6 +215,19 @@ async def test_many_nixl_transfers_share_the_places(sides: Make, nixl: Any) -> N
     assert [decode.content(40 + i) for i in range(12)] == [{100.0 + i} for i in range(12)]
     assert len(decode.carrier._incoming._free) + len(decode.carrier._incoming._later) == PIECES
     assert len(prefill.carrier._outgoing._free) == PIECES
+
+
+async def test_nixl_transfers_of_many_pieces_do_not_wait_for_each_other_for_ever(
+    sides: Make, nixl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # a block each
+    prefill, decode = await sides(1, nixl), await sides(0, nixl)
+    requests = [make_request([i + 1]) for i in range(8)]
+    handoffs = [prefill.offer(list(range(5 * i, 5 * i + 5)), r, ticket=i) for i, r in enumerate(requests)]
+    ours = [list(range(5 * i, 5 * i + 5)) for i in range(8)]
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(decode.transceiver.fetch(h, ours[i], skip=0) for i, h in enumerate(handoffs)))
+    assert [decode.content(block) for block in range(40)] == [{100.0 + block} for block in range(40)]
 
 
 async def test_a_nixl_transfer_that_is_given_up_gives_its_places_back(sides: Make, nixl: Any) -> None:

@@ -1,4 +1,4 @@
-"""The paged KV cache as one tensor, and attention over it: the boundary behind which a device's kernels will stand.
+"""The paged KV cache as one tensor, and attention over it by torch's own operations; `cuda/` has kernels of its own.
 
 Layout: `[blocks, layers, 2 (keys, values), block_size, kv_heads, head_dim]`. A block is contiguous over all layers, so
 that a hand-off moves it as one run of bytes straight out of, and into, this tensor.
@@ -66,7 +66,7 @@ class KvCache(HostBlocks):
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
         self._device = device
-        # whatever reads or writes the cache on a GPU goes through this stream, and so happens in order
+        # steps read and write the cache on a GPU in this stream, in order; whoever does so elsewhere waits for it
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.block_bytes = self.memory[0].numel() * self.memory.element_size()
         self.layout = f"{model}:{str(dtype).removeprefix('torch.')}:{num_layers}x2x{block_size}x{kv_heads}x{head_dim}"

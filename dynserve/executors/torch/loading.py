@@ -16,6 +16,7 @@ from dynserve.config import DtypeName
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import EngineArgs
 from dynserve.executors.torch.attention import KvCache
+from dynserve.executors.torch.cuda.forward import MOST_KEYS
 from dynserve.executors.torch.model import ModelConfig, Transformer
 from dynserve.executors.torch.stepping import PlainRunner, Runner
 
@@ -93,6 +94,7 @@ def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Tr
     cache = _cache(folder, model, args, most)
     if (reason := _no_kernels(model)) is not None:
         log.warning("%s: torch's own operations compute this model, slowly", reason)
+        torch.cuda.synchronize()
         return model, cache, PlainRunner(model, cache)
     return model, cache, _fast_runner(model, cache, args)
 
@@ -158,7 +160,9 @@ def _working_memory(config: ModelConfig, args: EngineArgs) -> int:
     activations = 2 * rows * (2 * config.hidden_size + width + 3 * config.intermediate_size)
     logits = 4 * args.max_batch_size * config.vocab_size
     attention = 4 * rows * config.num_heads * config.head_dim
-    return activations + logits + attention
+    longest = min(args.max_seq_len or config.max_position, config.max_position)
+    keys = 2 * 4 * max(MOST_KEYS, longest) * config.num_kv_heads * config.head_dim  # out of the cache, and in order
+    return activations + logits + attention + keys
 
 
 def _too_small(config: ModelConfig, target: Target) -> str:

@@ -89,7 +89,8 @@ class NixlCarrier:
         self._enter()
         try:
             for at in range(0, len(blocks), self._blocks):
-                if len(lent) == 2:
+                # whoever waits for a place must not hold one that another waits for
+                while lent and (len(lent) == 2 or not self._outgoing.free):
                     await self._taken(talk, lent)
                 lent.append(await self._outgoing.take())
                 piece = await self._gathered(lent[-1], blocks[at : at + self._blocks])
@@ -101,8 +102,17 @@ class NixlCarrier:
             self._outgoing.give_back(*lent)
 
     async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
-        scattered: list[Callable[[], bool]] = []
         self._enter()
+        try:
+            await self._receive(blocks, talk)
+        except BaseException:
+            if self._stream is not None and self._cache.stream is not None:
+                # blocks that are given back now may still be written to: whoever uses them next does so behind that
+                self._cache.stream.wait_event(self._stream.record_event())
+            raise
+
+    async def _receive(self, blocks: Sequence[int], talk: Talk) -> None:
+        scattered: list[Callable[[], bool]] = []
         for at in range(0, len(blocks), self._blocks):
             some = blocks[at : at + self._blocks]
             try:
@@ -227,6 +237,10 @@ class _Places:
         self._later: list[tuple[Callable[[], bool], int]] = []
         self._waiting: deque[asyncio.Future[None]] = deque()
 
+    @property
+    def free(self) -> bool:
+        return bool(self._free)
+
     async def take(self) -> int:
         while not self._free:
             await finished(self._some_free) if self._later else await self._turn()
@@ -236,13 +250,17 @@ class _Places:
     def give_back(self, *numbers: int) -> None:
         self._free += numbers
         for _ in numbers:
-            while self._waiting:
-                if not (first := self._waiting.popleft()).done():
-                    first.set_result(None)
-                    break
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            if not (first := self._waiting.popleft()).done():
+                first.set_result(None)
+                return
 
     def give_back_when(self, done: Callable[[], bool], number: int) -> None:
         self._later.append((done, number))
+        self._wake()  # who waits for somebody to give one back can look for the end of this one
 
     def _some_free(self) -> bool:
         ready = [number for done, number in self._later if done()]
@@ -253,4 +271,9 @@ class _Places:
     async def _turn(self) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self._wake()  # another one may have it
+            raise

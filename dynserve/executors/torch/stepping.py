@@ -56,8 +56,9 @@ class PlainRunner:
         self._model, self._cache = model, cache
 
     def enter(self) -> None:
-        if self._model.device.type == "cuda":
+        if self._cache.stream is not None:
             torch.cuda.set_device(self._model.device)
+            torch.cuda.set_stream(self._cache.stream)
 
     def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
         layout, owners = self._cache.lay_out(work)

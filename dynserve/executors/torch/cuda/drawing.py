@@ -63,7 +63,8 @@ class Drawing:
                 continue
             temperatures[at] = sampling.temperature
             keys[2 * at : 2 * at + 2] = key_of(sampling.seed, position)
-            host["top_ks"][at], host["top_ps"][at], host["min_ps"][at] = sampling.top_k, sampling.top_p, sampling.min_p
+            host["top_ks"][at] = min(sampling.top_k, self._vocabulary)
+            host["top_ps"][at], host["min_ps"][at] = sampling.top_p, sampling.min_p
             self._cut |= sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
         self.packet.send()
         if self._was_cut and not self._cut:

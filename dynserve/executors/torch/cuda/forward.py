@@ -35,22 +35,33 @@ FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS doe
 SHORT = 512  # keys of a row up to which one block looks at all of them
 MOST_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
 LONG = 2048  # tokens of a prompt from which cuDNN's attention is faster than FlashAttention 2 (H100: 60 us against 72)
+MOST_KEYS = 65_536  # that are copied out of the cache at once, for prompts that go on; a longer one's are copied alone
 MOST_SPLITS = 32  # parts that the keys of a longer row are cut into
 
 
-class Prompts(NamedTuple):
-    """The rows of a long step that are parts of prompts, and come first in it: `fresh` ones whose keys are all among the
-    rows, then those that go on behind what the cache holds. Offsets are cumulative, on the device, int32."""
+class GoingOn(NamedTuple):
+    """Rows of prompts that go on behind what the cache holds. Offsets are cumulative, on the device, int32."""
 
-    fresh_sizes: list[int]
-    fresh_offsets: Tensor
-    rows: int  # fresh ones and others
+    rows: int
     query_offsets: Tensor
     query_longest: int
-    blocks: Tensor  # [n] of all that go on, one after the other
+    blocks: Tensor  # [n] of all of them, one after the other
     key_offsets: Tensor  # in tokens, up to the end of each one's last block
     key_lengths: Tensor  # without what the last block does not hold yet
     key_longest: int
+
+
+class Prompts(NamedTuple):
+    """The rows of a long step that are parts of prompts, and come first in it: fresh ones whose keys are all among the
+    rows, then those that go on, in groups whose keys together fit the memory that is kept for them."""
+
+    fresh_sizes: list[int]
+    fresh_offsets: Tensor
+    going_on: list[GoingOn]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.fresh_sizes) + sum(group.rows for group in self.going_on)
 
 
 class Forward:
@@ -176,7 +187,7 @@ class Forward:
         launch("rms_norm", (count, 1, 1), 256, x, layer.mlp_norm, normed, None, early=True)
         torch.mm(normed, layer.gate_up.t(), out=self._gate_up[:count])
         blocks = -(-shape.intermediate // 1024)
-        launch("silu_mul", (blocks, count, 1), 256, self._gate_up, self._mid, early=True)
+        launch("silu_mul", (count, blocks, 1), 256, self._gate_up, self._mid, early=True)
         x.addmm_(self._mid[:count], layer.down.t())
 
     def _rope_write(self, layer: Layer, index: int, rows: Packet, count: int) -> None:
@@ -229,13 +240,16 @@ class Forward:
         elif sizes:
             longest = max(sizes)
             out[:fresh] = causal_attention(q[:fresh], k[:fresh], v[:fresh], offsets, offsets, longest, longest, None)
-        if fresh < prompts.rows:
-            stored = self._cache.memory[prompts.blocks, index].transpose(0, 1)
+        first = fresh
+        for group in prompts.going_on:
+            last = first + group.rows
+            stored = self._cache.memory[group.blocks, index].transpose(0, 1)
             keys, values = (half.reshape(-1, shape.kv_heads, shape.head_dim) for half in stored)
-            out[fresh:] = causal_attention(
-                q[fresh:], keys, values, prompts.query_offsets, prompts.key_offsets, prompts.query_longest,
-                prompts.key_longest, prompts.key_lengths,
+            out[first:last] = causal_attention(
+                q[first:last], keys, values, group.query_offsets, group.key_offsets, group.query_longest,
+                group.key_longest, group.key_lengths,
             )  # fmt: skip
+            first = last
 
 
 def products(shape: Shape, qkv_bias: bool) -> dict[str, Product]:

@@ -1,5 +1,5 @@
 // The kernels of one model step on a GPU, for one model's shape: sizes are macros, which the compiler is given
-// (`compiler.py`), so that loops unroll and indices fold.
+// (`kernels.py`), so that loops unroll and indices fold.
 //
 // A step of a few rows only streams the weights through the chip once. What keeps it from doing so at full speed are the gaps
 // between kernels. So there are few of them, five a layer, and each starts before the one before it has ended (programmatic
@@ -565,13 +565,13 @@ __global__ void __launch_bounds__(256) rms_norm(const bf16* x, const bf16* weigh
 __global__ void __launch_bounds__(256) silu_mul(const bf16* gate_up, bf16* out) {
     let_next_start();
     wait_for_input();
-    int i = blockIdx.x * 256 + threadIdx.x;
+    int i = blockIdx.y * 256 + threadIdx.x;
     if (i >= INTERMEDIATE / 4) return;
     float f[8], y[4];
-    unpack(((const uint4*)(gate_up + (size_t)blockIdx.y * 2 * INTERMEDIATE))[i], f);
+    unpack(((const uint4*)(gate_up + (size_t)blockIdx.x * 2 * INTERMEDIATE))[i], f);
 #pragma unroll
     for (int q = 0; q < 4; q++) y[q] = f[2 * q] / (1.f + expf(-f[2 * q])) * f[2 * q + 1];
-    ((uint2*)(out + (size_t)blockIdx.y * INTERMEDIATE))[i] = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
+    ((uint2*)(out + (size_t)blockIdx.x * INTERMEDIATE))[i] = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
 }
 
 // ---- from logits to tokens ----

@@ -36,7 +36,7 @@ class Packet:
         return self._tensors[name]
 
     def fill(self) -> dict[str, NDArray[Any]]:
-        """The host's arrays for the next step, as the step before the last left them."""
+        """The host's arrays for the next step. What they hold is of `IN_FLIGHT` steps before."""
         self._at = (self._at + 1) % IN_FLIGHT
         return self._arrays[self._at]
 

@@ -118,7 +118,9 @@ class PeerCarrier:
 
     def _open(self, peer: str, handle: bytes) -> _Opened:
         found = self._opened.get(peer)
-        if found is not None and found.handle != handle and not found.users:  # it has started again at the same address
+        if found is not None and (found.lost or found.handle != handle):  # it has started again at the same address
+            if found.users:
+                raise RuntimeError("the memory of the worker that was there before is still being read")
             self.lost(peer)
             found = None
         if found is None:

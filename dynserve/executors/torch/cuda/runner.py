@@ -25,7 +25,7 @@ from dynserve.executors.scheduler import Sampled, Slice, State
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
-from dynserve.executors.torch.cuda.forward import FEW, MOST_BESIDE, SHORT, Forward, Prompts
+from dynserve.executors.torch.cuda.forward import FEW, MOST_BESIDE, MOST_KEYS, SHORT, Forward, GoingOn, Prompts
 from dynserve.executors.torch.cuda.kernels import Launcher, Shape
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Transformer
@@ -123,7 +123,7 @@ class CudaRunner:
             slots=slots,
             table_width=width,
             max_samples=max_samples,
-            max_alone=SIZES_WITH_PROMPTS[-1],
+            max_alone=max(SIZES_WITH_PROMPTS[-1], max_samples),
         )
         self._drawing = Drawing(self._forward, launcher, shape.vocabulary, max_samples, self._device)
         self._short, self._long = self._packet(SIZES[-1]), self._packet(max_rows)
@@ -334,20 +334,30 @@ class CudaRunner:
     def _prompts(self, work: Sequence[Slice]) -> Prompts:
         """For a long step, whose work is in the order that `Prompts` needs."""
         fresh = [s for s in work if s.size > 1 and s.start == 0]
-        going_on = [s for s in work if s.size > 1 and s.start > 0]
-        size = self._block
-        held = [-(-(s.start + s.size) // size) for s in going_on]
-        blocks = [block for s, n in zip(going_on, held, strict=True) for block in s.sequence.blocks[:n]]
-        return Prompts(
-            [s.size for s in fresh],
-            self._offsets([s.size for s in fresh]),
-            sum(s.size for s in (*fresh, *going_on)),
-            self._offsets([s.size for s in going_on]),
-            max((s.size for s in going_on), default=0),
+        groups: list[list[Slice]] = []
+        keys = 0
+        for slice_ in work:
+            if slice_.size > 1 and slice_.start > 0:
+                end = slice_.start + slice_.size
+                if not groups or keys + end > MOST_KEYS:
+                    groups.append([])
+                    keys = 0
+                groups[-1].append(slice_)
+                keys += end
+        sizes = [s.size for s in fresh]
+        return Prompts(sizes, self._offsets(sizes), [self._going_on(group) for group in groups])
+
+    def _going_on(self, group: Sequence[Slice]) -> GoingOn:
+        held = [-(-(s.start + s.size) // self._block) for s in group]
+        blocks = [block for s, n in zip(group, held, strict=True) for block in s.sequence.blocks[:n]]
+        return GoingOn(
+            sum(s.size for s in group),
+            self._offsets([s.size for s in group]),
+            max(s.size for s in group),
             self._on_device(blocks, torch.long),
-            self._offsets([n * size for n in held]),
-            self._on_device([s.start + s.size for s in going_on], torch.int32),
-            max((n * size for n in held), default=0),
+            self._offsets([n * self._block for n in held]),
+            self._on_device([s.start + s.size for s in group], torch.int32),
+            max(held) * self._block,
         )
 
     def _offsets(self, sizes: Sequence[int]) -> Tensor:
