@@ -16,7 +16,11 @@ from dynserve.config import DtypeName
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import EngineArgs
 from dynserve.executors.torch.attention import KvCache
-from dynserve.executors.torch.cuda.forward import MOST_KEYS
+from dynserve.executors.torch.cuda.drawing import Drawing
+from dynserve.executors.torch.cuda.forward import MOST_KEYS, Forward
+from dynserve.executors.torch.cuda.kernels import Kernels, KernelsFailed, Shape, unfit
+from dynserve.executors.torch.cuda.peer import PeerCarrier
+from dynserve.executors.torch.cuda.runner import CudaRunner
 from dynserve.executors.torch.model import ModelConfig, Transformer
 from dynserve.executors.torch.stepping import PlainRunner, Runner
 
@@ -92,24 +96,24 @@ def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Tr
     if most < -(-args.max_num_tokens // size):
         raise ConfigError(_too_small(model.config, Target(model.device, model.dtype)))
     cache = _cache(folder, model, args, most)
-    if (reason := _no_kernels(model)) is not None:
-        log.warning("%s: torch's own operations compute this model, slowly", reason)
-        torch.cuda.synchronize()
-        return model, cache, PlainRunner(model, cache)
-    return model, cache, _fast_runner(model, cache, args)
+    shape = Shape.of(model.config, size)
+    if (reason := _no_kernels(model)) is None:
+        try:
+            names = Forward.kernel_names(shape, model.config.qkv_bias) + Drawing.kernel_names()
+            return (
+                model,
+                cache,
+                _fast_runner(model, cache, args, shape, Kernels(shape, names + PeerCarrier.kernel_names)),
+            )
+        except (ImportError, KernelsFailed) as error:
+            reason = f"the GPU kernels cannot be compiled here ({error})"
+    log.warning("%s: torch's own operations compute this model, slowly", reason)
+    torch.cuda.synchronize()
+    return model, cache, PlainRunner(model, cache)
 
 
-def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs) -> Runner:
-    from dynserve.executors.torch.cuda.drawing import Drawing
-    from dynserve.executors.torch.cuda.forward import Forward
-    from dynserve.executors.torch.cuda.kernels import Kernels, Shape
-    from dynserve.executors.torch.cuda.peer import PeerCarrier
-    from dynserve.executors.torch.cuda.runner import CudaRunner
-
+def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs, shape: Shape, kernels: Kernels) -> Runner:
     config = model.config
-    shape = Shape.of(config, args.kv_cache_config.tokens_per_block)
-    names = Forward.kernel_names(shape, config.qkv_bias) + Drawing.kernel_names() + PeerCarrier.kernel_names
-    kernels = Kernels(shape, names)
     length = min(args.max_seq_len or config.max_position, config.max_position)
     runner = CudaRunner(
         model, cache, shape, kernels, max_rows=args.max_num_tokens, max_samples=args.max_batch_size, max_seq_len=length
@@ -119,8 +123,6 @@ def _fast_runner(model: Transformer, cache: KvCache, args: EngineArgs) -> Runner
 
 
 def _no_kernels(model: Transformer) -> str | None:
-    from dynserve.executors.torch.cuda.kernels import unfit
-
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CARD:
         return (

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
-from dynserve.errors import ConfigError
 from dynserve.executors.torch.model import ModelConfig
 
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -156,9 +155,16 @@ class _Config(ctypes.Structure):
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
+class KernelsFailed(Exception):
+    """The compiler is not here, or does not take the kernels."""
+
+
 class Kernels:
-    """The compiled kernels, on the current device. The driver is called through ctypes: the bindings take several times as
-    long for a launch, and a long prompt is hundreds of them."""
+    """The compiled kernels, on the current device. Raises KernelsFailed where there is no compiler.
+
+    The driver is called through ctypes: the bindings take several times as long for a launch, and a long prompt is hundreds
+    of them.
+    """
 
     def __init__(self, shape: Shape, names: Sequence[str]) -> None:
         from cuda.bindings import driver
@@ -211,15 +217,15 @@ class _Compiled(msgspec.Struct, frozen=True):
 
 
 def _compiled(shape: Shape, names: Sequence[str], architecture: str) -> _Compiled:
-    from cuda.bindings import nvrtc
-
     source = SOURCE.read_text()
-    version = checked(nvrtc.nvrtcVersion())
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *shape.macros()]
-    path = _cache_folder() / f"{xxh3_128_hexdigest(repr((source, names, flags, version)).encode())}.kernels"
+    path = _cache_folder() / f"{xxh3_128_hexdigest(repr((source, names, flags)).encode())}.kernels"
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return msgspec.msgpack.decode(path.read_bytes(), type=_Compiled)
-    compiled = _compile(source, names, flags)
+    try:
+        compiled = _compile(source, names, flags)
+    except RuntimeError as error:  # the library is not found, say
+        raise KernelsFailed(str(error).splitlines()[0]) from error
     with contextlib.suppress(OSError):  # a cache that cannot be written costs some seconds at the next start
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -238,7 +244,7 @@ def _compile(source: str, names: Sequence[str], flags: Sequence[str]) -> _Compil
     if result.value:
         log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise ConfigError(f"the GPU kernels could not be compiled: {log.decode(errors='replace').strip()}")
+        raise KernelsFailed(log.decode(errors="replace").strip())
     symbols = {name: checked(nvrtc.nvrtcGetLoweredName(program, name.encode())).decode() for name in names}
     binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
     checked(nvrtc.nvrtcGetCUBIN(program, binary))
