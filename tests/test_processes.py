@@ -84,7 +84,7 @@ async def test_shared_prefixes_change_no_answer_and_are_used(disaggregated: Depl
 async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.frontend("--router-mode", "round-robin")
-    tight = {"num_blocks": 40, "max_num_tokens": 64}
+    tight = {"num_blocks": 20, "max_num_tokens": 64}
     for role in ("prefill", "prefill", "decode", "decode"):
         deployment.worker(role, engine=tight)
     deployment.wait_for(4)
