@@ -82,16 +82,24 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
         return Sampled(0, embedding=embedding(sequence.pooled))
     sampling = sequence.request.sampling
     logits = raw.clone()
+    if (error := adjust(logits, sequence)) is not None:
+        return Sampled(0, error=error)
+    token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
+    return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
+
+
+def adjust(logits: Tensor, sequence: Sequence, pending: Tensor | None = None) -> BadRequest | None:
+    """Changes the logits (`[vocab]`, float32) in place as the request's fields and its grammar say; `pending` as in
+    `Adjustments.apply`. An error is returned, since the others of the step have done nothing wrong."""
     if sequence.adjustments is None:
-        sequence.adjustments = Adjustments(sequence, len(raw), raw.device)
-    sequence.adjustments.apply(logits, sequence)
+        sequence.adjustments = Adjustments(sequence, len(logits), logits.device)
+    sequence.adjustments.apply(logits, sequence, pending)
     if sequence.matcher is not None:
         try:
             sequence.matcher.mask(sequence.tokens, sequence.prompt_len, logits)
-        except BadRequest as error:  # the others of this step have done nothing wrong
-            return Sampled(0, error=error)
-    token = int(logits.argmax()) if sampling.greedy else draw(logits, sampling, len(sequence.tokens))
-    return Sampled(token, None if sampling.logprobs is None else logprob_of(raw, token, sampling.logprobs))
+        except BadRequest as error:
+            return error
+    return None
 
 
 class Adjustments:

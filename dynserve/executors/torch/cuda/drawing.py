@@ -13,7 +13,7 @@ from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.cuda.forward import Forward
 from dynserve.executors.torch.cuda.kernels import BLOCKS, Launcher
 from dynserve.executors.torch.cuda.packet import IN_FLIGHT, Packet
-from dynserve.executors.torch.sampler import Adjustments, embedding, key_of, plain
+from dynserve.executors.torch.sampler import adjust, embedding, key_of, plain
 from dynserve.wire.requests import TokenLogprob, finite
 
 CHUNKS = 64  # blocks that look at a row's logits at once, where there are few rows
@@ -24,7 +24,7 @@ class Drawing:
 
     def __init__(self, forward: Forward, launcher: Launcher, vocabulary: int, most: int, device: torch.device) -> None:
         self._forward, self._launch = forward, launcher.launch
-        self._vocabulary, self._device = vocabulary, device
+        self._vocabulary = vocabulary
         i, f = torch.int32, torch.float32
         self.packet = Packet(
             {"picks": (most, i), "temperatures": (most, f), "keys": (2 * most, i), "top_ks": (most, i),
@@ -140,14 +140,7 @@ class _Extras:
             if top > 0:
                 values, ids = self._logprobs.topk(min(top, self._vocabulary))
                 self._top = _to_host(values), _to_host(ids)
-        if sequence.adjustments is None:
-            sequence.adjustments = Adjustments(sequence, self._vocabulary, self._logits.device)
-        sequence.adjustments.apply(self._logits, sequence, pending)
-        if sequence.matcher is not None:
-            try:
-                sequence.matcher.mask(sequence.tokens, sequence.prompt_len, self._logits)
-            except BadRequest as error:  # the others of this step have done nothing wrong
-                self._error = error
+        self._error = adjust(self._logits, sequence, pending)
 
     def finish(self, drawn: Tensor) -> None:
         if self._logprobs is not None:

@@ -81,7 +81,6 @@ class _Slot:
 class _Rows(NamedTuple):
     """A step laid out: for each slice that samples its last row, and where its last token comes from."""
 
-    rows: int
     picks: list[int]
     sources: list[int]  # row of the last step's tokens, or -1
 
@@ -112,7 +111,7 @@ class CudaRunner:
         self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
         slots = 2 * max_samples  # some of those that have ended are noticed late
         width = -(-max_seq_len // shape.block) + 1
-        self._most_samples = next((size for size in SIZES if size >= max_samples), max_samples)
+        self._most_samples = _padded(max_samples)
         max_rows, max_samples = max(max_rows, SIZES_WITH_PROMPTS[-1]), self._most_samples
         self._forward = Forward(
             model,
@@ -172,12 +171,15 @@ class CudaRunner:
             if total > SIZES[-1]:
                 work = sorted(work, key=_part)
                 laid = self._run_prompts(work, rows_before, total)
+                self._prepare(work, laid)
             else:
-                size = next(size for size in SIZES if size >= total)
+                size = _padded(total)
                 laid = self._lay_out(self._short, work, rows_before, size)
                 alone, short = len(work) == total, all(s.start + s.size <= SHORT for s in work)
-                if alone and len(laid.picks) == total and (drawn := self._decoded(work, laid, size, short)):
-                    return CudaStep(work, drawn, self._mark())
+                simple = self._prepare(work, laid)
+                if simple and alone and len(laid.picks) == total and not any(map(_looked_at, work)):
+                    self._capture.run(("decode", size, short), partial(self._decode, size, short))
+                    return CudaStep(work, self._drawing.drawn(total), self._mark())
                 alone = alone or size > FEW
                 self._capture.run(("layers", size, alone, short), partial(self._layers, size, alone, short))
             self._look(work)
@@ -202,14 +204,8 @@ class CudaRunner:
         self._forward.begin(self._long, size)
         self._forward.layers_with_prompts(self._long, size)
 
-    def _decoded(self, work: Sequence[Slice], laid: _Rows, size: int, short: bool) -> Drawn | None:
-        """Does all of a step in one graph, if its rows are alone and nobody wants anything special."""
-        if any(s.sequence.whole and not s.sequence.generated for s in work) or not self._prepare(work, laid, size):
-            return None
-        self._capture.run(("decode", size, short), partial(self._decode, size, short))
-        return self._drawing.drawn(len(work))
-
     def _decode(self, size: int, short: bool) -> None:
+        """All of a step whose rows are alone, and of which nobody wants anything special."""
         self._layers(size, True, short)
         self._head(size)
         self._drawing.choose(size)
@@ -221,15 +217,18 @@ class CudaRunner:
     def _head(self, size: int) -> None:
         self._forward.head(self._drawing.packet["picks"], size)
 
-    def _prepare(self, work: Sequence[Slice], laid: _Rows, padded: int) -> bool:
+    def _prepare(self, work: Sequence[Slice], laid: _Rows) -> bool:
+        """Sends what the drawing of this step needs. True where its tokens can be drawn from the logits as they are."""
+        if not laid.picks:
+            return False
         sampling = [s for s in work if s.samples]
+        padded = _padded(len(sampling))
         positions = [s.start + s.size for s in sampling]
         return self._drawing.prepare([s.sequence for s in sampling], positions, laid.picks, padded)
 
     def _draw(self, work: Sequence[Slice], laid: _Rows) -> Drawn:
         sequences = [s.sequence for s in work if s.samples]
-        size = next((size for size in SIZES if size >= len(sequences)), len(sequences))
-        self._prepare(work, laid, size)
+        size = _padded(len(sequences))
         self._capture.run(("head", size), partial(self._head, size))
         return self._drawing.draw(sequences, laid.sources)
 
@@ -237,7 +236,7 @@ class CudaRunner:
         """Serves the requests that look at every position of their prompt."""
         first = 0
         for slice_ in work:
-            if slice_.sequence.whole and not slice_.sequence.generated:
+            if _looked_at(slice_):
                 look_at(self._model, self._forward.x[first : first + slice_.size], slice_)
             first += slice_.size
 
@@ -307,7 +306,7 @@ class CudaRunner:
         host["changes"][0] = len(changes) // 3
         host["changes"][1 : 1 + len(changes)] = changes
         packet.send()
-        return _Rows(rows, picks, sources)
+        return _Rows(picks, sources)
 
     def _slot(self, sequence: _Sequence) -> _Slot:
         slot = self._slots.get(id(sequence))
@@ -361,13 +360,20 @@ class CudaRunner:
         )
 
     def _offsets(self, sizes: Sequence[int]) -> Tensor:
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        return self._on_device(offsets, torch.int32)
+        return self._on_device(list(itertools.accumulate(sizes, initial=0)), torch.int32)
 
     def _on_device(self, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(numbers, dtype=dtype).to(self._device, non_blocking=True)
+
+
+def _padded(count: int) -> int:
+    """The rows that a step of so many has in its graph; more than graphs have stay as they are."""
+    return next((size for size in SIZES if size >= count), count)
+
+
+def _looked_at(slice_: Slice) -> bool:
+    """Whether its sequence wants to know of every position of the prompt."""
+    return slice_.sequence.whole and not slice_.sequence.generated
 
 
 def _part(slice_: Slice) -> int:
