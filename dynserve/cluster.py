@@ -18,7 +18,7 @@ from dynserve.executors.base import open_executor
 from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.frontend.frontend import Frontend
 from dynserve.openai.model_files import digest, read_model_files
-from dynserve.transport.planes import MemoryWorld
+from dynserve.transport.memory import MemoryPlanes
 from dynserve.worker.worker import Worker, new_instance_id, serving_targets
 
 READY_TIMEOUT = 60.0  # seconds
@@ -32,8 +32,8 @@ class Cluster:
                 await client.post("/v1/chat/completions", json={...})
 
     `engine` holds engine options (those of `--override-engine-args`), `options` the fields of `FrontendConfig`.
-    `app` is the ASGI app for `httpx` or a server. `seed` makes draws among equals repeatable, as a simulation under
-    `dynserve.clock` wants it.
+    `app` is the ASGI app for `httpx` or a server. `planes` has the switches of an outage (`planes.bus_up = False`).
+    `seed` makes draws among equals repeatable, as a simulation under `dynserve.clock` wants it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Cluster:
         self._model, self._executor, self._engine = str(model), executor, engine or {}
         self._frontend_config = FrontendConfig(**({"router_mode": router_mode} | (options or {})))
         self._rng = random.Random(seed)
-        self._world = MemoryWorld()
+        self.planes = MemoryPlanes()
         self._transceivers = MemoryTransceivers()
         self._stack = AsyncExitStack()
         self._count = frontends
@@ -73,9 +73,9 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         async with AsyncExitStack() as stack:
             for _ in range(self._count):
-                opened = Frontend.open(self._frontend_config, self._world.open(), rng=self._rng)
+                opened = Frontend.open(self._frontend_config, self.planes.open(), rng=self._rng)
                 self.frontends.append(await stack.enter_async_context(opened))
-            self._world.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
+            self.planes.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
             for role in self._roles:
                 await self._open_worker(stack, role)
             await self._ready()
@@ -89,7 +89,7 @@ class Cluster:
         """One more, for as long as the cluster lives. `changes` are fields of `WorkerConfig`; `model` is another folder for
         the model's name. Does not wait until the frontend has taken it in: it may have reasons not to."""
         folder = Path(model) if model is not None else Path(self._model)
-        self._world.files |= {digest(c): c for c in read_model_files(folder).values()}
+        self.planes.files |= {digest(c): c for c in read_model_files(folder).values()}
         return await self._open_worker(self._stack, role, model_path=str(folder), **changes)
 
     async def _open_worker(self, stack: AsyncExitStack, role: Role, **changes: Any) -> Worker:
@@ -103,7 +103,7 @@ class Cluster:
         config = WorkerConfig(**(options | changes))
         id_ = new_instance_id(role)
         executor = await stack.enter_async_context(open_executor(config, id_, self._transceivers))
-        serving = serving_targets(config, executor, self._world.open(), id_, "memory:")
+        serving = serving_targets(config, executor, self.planes.open(), id_, "memory:")
         workers = await stack.enter_async_context(serving)
         self.workers += workers
         return workers[0]

@@ -1,7 +1,8 @@
 """One frozen configuration per role, built in this order: defaults, `--config` file, environment, flags.
 
 A field is declared once, with its default, its help and the environment variable that sets it; the flag is the field's
-name with dashes. Nobody else in the package reads flags or the environment.
+name with dashes. Only this module reads flags and the variables of dynserve itself; variables that other programs define
+(TensorRT-LLM, UCX, NIXL, CUDA, XDG) are read where those programs are started or looked at.
 """
 
 from __future__ import annotations

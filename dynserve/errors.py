@@ -1,4 +1,4 @@
-"""Every error that dynserve raises on purpose, and what each means to a client.
+"""Every error that a client, a peer or an operator can see, and its meaning to a client.
 
 DynserveError
 ├── CallerError             the request is at fault; the same request will fail again
@@ -6,6 +6,8 @@ DynserveError
 │   ├── ContextTooLong      400  prompt and answer do not fit the model's context
 │   ├── ModelNotFound       404  no such model here
 │   ├── NotFound            404  no such thing here
+│   │   └── RequestNotFound      a request of which nothing is remembered
+│   ├── SlowBody            408  the body did not arrive in time
 │   ├── BodyTooLarge        413  the body is over the limit
 │   ├── Unauthorized        401  no API key, or none that is known
 │   ├── RateLimited         429  the API key's own limit is reached
@@ -14,6 +16,7 @@ DynserveError
 │   ├── NoWorker            503  nobody serves this model at the moment
 │   ├── WorkerLost          503  the worker died or cut the link
 │   ├── TimedOut            504  a deadline passed
+│   │   └── NoAck                one worker did not acknowledge; another may
 │   ├── Overloaded          429  every queue is full
 │   └── Unavailable         503  a plane (NATS, etcd) or a peer cannot be reached
 ├── HandoffError            a KV cache could not be moved; the decode worker prefills itself
@@ -21,6 +24,7 @@ DynserveError
 │   ├── HandoffGone              delivered, expired or cancelled before
 │   └── HandoffBroken            the transfer itself failed
 ├── InternalError           500  our fault
+│   ├── SlowClient               the client reads too slowly; cut to bound memory
 │   └── EngineDied               of a worker; exit code 3
 └── ConfigError             a flag, file or environment variable; printed as one sentence, exit code 2
 """
@@ -67,6 +71,14 @@ class NotFound(CallerError):
     code, status = "not_found", 404
 
 
+class RequestNotFound(NotFound):
+    code = "request_not_found"
+
+
+class SlowBody(CallerError):
+    code, status = "request_timeout", 408
+
+
 class BodyTooLarge(CallerError):
     code, status = "body_too_large", 413
 
@@ -100,6 +112,10 @@ class TimedOut(ClusterError):
     code, status = "timeout", 504
 
 
+class NoAck(TimedOut):
+    pass
+
+
 class Overloaded(ClusterError):
     code, status, kind = "overloaded", 429, "rate_limit_error"
 
@@ -126,6 +142,10 @@ class HandoffBroken(HandoffError):
 
 class InternalError(DynserveError):
     pass
+
+
+class SlowClient(InternalError):
+    code = "slow_client"
 
 
 class EngineDied(InternalError):

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dynserve import Cluster
-from dynserve.transport.base import Deleted, Put
+from dynserve.transport.base import Deleted
 from dynserve.transport.memory import MemoryLink
 from dynserve.wire.link import VERSION, Hello, Welcome
 from dynserve.wire.requests import Accepted
@@ -111,10 +111,9 @@ async def test_a_client_that_leaves_frees_everything() -> None:
 
 async def test_requests_cross_the_link_when_the_bus_is_down_or_too_small() -> None:
     async with cluster() as c, c.client() as client:
-        bus = c._world.planes.bus
-        bus.connected = False
+        c.planes.bus_up = False
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
-        bus.connected, bus.max_payload = True, 10
+        c.planes.bus_up, c.planes.bus.max_payload = True, 10
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
         await nothing_is_left(c)
 
@@ -194,8 +193,8 @@ async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> N
         )
         await until(lambda: bool(c.workers[0].executor.load().running))
         await asyncio.sleep(0.1)
-        worker, links = c.workers[0], c._world.planes.links
-        link = await links.dial(next(iter(links._listeners)), worker)
+        worker, links = c.workers[0], c.planes.links
+        link = await links.dial(links.addresses[0], worker)
         link.send(Hello(worker.id, worker.epoch, c.frontend.id))
         async with asyncio.timeout(5):
             assert '"code":"worker_lost"' in (await asking).text
@@ -203,13 +202,13 @@ async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> N
 
 async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
     async with cluster(prefill=1, decode=1) as c, c.client() as client:
-        registry = c._world.planes.registry
-        ((key, value),) = ((k, v) for k, v in registry._entries.items() if "/frontend/" in k)
+        registry = c.planes.registry
+        (key,) = (key for key in registry.entries if "/frontend/" in key)
         links = [peer.link for peer in c.frontend.fleet.peers.values()]
-        registry._tell(Deleted(key))
+        value = registry.lose(key)
         await asyncio.sleep(0.3)
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
-        registry._tell(Put(key, value))
+        registry.put(key, value)
         await asyncio.sleep(0.3)
         assert [peer.link for peer in c.frontend.fleet.peers.values()] == links
         assert not any(link is None or link.closed for link in links)
@@ -217,8 +216,8 @@ async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
 
 async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None:
     async with cluster(prefill=1, decode=1) as c:
-        links = c._world.planes.links
-        link = await links.dial(next(iter(links._listeners)), c.workers[0])
+        links = c.planes.links
+        link = await links.dial(links.addresses[0], c.workers[0])
         link.send(Hello(c.workers[0].id, 1, "frontend-of-yesterday"))
         await until(lambda: link.closed)
         assert len([i for i in c.frontend.health()["instances"] if i["state"] == "ready"]) == 2
@@ -228,8 +227,8 @@ async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_num
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c:
-        links = c._world.planes.links
-        link = await links.dial(next(iter(links._listeners)), c.workers[0])
+        links = c.planes.links
+        link = await links.dial(links.addresses[0], c.workers[0])
         link.send(Hello("of-yesterday", 1, c.frontend.id, VERSION - 1))
         await until(lambda: link.closed)
         assert "of-yesterday" not in c.frontend.fleet.peers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +124,13 @@ async def test_a_waiting_consumer_wakes_when_the_channel_ends() -> None:
     await asyncio.sleep(0)
     channel.close()
     assert await waiting == []
+
+
+def test_every_error_of_the_package_is_in_the_module_of_errors() -> None:
+    """One that is defined elsewhere may come too late for the table of codes."""
+    names = {cls.__name__ for cls in every_error()}
+    for path in Path(errors.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and path.name != "errors.py":
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                assert not bases & names, f"{node.name} in {path}"

@@ -27,6 +27,7 @@ from dynserve.errors import (
     NotFound,
     NoWorker,
     RateLimited,
+    RequestNotFound,
     Unauthorized,
     error_object,
 )
@@ -378,7 +379,7 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
         # of several answers the first
         decision = decisions.get(request_id, owner) or decisions.get(f"{request_id}/0", owner)
         if decision is None:
-            raise NoSuchRequest(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
+            raise RequestNotFound(f"no request {request_id!r} among the latest {KEPT:,} of this frontend")
         return edge.told(request, decision.told())
 
     @app.get("/health")
@@ -430,10 +431,6 @@ _CLOSE = {"connection": "close"}  # the server gives up the connection after an 
 
 
 _ANTHROPICS = ("/v1/messages", "/v1/messages/count_tokens")
-
-
-class NoSuchRequest(NotFound):
-    code = "request_not_found"
 
 
 def _schema_of(model: Any) -> dict[str, Any]:

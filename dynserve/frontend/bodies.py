@@ -14,13 +14,9 @@ from types import TracebackType
 from starlette.requests import ClientDisconnect, Request
 
 from dynserve.config import FrontendConfig
-from dynserve.errors import BodyTooLarge, CallerError, Cancelled, Overloaded
+from dynserve.errors import BodyTooLarge, Cancelled, Overloaded, SlowBody
 from dynserve.frontend.request_headers import headers_of
 from dynserve.http import SMALL_BODY
-
-
-class SlowBody(CallerError):
-    code, status = "request_timeout", 408
 
 
 class Bodies:

@@ -18,8 +18,7 @@ from dynserve.openai.parity import difference, parity
 from dynserve.openai.prompt import Preprocessor
 from dynserve.routing.router import Router, Target
 from dynserve.tasks import Backoff, OwnedTasks
-from dynserve.transport.base import Change, Link, Put
-from dynserve.transport.planes import FetchFile
+from dynserve.transport.base import Change, FetchFile, Link, Put
 from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance, unlike
 from dynserve.wire.events import Load

@@ -27,8 +27,7 @@ from dynserve.metrics import FrontendMetrics
 from dynserve.routing.policy import IndexState, Weights, policy_maker
 from dynserve.routing.router import Router, RouterOptions
 from dynserve.tasks import task_group
-from dynserve.transport.base import Change, Registration
-from dynserve.transport.planes import Planes
+from dynserve.transport.base import Change, Planes, Registration
 from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
 

@@ -15,12 +15,12 @@ from typing import Literal
 
 import msgspec
 
-from dynserve.errors import ClusterError, DynserveError, NoWorker, TimedOut, WorkerLost
+from dynserve.errors import ClusterError, DynserveError, NoAck, NoWorker, TimedOut, WorkerLost
 from dynserve.frontend.admission import Admission, Waiting
 from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
 from dynserve.frontend.fleet import Fleet, Model, Peer
 from dynserve.frontend.reply import Record, Reply, Write
-from dynserve.frontend.submissions import NoAck, Submissions
+from dynserve.frontend.submissions import Submissions
 from dynserve.metrics import FrontendMetrics
 from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target

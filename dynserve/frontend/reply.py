@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dynserve.errors import DynserveError, InternalError, TimedOut
+from dynserve.errors import DynserveError, SlowClient, TimedOut
 from dynserve.streams import Channel
 from dynserve.wire.link import Cancel, Finished, Step, Taken, Tokens
 
@@ -95,12 +95,6 @@ class Reply:
     def _drop(self) -> None:
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(Cancel(self.stream))
-
-
-class SlowClient(InternalError):
-    """The client reads more slowly than the bound allows: its request is cut so that others keep their memory."""
-
-    code = "slow_client"
 
 
 def pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from dynserve.errors import ClusterError, DynserveError, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.errors import ClusterError, DynserveError, NoAck, Overloaded, TimedOut, WorkerLost, from_wire
 from dynserve.frontend.reply import Reply
 from dynserve.metrics import FrontendMetrics
 from dynserve.tasks import Limit
@@ -26,10 +26,6 @@ from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateReques
 log = logging.getLogger(__name__)
 
 ACK_TIMEOUT = 1.0  # seconds, on each road
-
-
-class NoAck(TimedOut):
-    """One worker was silent; another may not be."""
 
 
 class _Open(msgspec.Struct):

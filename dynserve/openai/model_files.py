@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynserve.errors import ConfigError
+from dynserve.errors import ConfigError, Unavailable
 
 # What a frontend needs; the first is required.
 NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -36,6 +36,17 @@ def check_model_folder(folder: Path) -> None:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def verified(content: bytes, expected: str, source: str) -> bytes:
+    """The content itself, when its SHA-256 is `expected`: nothing else may reach a tokenizer or a template engine.
+
+    Raises:
+        Unavailable: it is another file, or a damaged one.
+    """
+    if digest(content) != expected:
+        raise Unavailable(f"the model file from {source} does not have the SHA-256 {expected[:12]}… that was asked for")
+    return content
 
 
 def eos_token_ids(folder: Path) -> list[int]:

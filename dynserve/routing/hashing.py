@@ -30,12 +30,6 @@ def adapter_salt(adapter: str, salt: str) -> str:
     return f"lora:{adapter}\0{salt}" if adapter else salt
 
 
-def local_hashes(tokens: bytes, block_size: int, seed: int = SEED) -> list[int]:
-    """One hash per full block of `tokens` (u32 little-endian), each of its own tokens only."""
-    width = 4 * block_size
-    return [xxh3_64_intdigest(tokens[at : at + width], seed) for at in range(0, len(tokens) - width + 1, width)]
-
-
 def rolling_hashes(tokens: bytes, block_size: int, salt: str = "") -> list[int]:
     """One hash per full block of `tokens`, each of the whole prefix that the block ends."""
     return extend([], tokens, block_size, seed_for(salt))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -122,3 +122,16 @@ class Links(Protocol):
     async def dial(self, address: str, handler: LinkHandler) -> Link:
         """Raises Unavailable."""
         ...
+
+
+# (system URL of a worker, SHA-256) -> a model file with that digest. Raises Unavailable for none, too large or another one.
+FetchFile = Callable[[str, str], Awaitable[bytes]]
+
+
+class Planes(NamedTuple):
+    """All planes of one process."""
+
+    bus: Bus
+    registry: Registry
+    links: Links
+    fetch_file: FetchFile

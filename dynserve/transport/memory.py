@@ -1,19 +1,20 @@
 """The planes in one process: for tests, notebooks and simulations. The same contracts, the same bytes, no sockets.
 
-A `MemoryPlanes` is one world; every bus, registry and link made from it meets the others. Its switches (`bus_up`,
-`registry_up`) take a plane away, as a test of an outage needs it.
+Every bus, registry and link of one `MemoryPlanes` meets the others. Its switches (`bus_up`, `registry_up`) take a plane
+away and bring it back, as a test of an outage needs it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fnmatch
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import cast
 
 from dynserve.errors import Unavailable
+from dynserve.openai.model_files import verified
 from dynserve.transport.base import (
     Callback,
     Change,
@@ -23,6 +24,7 @@ from dynserve.transport.base import (
     LinkHandler,
     Mailbox,
     OnReply,
+    Planes,
     Put,
     Registration,
 )
@@ -30,19 +32,47 @@ from dynserve.transport.link import Framed
 
 
 class MemoryPlanes:
-    """`Bus`, `Registry` and `Links` of one process."""
+    """`Bus`, `Registry` and `Links` of one process, and the model files of its workers by their SHA-256."""
 
     def __init__(self, max_payload: int = 1 << 20) -> None:
         self.bus = MemoryBus(max_payload)
         self.registry = MemoryRegistry()
         self.links = MemoryLinks()
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def bus_up(self) -> bool:
+        """While the bus is down, posting raises Unavailable and everything published is lost."""
+        return self.bus.connected
+
+    @bus_up.setter
+    def bus_up(self, up: bool) -> None:
+        self.bus.connected = up
+
+    @property
+    def registry_up(self) -> bool:
+        """While the registry is down, nothing registers and no watcher hears of anything; both happen when it is back."""
+        return self.registry.up
+
+    @registry_up.setter
+    def registry_up(self, up: bool) -> None:
+        self.registry.up = up
+
+    def open(self) -> Planes:
+        """The planes as one process sees them."""
+        return Planes(self.bus, self.registry, self.links, self._fetch)
+
+    async def _fetch(self, system_url: str, digest: str) -> bytes:
+        if digest not in self.files:
+            raise Unavailable(f"no worker has a model file {digest[:12]}")
+        return verified(self.files[digest], digest, system_url)
 
 
 class MemoryBus:
     def __init__(self, max_payload: int) -> None:
         self.connected = True
         self.max_payload = max_payload
-        self._handlers: dict[str, Handler] = {}
+        self.handlers: dict[str, Handler] = {}  # by subject
         self._subscribers: dict[int, tuple[str, Callback]] = {}
         self._ids = count()
 
@@ -56,11 +86,11 @@ class MemoryBus:
 
     @asynccontextmanager
     async def serve(self, subject: str, handler: Handler) -> AsyncIterator[None]:
-        self._handlers[subject] = handler
+        self.handlers[subject] = handler
         try:
             yield
         finally:
-            self._handlers.pop(subject, None)
+            self.handlers.pop(subject, None)
 
     async def publish(self, subject: str, payload: bytes) -> None:
         if not self.connected or len(payload) > self.max_payload:
@@ -91,7 +121,7 @@ class _MemoryMailbox:
             raise Unavailable("the bus is down")
         if len(payload) > bus.max_payload:
             raise Unavailable(f"{len(payload)} bytes are over the bus's {bus.max_payload}")
-        asyncio.get_running_loop().call_soon(self._carry, bus._handlers.get(subject), payload, number)
+        asyncio.get_running_loop().call_soon(self._carry, bus.handlers.get(subject), payload, number)
 
     def _carry(self, handler: Handler | None, payload: bytes, number: int) -> None:
         reply = None if handler is None else handler(payload)
@@ -107,48 +137,108 @@ def matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(parts) and all(fnmatch.fnmatchcase(p, w) for w, p in zip(wanted, parts, strict=True))
 
 
+class _Watcher:
+    """One view of one prefix: every key that `on_change` was told of, and its value."""
+
+    def __init__(self, prefix: str, on_change: Callable[[Change], None]) -> None:
+        self._prefix, self._on_change = prefix, on_change
+        self._known: dict[str, bytes] = {}
+
+    def update(self, entries: Mapping[str, bytes], key: str) -> None:
+        """Tells of one key, unless nothing about it has changed."""
+        value = entries.get(key)
+        if not key.startswith(self._prefix) or value == self._known.get(key):
+            return
+        if value is None:
+            del self._known[key]
+            self._on_change(Deleted(key))
+        else:
+            self._known[key] = value
+            self._on_change(Put(key, value))
+
+    def update_all(self, entries: Mapping[str, bytes]) -> None:
+        for key in [*self._known, *entries]:
+            self.update(entries, key)
+
+
 class MemoryRegistry:
+    """`Registry` of one process."""
+
     def __init__(self) -> None:
-        self._entries: dict[str, bytes] = {}
-        self._watchers: dict[int, tuple[str, Callable[[Change], None]]] = {}
+        self.entries: dict[str, bytes] = {}
+        self._waiting: list[Registration] = []  # made while the registry is down
+        self._watchers: dict[int, _Watcher] = {}
         self._ids = count()
+        self._up = True
+
+    @property
+    def up(self) -> bool:
+        return self._up
+
+    @up.setter
+    def up(self, up: bool) -> None:
+        self._up = up
+        if up:
+            for registration in self._waiting:
+                registration.registered.set()
+            self._waiting.clear()
+            for watcher in list(self._watchers.values()):
+                watcher.update_all(self.entries)
+
+    def lose(self, key: str) -> bytes:
+        """Removes an entry whose owner is alive, as an expired lease does. Returns the value, for `put`."""
+        value = self.entries.pop(key)
+        self._changed(key)
+        return value
+
+    def put(self, key: str, value: bytes) -> None:
+        self.entries[key] = value
+        self._changed(key)
 
     @asynccontextmanager
     async def register(self, key: str, value: bytes) -> AsyncIterator[Registration]:
         registration = Registration(asyncio.Event())
-        self._entries[key] = value
-        self._tell(Put(key, value))
-        registration.registered.set()
+        self.put(key, value)
+        if self._up:
+            registration.registered.set()
+        else:
+            self._waiting.append(registration)
         try:
             yield registration
         finally:
-            self._entries.pop(key, None)
-            self._tell(Deleted(key))
+            if registration in self._waiting:
+                self._waiting.remove(registration)
+            self.entries.pop(key, None)
+            self._changed(key)
 
     @asynccontextmanager
     async def watch(self, prefix: str, on_change: Callable[[Change], None]) -> AsyncIterator[None]:
-        for key, value in self._entries.items():
-            if key.startswith(prefix):
-                on_change(Put(key, value))
-        number = next(self._ids)
-        self._watchers[number] = (prefix, on_change)
+        number, watcher = next(self._ids), _Watcher(prefix, on_change)
+        if self._up:
+            watcher.update_all(self.entries)
+        self._watchers[number] = watcher
         try:
             yield
         finally:
             del self._watchers[number]
 
-    def _tell(self, change: Change) -> None:
-        for prefix, on_change in list(self._watchers.values()):
-            if change.key.startswith(prefix):
-                on_change(change)
+    def _changed(self, key: str) -> None:
+        if self._up:
+            for watcher in list(self._watchers.values()):
+                watcher.update(self.entries, key)
 
 
 class MemoryLinks:
-    """Links by name; `silence` makes one side deaf and mute without closing it, like a machine that lost power."""
+    """`Links` of one process, by name."""
 
     def __init__(self) -> None:
         self._listeners: dict[str, Callable[[Link], LinkHandler]] = {}
         self._names = count(1)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses that can be dialled now, oldest first."""
+        return list(self._listeners)
 
     @asynccontextmanager
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
@@ -180,7 +270,8 @@ class MemoryLinks:
 
 
 class MemoryLink(Framed):
-    """Half of a pair; frames cross as bytes, one turn of the loop later."""
+    """Half of a pair; frames cross as bytes, one turn of the loop later. `silence` makes it deaf and mute without closing
+    it, like a machine that lost power."""
 
     peer: MemoryLink | None = None
     mute = False

@@ -1,32 +1,23 @@
-"""All planes of one process in one value, opened together: real ones from a configuration, or those of one memory world."""
+"""The real planes of one process, opened together from its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import NamedTuple
 
 import httpx
 
 from dynserve.config import Planes as PlanesConfig
 from dynserve.errors import Unavailable, translate
-from dynserve.transport.base import Bus, Links, Registry
+from dynserve.openai.model_files import verified
+from dynserve.transport.base import Planes
 from dynserve.transport.etcd_registry import EtcdRegistry
 from dynserve.transport.link import TcpLinks
-from dynserve.transport.memory import MemoryPlanes
 from dynserve.transport.nats_bus import open_nats
 
-FETCH_TIMEOUT = 10.0  # seconds, one model file
-MAX_FILE = 256 << 20  # bytes
-
-FetchFile = Callable[[str, str], Awaitable[bytes]]
-
-
-class Planes(NamedTuple):
-    bus: Bus
-    registry: Registry
-    links: Links
-    fetch_file: FetchFile  # (system url, SHA-256) -> content of a model file
+FETCH_TIMEOUT = 30.0  # seconds, one model file
+MAX_FILE = 256 << 20  # bytes; the largest tokenizers have 20 MB
 
 
 @asynccontextmanager
@@ -38,26 +29,27 @@ async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
         client = await stack.enter_async_context(httpx.AsyncClient(timeout=FETCH_TIMEOUT, trust_env=False))
 
         async def fetch(system_url: str, digest: str) -> bytes:
-            with translate({httpx.HTTPError: Unavailable}, f"model file from {system_url}"):
-                response = await client.get(f"{system_url}/files/{digest}")
-                response.raise_for_status()
-            return response.content
+            return await fetch_model_file(client, system_url, digest)
 
         yield Planes(bus, registry, TcpLinks(), fetch)
 
 
-class MemoryWorld:
-    """What all processes of an in-process cluster share."""
+async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: str) -> bytes:
+    """A model file from a worker's system server, read no further than `MAX_FILE` bytes.
 
-    def __init__(self) -> None:
-        self.planes = MemoryPlanes()
-        self.files: dict[str, bytes] = {}
-
-    def open(self) -> Planes:
-        async def fetch(system_url: str, digest: str) -> bytes:
-            try:
-                return self.files[digest]
-            except KeyError:
-                raise Unavailable(f"nobody has a model file {digest[:12]}") from None
-
-        return Planes(self.planes.bus, self.planes.registry, self.planes.links, fetch)
+    Raises:
+        Unavailable: the worker did not send it within `FETCH_TIMEOUT`, or sent too much or another content.
+    """
+    content = bytearray()
+    with translate({httpx.HTTPError: Unavailable, TimeoutError: Unavailable}, f"model file from {system_url}"):
+        async with asyncio.timeout(FETCH_TIMEOUT):
+            # unpacked, a small body could be of any size
+            async with client.stream(
+                "GET", f"{system_url}/files/{digest}", headers={"accept-encoding": "identity"}
+            ) as response:
+                response.raise_for_status()
+                async for part in response.aiter_raw():
+                    content += part
+                    if len(content) > MAX_FILE:
+                        raise Unavailable(f"{system_url} sends a model file of over {MAX_FILE:,} bytes")
+    return verified(bytes(content), digest, system_url)

@@ -25,8 +25,7 @@ from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
 from dynserve.openai.parity import parity
 from dynserve.openai.prompt import Preprocessor
 from dynserve.tasks import Backoff, OwnedTasks, task_group
-from dynserve.transport.base import Change, Deleted, Link
-from dynserve.transport.planes import Planes
+from dynserve.transport.base import Change, Deleted, Link, Planes
 from dynserve.wire import MALFORMED, discovery, events, requests
 from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
 from dynserve.wire.link import (

@@ -25,7 +25,7 @@ def simulated(workers: int = 1, speed: float = 0) -> Cluster:
 
 
 def handlers(c: Cluster) -> dict[str, Handler]:
-    found: dict[str, Handler] = c._world.planes.bus._handlers
+    found: dict[str, Handler] = c.planes.bus.handlers
     return found
 
 

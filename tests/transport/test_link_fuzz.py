@@ -75,9 +75,9 @@ def frame(r: random.Random, make: Callable[[random.Random, list[int]], Any], str
 async def test_a_frontend_outlives_hostile_workers() -> None:
     r = random.Random(5)
     async with Cluster(prefill=1, decode=1, executor="simulated", engine={"speed": 0}) as c, c.client() as client:
-        address = next(iter(c._world.planes.links._listeners))
+        address = c.planes.links.addresses[0]
         for round_ in range(400):
-            hostile = await c._world.planes.links.dial(address, End())
+            hostile = await c.planes.links.dial(address, End())
             assert isinstance(hostile, MemoryLink)
             if r.random() < 0.8:
                 hostile.send(link.Hello(f"hostile-{round_ % 7}", round_, c.frontend.id))
