@@ -24,20 +24,20 @@ import torch
 import uvloop
 from budget import Row, machine, report
 
+from dynserve.api.body_bounds import BodyBounds
+from dynserve.api.fields import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from dynserve.cluster import Cluster
 from dynserve.config import TINY_MODEL
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.torch.sampler import sample
 from dynserve.frontend.__main__ import SWITCH_INTERVAL
-from dynserve.http import bind, serving
-from dynserve.http_heads import Limits
-from dynserve.openai.body_bounds import BodyBounds
-from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.fields import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
-from dynserve.openai.model_files import read_model_files
-from dynserve.openai.prompt import Preprocessor
-from dynserve.openai.render import Renderer
+from dynserve.model_files import read_model_files
 from dynserve.process import settle_memory
+from dynserve.render.renderer import Renderer
+from dynserve.server.heads import Limits
+from dynserve.server.serving import bind, serving
+from dynserve.text.detokenize import Vocabulary
+from dynserve.text.preprocess import Preprocessor
 from dynserve.wire.requests import (
     GenerateRequest,
     Reasoning,
@@ -81,7 +81,7 @@ async def stalls(repeats: int) -> float:
     worst = 0.0
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster:
         sock = bind("127.0.0.1", 0, "port")
-        async with serving(cluster.frontend.served, sock, Limits()), posting(sock.getsockname()[1]) as post:
+        async with serving(cluster.apps[0].served, sock, Limits()), posting(sock.getsockname()[1]) as post:
             settle_memory()
             sys.setswitchinterval(SWITCH_INTERVAL)  # as a frontend does
             lag = Lag()

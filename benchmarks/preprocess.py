@@ -24,8 +24,8 @@ from budget import Row, machine, report
 from plane import Setup, cluster, cpu_seconds
 
 from dynserve.config import TINY_MODEL
-from dynserve.openai.model_files import read_model_files
-from dynserve.openai.prompt import Conversation, Preprocessor
+from dynserve.model_files import read_model_files
+from dynserve.text.preprocess import Conversation, Preprocessor
 
 TOKENS = 40_000
 CLIENTS = 2

@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dynserve.config import TINY_MODEL
-from dynserve.routing.hashing import rolling_hashes
+from dynserve.wire.hashing import rolling_hashes
 
 FIRST, SPAN = 300, 1700  # made-up token ids: clear of special ones, within the tiny model's vocabulary
 NAMES = ("mooncake", "miniswe", "taubench", "azure")

@@ -18,14 +18,15 @@ from typing import Any
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import KvListener, Limits, Output, Sink
-from dynserve.http import bind, serving, url_of
 from dynserve.process import Stop, run_role, settle_memory
+from dynserve.server.serving import bind, serving, url_of
 from dynserve.tasks import task_group
 from dynserve.transport.planes import open_planes
 from dynserve.wire.events import Load
 from dynserve.wire.requests import GenerateRequest
+from dynserve.worker.serving import new_instance_id, serving_targets
 from dynserve.worker.system import system_app
-from dynserve.worker.worker import Worker, new_instance_id, serving_targets
+from dynserve.worker.worker import Worker
 
 BLOCK, BLOCKS = 32, 1 << 20
 
@@ -51,7 +52,7 @@ class Zero:
     def abort(self, ticket: int) -> None:
         self._live.pop(ticket, None)
 
-    def taken(self, ticket: int) -> None:
+    def handoff_done(self, ticket: int) -> None:
         pass
 
     def load(self) -> Load:

@@ -14,7 +14,7 @@ COMMANDS = {
     "worker": ("dynserve.worker.__main__", "one worker"),
     "doctor": ("dynserve.doctor.report", "look at this machine: what would go wrong, and what to do"),
     "make-model": ("dynserve.local.make_model", "make a model of random weights, for work on speed"),
-    "key": ("dynserve.frontend.key", "make an API key"),
+    "key": ("dynserve.frontend.keys_command", "make an API key"),
 }
 
 

@@ -16,10 +16,12 @@ from dynserve.config import TINY_MODEL, ExecutorName, FrontendConfig, Role, Rout
 from dynserve.errors import TimedOut
 from dynserve.executors.base import open_executor
 from dynserve.executors.transceiver import MemoryTransceivers
+from dynserve.frontend.app import Apps, make_apps
 from dynserve.frontend.frontend import Frontend
-from dynserve.openai.model_files import digest, read_model_files
+from dynserve.model_files import digest, read_model_files
 from dynserve.transport.memory import MemoryPlanes
-from dynserve.worker.worker import Worker, new_instance_id, serving_targets
+from dynserve.worker.serving import new_instance_id, serving_targets
+from dynserve.worker.worker import Worker
 
 READY_TIMEOUT = 60.0  # seconds
 
@@ -52,6 +54,7 @@ class Cluster:
         self._count = frontends
         self.workers: list[Worker] = []
         self.frontends: list[Frontend] = []
+        self.apps: list[Apps] = []  # of each frontend
 
     @property
     def frontend(self) -> Frontend:
@@ -60,7 +63,7 @@ class Cluster:
 
     @property
     def app(self) -> FastAPI:
-        return self.frontend.app
+        return self.apps[0].app
 
     @property
     def model(self) -> str:
@@ -74,7 +77,8 @@ class Cluster:
         async with AsyncExitStack() as stack:
             for _ in range(self._count):
                 opened = Frontend.open(self._frontend_config, self.planes.open(), rng=self._rng)
-                self.frontends.append(await stack.enter_async_context(opened))
+                self.frontends.append(frontend := await stack.enter_async_context(opened))
+                self.apps.append(make_apps(frontend))
             self.planes.files |= {digest(c): c for c in read_model_files(Path(self._model)).values()}
             for role in self._roles:
                 await self._open_worker(stack, role)

@@ -34,7 +34,7 @@ RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-tw
 LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
 
-# Names only: what they parse is in openai/parsers, which a test holds equal to these.
+# Names only: what they parse is in dialects, which a test holds equal to these.
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 

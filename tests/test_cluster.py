@@ -15,6 +15,7 @@ from dynserve.transport.memory import MemoryLink
 from dynserve.wire.link import VERSION, Hello, Welcome
 from dynserve.wire.requests import Accepted
 from tests.conftest import MODEL, make_request, until
+from tests.transport.test_link import End
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]}
 
@@ -194,7 +195,7 @@ async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> N
         await until(lambda: bool(c.workers[0].executor.load().running))
         await asyncio.sleep(0.1)
         worker, links = c.workers[0], c.planes.links
-        link = await links.dial(links.addresses[0], worker)
+        link = await links.dial(links.addresses[0], End())
         link.send(Hello(worker.id, worker.epoch, c.frontend.id))
         async with asyncio.timeout(5):
             assert '"code":"worker_lost"' in (await asking).text
@@ -217,7 +218,7 @@ async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
 async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None:
     async with cluster(prefill=1, decode=1) as c:
         links = c.planes.links
-        link = await links.dial(links.addresses[0], c.workers[0])
+        link = await links.dial(links.addresses[0], End())
         link.send(Hello(c.workers[0].id, 1, "frontend-of-yesterday"))
         await until(lambda: link.closed)
         assert len([i for i in c.frontend.health()["instances"] if i["state"] == "ready"]) == 2
@@ -228,7 +229,7 @@ async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_num
 ) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c:
         links = c.planes.links
-        link = await links.dial(links.addresses[0], c.workers[0])
+        link = await links.dial(links.addresses[0], End())
         link.send(Hello("of-yesterday", 1, c.frontend.id, VERSION - 1))
         await until(lambda: link.closed)
         assert "of-yesterday" not in c.frontend.fleet.peers

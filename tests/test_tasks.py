@@ -1,10 +1,13 @@
+"""Owned tasks, limits in time, and clean-up with a bound."""
+
 from __future__ import annotations
 
 import asyncio
 
 import pytest
 
-from dynserve.tasks import Limit
+from dynserve.errors import ClusterError, Unavailable
+from dynserve.tasks import Limit, persist, running, task_group, within
 
 
 async def test_a_block_ends_when_its_limit_is_told_to() -> None:
@@ -69,3 +72,47 @@ async def test_one_within_another_ends_only_its_own_block() -> None:
             with Limit(loop.time() + 0.01):
                 await asyncio.sleep(60)
         await asyncio.sleep(0)
+
+
+async def test_leaving_a_task_group_ends_its_loops() -> None:
+    ended = asyncio.Event()
+
+    async def loop() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with task_group() as group:
+        group.create_task(loop())
+        await asyncio.sleep(0)
+    assert ended.is_set()
+
+
+async def test_a_loop_that_fails_ends_its_owner_with_its_own_error() -> None:
+    async def fail() -> None:
+        raise Unavailable("gone")
+
+    with pytest.raises(Unavailable, match="gone"):
+        async with running(fail()):
+            await asyncio.Event().wait()
+
+
+async def test_persist_tries_until_it_works() -> None:
+    tries = []
+
+    async def attempt() -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise Unavailable("not yet")
+        return "there"
+
+    assert await persist(attempt, retry_on=ClusterError, waiting_for="it") == "there"
+
+
+async def test_clean_up_that_hangs_is_given_up_and_clean_up_that_fails_is_swallowed() -> None:
+    async def fail() -> None:
+        raise OSError("no")
+
+    assert await within(0.01, asyncio.Event().wait(), "hanging") is None
+    assert await within(1.0, fail(), "failing") is None

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynserve.config import WorkerConfig, host_port, nearest, redacted
-from dynserve.doctor.report import DoctorConfig, Finding
+from dynserve.doctor.finding import DoctorConfig, Finding
 from dynserve.errors import ConfigError, DynserveError
 from dynserve.executors.engine_args import engine_args
+from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
-from dynserve.executors.trtllm.names import ARGS
 from dynserve.executors.trtllm.options import Options, llm_arguments, read_options, resolved_backend
-from dynserve.openai.model_files import check_model_folder, read_model_files
+from dynserve.model_files import check_model_folder, read_model_files
 
 TIMEOUT = 2.0  # seconds
 
@@ -28,7 +28,7 @@ def model(config: DoctorConfig) -> Iterator[Finding]:
     folder = Path(config.model_path)
     try:
         check_model_folder(folder)
-        from dynserve.openai.prompt import Preprocessor
+        from dynserve.text.preprocess import Preprocessor
 
         preprocessor = Preprocessor(read_model_files(folder))
     except (DynserveError, ValueError) as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from dynserve.doctor.cluster import backend_of
-from dynserve.doctor.report import DoctorConfig, Finding, State
+from dynserve.doctor.finding import DoctorConfig, Finding, State
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm import environment as env
 from dynserve.executors.trtllm.options import resolved_backend

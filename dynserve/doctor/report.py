@@ -1,63 +1,16 @@
-"""The doctor's findings: one line each, with the cure."""
+"""`dynserve doctor`: all findings, one line each with the cure, and the exit code."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
 
-from dynserve.config import TINY_MODEL, ExecutorName, Planes, Role, exit_with, load, option
+from dynserve.config import exit_with, load
+from dynserve.doctor.cluster import CLUSTER
+from dynserve.doctor.finding import Check, DoctorConfig, Finding
+from dynserve.doctor.machine import MACHINE
 from dynserve.errors import ConfigError
-
-State = Literal["ok", "warn", "fail", "skip"]
-_WIDTH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig(Planes):
-    role: Literal["frontend", "prefill_and_decode", "prefill", "decode"] | None = option(
-        None, "frontend, prefill, decode or prefill_and_decode; default: a frontend and a worker", "DYN_ROLE"
-    )
-    executor: ExecutorName | None = option(
-        None, "torch, simulated or trtllm; default: trtllm where it is installed, else torch", "DYN_EXECUTOR"
-    )
-    model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
-    http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")
-    system_port: int = option(0, "port of a worker's system server", "DYN_SYSTEM_PORT")
-    extra_engine_args: str | None = option(None, "YAML file with engine options")
-    override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
-    json: bool = option(False, "print the findings as JSON")
-
-    @property
-    def engine(self) -> ExecutorName:
-        return self.executor or ("trtllm" if find_spec("tensorrt_llm") is not None else "torch")
-
-    @property
-    def trtllm(self) -> bool:
-        return self.engine == "trtllm" and self.role != "frontend"
-
-    @property
-    def worker_role(self) -> Role | None:
-        if self.role == "frontend":
-            return None
-        return self.role or "prefill_and_decode"
-
-
-class Finding(NamedTuple):
-    name: str
-    state: State
-    text: str
-    cure: str = ""
-
-    @property
-    def line(self) -> str:
-        return f"{self.state:<5} {self.name:<{_WIDTH}} {self.text}" + (f"; {self.cure}" if self.cure else "")
-
-
-Check = Callable[[DoctorConfig], Iterator[Finding]]
 
 
 def findings(config: DoctorConfig, checks: Sequence[Check]) -> Iterator[Finding]:
@@ -70,9 +23,6 @@ def findings(config: DoctorConfig, checks: Sequence[Check]) -> Iterator[Finding]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from dynserve.doctor.cluster import CLUSTER
-    from dynserve.doctor.machine import MACHINE
-
     try:
         config = load(DoctorConfig, "python -m dynserve doctor", sys.argv[1:] if argv is None else argv)
     except ConfigError as error:

@@ -40,7 +40,7 @@ class Output(msgspec.Struct, gc=False):
     prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
-    left: bool = False  # with the first output of a decode request: its hand-off was not taken, and is still open
+    handoff_declined: bool = False  # in the first output of a decode request: it begins without its hand-off
     embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pool`
 
 
@@ -61,7 +61,9 @@ class Limits(NamedTuple):
     kv_events: bool = True  # it tells what its cache holds, when it is asked to
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
-    taken_once: bool = False  # a hand-off that one worker may have begun to take cannot be given to a second one
+    single_use_handoffs: bool = (
+        False  # a hand-off that one worker may have begun to take cannot be given to a second one
+    )
 
 
 def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int | None) -> None:
@@ -127,7 +129,7 @@ class Executor(Protocol):
         """Unknown and finished tickets are ignored."""
         ...
 
-    def taken(self, ticket: int) -> None:
+    def handoff_done(self, ticket: int) -> None:
         """The hand-off that this prefill left has done its work: the decode worker has answered."""
         ...
 

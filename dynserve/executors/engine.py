@@ -129,7 +129,7 @@ class Engine:
         if (task := self._fetches.get(ticket)) is not None:
             task.cancel()
 
-    def taken(self, ticket: int) -> None:
+    def handoff_done(self, ticket: int) -> None:
         self.handoffs.cancel(ticket)  # one that was delivered is closed already; this one was not needed
 
     @property

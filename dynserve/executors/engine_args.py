@@ -17,7 +17,7 @@ import msgspec
 
 from dynserve.config import WorkerConfig, nearest
 from dynserve.errors import ConfigError
-from dynserve.executors.trtllm.names import ARGS, KV_CACHE, OLD, TRANSCEIVER, Schema
+from dynserve.executors.option_names import ARGS, KV_CACHE, OLD, TRANSCEIVER, Schema
 
 log = logging.getLogger(__name__)
 

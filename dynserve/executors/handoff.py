@@ -25,7 +25,7 @@ from itertools import count
 from xxhash import xxh3_64_intdigest
 
 from dynserve.errors import HandoffGone, HandoffMismatch
-from dynserve.routing.hashing import adapter_salt, sequence_hash
+from dynserve.wire.hashing import adapter_salt, sequence_hash
 from dynserve.wire.requests import GenerateRequest, Handoff
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from dynserve.errors import DynserveError
 from dynserve.executors.base import Output
 from dynserve.executors.kv_blocks import BlockManager
-from dynserve.routing.hashing import extend, next_hash, seed_for
+from dynserve.wire.hashing import extend, next_hash, seed_for
 from dynserve.wire.requests import GenerateRequest, TokenLogprob, pack_tokens, unpack_tokens
 
 

@@ -25,9 +25,9 @@ from dynserve.executors.engine_args import EngineArgs, engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice
 from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, Transceiver, Transceivers
-from dynserve.openai.model_files import eos_token_ids, model_limits
-from dynserve.routing.hashing import sequence_hash
+from dynserve.model_files import eos_token_ids, model_limits
 from dynserve.tasks import task_group
+from dynserve.wire.hashing import sequence_hash
 from dynserve.wire.requests import Handoff, TokenLogprob
 
 NUM_BLOCKS = 4096

@@ -9,12 +9,13 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from dynserve.config import FrontendConfig
-from dynserve.frontend.access import check_keys
+from dynserve.frontend.app import make_apps
 from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.frontend.group import run_group
-from dynserve.http import bind, serving, tls_of, url_of
-from dynserve.http_heads import Limits, allowed_hosts
+from dynserve.frontend.keys import check_keys
 from dynserve.process import Stop, run_role, settle_memory
+from dynserve.server.heads import Limits, allowed_hosts
+from dynserve.server.serving import bind, serving, tls_of, url_of
 from dynserve.transport.planes import open_planes
 
 SETTLE = 10.0  # seconds
@@ -38,12 +39,13 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
         own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
         planes = await stack.enter_async_context(open_planes(config, "frontend"))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
+        apps = make_apps(frontend)
         if config.reuse_port:  # the kernel chooses who gets a connection: not one that knows nothing yet
             await frontend.settled(SETTLE)
-        await stack.enter_async_context(serving(frontend.served, sock, ours, tls))
+        await stack.enter_async_context(serving(apps.served, sock, ours, tls))
         if own is not None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
-            await stack.enter_async_context(serving(frontend.system, own, system))
+            await stack.enter_async_context(serving(apps.system, own, system))
         settle_memory()
         # threads that prepare large bodies hand the interpreter over to the event loop sooner than after 5 ms each
         sys.setswitchinterval(SWITCH_INTERVAL)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor as Pool
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -17,6 +16,22 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dynserve.api import fields
+from dynserve.api.body_bounds import BodyBounds
+from dynserve.api.chat import ChatRequest
+from dynserve.api.completions import CompletionRequest, EmbeddingRequest
+from dynserve.api.messages import CountRequest, MessagesRequest
+from dynserve.api.normalize import (
+    Kind,
+    Order,
+    order_chat,
+    order_completion,
+    order_embedding,
+    prepare_chat,
+    prepare_prompts,
+)  # fmt: skip
+from dynserve.api.responses import ResponsesRequest
+from dynserve.api.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from dynserve.config import nearest
 from dynserve.errors import (
     BadRequest,
@@ -31,14 +46,11 @@ from dynserve.errors import (
     Unauthorized,
     error_object,
 )
-from dynserve.frontend.access import Visit
 from dynserve.frontend.bodies import Bodies
 from dynserve.frontend.decisions import KEPT
 from dynserve.frontend.edge import (
     INLINE_BODY,
-    INLINE_CHARACTERS,
     INLINE_PREPARED,
-    Threads,
     Wishes,
     prompts_of,
     warning_of,
@@ -46,27 +58,11 @@ from dynserve.frontend.edge import (
 )
 from dynserve.frontend.fanout import FanOut
 from dynserve.frontend.fleet import Model
+from dynserve.frontend.frontend import Frontend
+from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.frontend.request_headers import headers_of, request_id
 from dynserve.frontend.response import TokenResponse
-from dynserve.openai import fields
-from dynserve.openai.body_bounds import BodyBounds
-from dynserve.openai.chat import ChatRequest
-from dynserve.openai.completions import CompletionRequest, EmbeddingRequest
-from dynserve.openai.messages import CountRequest, MessagesRequest
-from dynserve.openai.order import (
-    Kind,
-    Order,
-    order_chat,
-    order_completion,
-    order_embedding,
-    prepare_chat,
-    prepare_prompts,
-)  # fmt: skip
-from dynserve.openai.responses import ResponsesRequest
-from dynserve.openai.text import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
-
-if TYPE_CHECKING:
-    from dynserve.frontend.frontend import Frontend
+from dynserve.frontend.threads import INLINE_CHARACTERS
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +87,10 @@ class Apps(NamedTuple):
     system: FastAPI
 
 
-def make_apps(frontend: Frontend, pool: Pool) -> Apps:
+def make_apps(frontend: Frontend) -> Apps:
     app = FastAPI(title="dynserve", summary="OpenAI-compatible serving of large language models")
     config = frontend.config
-    edge = _Edge(frontend, Threads(pool))
+    edge = _Edge(frontend)
     _add_errors(app)
     _add_generation(app, edge)
     _add_text(app, edge)
@@ -117,13 +113,13 @@ def make_apps(frontend: Frontend, pool: Pool) -> Apps:
 class _Edge:
     """What the routes share: who asks, what for, and the order that it comes to."""
 
-    def __init__(self, frontend: Frontend, threads: Threads) -> None:
-        self._frontend, self.threads = frontend, threads
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend, self.threads = frontend, frontend.threads
         self._config = config = frontend.config
         self._bounds = BodyBounds(config.max_body_values, config.max_prompt_ids)
         self.bodies = Bodies(config)
 
-    def enter(self, request: Request) -> Visit:
+    def enter(self, request: Request) -> ChargedCall:
         request_id(request)
         return self._frontend.gate.enter(headers_of(request))
 
@@ -170,23 +166,23 @@ class _Edge:
     async def generate(
         self, request: Request, form: type[R], make: Callable[[R], tuple[Generating, Kind, str]]
     ) -> Response:
-        """A whole request up to its response, which then owns the visit."""
-        visit = self.enter(request)
+        """A whole request up to its response, which then owns the call."""
+        call = self.enter(request)
         try:
             content = self.bodies.whole(request)
             if content is not None:
-                given, asked, order = await self._ordered(visit, content, form, make)
+                given, asked, order = await self._ordered(call, content, form, make)
             else:
                 async with self.bodies.body(request) as body:
-                    given, asked, order = await self._ordered(visit, body.content, form, make)
+                    given, asked, order = await self._ordered(call, body.content, form, make)
             session = None if isinstance(asked, EmbeddingRequest) else asked.prompt_cache_key
-            wished = wishes(request, visit, asked.priority, session)
-            order = _charged(visit, order, bounded=isinstance(asked, EmbeddingRequest) or bool(asked.answer_tokens()))
-            return self._respond(request, visit, given, asked, order, wished)
+            wished = wishes(request, call, asked.priority, session)
+            order = _charged(call, order, bounded=isinstance(asked, EmbeddingRequest) or bool(asked.answer_tokens()))
+            return self._respond(request, call, given, asked, order, wished)
         except BaseException as error:
             if isinstance(error, ContextTooLong):  # to know that took some tokenising
-                visit.keep_charge()
-            visit.close()
+                call.keep_charge()
+            call.close()
             if isinstance(error, DynserveError) or not isinstance(error, Exception):
                 raise
             # answered by the same handler as all others: the connection and its headers stay in order
@@ -195,13 +191,13 @@ class _Edge:
 
     async def _ordered(
         self,
-        visit: Visit,
+        call: ChargedCall,
         content: bytes | bytearray,
         form: type[R],
         make: Callable[[R], tuple[Generating, Kind, str]],
     ) -> tuple[R, Generating, Order]:
         """A body up to the order that it comes to; what takes long is done in threads."""
-        visit.charge(len(content) // BYTES_CHARGED)
+        call.charge(len(content) // BYTES_CHARGED)
         if len(content) <= INLINE_BODY:
             given = self._request(content, form)
             asked, kind, frame = make(given)
@@ -210,21 +206,27 @@ class _Edge:
         model = self.serving(asked.model)
         size = asked.size() if len(content) <= INLINE_PREPARED else len(content)
         if size <= INLINE_CHARACTERS:
-            return given, asked, _order(asked, model, kind, frame, visit.cache_owner)
-        work = partial(_order, asked, model, kind, frame, visit.cache_owner)
+            return given, asked, _order(asked, model, kind, frame, call.cache_owner)
+        work = partial(_order, asked, model, kind, frame, call.cache_owner)
         return given, asked, await self.threads.run(size, work)
 
     def _respond(
-        self, request: Request, visit: Visit, given: fields.Request, asked: Generating, order: Order, wished: Wishes
+        self,
+        request: Request,
+        call: ChargedCall,
+        given: fields.Request,
+        asked: Generating,
+        order: Order,
+        wished: Wishes,
     ) -> Response:
         salt = None if isinstance(asked, EmbeddingRequest) else asked.cache_salt
         id_ = request_id(request)
         prompts = prompts_of(order, id_, asked.model, salt, wished)
-        headers = visit.headers() + warning_of(given.unknown)
+        headers = call.headers() + warning_of(given.unknown)
         pipeline = self._frontend.pipeline
         if not order.render.part:
-            return TokenResponse(pipeline, prompts[0], visit, headers)
-        return FanOut(pipeline, prompts, visit, headers, group=order.group, keep=order.keep, request_id=id_)
+            return TokenResponse(pipeline, prompts[0], call, headers)
+        return FanOut(pipeline, prompts, call, headers, group=order.group, keep=order.keep, request_id=id_)
 
 
 def _order(asked: Generating, model: Model, kind: Kind, frame: str, owner: str) -> Order:
@@ -239,21 +241,21 @@ def _order(asked: Generating, model: Model, kind: Kind, frame: str, owner: str) 
     return order_completion(asked, prepared, card, preprocessor)
 
 
-def _charged(visit: Visit, order: Order, *, bounded: bool) -> Order:
+def _charged(call: ChargedCall, order: Order, *, bounded: bool) -> Order:
     """Charges the request's key for all that the order can come to. Raises RateLimited.
 
     Where the client has set no bound, answers end when the request has taken what its key may take in a minute. Most of
     them are far shorter: a part of that is charged, and the rest when it is known.
     """
-    limit = visit.tokens_a_minute
+    limit = call.tokens_a_minute
     if limit is None:
         return order
     answers = order.answer_tokens
     if not bounded:
         order = order.limited(max(1, (limit - order.prompt_tokens) // len(order.parts)))
         answers = min(order.answer_tokens, min(UNBOUNDED_ANSWER, max(1, limit // 4)) * len(order.parts))
-    visit.settle(0)
-    visit.charge(order.prompt_tokens + answers)
+    call.settle(0)
+    call.charge(order.prompt_tokens + answers)
     return order
 
 
@@ -306,51 +308,51 @@ class Direct:
 def _add_text(app: FastAPI, edge: _Edge) -> None:
     @app.post("/v1/messages/count_tokens", openapi_extra=_schema_of(CountRequest))
     async def count_tokens(request: Request) -> Response:
-        with edge.enter(request) as visit, kept_when_too_long(visit):
+        with edge.enter(request) as call, kept_when_too_long(call):
             async with edge.bodies.body(request) as body:
-                visit.charge(len(body.content) // BYTES_CHARGED)
+                call.charge(len(body.content) // BYTES_CHARGED)
                 asked, chat = await edge.parsed(body.content, CountRequest, lambda asked: (asked, asked.chat()))
                 model = edge.model(asked.model)
                 prepared = await edge.threads.run(
                     _size(body.content, chat),
-                    lambda: prepare_chat(chat, model.preprocessor, model.card.max_seq_len, visit.cache_owner),
+                    lambda: prepare_chat(chat, model.preprocessor, model.card.max_seq_len, call.cache_owner),
                 )
-            visit.settle(len(prepared.prompts[0]) // 4)
+            call.settle(len(prepared.prompts[0]) // 4)
             return edge.told(request, {"input_tokens": len(prepared.prompts[0]) // 4}, asked)
 
     @app.post("/tokenize", openapi_extra=_schema_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        with edge.enter(request) as visit, kept_when_too_long(visit):
+        with edge.enter(request) as call, kept_when_too_long(call):
             async with edge.bodies.body(request) as body:
-                visit.charge(len(body.content) // BYTES_CHARGED)
+                call.charge(len(body.content) // BYTES_CHARGED)
                 asked = await edge.parsed(body.content, TokenizeRequest, lambda asked: asked)
                 model = edge.model(asked.model)
                 found = await edge.threads.run(
                     len(body.content),
-                    lambda: tokenized(asked, model.preprocessor, model.card.max_seq_len, visit.cache_owner),
+                    lambda: tokenized(asked, model.preprocessor, model.card.max_seq_len, call.cache_owner),
                 )
-            visit.settle(found["count"])
+            call.settle(found["count"])
             return edge.told(request, found, asked)
 
     @app.post("/detokenize", openapi_extra=_schema_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        with edge.enter(request) as visit, kept_when_too_long(visit):
+        with edge.enter(request) as call, kept_when_too_long(call):
             async with edge.bodies.body(request) as body:
                 asked = await edge.parsed(body.content, DetokenizeRequest, lambda asked: asked)
                 preprocessor = edge.model(asked.model).preprocessor
-                visit.charge(len(asked.tokens))
+                call.charge(len(asked.tokens))
                 text = await edge.threads.run(len(body.content), lambda: detokenized(asked, preprocessor))
-                visit.settle(len(asked.tokens))
+                call.settle(len(asked.tokens))
             return edge.told(request, {"prompt": text}, asked)
 
 
 @contextmanager
-def kept_when_too_long(visit: Visit) -> Iterator[None]:
+def kept_when_too_long(call: ChargedCall) -> Iterator[None]:
     """To know that a text is too long took some tokenising, which is paid for."""
     try:
         yield
     except ContextTooLong:
-        visit.keep_charge()
+        call.keep_charge()
         raise
 
 
@@ -373,8 +375,8 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: _Edge) -> None:
 
     @app.get("/v1/requests/{request_id:path}/why")
     async def why(request: Request, request_id: str) -> Response:
-        with edge.enter(request) as visit:
-            owner = visit.name
+        with edge.enter(request) as call:
+            owner = call.name
         decisions = frontend.pipeline.decisions
         # of several answers the first
         decision = decisions.get(request_id, owner) or decisions.get(f"{request_id}/0", owner)

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from dynserve.config import FrontendConfig
 from dynserve.errors import BodyTooLarge, Cancelled, Overloaded, SlowBody
 from dynserve.frontend.request_headers import headers_of
-from dynserve.http import SMALL_BODY
+from dynserve.server.serving import SMALL_BODY
 
 
 class Bodies:

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor as Pool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from starlette.requests import Request
 
-from dynserve.errors import BadRequest, Overloaded, TimedOut
-from dynserve.frontend.access import Visit
+from dynserve.api.normalize import Order
+from dynserve.errors import BadRequest
 from dynserve.frontend.pipeline import Prompt
+from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.frontend.request_headers import headers_of
-from dynserve.openai.order import Order
 
-INLINE_CHARACTERS = 4_000  # a longer prompt is tokenised in a thread: it would hold up every stream
 INLINE_BODY = 64 << 10  # bytes; a larger body is looked at and parsed in a thread
 INLINE_PREPARED = 16 << 10  # bytes; of a larger body the prompts are made in a thread, too
-MAX_TOKENISING = 64  # long prompts that are being tokenised or wait for it
-TOKENISE_TIMEOUT = 60.0  # seconds
 MAX_SESSION = 256  # characters
 MAX_PRIORITY = 1_000
 MAX_NAMED = 8  # unknown fields that a header names
-
-T = TypeVar("T")
-
-
-class Threads:
-    """Work on long prompts, off the event loop; bounded in threads, in what waits, and in time."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._waiting = 0
-
-    async def run(self, size: int, work: Callable[[], T]) -> T:
-        """`work()`, here and now when the prompt has few characters.
-
-        Raises:
-            Overloaded, TimedOut: too many long prompts are there already, or it took too long.
-        """
-        if size <= INLINE_CHARACTERS:
-            return work()
-        if self._waiting >= MAX_TOKENISING:
-            raise Overloaded(f"{self._waiting} long prompts are being tokenised; try again soon")
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(TOKENISE_TIMEOUT):
-                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except TimeoutError:
-            raise TimedOut(f"the prompt was not tokenised within {TOKENISE_TIMEOUT:.0f} s") from None
-        finally:
-            self._waiting -= 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +33,7 @@ class Wishes:
     cache_owner: str
 
 
-def wishes(request: Request, visit: Visit, priority: int | None, session: str | None) -> Wishes:
+def wishes(request: Request, call: ChargedCall, priority: int | None, session: str | None) -> Wishes:
     """The body's `priority` wins over the header's, the header's session over the body's cache key. Raises BadRequest."""
     headers = headers_of(request)
     if priority is None and (given := headers.get("x-dynserve-priority")):
@@ -83,10 +48,10 @@ def wishes(request: Request, visit: Visit, priority: int | None, session: str | 
         raise BadRequest(f"x-dynserve-session is longer than {MAX_SESSION} characters")
     named = headers.get("x-dynserve-instance", "")
     return Wishes(
-        priority=visit.priority(priority),
-        session=_of_owner(visit.cache_owner, named_session) if named_session else "",
-        key=visit.name,
-        cache_owner=visit.cache_owner,
+        priority=call.priority(priority),
+        session=_of_owner(call.cache_owner, named_session) if named_session else "",
+        key=call.name,
+        cache_owner=call.cache_owner,
         instances=tuple(name for part in named.split(",") if (name := part.strip())),
         explain=headers.get("x-dynserve-explain", "") in ("1", "true"),
     )

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from starlette.types import Receive, Send
 
 from dynserve.errors import Cancelled, DynserveError
-from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.frontend.reply import Record
 from dynserve.frontend.response import SSE, TokenResponse, UntilLeft
-from dynserve.openai.formats.chat import DONE, body_of, reindexed, usage_chunk
-from dynserve.openai.sse import to_json
+from dynserve.render.formats.chat import DONE, body_of, reindexed, usage_chunk
+from dynserve.sse import to_json
 from dynserve.wire.link import Usage
 
 AT_ONCE = 64  # answers of one request that are being made
@@ -28,17 +28,17 @@ class FanOut(TokenResponse):
     """`group` prompts of the list are choices for the same prompt; the likeliest `keep` of them are shown."""
 
     def __init__(
-        self, pipeline: Pipeline, prompts: Sequence[Prompt], visit: Visit, headers: Sequence[tuple[str, str]],
+        self, pipeline: Pipeline, prompts: Sequence[Prompt], call: ChargedCall, headers: Sequence[tuple[str, str]],
         *, group: int, keep: int, request_id: str,
     ) -> None:  # fmt: skip
-        super().__init__(pipeline, prompts[0], visit, headers)
+        super().__init__(pipeline, prompts[0], call, headers)
         self._prompts, self._group, self._keep, self._request_id = prompts, group, keep, request_id
         self._answers = [_Answer() for _ in prompts]
         self._numbers: dict[Run, int] = {}
         self._sending = asyncio.Lock()
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        at_once = self._visit.take_slots(min(AT_ONCE, len(self._prompts)))
+        at_once = self._call.take_slots(min(AT_ONCE, len(self._prompts)))
         deadline = asyncio.get_running_loop().time() + self._pipeline.timeout_s
         async with UntilLeft(receive, self._watch, deadline, self._runs) as until:
             waiting = iter(range(len(self._prompts)))  # which all tasks take from

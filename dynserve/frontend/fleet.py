@@ -8,28 +8,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dynserve.errors import Unavailable, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
-from dynserve.frontend.reply import Reply, pass_on
+from dynserve.frontend.reply import Peer, pass_on
 from dynserve.log_limit import LimitedLog
-from dynserve.openai.parity import difference, parity
-from dynserve.openai.prompt import Preprocessor
 from dynserve.routing.router import Router, Target
 from dynserve.tasks import Backoff, OwnedTasks
+from dynserve.text.parity import difference, parity
+from dynserve.text.preprocess import Preprocessor
 from dynserve.transport.base import Change, FetchFile, Link, Put
 from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import Card, WorkerInstance, unlike
-from dynserve.wire.events import Load
 from dynserve.wire.link import (
     VERSION,
     Cancel,
     Failed,
     Finished,
     FromWorker,
+    HandoffDeclined,
     Hello,
-    Left,
     Snapshot,
     SnapshotRequest,
     Step,
@@ -43,32 +42,6 @@ log = logging.getLogger(__name__)
 limited = LimitedLog(log)
 
 _HANDING_OVER = ("prefill", "decode")
-
-
-@dataclass(slots=True)
-class Peer:
-    """One worker process."""
-
-    id: str
-    instance: WorkerInstance | None = None
-    link: Link | None = None
-    leaving: bool = False  # gone from discovery, link still up: it finishes what it has
-    load: Load | None = None
-    problem: str = ""  # why it is not routed to although it is there
-    target: Target | None = None  # what the router knows it by, while it is linked, described and without a problem
-    replies: dict[int, Reply] = field(default_factory=dict)
-
-    @property
-    def usable(self) -> bool:
-        return self.target is not None and self.linked and not self.leaving and not self.problem
-
-    @property
-    def linked(self) -> bool:
-        return self.link is not None and not self.link.closed
-
-    @property
-    def state(self) -> str:
-        return "draining" if self.leaving else self.problem or "ready"
 
 
 @dataclass(slots=True)
@@ -237,9 +210,9 @@ class Fleet:
                 self.acknowledged(stream, ack)
                 if isinstance(ack, Accepted) and stream not in peer.replies and peer.link is not None:
                     peer.link.send(Cancel(stream))  # a copy that came too late: nobody reads its answer
-            case Left(stream=stream):
+            case HandoffDeclined(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
-                    reply.left = True
+                    reply.handoff_declined = True
             case Snapshot():
                 self.feeds.snapshot(peer.id, message)
             case _:

@@ -1,4 +1,4 @@
-"""`Frontend`: fleet, router and pipeline on the planes, behind one ASGI app."""
+"""`Frontend`: fleet, router and pipeline on the planes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from contextlib import asynccontextmanager
 from secrets import token_hex
 from typing import Any
 
-from fastapi import FastAPI
-from starlette.types import ASGIApp
-
 from dynserve.config import FrontendConfig
-from dynserve.frontend.access import Gate
 from dynserve.frontend.admission import Admission
-from dynserve.frontend.app import make_apps
-from dynserve.frontend.fleet import Fleet, Peer
+from dynserve.frontend.fleet import Fleet
+from dynserve.frontend.gate import Gate
+from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.pipeline import Pipeline
+from dynserve.frontend.reply import Peer
 from dynserve.frontend.sharing import Sharing
-from dynserve.metrics import FrontendMetrics
+from dynserve.frontend.threads import Threads
 from dynserve.routing.policy import IndexState, Weights, policy_maker
 from dynserve.routing.router import Router, RouterOptions
 from dynserve.tasks import task_group
@@ -63,9 +61,12 @@ def check_policy(config: FrontendConfig) -> None:
 
 
 class Frontend:
-    """Use `Frontend.open`; `app` is a FastAPI app, `served` what an ASGI server is best given."""
+    """Use `Frontend.open`; `dynserve.frontend.app.make_apps` makes its ASGI apps."""
 
-    def __init__(self, config: FrontendConfig, planes: Planes, id_: str, fleet: Fleet, router: Router) -> None:
+    def __init__(
+        self, config: FrontendConfig, planes: Planes, id_: str, fleet: Fleet, router: Router, threads: Threads
+    ) -> None:
+        self.threads = threads
         self.config, self.id, self.fleet, self.router = config, id_, fleet, router
         self.metrics = FrontendMetrics()
         self.started_at = time.time()
@@ -81,9 +82,6 @@ class Frontend:
         self.gate = Gate(config.api_keys_file, config.max_requests)
         fleet.changed = self.admission.look
         router.ledger.listeners.append(lambda _: self.admission.look())
-        self.app: FastAPI
-        self.served: ASGIApp  # the same, by a shorter way where there is one
-        self.system: FastAPI  # what tells of this process, alone
 
     @staticmethod
     @asynccontextmanager
@@ -102,8 +100,7 @@ class Frontend:
         with ThreadPoolExecutor(config.tokenizer_threads, "tokenise") as pool:
             async with task_group() as tasks:
                 fleet = Fleet(id_, router, planes.fetch_file, tasks)
-                frontend = Frontend(config, planes, id_, fleet, router)
-                frontend.app, frontend.served, frontend.system = make_apps(frontend, pool)
+                frontend = Frontend(config, planes, id_, fleet, router, Threads(pool))
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._look())
                 tasks.create_task(frontend._watch_lag())
@@ -144,7 +141,7 @@ class Frontend:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            self.gate.look()
+            self.gate.refresh()
             self.router.expire(loop.time())
             self.fleet.feeds.look()
             self.admission.look()
@@ -207,7 +204,7 @@ class Frontend:
         metrics.index_evicted.set(router.index.evicted)
         metrics.resyncs.set(self.fleet.feeds.resyncs)
         metrics.frontends.set(1 + self.sharing.others)
-        metrics.open_requests.set(self.gate.open)
+        metrics.open_requests.set(self.gate.open_requests.count)
         for name, served in self.fleet.models.items():
             metrics.tokenised.labels(name, "remembered").set(served.preprocessor.segments.hits)
             metrics.tokenised.labels(name, "new").set(served.preprocessor.segments.misses)

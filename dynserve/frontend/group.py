@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from dynserve.child import Child, Spec, misconfigured
 from dynserve.config import FrontendConfig
-from dynserve.http import bind, url_of
 from dynserve.process import Stop
+from dynserve.server.serving import bind, url_of
 from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)

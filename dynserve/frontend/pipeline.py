@@ -18,14 +18,14 @@ import msgspec
 from dynserve.errors import ClusterError, DynserveError, NoAck, NoWorker, TimedOut, WorkerLost
 from dynserve.frontend.admission import Admission, Waiting
 from dynserve.frontend.decisions import Decision, DecisionLog, Placement, Predictions
-from dynserve.frontend.fleet import Fleet, Model, Peer
-from dynserve.frontend.reply import Record, Reply, Write
+from dynserve.frontend.fleet import Fleet, Model
+from dynserve.frontend.metrics import FrontendMetrics
+from dynserve.frontend.reply import Peer, Record, Reply, Write
 from dynserve.frontend.submissions import Submissions
-from dynserve.metrics import FrontendMetrics
-from dynserve.routing.hashing import adapter_salt
 from dynserve.routing.router import Ask, Placed, Router, Target
 from dynserve.tasks import Limit
 from dynserve.transport.base import Bus
+from dynserve.wire.hashing import adapter_salt
 from dynserve.wire.link import Finished
 from dynserve.wire.requests import (
     GenerateRequest,
@@ -258,7 +258,11 @@ class Run:
                     raise
                 error = failure.with_traceback(None)  # which knows this frame: a ring
                 excluded.add(placed.worker)
-                if not self._replies[-1].refused and peer.instance is not None and peer.instance.card.taken_once:
+                if (
+                    not self._replies[-1].refused
+                    and peer.instance is not None
+                    and peer.instance.card.single_use_handoffs
+                ):
                     handoff = None  # that worker may have begun to take it: a second one must not
                 pipeline.metrics.replaced.inc()
                 log.info("request %s: %s on %s did not start: %s", self._prompt.id, phase, placed.worker, failure)
@@ -312,7 +316,7 @@ class Run:
 
 def _took_over(decoding: Reply, prefilled: Reply) -> None:
     """A decode worker has answered: what the prefill worker keeps for it has been fetched, or never will be."""
-    if decoding.left:
+    if decoding.handoff_declined:
         prefilled.close()
     else:
-        prefilled.taken()
+        prefilled.handoff_done()

@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from dynserve.errors import DynserveError, SlowClient, TimedOut
+from dynserve.routing.router import Target
 from dynserve.streams import Channel
-from dynserve.wire.link import Cancel, Finished, Step, Taken, Tokens
-
-if TYPE_CHECKING:
-    from dynserve.frontend.fleet import Peer
+from dynserve.transport.base import Link
+from dynserve.wire.discovery import WorkerInstance
+from dynserve.wire.events import Load
+from dynserve.wire.link import Cancel, Finished, HandoffDone, Step, Tokens
 
 Record = Tokens | Finished
 Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
 COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
 
 
+@dataclass(slots=True)
+class Peer:
+    """One worker process."""
+
+    id: str
+    instance: WorkerInstance | None = None
+    link: Link | None = None
+    leaving: bool = False  # gone from discovery, link still up: it finishes what it has
+    load: Load | None = None
+    problem: str = ""  # why it is not routed to although it is there
+    target: Target | None = None  # what the router knows it by, while it is linked, described and without a problem
+    replies: dict[int, Reply] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        return self.target is not None and self.linked and not self.leaving and not self.problem
+
+    @property
+    def linked(self) -> bool:
+        return self.link is not None and not self.link.closed
+
+    @property
+    def state(self) -> str:
+        return "draining" if self.leaving else self.problem or "ready"
+
+
 class Reply:
     """One stream of one worker, as the pipeline reads it."""
 
     __slots__ = (
-        "_counted", "_cut", "_grew", "_timer", "channel", "left", "peer", "refused", "stream", "tokens", "write",
+        "_counted", "_cut", "_grew", "_timer", "channel", "handoff_declined", "peer", "refused", "stream", "tokens",
+        "write",
     )  # fmt: skip
 
     def __init__(
@@ -34,7 +62,7 @@ class Reply:
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
         self.refused = False  # the worker has said that it does not begin
-        self.left = False  # the hand-off that it was given was not taken
+        self.handoff_declined = False  # the hand-off that it was given was not taken
         # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
         self.write: Write | None = None
         peer.replies[stream] = self
@@ -79,10 +107,10 @@ class Reply:
         """The worker may still say something."""
         return self.peer.replies.get(self.stream) is self
 
-    def taken(self) -> None:
+    def handoff_done(self) -> None:
         """The hand-off that the stream left has done its work."""
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
-            self.peer.link.send(Taken(self.stream))
+            self.peer.link.send(HandoffDone(self.stream))
 
     def close(self) -> None:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""

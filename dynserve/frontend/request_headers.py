@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from secrets import token_hex
 
 from starlette.requests import Request
-
-from dynserve.randomness import random_hex
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -26,6 +25,6 @@ def request_id(request: Request) -> str:
     found: str | None = request.scope.get("dynserve.request_id")
     if found is None:
         given = headers_of(request).get("x-request-id", "")
-        found = given if given and _REQUEST_ID.fullmatch(given) else random_hex()
+        found = given if given and _REQUEST_ID.fullmatch(given) else token_hex(16)
         request.scope["dynserve.request_id"] = found
     return found

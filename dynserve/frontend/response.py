@@ -17,11 +17,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dynserve.errors import CallerError, Cancelled, DynserveError, InternalError, TimedOut, error_object
-from dynserve.frontend.access import Visit
 from dynserve.frontend.pipeline import Pipeline, Prompt, Run
+from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.frontend.reply import Record, Write
 from dynserve.log_limit import LimitedLog
-from dynserve.openai.sse import event
+from dynserve.sse import event
 from dynserve.tasks import Limit
 from dynserve.wire.link import Finished
 
@@ -43,10 +43,12 @@ Watch = Callable[[Callable[[], None]], Callable[[], None]]  # calls back when th
 class TokenResponse(Response):
     """A streamed answer as server-sent events, or a unary one as JSON. `headers` come beside its own."""
 
-    def __init__(self, pipeline: Pipeline, prompt: Prompt, visit: Visit, headers: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, prompt: Prompt, call: ChargedCall, headers: Sequence[tuple[str, str]]
+    ) -> None:
         # deliberately not Starlette's own start: there is no body to render
         self.background = None
-        self._pipeline, self._prompt, self._visit = pipeline, prompt, visit
+        self._pipeline, self._prompt, self._call = pipeline, prompt, call
         self._request_id = prompt.id
         self._more: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._clock = asyncio.get_running_loop().time
@@ -126,8 +128,8 @@ class TokenResponse(Response):
 
     def _settle(self) -> None:
         """However it ended, what was computed is paid for; and what never began is not."""
-        self._visit.settle(self._computed_prompts() + sum(self._made.get(run, len(run.tokens)) for run in self._runs))
-        self._visit.close()
+        self._call.settle(self._computed_prompts() + sum(self._made.get(run, len(run.tokens)) for run in self._runs))
+        self._call.close()
 
     def _computed_prompts(self) -> int:
         """Tokens of the prompts that were computed, each of them once."""

@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from dynserve.errors import ClusterError, DynserveError, NoAck, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.reply import Reply
-from dynserve.metrics import FrontendMetrics
 from dynserve.tasks import Limit
 from dynserve.transport.base import Bus, Mailbox
 from dynserve.wire import decoded, events, requests

@@ -24,12 +24,12 @@ from dynserve.child import Child, Spec, misconfigured
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load, redacted
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
-from dynserve.frontend.access import check_keys
-from dynserve.http import bind, tls_of
+from dynserve.frontend.keys import check_keys
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
-from dynserve.openai.model_files import check_model_folder
+from dynserve.model_files import check_model_folder
 from dynserve.process import Stop, run_process
+from dynserve.server.serving import bind, tls_of
 from dynserve.tasks import OwnedTasks, task_group
 
 log = logging.getLogger("dynserve.up")

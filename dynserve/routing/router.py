@@ -14,12 +14,12 @@ from typing import NamedTuple
 from dynserve.config import RouterMode
 from dynserve.errors import NoWorker
 from dynserve.routing.assumed import Assumed, Pending
-from dynserve.routing.hashing import rolling_hashes
 from dynserve.routing.index import PrefixIndex
 from dynserve.routing.ledger import Account, Charge, Ledger
 from dynserve.routing.policy import Asked, Candidate, Choice, IndexState, Phase, Policy, Weights, policy_maker
 from dynserve.routing.sessions import Sessions
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.hashing import rolling_hashes
 
 SLOWEST = 0.1  # part of its speed that a worker is trusted with in its first moment
 

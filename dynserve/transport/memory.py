@@ -14,7 +14,7 @@ from itertools import count
 from typing import cast
 
 from dynserve.errors import Unavailable
-from dynserve.openai.model_files import verified
+from dynserve.model_files import verified
 from dynserve.transport.base import (
     Callback,
     Change,

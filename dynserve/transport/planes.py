@@ -10,7 +10,7 @@ import httpx
 
 from dynserve.config import Planes as PlanesConfig
 from dynserve.errors import Unavailable, translate
-from dynserve.openai.model_files import verified
+from dynserve.model_files import verified
 from dynserve.transport.base import Planes
 from dynserve.transport.etcd_registry import EtcdRegistry
 from dynserve.transport.link import TcpLinks

@@ -26,15 +26,17 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[TokenId]
     files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
     kv_events: bool = True  # it tells what its cache holds
-    parity: dict[str, str] = {}  # how it understands text: stage -> digest (openai/parity.py)
-    tool_parser: str = ""  # how the model writes tool calls (openai/parsers); empty: not at all
+    parity: dict[str, str] = {}  # how it understands text: stage -> digest (text/parity.py)
+    tool_parser: str = ""  # how the model writes tool calls (dialects); empty: not at all
     reasoning_parser: str = ""  # how it marks its thoughts
     guides: bool = False  # its answers can be made to follow a grammar
     pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
     embedding_size: Count = 0
     adapters: list[str] = []  # LoRA adapters: models by these names
     pairing: dict[str, str] = {}  # what prefill and decode workers must have in common to hand over KV caches
-    taken_once: bool = False  # a hand-off that one worker may have begun to take cannot be given to a second one
+    single_use_handoffs: bool = (
+        False  # a hand-off that one worker may have begun to take cannot be given to a second one
+    )
 
     def serves(self, name: str) -> bool:
         """Whether that is the model, or one of its adapters."""

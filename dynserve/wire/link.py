@@ -100,7 +100,7 @@ class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
     pass
 
 
-class Left(msgspec.Struct, frozen=True, array_like=True, tag=8):
+class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """A decode stream begins without the hand-off that it was given: whoever left that one still holds its blocks."""
 
     stream: Count
@@ -132,7 +132,7 @@ class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
     request: Count = 0
 
 
-class Taken(msgspec.Struct, frozen=True, array_like=True, tag=26):
+class HandoffDone(msgspec.Struct, frozen=True, array_like=True, tag=26):
     """The hand-off that the stream left has done its work: its decode worker has answered. No answer follows."""
 
     stream: Count
@@ -142,8 +142,8 @@ class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
-FromWorker = Hello | Tokens | Step | Finished | Failed | SubmitReply | Snapshot | Left | WorkerPing
-FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | Taken | FrontendPing
+FromWorker = Hello | Tokens | Step | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing
+FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into
 decode_from_worker = msgspec.msgpack.Decoder(list[FromWorker]).decode

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
-from dynserve.http import bind, serving, url_of
-from dynserve.openai.model_files import check_model_folder
+from dynserve.model_files import check_model_folder
 from dynserve.process import Stop, run_role, settle_memory
+from dynserve.server.serving import bind, serving, url_of
 from dynserve.transport.planes import open_planes
+from dynserve.worker.serving import new_instance_id, serving_targets
 from dynserve.worker.system import system_app
-from dynserve.worker.worker import Worker, new_instance_id, serving_targets
+from dynserve.worker.worker import Worker
 
 log = logging.getLogger("dynserve.worker")
 

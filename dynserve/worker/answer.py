@@ -10,11 +10,11 @@ import msgspec
 
 from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
-from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.formats.embedding import embedding_item
-from dynserve.openai.render import Renderer
+from dynserve.render.formats.embedding import embedding_item
+from dynserve.render.renderer import Renderer
+from dynserve.text.detokenize import Vocabulary
 from dynserve.transport.base import Link
-from dynserve.wire.link import Failed, Finished, Left, Tokens, Usage
+from dynserve.wire.link import Failed, Finished, HandoffDeclined, Tokens, Usage
 from dynserve.wire.requests import GenerateRequest
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class Answer:
             return
         if self._first is None:
             self._first = output
-            if output.left:
-                self.link.send(Left(self.request.stream))
+            if output.handoff_declined:
+                self.link.send(HandoffDeclined(self.request.stream))
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)

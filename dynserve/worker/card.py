@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from dynserve.config import WorkerConfig
-from dynserve.openai.model_files import model_config
-from dynserve.openai.parsers import detect_reasoning, detect_tools
+from dynserve.dialects import detect_reasoning, detect_tools
+from dynserve.model_files import model_config
 
 
 def answer_parsers(config: WorkerConfig, template: str) -> tuple[str, str]:

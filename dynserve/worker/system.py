@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
-from dynserve.metrics import WorkerMetrics
+from dynserve.worker.metrics import WorkerMetrics
 from dynserve.worker.worker import Worker
 
 

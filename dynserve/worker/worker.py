@@ -1,7 +1,4 @@
-"""`Worker`: takes requests from the planes, gives them to its executor, and tells the cluster what it holds.
-
-`serving_worker` opens the parts in the order in which they depend on each other; leaving closes them in reverse.
-"""
+"""`Worker`: takes requests from the planes, gives them to its executor, and publishes its cache and its load."""
 
 from __future__ import annotations
 
@@ -10,33 +7,29 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import cast
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
-from dynserve.openai.detokenize import Vocabulary
-from dynserve.openai.model_files import digest, eos_token_ids, read_model_files
-from dynserve.openai.parity import parity
-from dynserve.openai.prompt import Preprocessor
-from dynserve.tasks import Backoff, OwnedTasks, task_group
-from dynserve.transport.base import Change, Deleted, Link, Planes
-from dynserve.wire import MALFORMED, discovery, events, requests
-from dynserve.wire.discovery import Card, FrontendInstance, WorkerInstance
+from dynserve.model_files import digest, eos_token_ids, read_model_files
+from dynserve.text.detokenize import Vocabulary
+from dynserve.text.parity import parity
+from dynserve.text.preprocess import Preprocessor
+from dynserve.transport.base import Link, Planes
+from dynserve.wire import MALFORMED, events, requests
+from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.link import (
     VERSION,
     Cancel,
     FromFrontend,
+    HandoffDone,
     Hello,
     SnapshotRequest,
     Submit,
     SubmitReply,
-    Taken,
     Welcome,
 )
 from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateRequest, Refused
@@ -76,7 +69,6 @@ class Worker:
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
         self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
         self._links: dict[str, Link] = {}
-        self._dials: dict[str, Dial] = {}
         self._new_events = asyncio.Event()
         self._journal = Journal(instance_id, self.epoch, self._new_events.set)
         if config.kv_events:
@@ -101,7 +93,7 @@ class Worker:
             embedding_size=limits.embedding_size,
             adapters=list(limits.adapters),
             pairing=dict(limits.pairing),
-            taken_once=limits.taken_once,
+            single_use_handoffs=limits.single_use_handoffs,
         )
         return WorkerInstance(
             id=self.id,
@@ -181,9 +173,9 @@ class Worker:
             answer.close()  # frees the hand-off, if it is still there
         self._note_done(key)
 
-    def _taken(self, key: tuple[str, int]) -> None:
+    def _handoff_done(self, key: tuple[str, int]) -> None:
         if (answer := self._handed_off.pop(key, None)) is not None:
-            self.executor.taken(answer.ticket)
+            self.executor.handoff_done(answer.ticket)
             self._note_done(key)
 
     def _ended(self, answer: Answer, outcome: str) -> None:
@@ -200,64 +192,40 @@ class Worker:
         if len(self._done) > MAX_DONE:
             del self._done[next(iter(self._done))]
 
-    # links
+    # links; `FrontendLink` dials them
 
-    def received(self, link: Link, messages: list[FromFrontend]) -> None:
-        frontend = next((id_ for id_, known in self._links.items() if known is link), None)
-        if frontend is None:
-            return
+    def linked(self, frontend_id: str, link: Link) -> None:
+        """A link to the frontend is up: its requests can be answered."""
+        self._links[frontend_id] = link
+        link.send(Hello(self.id, self.epoch, frontend_id))
+
+    def received(self, frontend_id: str, link: Link, messages: list[FromFrontend]) -> None:
         for message in messages:
             match message:
                 case Cancel(stream=stream):
-                    self._cancel((frontend, stream))
-                case Taken(stream=stream):
-                    self._taken((frontend, stream))
+                    self._cancel((frontend_id, stream))
+                case HandoffDone(stream=stream):
+                    self._handoff_done((frontend_id, stream))
                 case Submit(request=request):
                     link.send(SubmitReply(request.stream, self.take(request)))
                 case SnapshotRequest(request=number):
                     for part in self._journal.snapshot(number):
                         link.send(part)
                 case Welcome(version=version) if version != VERSION:
-                    log.error("frontend %s speaks version %s of the link, this worker %s", frontend, version, VERSION)
+                    log.error(
+                        "frontend %s speaks version %s of the link, this worker %s", frontend_id, version, VERSION
+                    )
                     link.abort("speaks another version")
                 case _:
                     pass  # pings and the welcome have done their work by arriving
 
-    def lost(self, link: Link, reason: str) -> None:
-        """The frontend is gone: so are those who wait for its answers."""
-        for id_, known in list(self._links.items()):
-            if known is link:
-                del self._links[id_]
-                log.info("link to frontend %s ended: %s", id_, reason)
-                if (dial := self._dials.pop(id_, None)) is not None:
-                    dial.lost.set()
-                for key in [key for key in (*self._answers, *self._handed_off) if key[0] == id_]:
-                    self._cancel(key)
-
-    async def keep_link(self, dial: Dial) -> None:
-        """Dials the frontend, again and again, while that is wanted."""
-        frontend, backoff = dial.frontend, Backoff(0.05, 1.0)
-        try:
-            while dial.wanted:
-                try:
-                    link = await self._planes.links.dial(frontend.link_address, self)
-                except Unavailable as error:
-                    log.debug("%s", error)
-                    await asyncio.sleep(backoff.next())
-                    continue
-                began = asyncio.get_running_loop().time()
-                self._links[frontend.id] = link
-                self._dials[frontend.id] = dial
-                link.send(Hello(self.id, self.epoch, frontend.id))
-                dial.lost.clear()
-                if not link.closed:
-                    await dial.lost.wait()
-                if asyncio.get_running_loop().time() - began > STEADY:  # one that is turned away is not to hammer
-                    backoff.reset()
-                await asyncio.sleep(backoff.next())
-        finally:
-            if (link_ := self._links.get(frontend.id)) is not None:
-                link_.close()
+    def unlinked(self, frontend_id: str, link: Link, reason: str) -> None:
+        """The link is gone, and so are those who wait for answers over it."""
+        if self._links.get(frontend_id) is link:
+            del self._links[frontend_id]
+            log.info("link to frontend %s ended: %s", frontend_id, reason)
+            for key in [key for key in (*self._answers, *self._handed_off) if key[0] == frontend_id]:
+                self._cancel(key)
 
     # loops
 
@@ -339,102 +307,3 @@ def _warn_of_surplus_ids(preprocessor: Preprocessor, vocab_size: int) -> None:
             "the tokenizer has ids up to %d, the model only 0 to %d: prompts with ids beyond are refused",
             highest, vocab_size - 1,
         )  # fmt: skip
-
-
-@dataclass(slots=True)
-class Dial:
-    """The intent to be linked to one frontend."""
-
-    frontend: FrontendInstance
-    wanted: bool = True
-    task: asyncio.Task[None] | None = None
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Frontends:
-    """A link to each frontend that discovery knows. One that leaves discovery keeps its link for as long as that holds:
-    its registration may have been lost, and its streams must not be lost with it."""
-
-    def __init__(self, worker: Worker, tasks: OwnedTasks) -> None:
-        self._worker, self._tasks = worker, tasks
-        self._dials: dict[str, Dial] = {}
-
-    def changed(self, change: Change) -> None:
-        known = self._dials.get(change.key)
-        if isinstance(change, Deleted):
-            if known is not None:
-                known.wanted = False
-            return
-        instance = discovery.parse(change.key, change.value)
-        if not isinstance(instance, FrontendInstance):
-            return
-        if known is not None and known.task is not None and not known.task.done():
-            if known.frontend.link_address == instance.link_address:
-                known.wanted = True
-                return
-            known.task.cancel()
-        self._dials = {key: dial for key, dial in self._dials.items() if dial.task is not None and not dial.task.done()}
-        dial = self._dials[change.key] = Dial(instance)
-        dial.task = self._tasks.create_task(self._worker.keep_link(dial))
-
-
-@asynccontextmanager
-async def serving_worker(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
-) -> AsyncIterator[Worker]:
-    """A worker that serves: warmed up, registered, linked to every frontend. Leaving drains it first."""
-    worker = Worker(config, executor, planes, instance_id)
-    async with planes.bus.serve(worker.subject, worker.accept):
-        await worker.warm_up()
-        async with task_group() as tasks:
-            tasks.create_task(worker.publish_events())
-            tasks.create_task(worker.publish_load())
-            tasks.create_task(worker.watch_engine())
-            async with planes.registry.watch(discovery.frontends(config.namespace), _Frontends(worker, tasks).changed):
-                instance = worker.instance(system_url)
-                key = discovery.key(config.namespace, instance)
-                async with planes.registry.register(key, discovery.encode(instance)) as registration:
-                    await registration.registered.wait()
-                    worker.ready = True
-                    yield worker
-                    worker.draining = True
-                worker.ready = False
-                await worker.drain()
-
-
-def new_instance_id(role: str) -> str:
-    """Readable in logs and unique: `prefill-1f6c0a52b9d3`."""
-    return f"{role.replace('_', '-')}-{token_hex(6)}"
-
-
-@asynccontextmanager
-async def serving_targets(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
-) -> AsyncIterator[list[Worker]]:
-    """A worker for each target of the executor: one, or several where an engine has several KV caches. Those leave
-    together: while one drains, another must not be given anything new."""
-    targets = executor.targets
-    if len(targets) == 1:
-        async with serving_worker(config, executor, planes, instance_id, system_url) as worker:
-            yield [worker]
-        return
-    leave = asyncio.Event()
-    async with task_group() as tasks:
-        serving = []
-        for at, target in enumerate(targets):
-            ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url)
-            serving.append((tasks.create_task(_serve_until(one, ready, leave)), ready))
-        try:
-            yield [await ready for _, ready in serving]
-        finally:
-            leave.set()
-            await asyncio.wait([task for task, _ in serving])
-
-
-async def _serve_until(
-    opened: AbstractAsyncContextManager[Worker], ready: asyncio.Future[Worker], leave: asyncio.Event
-) -> None:
-    async with opened as worker:
-        ready.set_result(worker)
-        await leave.wait()

@@ -110,7 +110,7 @@ async def test_prefill_and_decode_on_two_executors_equal_one(opened: Opener) -> 
             decode, msgspec.structs.replace(request, phase="decode", prior=Prior(first), handoff=handed.handoff)
         )
         assert first + rest == expected and last.reason == "length"
-        prefill.taken(ticket)
+        prefill.handoff_done(ticket)
         await until(lambda: prefill.load().open_handoffs == 0)
     assert decode.counters()["kv_transfers_done_total"] == 6
     await until(lambda: prefill.load().free_blocks == decode.load().free_blocks == 200)

@@ -15,8 +15,8 @@ from dynserve.frontend.app import Direct
 from dynserve.frontend.pipeline import Prompt, Run
 from dynserve.frontend.reply import Reply
 from dynserve.frontend.response import TokenResponse
-from dynserve.http import bind, serving
-from dynserve.wire.link import Left, Step
+from dynserve.server.serving import bind, serving
+from dynserve.wire.link import HandoffDeclined, Step
 from dynserve.wire.requests import Busy
 from tests.conftest import MODEL, left_to_the_collector, until
 
@@ -46,10 +46,10 @@ def simulated(**how: Any) -> Cluster:
 async def test_an_answer_is_the_same_by_either_way(path: str, body: Any, headers: dict[str, str]) -> None:
     """Ids and times aside."""
     async with simulated() as c:
-        frontend = c.frontend
-        assert isinstance(frontend.served, Direct)
+        apps = c.apps[0]
+        assert isinstance(apps.served, Direct)
         found = []
-        for app in (frontend.app, frontend.served):
+        for app in (apps.app, apps.served):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://c", headers=headers) as client:
                 content = body if isinstance(body, bytes) else json.dumps(body)
@@ -73,7 +73,7 @@ def cleaned(value: Any) -> Any:
 
 async def test_with_origins_all_goes_through_the_layer_that_adds_their_headers() -> None:
     async with simulated(options={"cors_origins": "https://a.example"}) as c:
-        assert c.frontend.served is c.frontend.app
+        assert c.apps[0].served is c.apps[0].app
 
 
 async def read_slowly(port: int, body: dict[str, Any], pause: Any) -> bytes:
@@ -100,7 +100,7 @@ async def test_a_client_that_falls_behind_and_catches_up_misses_nothing() -> Non
     async with simulated(engine={"speed": 0, "num_blocks": 1000, "max_seq_len": 8000}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(c.frontend.served, sock):
+        async with serving(c.apps[0].served, sock):
             (worker,) = c.workers
             running = worker.executor.load
 
@@ -137,7 +137,7 @@ async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: p
     async with simulated(engine={"step_ms": 1}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(c.frontend.served, sock):
+        async with serving(c.apps[0].served, sock):
             taken = 0
             data = await read_slowly(port, body, None)
     assert data.count(b"data: {") >= 200
@@ -149,7 +149,7 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
     async with simulated(engine={"speed": 0, "num_blocks": 4000}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(c.frontend.served, sock):
+        async with serving(c.apps[0].served, sock):
 
             async def one(number: int) -> None:
                 length = 20 + 7 * number
@@ -185,7 +185,7 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(
     async with simulated(aggregated=workers, engine={"speed": 1 if end in ("lost", "left") else 0}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(c.frontend.served, sock):
+        async with serving(c.apps[0].served, sock):
             assert b" 200 " in await posted(port, body)
             if end in ("refused", "moved", "fanned"):
                 body["n"] = 2 if end == "fanned" else 1
@@ -245,12 +245,12 @@ async def test_frames_that_came_together_are_written_together() -> None:
         steps = [
             Step([901, 902, 77], [1, 2, 3], [b"a", b"", b"-"]),
             Step([902, 901], [4, 5], [b"b", b"c"]),
-            Left(902),
+            HandoffDeclined(902),
             Step([901], [6], [b"d"]),
         ]
         fleet.received(peer.link, list(steps))
         assert written == [b"901:ac", b"902:b", b"901:d"]
-        assert [reply.tokens for reply in replies] == [[1, 5, 6], [2, 4]] and replies[1].left
+        assert [reply.tokens for reply in replies] == [[1, 5, 6], [2, 4]] and replies[1].handoff_declined
         replies[0].write = lambda data: False  # it is behind now: what comes waits for its reader
         fleet.received(peer.link, [Step([901], [7], [b"e"])])
         fleet.received(peer.link, [Step([901], [8], [b"f"])])

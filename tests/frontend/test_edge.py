@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dynserve.cluster import Cluster
-from dynserve.frontend.access import digest_of
 from dynserve.frontend.edge import warning_of
+from dynserve.frontend.keys import digest_of
 from tests.conftest import MODEL, until
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -42,14 +42,14 @@ async def test_what_costs_needs_a_key_and_what_watches_does_not(keys: str) -> No
         assert answer.status_code == 200 and answer.headers["x-ratelimit-remaining-requests"] == "4"
         claude = await client.post("/v1/messages", json=ASK, headers={"x-api-key": SECRET})
         assert claude.status_code == 200
-        assert c.frontend.gate.open == 0
+        assert c.frontend.gate.open_requests.count == 0
 
 
 async def test_over_its_limits_a_key_is_told_when_to_come_back(keys: str) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
     async with cluster({"step_ms": 30}, api_keys_file=keys) as c, c.client() as client:
         asking = [asyncio.create_task(client.post("/v1/chat/completions", json=ASK, headers=headers)) for _ in range(2)]
-        await until(lambda: c.frontend.gate.open == 2)
+        await until(lambda: c.frontend.gate.open_requests.count == 2)
         third = await client.post("/v1/chat/completions", json=ASK, headers=headers)
         assert third.status_code == 429 and "answers being made" in third.json()["error"]["message"]
         assert [(await task).status_code for task in asking] == [200, 200]
@@ -69,7 +69,7 @@ async def test_tokens_are_charged_for_what_was_made_and_no_more(keys: str) -> No
         c.frontend.gate.clock = lambda: now  # nothing comes back meanwhile
 
         def spent() -> float:
-            return 300 - bucket.left(now)
+            return 300 - bucket.level(now)
 
         wrong = await client.post("/v1/chat/completions", json=ASK, headers=headers | {"x-dynserve-priority": "much"})
         assert wrong.status_code == 400 and spent() == pytest.approx(0, abs=0.5)
@@ -82,7 +82,7 @@ async def test_tokens_are_charged_for_what_was_made_and_no_more(keys: str) -> No
         await until(lambda: any(s.generated > 20 for sequences in live for s, _ in sequences.values()))
         await asyncio.sleep(0.05)
         leaving.cancel()
-        await until(lambda: c.frontend.gate.open == 0)
+        await until(lambda: c.frontend.gate.open_requests.count == 0)
         assert spent() - before > 15  # the tokens that were made before it left
 
 
@@ -107,7 +107,9 @@ async def test_one_worker_lost_among_several_answers_fails_the_request_and_frees
         assert "event: error\ndata: " in text and '"code":"worker_lost"' in text and "[DONE]" not in text
         await until(lambda: all(w.executor.load().free_blocks == w.executor.load().total_blocks for w in c.workers))
         page = c.frontend.metrics_page().decode()
-        assert f'dynserve_requests_in_flight{{model="{MODEL}"}} 0.0' in page and c.frontend.gate.open == 0
+        assert (
+            f'dynserve_requests_in_flight{{model="{MODEL}"}} 0.0' in page and c.frontend.gate.open_requests.count == 0
+        )
 
 
 async def test_a_request_that_cannot_be_rendered_costs_no_link() -> None:
@@ -154,4 +156,4 @@ async def test_a_fault_of_ours_is_told_like_any_other(monkeypatch: pytest.Monkey
         answer = await client.post("/v1/chat/completions", json=ASK, headers={"origin": "https://a.example"})
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
         assert "secret" not in answer.text and answer.headers["access-control-allow-origin"] == "*"
-        assert c.frontend.gate.open == 0
+        assert c.frontend.gate.open_requests.count == 0

@@ -16,7 +16,7 @@ import pytest
 from dynserve.config import FrontendConfig
 from dynserve.errors import ConfigError
 from dynserve.frontend.group import _hold as hold
-from dynserve.http import bind
+from dynserve.server.serving import bind
 from tests.conftest import MODEL, free_ports
 
 

@@ -115,7 +115,7 @@ async def test_silence_on_both_roads_is_another_workers_chance_and_then_a_timeou
 def silence(c: Cluster, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """It hears, and says nothing."""
     handlers(c)[worker.subject] = lambda payload: None
-    monkeypatch.setattr(worker, "received", lambda link, messages: None)
+    monkeypatch.setattr(worker, "received", lambda frontend, link, messages: None)
 
 
 async def test_an_acknowledgement_that_is_none_is_left_alone() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from dynserve.errors import NoWorker
-from dynserve.routing.hashing import next_hash, rolling_hashes
 from dynserve.routing.policy import IndexState, Weights
 from dynserve.routing.router import Ask, Placed, Router, RouterOptions
 from dynserve.wire.events import Cleared, Load, Removed, Stored
+from dynserve.wire.hashing import next_hash, rolling_hashes
 from dynserve.wire.requests import pack_tokens
 
 PROMPT = pack_tokens(list(range(128)))

@@ -11,8 +11,8 @@ import h11
 import uvicorn
 from uvicorn.server import ServerState
 
-from dynserve.http import _Protocol
-from dynserve.http_heads import HOST, Limits
+from dynserve.server.heads import HOST, Limits
+from dynserve.server.serving import _Protocol
 
 
 class Seen(NamedTuple):

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynserve.api.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
+from dynserve.api.chat import ChatRequest
+from dynserve.api.fields import parsed
+from dynserve.api.grammar import guide_of
 from dynserve.cluster import Cluster
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, BodyTooLarge, ContextTooLong
 from dynserve.executors.base import Limits, _any_beyond, check_request
-from dynserve.openai.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
-from dynserve.openai.chat import ChatRequest
-from dynserve.openai.fields import parsed
-from dynserve.openai.guide import guide_of
-from dynserve.openai.model_files import read_model_files
-from dynserve.openai.prompt import SLICE, Preprocessor
-from dynserve.openai.segments import any_of
+from dynserve.model_files import read_model_files
+from dynserve.text.preprocess import SLICE, Preprocessor
+from dynserve.text.segments import any_of
 from dynserve.wire.discovery import Card
 from dynserve.wire.requests import Prior, pack_tokens
 from tests.conftest import MODEL, make_request
@@ -153,7 +153,7 @@ async def test_large_bodies_are_answered_like_small_ones() -> None:
             assert wrong.status_code == 400 and wrong.json()["error"]["message"], path
             many = await client.post(path, content=body[:-1] + b', "odd": [' + b"[]," * 50_000 + b"1]}")
             assert many.status_code == 413 and "odd: " in many.json()["error"]["message"], path
-        assert cluster.frontend.gate.open == 0
+        assert cluster.frontend.gate.open_requests.count == 0
 
 
 def test_a_text_that_cannot_fit_is_not_tokenised_whole() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from dynserve.cluster import Cluster
 from dynserve.frontend.bodies import Bodies
-from dynserve.http import SMALL_BODY, bind, serving
-from dynserve.http_heads import Limits
+from dynserve.server.heads import Limits
+from dynserve.server.serving import SMALL_BODY, bind, serving
 from tests.conftest import MODEL, until
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -24,7 +24,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
 async def served(engine: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[tuple[int, Cluster]]:
     async with Cluster(aggregated=1, executor="simulated", engine=engine or {"speed": 0}, options=options) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
-        async with serving(cluster.frontend.served, sock, Limits()):
+        async with serving(cluster.apps[0].served, sock, Limits()):
             yield sock.getsockname()[1], cluster
 
 
@@ -42,7 +42,7 @@ async def test_a_client_that_leaves_after_a_large_body_is_noticed(kind: str) -> 
             writer.write(b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n" * 3)
         await until(lambda: cluster.workers[0].executor.load().running > 0)
         writer.transport.abort()
-        await until(lambda: cluster.frontend.gate.open == 0)
+        await until(lambda: cluster.frontend.gate.open_requests.count == 0)
         await until(lambda: cluster.workers[0].executor.load().running == 0)
 
 
@@ -64,7 +64,7 @@ async def test_the_slowest_bodies_are_given_up_when_the_budget_is_spent() -> Non
         assert (small.status_code, large.status_code) == (200, 200)
         for _, writer in slow:
             writer.transport.abort()
-        await until(lambda: cluster.frontend.gate.open == 0)
+        await until(lambda: cluster.frontend.gate.open_requests.count == 0)
 
 
 async def test_the_budget_is_whole_again_when_nobody_is_left() -> None:
@@ -82,6 +82,6 @@ async def test_the_budget_is_whole_again_when_nobody_is_left() -> None:
 
 
 def _bodies_of(cluster: Cluster) -> Bodies:
-    bodies = cluster.frontend.served._edge.bodies  # type: ignore[attr-defined]
+    bodies = cluster.apps[0].served._edge.bodies  # type: ignore[attr-defined]
     assert isinstance(bodies, Bodies)
     return bodies

@@ -10,13 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from dynserve.api.completions import CompletionRequest
+from dynserve.api.fields import MAX_BIASES, MAX_STOP_IDS, parsed
+from dynserve.dialects.base import held_back
 from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.torch.sampler import Adjustments
-from dynserve.openai.completions import CompletionRequest
-from dynserve.openai.fields import MAX_BIASES, MAX_STOP_IDS, parsed
-from dynserve.openai.parsers.base import held_back
-from dynserve.openai.render import StopStrings
+from dynserve.render.renderer import StopStrings
 from dynserve.wire.requests import Sampling, Stop
 from tests.conftest import make_request
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dynserve.errors import ConfigError
-from dynserve.http import MAX_PIPELINED, bind, serving
-from dynserve.http_heads import Limits, allowed_hosts
+from dynserve.server.heads import Limits, allowed_hosts
+from dynserve.server.serving import MAX_PIPELINED, bind, serving
 from tests.security.streams import Generator, Harness, Seen, differs, read_by_h11
 
 # `make differential` reads 100,000
@@ -22,7 +22,7 @@ HOST = b"Host: localhost\r\n"
 
 @pytest.fixture(autouse=True)
 def _short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynserve.http.DRAIN", 0.1)
+    monkeypatch.setattr("dynserve.server.serving.DRAIN", 0.1)
 
 
 async def test_generated_streams_are_read_as_h11_reads_them() -> None:

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from dynserve.cluster import Cluster
-from dynserve.frontend.access import digest_of
-from dynserve.openai.segments import Segments
+from dynserve.frontend.keys import digest_of
+from dynserve.text.segments import Segments
 from tests.conftest import MODEL, until
 from tests.security.test_bodies import PREPROCESSOR
 
@@ -61,7 +61,7 @@ async def test_a_key_makes_no_more_answers_at_once_than_it_may(tmp_path: Path) -
             assert answer.status_code == 200 and len(answer.json()["choices"]) == 8
             assert most["running"] == at_once, key
         running = asyncio.create_task(ask(client, "eve", n=2, max_tokens=200, ignore_eos=True))
-        await until(lambda: c.frontend.gate.open == 1)
+        await until(lambda: c.frontend.gate.open_requests.count == 1)
         await until(lambda: c.workers[0].executor.load().running == 2)
         assert (await ask(client, "eve")).status_code == 200  # the third
         running.cancel()
@@ -97,7 +97,7 @@ async def test_what_was_not_made_is_given_back_and_what_was_computed_is_not(tmp_
         await until(lambda: c.workers[0].executor.load().running == 1)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
-        await until(lambda: c.frontend.gate.open == 0)
+        await until(lambda: c.frontend.gate.open_requests.count == 0)
         rest = left(await ask(client, "ann", prompt="x", max_tokens=1))
         assert 1500 < rest < 1760  # its prompt is paid for, and some tokens
         wrong = await ask(client, "ann", prompt=[99999], max_tokens=100)

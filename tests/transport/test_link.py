@@ -12,7 +12,7 @@ from dynserve.transport import link as link_module
 from dynserve.transport.base import Link, Links
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.memory import MemoryLink, MemoryLinks
-from dynserve.wire.link import Cancel, FrontendPing, Hello, Left, Step, Tokens, WorkerPing
+from dynserve.wire.link import Cancel, FrontendPing, HandoffDeclined, Hello, Step, Tokens, WorkerPing
 from tests.conftest import until
 
 
@@ -72,13 +72,13 @@ async def test_tokens_of_one_turn_are_one_message_and_nothing_is_overtaken(links
         link = await links.dial(address, worker)
         link.send_token(1, 10, b"a")
         link.send_token(2, 20, b"")
-        link.send(Left(3))
+        link.send(HandoffDeclined(3))
         link.send_token(3, 30, b"c")
         link.send_token(1, 11, b"d")
         await until(lambda: len(frontend.bursts) == 1)
         link.send_token(1, 12, b"e")
         await until(lambda: len(frontend.bursts) == 2)
-        first = [Step([1, 2], [10, 20], [b"a", b""]), Left(3), Step([3, 1], [30, 11], [b"c", b"d"])]
+        first = [Step([1, 2], [10, 20], [b"a", b""]), HandoffDeclined(3), Step([3, 1], [30, 11], [b"c", b"d"])]
         assert frontend.bursts == [first, [Step([1], [12], [b"e"])]]
         link.close()
         link.send_token(1, 13, b"f")

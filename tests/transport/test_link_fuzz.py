@@ -18,7 +18,9 @@ from dynserve.cluster import Cluster
 from dynserve.transport.link import MAX_FRAME, TcpLink, TcpLinks
 from dynserve.transport.memory import MemoryLink
 from dynserve.wire import link
+from dynserve.wire.discovery import FrontendInstance
 from dynserve.wire.requests import Accepted, Busy, TokenLogprob
+from dynserve.worker.frontend_links import FrontendLink
 from tests.conftest import MODEL, make_request, until
 from tests.transport.test_link import End
 
@@ -103,16 +105,17 @@ async def test_a_worker_outlives_hostile_frontends() -> None:
         for round_ in range(300):
             frontend, theirs = MemoryLink(worker_side=False), MemoryLink(worker_side=True)
             frontend.peer, theirs.peer = theirs, frontend
-            theirs.start(worker)  # type: ignore[arg-type]
+            instance = FrontendInstance(id="f", host="h", pid=1, link_address="memory:", http_url="")
+            theirs.start(FrontendLink(instance, worker, c.planes.links))  # type: ignore[arg-type]
             frontend.start(End())  # type: ignore[arg-type]
-            worker._links["f"] = theirs  # type: ignore[assignment]
+            worker.linked("f", theirs)  # type: ignore[arg-type]
             for _ in range(r.randint(1, 8)):
                 frontend.write(bytes(4) + frame(r, from_frontend, []))
             await asyncio.sleep(0)
             if round_ % 30 == 0:
                 assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
             frontend.close()
-            await until(lambda: "f" not in worker._links)
+            await until(lambda: "f" not in worker.links)
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
         await until(lambda: worker.executor.load().free_blocks == worker.executor.load().total_blocks)
 

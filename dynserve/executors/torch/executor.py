@@ -27,7 +27,7 @@ from dynserve.executors.torch.loading import Target, load
 from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import Runner, Step
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
-from dynserve.openai.model_files import eos_token_ids
+from dynserve.model_files import eos_token_ids
 from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)

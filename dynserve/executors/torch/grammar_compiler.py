@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import Tokenizer
 
 from dynserve.errors import BadRequest
-from dynserve.openai.detokenize import tokenizer_parts
+from dynserve.text.detokenize import tokenizer_parts
 
 if TYPE_CHECKING:
     import xgrammar

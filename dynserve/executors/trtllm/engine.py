@@ -20,7 +20,7 @@ from dynserve.executors.trtllm.kv_events import KvStreams
 from dynserve.executors.trtllm.pump import Pump
 from dynserve.executors.trtllm.stats import Stats
 from dynserve.executors.trtllm.watch import Watch
-from dynserve.openai.model_files import model_config
+from dynserve.model_files import model_config
 from dynserve.tasks import OwnedTasks, detached
 from dynserve.wire.events import KvEvent
 

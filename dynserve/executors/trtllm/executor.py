@@ -37,7 +37,7 @@ from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
 from dynserve.executors.trtllm.engine import TrtllmEngine
 from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, sampling_of
 from dynserve.executors.trtllm.stats import Stats
-from dynserve.openai.model_files import eos_token_ids, model_limits
+from dynserve.model_files import eos_token_ids, model_limits
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest
 
@@ -55,9 +55,9 @@ class _Call:
         "began",
         "context",
         "cursor",
+        "handoff_declined",
         "id",
         "known",
-        "left",
         "local",
         "made",
         "request",
@@ -73,7 +73,7 @@ class _Call:
         self.known = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client had
         self.made = self.known  # and those that it has
         self.context = self.local = self.answered = False
-        self.left = False  # its hand-off was not taken
+        self.handoff_declined = False  # its hand-off was not taken
         self.id = 0  # of the hand-off that a context phase leaves
         self.result: Any = None
         self.cursor: Cursor
@@ -111,7 +111,7 @@ class TrtllmExecutor:
         return Limits(
             engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
             adapters=tuple(self._terms.adapters), kv_events=engine.tells_kv, pairing=engine.pairing if
-            engine.disaggregates else {}, taken_once=True,
+            engine.disaggregates else {}, single_use_handoffs=True,
         )  # fmt: skip
 
     @property
@@ -166,7 +166,7 @@ class TrtllmExecutor:
             call.id = context.disagg_request_id
             self._start(ticket, call, context)
         else:
-            call.local, call.left = True, request.phase == "decode"
+            call.local, call.handoff_declined = True, request.phase == "decode"
             self._start(ticket, call, self._params(state.BOTH))
         return ticket
 
@@ -176,7 +176,7 @@ class TrtllmExecutor:
         if (call := self._calls.pop(ticket, None)) is not None:
             self._let_go(call)
 
-    def taken(self, ticket: int) -> None:
+    def handoff_done(self, ticket: int) -> None:
         self._handoffs.deliver(ticket)
 
     def engine_died(self) -> None:
@@ -231,7 +231,7 @@ class TrtllmExecutor:
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
         most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
-        if call.left and len(prompt) > (self._most_at_once() or len(prompt)):
+        if call.handoff_declined and len(prompt) > (self._most_at_once() or len(prompt)):
             raise Unavailable("the hand-off was not taken, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
@@ -327,7 +327,7 @@ class TrtllmExecutor:
                 self._end_here(ticket, call, output, over)
         if first or output.reason is not None:
             note_costs(output, call.result, self._loop.time() - call.began)
-        output.left = first and call.left
+        output.handoff_declined = first and call.handoff_declined
         call.made += len(output.token_ids)
         if output.reason == "handoff":
             self._hand_over(ticket, call, output)
@@ -394,7 +394,7 @@ class TrtllmExecutor:
             return
         self._note_failure(call.request, error)
         again = _Call(call.request, sink, call.began)
-        again.local = again.left = True
+        again.local = again.handoff_declined = True
         try:
             self._start(ticket, again, self._params(state.BOTH))
         except DynserveError as failure:

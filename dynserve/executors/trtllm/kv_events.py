@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from dynserve.routing.hashing import adapter_salt, next_hash, seed_for
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.hashing import adapter_salt, next_hash, seed_for
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, get_args
 
 from dynserve.config import WorkerConfig, nearest
 from dynserve.errors import ConfigError
-from dynserve.executors.trtllm.names import Schema
+from dynserve.executors.option_names import Schema
 from dynserve.executors.trtllm.spellings import Entry, Path_, modernised
-from dynserve.openai.model_files import model_config
+from dynserve.model_files import model_config
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from dynserve.config import WorkerConfig
 from dynserve.errors import DynserveError, HandoffError
 from dynserve.executors.base import Output, open_executor
 from dynserve.executors.transceiver import TcpTransceivers
-from dynserve.routing.hashing import extend, seed_for
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.hashing import extend, seed_for
 from dynserve.wire.requests import Handoff, TokenLogprob, pack_tokens, unpack_tokens
 
 from . import _messages as m

@@ -48,7 +48,9 @@ def test_an_unknown_transceiver_backend_is_refused_by_name() -> None:
 async def test_health_says_by_what_blocks_can_come() -> None:
     async with open_executor(WorkerConfig(model_path=str(TINY_MODEL))) as executor:
         assert executor.describe() == {"kv_transfer": "tcp"}
-        assert executor.limits.pairing == {"KV cache": "float32:4x2x32x2x32"} and not executor.limits.taken_once
+        assert (
+            executor.limits.pairing == {"KV cache": "float32:4x2x32x2x32"} and not executor.limits.single_use_handoffs
+        )
 
 
 def test_defaults_of_a_device_are_weaker_than_flags() -> None:

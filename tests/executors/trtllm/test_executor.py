@@ -20,8 +20,8 @@ from dynserve.executors.base import Output, generate, open_executor
 from dynserve.executors.trtllm import executor as module
 from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.executors.trtllm.request import priority_of
-from dynserve.routing.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.events import Cleared, KvEvent
+from dynserve.wire.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop, unpack_tokens
 from tests.conftest import make_request, until
 from tests.executors.trtllm.test_kv_events import applied
@@ -92,7 +92,7 @@ async def handed_over(prefill: Any, decode: Any, request: GenerateRequest) -> tu
     assert last.reason == "handoff", last
     prior = Prior(first.tokens, first.logprobs)
     rest, _ = await asked(decode, msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff))
-    prefill.taken(ticket)
+    prefill.handoff_done(ticket)
     return first, rest
 
 
@@ -235,9 +235,9 @@ async def test_a_hand_off_that_was_not_taken_says_so(opened: Opener) -> None:
     handoff = msgspec.structs.replace(first.outputs[-1].handoff, sequence_hash=1)
     decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=handoff)
     sink, _ = await asked(decode, decoding)
-    assert [output.left for output in sink.outputs] == [True] + [False] * (len(sink.outputs) - 1)
+    assert [output.handoff_declined for output in sink.outputs] == [True] + [False] * (len(sink.outputs) - 1)
     first, rest = await handed_over(prefill, decode, msgspec.structs.replace(request, id="next"))
-    assert not any(output.left for output in rest.outputs)
+    assert not any(output.handoff_declined for output in rest.outputs)
 
 
 async def test_an_engine_that_does_not_count_the_first_token_gives_no_token_too_many(

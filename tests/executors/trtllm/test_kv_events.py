@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from dynserve.executors.trtllm.kv_events import KvStream, KvStreams
-from dynserve.routing.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
+from dynserve.wire.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.requests import pack_tokens
 
 SIZE = 4

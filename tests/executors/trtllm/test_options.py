@@ -12,8 +12,8 @@ import yaml
 
 from dynserve.config import TINY_MODEL, WorkerConfig
 from dynserve.errors import ConfigError
+from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
-from dynserve.executors.trtllm.names import ARGS
 from dynserve.executors.trtllm.options import Options, check_names, llm_arguments, read_options, resolved_backend
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""The APIs' requests, one module per API: parsed and checked, then brought into one normal form (`normalize`)."""

@@ -1,0 +1,205 @@
+"""What requests of all APIs are made of: shared fields, their bounds, and one sentence for what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from secrets import randbits
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dynserve.config import nearest
+from dynserve.errors import BadRequest, ContextTooLong
+from dynserve.wire.requests import Sampling, Stop
+
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256  # characters
+MAX_STOP_IDS = 1024
+MAX_CHOICES = 4096
+MAX_N = 128
+MAX_INT = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+M = TypeVar("M", bound="Request")
+T = TypeVar("T")
+# of which the first wrong item is enough: a list of a million would make a million errors
+Many = Annotated[list[T], Field(fail_fast=True)]
+MAX_BIASES = 1024
+
+
+def _few(biases: Any) -> Any:
+    """Checked before the entries are, each of which could be wrong."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} entries, at most {MAX_BIASES} are possible")
+    return biases
+
+
+class Request(BaseModel):
+    """The body of a POST. Unknown fields are kept apart: clients of other servers send many."""
+
+    model_config = ConfigDict(extra="allow")
+    # names that are somebody else's, or were OpenAI's once -> what to do instead
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    model: str
+
+    @property
+    def unknown(self) -> list[str]:
+        return sorted(self.model_extra or {})
+
+    def check(self) -> None:
+        """Raises BadRequest for what no single field can tell."""
+        for name, advice in self.refused.items():
+            if (self.model_extra or {}).get(name) not in (None, [], {}, False, ""):
+                raise BadRequest(f"{name} is not supported; {advice}", param=name)
+
+    def refuse_unknown(self) -> None:
+        """For servers that do not ignore what they do not know."""
+        if self.unknown:
+            name = self.unknown[0]
+            raise BadRequest(f"unknown field {name[:100]}{nearest(name[:100], type(self).model_fields)}", param=name)
+
+
+class SamplingFields(Request):
+    """How tokens are chosen and when the answer ends; fields of other servers beside OpenAI's."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: int | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
+    stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[Many[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    max_tokens: Count | None = None
+    ignore_eos: bool = False
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+    # accepted, without a meaning here
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_retention: str | None = None
+    # requests of one conversation go to the same workers
+    prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
+
+    def sampling(self, defaults: Sampling, *, logprobs: int | None, prompt_logprobs: bool, choice: int) -> Sampling:
+        """A request's own fields over the model's defaults. A seed is drawn here, so that every worker has the same; each
+        choice has its own."""
+
+        def own(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        return Sampling(
+            temperature=own(self.temperature, defaults.temperature),
+            top_p=own(self.top_p, defaults.top_p),
+            top_k=max(0, own(self.top_k, defaults.top_k)),
+            min_p=own(self.min_p, defaults.min_p),
+            seed=(randbits(63) if self.seed is None else self.seed + choice) & 0x7FFFFFFFFFFFFFFF,
+            presence_penalty=own(self.presence_penalty, 0.0),
+            frequency_penalty=own(self.frequency_penalty, 0.0),
+            repetition_penalty=own(self.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=self.logit_bias or {},
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def stops(self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None) -> Stop:
+        """Raises ContextTooLong when the prompt leaves no room for an answer."""
+        room = max_seq_len - prompt_tokens
+        if room < 1:
+            raise ContextTooLong(
+                f"This model's maximum context length is {max_seq_len} tokens. However, your prompt has {prompt_tokens} "
+                "tokens. Please shorten it.",
+                param=self.prompt_field,
+            )
+        wanted = self.answer_tokens()
+        if wanted is None:
+            wanted = default_max_tokens or room
+        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Stop(
+            max_tokens=min(wanted, room),
+            min_tokens=min(self.min_tokens or 0, wanted, room),
+            strings=tuple(string for string in strings if string),
+            token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            include_string=self.include_stop_str_in_output,
+        )
+
+    prompt_field: ClassVar[str] = "prompt"
+
+    def answer_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis; none is made here
+
+
+class AnswerFields(SamplingFields):
+    """What chats and completions share beside sampling: streams, choices, grammars."""
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Annotated[Many[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options needs stream: true", param="stream_options")
+        given = self.grammars()
+        if len(given) > 1:
+            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+
+    def grammars(self) -> list[str]:
+        """Names of the fields that ask for a form of the answer."""
+        fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+        return [name for name in fields if getattr(self, name) is not None]
+
+
+def parsed(model: type[M], body: bytes | bytearray) -> M:
+    """Raises BadRequest that names the first field that is wrong, in a sentence."""
+    return validated(lambda: model.model_validate_json(body))
+
+
+def validated(make: Callable[[], M]) -> M:
+    """What `make` makes, checked as a whole, too. Raises what `parsed` raises."""
+    try:
+        request = make()
+    except ValidationError as error:
+        raise bad_request(error) from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    request.check()
+    return request
+
+
+def bad_request(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or _is_field(part))
+    message = f"{where}: {first['msg']}" if where else f"the body is not a JSON object: {first['msg']}"
+    return BadRequest(message, param=where or None)
+
+
+def _is_field(part: str) -> bool:
+    """Beside fields, pydantic names the member of a union that it tried, as `str` or `list[int]`."""
+    return re.fullmatch(r"[a-z_][a-z0-9_]*", part) is not None and part not in _TYPES
+
+
+_TYPES = {"str", "int", "float", "bool", "list", "dict", "none"}

@@ -1,0 +1,230 @@
+"""What grammar an answer must follow: from `response_format`, `guided_*` and `tool_choice` to a `Guide`."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from collections.abc import Iterable
+from typing import Any
+
+from dynserve.api.body_bounds import check_json_texts
+from dynserve.api.chat import ChatRequest, NamedTool, Tool
+from dynserve.api.completions import CompletionRequest
+from dynserve.dialects.tools import STYLES, Style
+from dynserve.errors import BadRequest
+from dynserve.wire.discovery import Card
+from dynserve.wire.requests import Guide
+
+MAX_GRAMMAR = 256 << 10  # characters
+MAX_DEPTH, MAX_NODES = 64, 4_000  # of a JSON schema
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+Format = dict[str, Any]  # of a structural tag
+
+
+def guide_of(asked: ChatRequest | CompletionRequest, card: Card) -> Guide | None:
+    """Raises BadRequest for what this model's workers cannot enforce, and for grammars beyond the bound."""
+    chat = asked if isinstance(asked, ChatRequest) else None
+    guide = _with_tools(chat, card) if chat is not None and chat.callable_tools() else _plain(asked)
+    if guide is None:
+        return None
+    if not card.guides:
+        raise BadRequest(
+            "this model's workers cannot hold an answer to a grammar: no response_format, guided_*, or tool_choice other "
+            "than auto and none",
+            param="response_format",
+        )
+    if len(guide.text) > MAX_GRAMMAR:
+        size = f"{len(guide.text):,}"
+        raise BadRequest(f"the schemas and grammars of a request may have {MAX_GRAMMAR:,} characters, not {size}")
+    return guide
+
+
+def enforces_calls(card: Card) -> bool:
+    """Whether calls of tools are held to their schemas even when the model may choose to call none."""
+    return card.guides and card.tool_parser in STYLES and not STYLES[card.tool_parser].leading
+
+
+def _plain(asked: ChatRequest | CompletionRequest) -> Guide | None:
+    form = asked.response_format if isinstance(asked, ChatRequest) else None
+    if form is not None and form.type == "json_object":
+        return Guide(kind="json", text=_text(ANY_OBJECT))
+    if form is not None and form.type == "json_schema" and form.json_schema is not None:
+        return Guide(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
+    if asked.guided_json is not None:
+        given = asked.guided_json
+        if isinstance(given, str):
+            check_json_texts([given], 4 * MAX_NODES, "guided_json")
+        schema = _schema(given) if isinstance(given, str) else given
+        return Guide(kind="json", text=_text(_checked(schema, "guided_json")))
+    if asked.guided_regex is not None:
+        return Guide(kind="regex", text=asked.guided_regex)
+    if asked.guided_grammar is not None:
+        return Guide(kind="grammar", text=asked.guided_grammar)
+    if asked.guided_choice is not None:
+        return Guide(kind="grammar", text="root ::= " + " | ".join(map(_text, asked.guided_choice)))
+    return None
+
+
+def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
+    tools, choice = asked.callable_tools(), asked.tool_choice
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    forced = asked.must_call
+    single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
+    if card.tool_parser == "pythonic":
+        calls = _pythonic(tools, single)  # refuses what cannot be spelled, whether it must be called or not
+        return Guide(kind="grammar", text=calls) if forced else _plain(asked)
+    style = STYLES.get(card.tool_parser)
+    if style is None:
+        raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
+    if forced:
+        return _tag(_calls(style, tools, single))
+    plain = _plain(asked)
+    if plain is not None:
+        return _tag({"type": "or", "elements": [_calls(style, tools, single), _as_format(plain)]})
+    return _tag(_free(style, tools, single)) if enforces_calls(card) else None
+
+
+def _calls(style: Style, tools: list[Tool], single: bool) -> Format:
+    """Nothing but calls, at least one."""
+    around = [_list(style, tools, single)]
+    if style.opening:
+        around.insert(0, {"type": "const_string", "value": style.opening})
+    if style.closing:
+        around.append({"type": "const_string", "value": style.closing})
+    return around[0] if len(around) == 1 else {"type": "sequence", "elements": around}
+
+
+def _free(style: Style, tools: list[Tool], single: bool) -> Format:
+    """Any text, and from a marker on calls that are well-formed."""
+    if style.opening:
+        tags = [{"type": "tag", "begin": style.opening, "content": _list(style, tools, single), "end": style.closing}]
+        single = True
+    else:
+        tags = [_call(style, tool) for tool in tools]
+    return {"type": "triggered_tags", "triggers": [style.markers[0]], "tags": tags, "stop_after_first": single}
+
+
+def _list(style: Style, tools: list[Tool], single: bool) -> Format:
+    return {
+        "type": "tags_with_separator",
+        "tags": [_call(style, tool) for tool in tools],
+        "separator": style.separator,
+        "at_least_one": True,
+        "stop_after_first": single,
+    }
+
+
+def _call(style: Style, tool: Tool) -> Format:
+    content = {"type": "json_schema", "json_schema": _of_object(tool.function.parameters)}
+    return {"type": "tag", "begin": style.begin.replace("{}", tool.function.name), "content": content, "end": style.end}
+
+
+def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments are an object even where their schema does not say so, or in a way that the compiler does not see."""
+    if not schema or _OPEN & schema.keys():
+        return ANY_OBJECT
+    branches = [branch for word in ("anyOf", "oneOf") for branch in _children(schema.get(word))]
+    if any(isinstance(branch, dict) and branch.get("type", "object") != "object" for branch in branches):
+        return ANY_OBJECT
+    shaped = schema.get("type") == "object" or bool(_SHAPES & schema.keys())
+    return _checked(schema, "tools") if shaped else ANY_OBJECT
+
+
+def _checked(schema: Any, param: str) -> Any:
+    """Raises BadRequest for a schema whose grammar would take minutes to compile."""
+    nodes, level = 0, [schema]
+    for _ in range(MAX_DEPTH):
+        children = [child for node in level for child in _children(node)]
+        nodes += len(children)
+        if nodes > MAX_NODES:
+            raise BadRequest(f"a schema may have {MAX_NODES:,} values in it at most", param=param)
+        if not children:
+            return schema
+        level = children
+    raise BadRequest(f"a schema may be nested {MAX_DEPTH} deep at most", param=param)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
+
+
+_SHAPES = {"properties", "$ref", "anyOf", "oneOf"}
+_OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler looks at nothing else
+
+
+def _as_format(guide: Guide) -> Format:
+    match guide.kind:
+        case "json":
+            return {"type": "json_schema", "json_schema": _schema(guide.text)}
+        case "regex":
+            return {"type": "regex", "pattern": guide.text}
+        case _:
+            return {"type": "grammar", "grammar": guide.text}
+
+
+def _schema(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"guided_json is not JSON: {error}", param="guided_json") from error
+
+
+def _tag(form: Format) -> Guide:
+    return Guide(kind="structural_tag", text=_text({"type": "structural_tag", "format": form}))
+
+
+def _pythonic(tools: list[Tool], single: bool) -> str:
+    """A list of calls with keyword arguments by the names of the schema; the values are any literals."""
+    calls, rules = [], []
+    for at, tool in enumerate(tools):
+        required, optional = _arguments(tool)
+        one = " | ".join(f"{_text(name + '=')} value" for name in optional)
+        first = ' ", " '.join(f"{_text(name + '=')} value" for name in required)
+        more = f'(", " ({one}))*' if one else ""
+        body = f"{first} {more}" if first else (f"(({one}) {more})?" if one else "")
+        rules.append(f'call{at} ::= {_text(tool.function.name + "(")} {body} ")"')
+        calls.append(f"call{at}")
+    call = f"({' | '.join(calls)})"
+    root = f'root ::= "[" {call} {"" if single else f"""(", " {call})*"""} "]"'
+    return "\n".join([root, *rules, _LITERALS])
+
+
+def _arguments(tool: Tool) -> tuple[list[str], list[str]]:
+    """Names of the required and the other parameters, as Python can spell them.
+
+    Raises:
+        BadRequest: the tool or a required parameter has a name that Python cannot.
+    """
+    if not all(map(_spellable, tool.function.name.split("."))):
+        raise BadRequest(
+            f"this model calls tools as Python functions: {tool.function.name!r} cannot be one", param="tools"
+        )
+    parameters = tool.function.parameters or {}
+    properties, needed = parameters.get("properties"), parameters.get("required")
+    names = list(properties) if isinstance(properties, dict) else []
+    wanted = {name for name in needed if isinstance(name, str)} if isinstance(needed, list) else set()
+    for name in wanted:
+        if not _spellable(name):
+            raise BadRequest(
+                f"this model calls tools as Python functions: {name!r} cannot be a parameter", param="tools"
+            )
+    required = [name for name in names if name in wanted]
+    return required, [name for name in names if name not in wanted and _spellable(name)]
+
+
+def _spellable(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+_LITERALS = r"""value ::= string | number | "True" | "False" | "None" | list | dict
+list ::= "[" (value (", " value)*)? "]"
+dict ::= "{" (string ": " value (", " string ": " value)*)? "}"
+string ::= "\"" ([^"\\\r\n] | "\\" ["\\bfnrt'])* "\""
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+-]? [0-9]+)?"""
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

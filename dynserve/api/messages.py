@@ -1,0 +1,197 @@
+"""Anthropic's `/v1/messages` and its `count_tokens`: content blocks become messages of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dynserve.api.chat import (
+    MAX_TOOLS,
+    ChatRequest,
+    Function,
+    Message,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolName,
+)
+from dynserve.api.fields import MAX_STOPS, Count, Many, Request, StopString, validated
+from dynserve.errors import BadRequest
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: str | Many[Block] | None = None
+    thinking: str | None = None
+
+
+class Turn(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    role: Literal["user", "assistant", "system"]
+    content: str | Many[Block]
+
+
+class MessageTool(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: str | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+
+
+class Choice(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class ThinkingOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class OutputFormat(BaseModel):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    format: OutputFormat | None = None
+
+
+class CountRequest(Request):
+    """What both calls share."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "mcp_servers": "give their tools in tools",
+        "container": "there is none here",
+    }
+
+    messages: Annotated[Many[Turn], Field(min_length=1)]
+    system: str | Many[Block] | None = None
+    tools: Annotated[Many[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    thinking: ThinkingOptions | None = None
+
+    def chat(self) -> ChatRequest:
+        """The same request as a chat.
+
+        Raises:
+            BadRequest: a block or a tool has no meaning for a chat.
+        """
+        return validated(lambda: ChatRequest.model_validate(self._fields()))
+
+    def _fields(self) -> dict[str, Any]:
+        messages: list[Message] = []
+        if self.system:
+            messages.append(Message(role="system", content=_text(self.system, "system")))
+        for at, turn in enumerate(self.messages):
+            messages += _turn(turn, f"messages.{at}")
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            # a last turn of the assistant is the beginning of the answer
+            "continue_final_message": messages[-1].role == "assistant" and not messages[-1].tool_calls,
+        }
+        if self.tools:
+            fields["tools"] = [_tool(tool) for tool in self.tools]
+        if self.tool_choice is not None:
+            fields["tool_choice"] = self._choice(self.tool_choice)
+            fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+        # Anthropic's models think only when asked to
+        thinking = self.thinking is not None and self.thinking.type != "disabled"
+        fields["chat_template_kwargs"] = {"enable_thinking": thinking}
+        return fields
+
+    @staticmethod
+    def _choice(choice: Choice) -> Any:
+        if choice.type == "tool":
+            if choice.name is None:
+                raise BadRequest("tool_choice of type tool needs a name", param="tool_choice")
+            return NamedTool(function=NamedFunction(name=choice.name))
+        return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
+
+
+class MessagesRequest(CountRequest):
+    max_tokens: Count
+    stream: bool | None = False
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_sequences: Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # its older name
+    metadata: dict[str, Any] | None = None  # accepted, without a meaning here
+    service_tier: str | None = None
+
+    def _fields(self) -> dict[str, Any]:
+        own = {
+            "max_tokens": self.max_tokens,
+            "stream": self.stream,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop": self.stop_sequences,
+            "response_format": self._format(),
+        }
+        return super()._fields() | {name: value for name, value in own.items() if value is not None}
+
+    def _format(self) -> dict[str, Any] | None:
+        form = (self.output_config.format if self.output_config else None) or self.output_format
+        return None if form is None else {"type": "json_schema", "json_schema": {"schema": form.schema_}}
+
+
+def _turn(turn: Turn, where: str) -> list[Message]:
+    """One turn may hold results of tools, which are messages of their own in a chat."""
+    if isinstance(turn.content, str):
+        return [Message(role=turn.role, content=turn.content)]
+    results, texts, calls = list[Message](), list[str](), list[dict[str, Any]]()
+    for at, block in enumerate(turn.content):
+        match block.type:
+            case "text":
+                texts.append(block.text or "")
+            case "tool_use":
+                function = {"name": block.name or "", "arguments": json.dumps(block.input or {}, ensure_ascii=False)}
+                calls.append({"id": block.id, "function": function})
+            case "tool_result":
+                content = "" if block.content is None else _text(block.content, f"{where}.content.{at}")
+                results.append(Message(role="tool", content=content, tool_call_id=block.tool_use_id))
+            case "thinking" | "redacted_thinking":
+                pass  # thoughts of earlier turns are not shown to the model again
+            case other:
+                raise BadRequest(f"{where}.content.{at}: blocks of type {other!r} are not supported", param=where)
+    if not texts and not calls:
+        return results or [Message(role=turn.role, content="")]
+    fields: dict[str, Any] = {"role": turn.role, "content": "".join(texts)}
+    if calls:
+        fields["tool_calls"] = calls
+    return [*results, Message.model_validate(fields)]
+
+
+def _text(content: str | list[Block], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    for block in content:
+        if block.type != "text" or block.text is None:
+            raise BadRequest(f"{where}: blocks of type {block.type!r} are not supported", param=where)
+    return "".join(block.text or "" for block in content)
+
+
+def _tool(tool: MessageTool) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise BadRequest(f"tools of type {tool.type!r} are not supported; define your own", param="tools")
+    return Tool(
+        type="function",
+        function=Function(name=tool.name, description=tool.description, parameters=tool.input_schema),
+    )

@@ -1,0 +1,64 @@
+"""`/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from dynserve.api.chat import ChatRequest, Message, Tool
+from dynserve.api.fields import Many, Request, TokenId, validated
+from dynserve.errors import BadRequest
+from dynserve.text.preprocess import Preprocessor
+
+
+class TokenizeRequest(Request):
+    """A text, or a conversation as the chat template renders it."""
+
+    prompt: str | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    tools: Many[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequest("give either prompt or messages", param="prompt")
+
+    def chat(self) -> ChatRequest:
+        """For a conversation; raises BadRequest for messages that are none."""
+        kwargs = self.chat_template_kwargs
+        return validated(
+            lambda: ChatRequest(
+                model=self.model, messages=self.messages or [], tools=self.tools, chat_template_kwargs=kwargs
+            )
+        )
+
+
+class DetokenizeRequest(Request):
+    tokens: Many[TokenId]
+    skip_special_tokens: bool = False
+
+
+def tokenized(asked: TokenizeRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> dict[str, Any]:
+    """The answer to `/tokenize`. Raises ContextTooLong for a text with more than twice the tokens of the context."""
+    if asked.prompt is not None:
+        tokens = preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens, most=max_seq_len, owner=owner)
+    else:
+        tokens = preprocessor.chat(asked.chat().conversation(), max_seq_len, owner)[1]
+    found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
+    if asked.return_token_strs:
+        found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
+    return found
+
+
+def detokenized(asked: DetokenizeRequest, preprocessor: Preprocessor) -> str:
+    """Raises BadRequest for ids that the tokenizer does not have."""
+    if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
+        raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
+    # a batch, even of one: only that lets go of the interpreter's lock
+    decoded = preprocessor.tokenizer.decode_batch([asked.tokens], skip_special_tokens=asked.skip_special_tokens)
+    text: str = decoded[0]
+    return text

@@ -1,0 +1,73 @@
+"""Tool calls as a Python list of calls, `[f(a=1), g(b="x")]`: Llama 4's way, and that of small Llama 3.2 models."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from dynserve.dialects.base import Arguments, Call, Content, Piece, json_text
+
+MOST_CALLS_TEXT = 100_000  # characters; a longer list is text
+
+
+class PythonicCalls:
+    """An answer that begins with `[` is held until its end: only then it is clear whether it is a list of calls."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._held = ""
+        self._plain = False
+
+    @property
+    def thinking(self) -> bool:
+        return False
+
+    def push(self, text: str) -> list[Piece]:
+        if self._plain:
+            return [Content(text)] if text else []
+        self._held += text
+        begin = self._held.lstrip()
+        if not begin or (begin[0] == "[" and len(begin) < MOST_CALLS_TEXT):
+            return []
+        self._plain = True
+        return [Content(self._take())]
+
+    def finish(self) -> list[Piece]:
+        held = self._take()
+        calls = _calls(held.strip(), self._names)
+        if calls is not None:
+            return calls
+        return [Content(held)] if held else []
+
+    def _take(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _calls(text: str, names: tuple[str, ...]) -> list[Piece] | None:
+    """None for what is no list of calls of known tools with literal arguments."""
+    try:
+        body = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if not isinstance(body, ast.List) or not body.elts:
+        return None
+    pieces: list[Piece] = []
+    for call in body.elts:
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            return None
+        name = ast.unparse(call.func)
+        if name not in names:
+            return None
+        try:
+            text = json_text({str(k.arg): _literal(k.value) for k in call.keywords})
+        except (ValueError, TypeError, RecursionError):
+            return None
+        pieces += [Call(name), Arguments(text)]
+    return pieces
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):  # JSON's words among Python's
+        return {"true": True, "false": False, "null": None}[node.id]
+    return ast.literal_eval(node)

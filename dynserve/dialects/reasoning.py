@@ -1,0 +1,90 @@
+"""Thoughts between `<think>` and `</think>`, as DeepSeek-R1, Qwen3 and their kin write them."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from dynserve.dialects.base import Content, Piece, Thinking, held_back
+
+BEGIN, END = "<think>", "</think>"
+
+# parser -> whether a thought is open where the prompt does not say
+NAMES = {"qwen3": False, "deepseek_r1": True}
+
+
+def is_open(parser: str, prompt: str, *, continued: bool = False) -> bool:
+    """Whether an answer to this prompt (rendered text) begins within a thought. `continued`: the prompt holds the beginning
+    of the answer, in which a thought may have begun and ended."""
+    if continued:
+        return prompt.rfind(BEGIN) > prompt.rfind(END)
+    end = prompt.rstrip()
+    return end.endswith(BEGIN) or (NAMES[parser] and not end.endswith(END))
+
+
+class _State(Enum):
+    START = auto()  # is there a thought?
+    THOUGHT = auto()
+    BETWEEN = auto()  # behind a thought, before the first word of the answer
+    ANSWER = auto()
+
+
+class ThinkTags:
+    """At most one thought, then the answer. White space around a thought belongs to neither."""
+
+    def __init__(self, *, open: bool) -> None:
+        self._open, self._state = open, _State.START
+        self._held = ""
+        self._said = False  # something of the thought
+
+    def push(self, text: str) -> list[Piece]:
+        if self._state is _State.ANSWER:
+            return [Content(text)] if text else []
+        self._held += text
+        pieces: list[Piece] = []
+        if self._state is _State.START:
+            self._start()
+        if self._state is _State.THOUGHT:
+            pieces += self._think()
+        if self._state is _State.BETWEEN and (answer := self._held.lstrip()):
+            self._state, self._held = _State.ANSWER, answer
+        if self._state is _State.ANSWER and self._held:
+            pieces.append(Content(self._take(len(self._held))))
+        return pieces
+
+    @property
+    def thinking(self) -> bool:
+        """The next token is not one of the answer yet."""
+        return self._state in (_State.START, _State.THOUGHT)
+
+    def finish(self) -> list[Piece]:
+        """A thought without an end is a thought; a tag that never was complete is text."""
+        held = self._take(len(self._held))
+        if self._state is _State.THOUGHT or (self._state is _State.START and self._open):
+            held = held.rstrip() if self._said else held.strip()
+            return [Thinking(held)] if held else []
+        return [Content(held)] if held and self._state is not _State.BETWEEN else []
+
+    def _start(self) -> None:
+        begin = self._held.lstrip()
+        if begin.startswith(BEGIN):
+            self._state, self._held = _State.THOUGHT, begin[len(BEGIN) :]
+        elif not BEGIN.startswith(begin):
+            self._state = _State.THOUGHT if self._open else _State.ANSWER
+
+    def _think(self) -> list[Piece]:
+        thought, tag, rest = self._held.partition(END)
+        if tag:
+            self._state, self._held = _State.BETWEEN, rest
+        else:
+            thought = thought[: len(thought) - held_back(thought, (END,))]
+        said = thought.rstrip()
+        if not tag:
+            self._take(len(said))
+        if not self._said:
+            said = said.lstrip()
+        self._said = self._said or bool(said)
+        return [Thinking(said)] if said else []
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken

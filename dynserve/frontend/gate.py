@@ -1,0 +1,95 @@
+"""The gate: who asks, and whether the request may come in."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dynserve.errors import ConfigError, Overloaded, Unauthorized
+from dynserve.frontend.keys import digest_of, read_keys
+from dynserve.frontend.rate_limits import ChargedCall, KeyUsage, OpenRequests
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    """Lets requests in. Without a keys file everyone is nobody in particular."""
+
+    def __init__(self, keys_file: str | None, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises ConfigError for a keys file that cannot be read, or has a line that is none."""
+        self._path = Path(keys_file) if keys_file else None
+        self._most, self.clock = most, clock
+        self._stamp: tuple[int, int] | None = None
+        self._by_digest: dict[bytes, list[KeyUsage]] = {}  # by the first bytes: the rest is compared in constant time
+        self.open_requests = OpenRequests()
+        if self._path is not None:
+            self._stamp = _stamp(self._path)
+            self._read(self._path)
+
+    def enter(self, headers: Mapping[str, str]) -> ChargedCall:
+        """Who asks.
+
+        Raises:
+            Unauthorized: no key, or none that is in the file.
+            RateLimited: the key has asked too often, or has too many requests open.
+            Overloaded: all clients together have.
+        """
+        usage = None if self._path is None else self._known(_presented(headers))
+        if self.open_requests.count >= self._most:
+            raise Overloaded(f"{self.open_requests.count} requests are being answered; try again soon")
+        if usage is not None:
+            usage.admit(self.clock())
+        return ChargedCall(self.open_requests, usage, self.clock)
+
+    def refresh(self) -> None:
+        """Reads the file again when it has changed. One that is wrong changes nothing, and is said to be, once."""
+        if self._path is None:
+            return
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._read(self._path)
+        except ConfigError as error:
+            log.error("the keys stay as they were: %s", error)
+        else:
+            log.info("%d API keys read anew", sum(map(len, self._by_digest.values())))
+
+    def _read(self, path: Path) -> None:
+        keys = read_keys(path)
+        before = {usage.key: usage for usages in self._by_digest.values() for usage in usages}
+        found: dict[bytes, list[KeyUsage]] = {}
+        for key in keys:
+            usage = before.get(key) or KeyUsage(key, self.clock())
+            found.setdefault(key.digest[:4], []).append(usage)
+        self._by_digest = found
+
+    def _known(self, secret: str) -> KeyUsage:
+        digest = digest_of(secret)
+        for usage in self._by_digest.get(digest[:4], ()):
+            if hmac.compare_digest(usage.key.digest, digest):
+                return usage
+        if not secret:
+            raise Unauthorized("You didn't provide an API key: send it as Authorization: Bearer KEY, or as x-api-key")
+        raise Unauthorized("Incorrect API key provided")
+
+
+def _presented(headers: Mapping[str, str]) -> str:
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and secret.strip():
+        return secret.strip()
+    return headers.get("x-api-key", "").strip()  # how Anthropic's clients send it
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes with every writing of the file; None where it cannot be seen."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino

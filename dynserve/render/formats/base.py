@@ -1,0 +1,126 @@
+"""What the formats of answers share. A format is made per answer; what is constant in it is rendered then, once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from dynserve.dialects.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.text.detokenize import Vocabulary
+from dynserve.wire.link import Usage
+from dynserve.wire.requests import Render, TokenLogprob
+
+Logprobs = list[dict[str, Any]] | None
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class End:
+    """How an answer ended. `reason` is `stop` or `length`; `stop_string` is the one that ended it."""
+
+    __slots__ = ("reason", "stop_string", "usage")
+
+    def __init__(self, reason: str, usage: Usage, stop_string: str | None = None) -> None:
+        self.reason, self.usage, self.stop_string = reason, usage, stop_string
+
+
+class Format(Protocol):
+    """Makes the bytes of one answer. Streamed: `first`, then `content` and `piece` as they come, then `last`. Otherwise
+    `body`, of all that was said."""
+
+    usage: Usage  # so far
+
+    def first(self) -> bytes: ...
+
+    def content(self, text: str, logprobs: Logprobs) -> bytes: ...
+
+    def around(self) -> tuple[bytes, bytes] | None:
+        """What `content` puts around a text's JSON, where that is always the same: then nobody need ask again."""
+        ...
+
+    def piece(self, piece: Piece, logprobs: Logprobs) -> bytes: ...
+
+    def last(self, end: End, logprobs: Logprobs) -> bytes: ...
+
+    def body(self, said: Said, end: End) -> bytes: ...
+
+    def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]: ...
+
+
+class Said:
+    """All of an answer so far, in order; `parts` are pieces with the log-probabilities of their tokens."""
+
+    def __init__(self, render: Render) -> None:
+        self._render = render
+        self.parts: list[tuple[Piece, Logprobs]] = []
+        self.rest: Logprobs = None  # log-probabilities of tokens behind the last piece
+
+    @property
+    def content(self) -> str:
+        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Content)])
+
+    @property
+    def thoughts(self) -> str:
+        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Thinking)])
+
+    @property
+    def calls(self) -> list[SaidCall]:
+        found: list[SaidCall] = []
+        for piece, _ in self.parts:
+            if isinstance(piece, Call):
+                found.append(SaidCall(call_id(self._render, len(found)), piece.name))
+            elif isinstance(piece, Arguments):
+                found[-1].parts.append(piece.text)
+        return found
+
+    @property
+    def logprobs(self) -> Logprobs:
+        if self._render.logprobs is None:
+            return None
+        return [entry for _, entries in self.parts for entry in entries or ()] + (self.rest or [])
+
+    def add(self, pieces: Iterable[Piece], logprobs: Logprobs) -> None:
+        """`logprobs` are of the tokens since the last piece."""
+        for piece in pieces:
+            self.parts.append((piece, logprobs))
+            logprobs = None
+
+
+class SaidCall:
+    def __init__(self, id_: str, name: str) -> None:
+        self.id, self.name = id_, name
+        self.parts: list[str] = []
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.parts)
+
+
+def call_id(render: Render, number: int) -> str:
+    """The same on every worker that renders this answer. Mistral's templates take ids of nine characters only."""
+    name = hashlib.sha256(f"{render.response_id}/{render.index}/{number}".encode()).hexdigest()
+    if render.tools is not None and render.tools.parser.startswith("mistral"):
+        return name[:9]
+    return f"call_{name[:24]}"
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's, of chat and completions."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def logprob_object(entry: TokenLogprob, vocabulary: Vocabulary, top: int) -> dict[str, Any]:
+    """OpenAI's, of chats and Responses, with the `top` likeliest tokens."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = vocabulary.token_bytes(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+    likeliest = [one(id_, logprob) for id_, logprob in entry.top[:top]]
+    return one(entry.token_id, entry.logprob) | {"top_logprobs": likeliest}

@@ -1,0 +1,21 @@
+"""One item of `/v1/embeddings`."""
+
+from __future__ import annotations
+
+import base64
+import math
+from array import array
+
+from dynserve.sse import to_json
+from dynserve.wire.requests import Render
+
+
+def embedding_item(render: Render, vector: bytes) -> bytes:
+    """`vector` is float32 of length 1; a cut one is brought back to length 1, as OpenAI does."""
+    values = array("f", vector)
+    if 0 < render.dimensions < len(values):
+        values = values[: render.dimensions]
+        length = math.sqrt(math.fsum(v * v for v in values))
+        values = array("f", (v / length for v in values)) if length else values
+    shown = base64.b64encode(values.tobytes()).decode() if render.base64 else values.tolist()
+    return to_json({"object": "embedding", "index": render.index, "embedding": shown})

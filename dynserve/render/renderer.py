@@ -1,0 +1,188 @@
+"""The bytes that a client reads: chunks while an answer grows, or one JSON body at its end.
+
+Runs in the worker, once per token: the constant parts of a chunk are rendered once per request, the rest is one JSON
+string. `replay` brings a renderer to any point of an answer, so that another worker continues it to the byte.
+
+    tokens ──detokenizer──▶ text ──stop strings──▶ text ──parsers──▶ pieces ──format──▶ bytes
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynserve.dialects import chain, markers
+from dynserve.dialects.base import Content, Piece, Thinking, held_back
+from dynserve.render.formats import make_format
+from dynserve.render.formats.base import End, Said
+from dynserve.text.detokenize import Vocabulary
+from dynserve.wire.link import Usage
+from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob, unpack_tokens
+
+
+class Renderer:
+    """One answer. `push` and `finish` return what to send now (maybe nothing). `prompt` is u32 token ids."""
+
+    def __init__(self, render: Render, stop: Stop, prompt: bytes, vocabulary: Vocabulary) -> None:
+        self._render, self._prompt, self._vocabulary = render, prompt, vocabulary
+        keep = markers(render.tools, render.reasoning)
+        self._detokenizer = vocabulary.detokenizer(skip_special=render.skip_special_tokens, keep=keep)
+        self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
+        self._parser = chain(render.tools, render.reasoning)
+        self._format = make_format(render)
+        self._said = Said(render)  # of a unary answer
+        self._logprobs: list[dict[str, Any]] = []  # not sent yet
+        self._opened = not render.stream
+        self._echo = render.echo
+        self._thought = False  # something of a thought was said
+        self._reasoning_tokens = 0
+        self.tokens = 0
+        self.cached_tokens = 0
+        self.stopped = False  # a stop string has been seen: nothing more comes out, and the engine need not go on
+        # where nothing looks at the text, what is around a token's is known beforehand
+        plain = render.stream and self._stops is None and self._parser is None
+        self._around = self._format.around() if plain else None
+        self._head = self._tail = b""  # of a chunk, once nothing but whole tokens can come
+        self._note_usage()
+
+    def replay(self, prior: Prior) -> None:
+        """Goes through what an earlier worker already rendered, one token at a time as it did: what was held back then
+        is held back now."""
+        self.cached_tokens = prior.cached_tokens
+        # those of the prompt, if there are any, came with the first token
+        ahead = max(0, len(prior.logprobs) - len(prior.token_ids))
+        for i, token_id in enumerate(prior.token_ids):
+            entries = prior.logprobs[ahead + i if i else 0 : ahead + i + 1]
+            self.push([token_id], entries or None)
+
+    def push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
+        if self._head and len(token_ids) == 1 and (json := self._vocabulary.token_json(token_ids[0])):
+            self.tokens += 1
+            return self._head + json + self._tail
+        data = self._push(token_ids, logprobs)
+        if self._around is not None:
+            self._head, self._tail = self._around if self._opened and self._detokenizer.whole else (b"", b"")
+        return data
+
+    def _push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
+        if self.stopped:
+            return b""
+        data = b""
+        if self._echo:
+            data, logprobs = self._echo_prompt(logprobs)
+        self._count(len(token_ids))
+        text = self._detokenizer.push(token_ids)
+        if self._stops is not None:
+            text = self._stops.push(text)
+            self.stopped = self._stops.matched is not None
+        if logprobs is not None and self._render.logprobs is not None:
+            self._logprobs += [self._format.logprob(entry, self._vocabulary) for entry in logprobs]
+        return data + self._emit(text)
+
+    def finish(self, reason: str, stop_token: int | None = None) -> tuple[bytes, Usage]:
+        """The end: what was held back, the finish reason, the usage. A `stop_token` counts as generated."""
+        if stop_token is not None:
+            self._count(1)
+        data = b""
+        if not self.stopped:
+            text = self._detokenizer.flush()
+            if self._stops is not None:
+                text = self._stops.push(text) + self._stops.flush()
+            data = self._emit(text)
+        if self._parser is not None:
+            data += self._emit_pieces(self._parser.finish())
+        usage = self._note_usage()
+        end = End(reason, usage, self._stops.matched if self._stops is not None else None)
+        if not self._render.stream:
+            self._said.rest = self._take_logprobs()
+            return self._format.body(self._said, end), usage
+        if not self._opened:
+            data += self._open()
+        return data + self._format.last(end, self._take_logprobs()), usage
+
+    def _echo_prompt(self, logprobs: list[TokenLogprob] | None) -> tuple[bytes, list[TokenLogprob] | None]:
+        """The prompt as text, with its own log-probabilities where there are some; and those of the answer."""
+        self._echo = False
+        ids = unpack_tokens(self._prompt)
+        if logprobs is not None and self._render.logprobs is not None and len(logprobs) >= len(ids):
+            self._logprobs += [self._format.logprob(entry, self._vocabulary) for entry in logprobs[: len(ids)]]
+            logprobs = logprobs[len(ids) :]
+        detokenizer = self._vocabulary.detokenizer(skip_special=self._render.skip_special_tokens)
+        return self._emit_content(detokenizer.push(ids) + detokenizer.flush()), logprobs
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self._parser is not None and self._parser.thinking:
+            self._reasoning_tokens += tokens
+        if self._render.continuous_usage:
+            self._note_usage()
+
+    def _note_usage(self) -> Usage:
+        thought = self._reasoning_tokens if self._thought else 0
+        self._format.usage = Usage(len(self._prompt) // 4, self.tokens, self.cached_tokens, reasoning_tokens=thought)
+        return self._format.usage
+
+    def _emit(self, text: str) -> bytes:
+        if self._parser is not None:
+            return self._emit_pieces(self._parser.push(text)) if text else self._opening()
+        return self._emit_content(text)
+
+    def _emit_content(self, text: str) -> bytes:
+        if not self._render.stream:
+            if text:
+                self._said.add((Content(text),), self._take_logprobs())
+            return b""
+        opening = self._opening()
+        return opening + self._format.content(text, self._take_logprobs()) if text else opening
+
+    def _emit_pieces(self, pieces: list[Piece]) -> bytes:
+        if not self._thought and self._render.reasoning is not None:
+            self._thought = any(isinstance(piece, Thinking) for piece in pieces)
+        if not self._render.stream:
+            if pieces:
+                self._said.add(pieces, self._take_logprobs())
+            return b""
+        data = self._opening()
+        for piece in pieces:
+            data += self._format.piece(piece, self._take_logprobs())
+        return data
+
+    def _opening(self) -> bytes:
+        return b"" if self._opened else self._open()
+
+    def _open(self) -> bytes:
+        self._opened = True
+        return self._format.first()
+
+    def _take_logprobs(self) -> list[dict[str, Any]] | None:
+        if self._render.logprobs is None:
+            return None
+        taken, self._logprobs = self._logprobs, []
+        return taken
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, across tokens, and cuts at the first whole one."""
+
+    def __init__(self, strings: tuple[str, ...], *, keep: bool = False) -> None:
+        self._strings, self._keep = strings, keep
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        found = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
+        if found:
+            # the one that a reader would meet first; of two at one place, the longer
+            at, string = min(found, key=lambda f: (f[0], -len(f[1])))
+            self.matched, self._held = string, ""
+            return text[: at + len(string)] if self._keep else text[:at]
+        held = held_back(text, self._strings)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """At the end of the answer a beginning is just text."""
+        held, self._held = self._held, ""
+        return held

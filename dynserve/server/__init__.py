@@ -1,0 +1,1 @@
+"""The HTTP server: uvicorn with bounds, and shortcuts past ASGI for answers."""

@@ -1,0 +1,211 @@
+"""From messages to token ids: the model's own chat template, as transformers renders it, then its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from dynserve.dialects import reasoning
+from dynserve.errors import BadRequest, ContextTooLong, InternalError
+from dynserve.text.segments import Segments
+from dynserve.wire.requests import Sampling
+
+LIKELY_CHARACTERS = 8  # per token: a text that has fewer of them for each token of the context is just tokenised
+SLICE = 1 << 16  # characters of a longer text that are tokenised at a time, to see whether it can fit
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Conversation(NamedTuple):
+    """What a chat template is given."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = {}
+    continue_last: bool = False  # the last turn is the beginning of the answer
+
+
+class Preprocessor:
+    """One model's tokenizer, template and sampling defaults, from the files of its card."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size: int = self.tokenizer.get_vocab_size()
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.highest_id: int = max(self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+        self.segments = Segments(self.tokenizer)
+        self._around = _around(self.tokenizer)
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        self.template = _template_source(files, config)
+        self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
+        self._template = _environment().from_string(self.template) if self.template else None
+        self.opens_thoughts = self._opens_thoughts()
+        self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
+
+    def chat(self, conversation: Conversation, most: int | None = None, owner: str = "") -> tuple[str, list[int]]:
+        """A conversation with the opening of the assistant's turn, as text and as token ids.
+        `owner`: see `Segments.encode`.
+
+        Raises:
+            BadRequest: the model has no template, or its template refuses these messages.
+            ContextTooLong: the text certainly has over twice `most` tokens.
+        """
+        said = "".join(str(message.get("content") or "") for message in conversation.messages)
+        self._check_length(said, most, "messages")  # before templates copy and search it
+        text = self.render(conversation)
+        self._check_length(text, most, "messages")
+        return text, self.segments.encode(text, owner)
+
+    def render(self, conversation: Conversation, now: datetime | None = None) -> str:
+        """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
+        ours: dict[str, Any] = {
+            "messages": conversation.messages,
+            "add_generation_prompt": not conversation.continue_last,
+            "tools": conversation.tools or None,
+            "documents": None,
+            **self._special,
+        }
+        if now is not None:
+            ours["strftime_now"] = now.strftime
+        taken = sorted(ours.keys() & conversation.variables.keys() - {"add_generation_prompt", "documents"})
+        if taken:
+            raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
+        if self._template is None:
+            raise BadRequest("this model has no chat template; use /v1/completions")
+        if conversation.continue_last:
+            ours["messages"] = _marked(conversation.messages)
+        try:
+            text = self._template.render(ours | dict(conversation.variables))
+        except (
+            Exception
+        ) as error:  # a template is code from elsewhere, and may raise anything about messages it dislikes
+            reason = str(error) or type(error).__name__
+            raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
+        return _unbroken(_before_mark(text) if conversation.continue_last else text)
+
+    def _opens_thoughts(self) -> bool:
+        """Whether it is the template that begins thoughts, rather than the model."""
+        probe = Conversation([{"role": "user", "content": "x"}], variables={"enable_thinking": True})
+        try:
+            return self.render(probe).rstrip().endswith(reasoning.BEGIN)
+        except BadRequest:
+            return False
+
+    def tokenize(
+        self, text: str, *, special: bool = True, most: int | None = None, owner: str = "", param: str = "prompt"
+    ) -> list[int]:
+        """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one).
+        `owner`: see `Segments.encode`.
+
+        Raises:
+            ContextTooLong: the text certainly has over twice `most` tokens.
+        """
+        self._check_length(text, most, param)
+        if not special:
+            return self.segments.encode(text, owner)
+        if self._around is None:
+            # a batch, even of one: only that lets go of the interpreter's lock
+            ids: list[int] = self.tokenizer.encode_batch_fast([text])[0].ids
+            return ids
+        before, after = self._around
+        return [*before, *self.segments.encode(text, owner), *after]
+
+    def _check_length(self, text: str, most: int | None, param: str) -> None:
+        """Raises what `tokenize` raises, for a cost that grows with `most`, whatever the length of the text.
+
+        A slice may cut words in two, which changes a few tokens of thousands: what has twice as many certainly has more.
+        """
+        if most is None or len(text) <= LIKELY_CHARACTERS * most:
+            return
+        found = 0
+        for at in range(0, len(text), SLICE):
+            found += len(self.tokenizer.encode_batch_fast([text[at : at + SLICE]], add_special_tokens=False)[0])
+            if found > 2 * most:
+                raise ContextTooLong(
+                    f"This model's maximum context length is {most} tokens. However, your prompt has more than {2 * most} "
+                    "tokens. Please shorten it.",
+                    param=param,
+                )
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """What the tokenizer puts before and behind any text; None where that cannot be told apart."""
+    bare, whole = (tokenizer.encode("x", add_special_tokens=special).ids for special in (False, True))
+    for at in range(len(whole) - len(bare) + 1):
+        if bare and whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return None
+
+
+_MARK = "\ue000here the answer goes on\ue001"  # no text that anybody writes
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last turn with a mark at its end, so that what a template writes behind it can be told apart."""
+    return [*messages[:-1], {**messages[-1], "content": str(messages[-1].get("content") or "") + _MARK}]
+
+
+def _before_mark(text: str) -> str:
+    at = text.rfind(_MARK)
+    if at < 0:
+        raise BadRequest("the last message cannot be continued: the template does not show its text", param="messages")
+    return text[:at]
+
+
+def _unbroken(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become replacement characters."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    source = config.get("chat_template") or ""
+    if isinstance(source, list):  # several named templates
+        source = next((t["template"] for t in source if t["name"] == "default"), "")
+    return str(source)
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> Sampling:
+    """What a request without sampling fields gets: the model makers' recommendation; greedy when they say so."""
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
+    if generation_config.get("do_sample") is False:
+        found = {"temperature": 0.0}
+    try:
+        return Sampling(**found)
+    except TypeError as error:
+        raise InternalError(f"generation_config.json: {error}") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox, options, filters and functions that chat templates are written for."""
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **rest: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
