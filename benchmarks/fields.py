@@ -34,18 +34,18 @@ from dynserve.frontend.__main__ import SWITCH_INTERVAL
 from dynserve.model_files import read_model_files
 from dynserve.process import settle_memory
 from dynserve.render.renderer import Renderer
-from dynserve.server.heads import Limits
+from dynserve.server.heads import HttpLimits
 from dynserve.server.serving import bind, serving
 from dynserve.text.detokenize import Vocabulary
 from dynserve.text.preprocess import Preprocessor
 from dynserve.wire.requests import (
     GenerateRequest,
-    Reasoning,
-    Render,
-    Sampling,
-    Stop,
+    ReasoningParsing,
+    RenderOptions,
+    SamplingParams,
+    StopConditions,
     TokenLogprob,
-    ToolUse,
+    ToolParsing,
     pack_tokens,
 )
 
@@ -81,7 +81,7 @@ async def stalls(repeats: int) -> float:
     worst = 0.0
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster:
         sock = bind("127.0.0.1", 0, "port")
-        async with serving(cluster.apps[0].served, sock, Limits()), posting(sock.getsockname()[1]) as post:
+        async with serving(cluster.apps[0].served, sock, HttpLimits()), posting(sock.getsockname()[1]) as post:
             settle_memory()
             sys.setswitchinterval(SWITCH_INTERVAL)  # as a frontend does
             lag = Lag()
@@ -156,7 +156,12 @@ def sampler_costs(tokens: int) -> float:
     print(f"\nsampler, {VOCABULARY:,} tokens in the vocabulary, 8,192 in the prompt")
     found: dict[str, float] = {}
     for name, (sampling, stop) in SAMPLED.items():
-        request = _request(Sampling(seed=1, **sampling), Stop(max_tokens=1 << 20, **stop), Render(**_RENDER), 8192)
+        request = _request(
+            SamplingParams(seed=1, **sampling),
+            StopConditions(max_tokens=1 << 20, **stop),
+            RenderOptions(**_RENDER),
+            8192,
+        )
         sequence = Sequence(1, request, 32, frozenset({2}), 0.0)
         times = []
         for _ in range(tokens):
@@ -179,8 +184,8 @@ RENDERED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "logprobs, 20": ({"logprobs": 20}, ()),
     "continuous usage": ({"usage": True, "continuous_usage": True}, ()),
-    "512 tools": ({"kind": "chat", "tools": ToolUse(parser="hermes", names=tuple(f"tool_{i}" for i in range(512)))}, ()),
-    "reasoning": ({"kind": "chat", "reasoning": Reasoning(parser="qwen3", open=True)}, ()),
+    "512 tools": ({"kind": "chat", "tools": ToolParsing(parser="hermes", names=tuple(f"tool_{i}" for i in range(512)))}, ()),
+    "reasoning": ({"kind": "chat", "reasoning": ReasoningParsing(parser="qwen3", open=True)}, ()),
 }  # fmt: skip
 
 
@@ -192,9 +197,9 @@ def renderer_costs(tokens: int) -> float:
     print("\nrenderer, an answer of the letter a")
     worst = 0.0
     for name, (render, stops) in RENDERED.items():
-        made = Render(**(_RENDER | render))
+        made = RenderOptions(**(_RENDER | render))
         logprobs = [TokenLogprob(letter, -1.0, [(i, -1.0) for i in range(20)])] if made.logprobs else None
-        renderer = Renderer(made, Stop(max_tokens=1 << 20, strings=stops), pack_tokens([1]), vocabulary)
+        renderer = Renderer(made, StopConditions(max_tokens=1 << 20, strings=stops), pack_tokens([1]), vocabulary)
         began = time.perf_counter()
         for _ in range(tokens):
             renderer.push([letter], logprobs)
@@ -204,7 +209,7 @@ def renderer_costs(tokens: int) -> float:
     return worst
 
 
-def _request(sampling: Sampling, stop: Stop, render: Render, prompt: int) -> GenerateRequest:
+def _request(sampling: SamplingParams, stop: StopConditions, render: RenderOptions, prompt: int) -> GenerateRequest:
     return GenerateRequest(
         id="r", stream=1, reply_to="f", model="m", phase="aggregated", prompt=pack_tokens([7] * prompt),
         sampling=sampling, stop=stop, render=render, timeout_s=10.0,

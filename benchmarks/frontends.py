@@ -40,7 +40,7 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in file.read().split()] or [pid]
 
 
-def carried(setup: Setup, workers: int, seconds: float, ask: load.Ask) -> Carried:
+def carried(setup: Setup, workers: int, seconds: float, ask: load.PlacementQuery) -> Carried:
     wait_for(setup.port, workers)
     load.run(setup.port, ask, CLIENTS, 1.0)
     pids = children(setup.pids["frontend"][0])
@@ -68,7 +68,7 @@ def wait_for(port: int, processes: int) -> None:
             seen.add(health["pid"])
 
 
-def both(seconds: float, ask: load.Ask, name: str, step_ms: float) -> float:
+def both(seconds: float, ask: load.PlacementQuery, name: str, step_ms: float) -> float:
     found: list[Carried] = []
     for workers in (1, 2):
         flags: Sequence[str] = ["--workers", str(workers)]
@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
     seconds = 2.0 if parser.parse_args().quick else 10.0
     print(f"{CLIENTS} clients, {machine()}\n")
-    unary = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token", 1.0)
-    streamed = both(seconds, load.Ask(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens", 20.0)
+    unary = both(seconds, load.PlacementQuery(TINY_MODEL.name, PROMPT, 1, stream=False), "unary, 1 token", 1.0)
+    streamed = both(seconds, load.PlacementQuery(TINY_MODEL.name, PROMPT, TOKENS), f"streamed, {TOKENS} tokens", 20.0)
     report(
         [
             Row("two frontends carry, times one: unary requests", unary, 1.7, True),

@@ -49,7 +49,7 @@ class Probe:
 
     def per_request(self, clients: int, tokens: int, *, stream: bool, idle: float) -> float:
         """Instructions per answered request, without those that idling takes."""
-        ask = load.Ask(TINY_MODEL.name, PROMPT, tokens, stream)
+        ask = load.PlacementQuery(TINY_MODEL.name, PROMPT, tokens, stream)
         load.run(self._port, ask, clients, 1.0)
         self._control("--instr=on")
         answered = load.run(self._port, ask, clients, 6.0)

@@ -20,7 +20,7 @@ _NUMBER = b"00000000"
 _numbers = count(1)
 
 
-class Ask(NamedTuple):
+class PlacementQuery(NamedTuple):
     """What every request asks for."""
 
     model: str
@@ -136,7 +136,7 @@ class _Connection(asyncio.Protocol):
         self._ask()
 
 
-async def _run(port: int, ask: Ask, clients: int, seconds: float) -> Answered:
+async def _run(port: int, ask: PlacementQuery, clients: int, seconds: float) -> Answered:
     loop, request, began = asyncio.get_running_loop(), ask.encoded(), time.perf_counter()
 
     async def one(number: int) -> _Connection:
@@ -157,6 +157,6 @@ async def _run(port: int, ask: Ask, clients: int, seconds: float) -> Answered:
     )
 
 
-def run(port: int, ask: Ask, clients: int, seconds: float) -> Answered:
+def run(port: int, ask: PlacementQuery, clients: int, seconds: float) -> Answered:
     """Raises SystemExit for an answer that is none."""
     return uvloop.run(_run(port, ask, clients, seconds))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import load
 from budget import Row, machine, report
-from load import Ask
+from load import PlacementQuery
 
 from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
@@ -114,7 +114,7 @@ def resident(pid: int) -> float:
 
 
 def measured(setup: Setup, clients: int, seconds: float, max_tokens: int, *, stream: bool) -> dict[str, float]:
-    ask = Ask(TINY_MODEL.name, PROMPT, max_tokens, stream)
+    ask = PlacementQuery(TINY_MODEL.name, PROMPT, max_tokens, stream)
     load.run(setup.port, ask, clients, 0.5)
     before = {name: cpu_seconds(pids) for name, pids in setup.pids.items()}
     answered = load.run(setup.port, ask, clients, seconds)
@@ -151,7 +151,7 @@ def main() -> None:
                 found[REQUEST] = values["frontend"]
     for name, roles in (("aggregated", ["prefill_and_decode"]), ("prefill + decode", ["prefill", "decode"])):
         with cluster(roles, {"speed": 0}) as setup:
-            ask = Ask(TINY_MODEL.name, PROMPT, 2)
+            ask = PlacementQuery(TINY_MODEL.name, PROMPT, 2)
             load.run(setup.port, ask, 1, 0.3)
             times = load.run(setup.port, ask, 1, ttft_seconds).first_s
         p50, p99 = load.at(times, 0.5) * 1000, load.at(times, 0.99) * 1000

@@ -40,11 +40,11 @@ from dynserve import Cluster, clock
 from dynserve.config import RouterMode
 from dynserve.errors import DynserveError
 from dynserve.executors.engine_args import EngineArgs
-from dynserve.frontend.pipeline import Prompt
+from dynserve.frontend.inference import InferenceRequest
 from dynserve.frontend.reply import Record
-from dynserve.routing.policy import Asked, Candidate, Choice, Kv
-from dynserve.routing.router import Ask
-from dynserve.wire.requests import Render, Sampling, Stop
+from dynserve.routing.policy import Candidate, Kv, PolicyChoice, PolicyInput
+from dynserve.routing.router import PlacementQuery
+from dynserve.wire.requests import Generation, RenderOptions, SamplingParams, StopConditions
 
 ENGINE = {
     "leap": 64, "max_seq_len": 262_144, "max_batch_size": 256, "max_num_tokens": 8192, "prefill_us_per_token": 50.0,
@@ -109,7 +109,7 @@ class Oracle:
         self._inner = inner
         self._engines = {worker.id: worker.executor for worker in cluster.workers}
 
-    def overlaps(self, ask: Ask, size: int) -> dict[str, int]:
+    def overlaps(self, ask: PlacementQuery, size: int) -> dict[str, int]:
         """Instead of the router's own: in caches, or on the way into them."""
         hashes, found = ask.reusable(size), {}
         for worker, engine in self._engines.items():
@@ -121,7 +121,7 @@ class Oracle:
                 found[worker] = blocks
         return found
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         for c in candidates:
             engine: Any = self._engines[c.worker]
             manager = engine._scheduler.blocks
@@ -216,7 +216,7 @@ def _make_oracle(cluster: Cluster) -> None:
     assert isinstance(inner, Kv)
     oracle = Oracle(inner, cluster)
     router.policies[cluster.model, "prefill"] = oracle
-    router._overlaps = oracle.overlaps  # type: ignore[method-assign]
+    router._overlaps = oracle.overlaps  # type: ignore[method-assign,assignment]
 
 
 async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
@@ -234,11 +234,12 @@ async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
             return
         tokens = call.prompt()
         began = loop.time()
-        prompt = Prompt(
-            id=str(number), model=cluster.model, tokens=tokens, sampling=Sampling(temperature=0.0),
-            stop=Stop(max_tokens=call.output, ignore_eos=True),
-            render=Render(kind="completion", response_id="r", model=cluster.model, created=0),
+        generation = Generation(
+            prompt=tokens, sampling=SamplingParams(temperature=0.0),
+            stop=StopConditions(max_tokens=call.output, ignore_eos=True),
+            render=RenderOptions(kind="completion", response_id="r", model=cluster.model, created=0),
         )  # fmt: skip
+        request = InferenceRequest(id=str(number), model=cluster.model, generation=generation)
         first = latest = gap = 0.0
 
         async def sink(burst: list[Record]) -> None:
@@ -250,7 +251,7 @@ async def _drive(paced: Paced, cluster: Cluster) -> list[Answered]:
             latest = now
 
         try:
-            with pipeline.answer(prompt) as run:
+            with pipeline.run(request) as run:
                 await run.deliver(sink)
             read = run.decision.placements[-1 if len(run.decision.placements) == 1 else -2]
             assert read.usage is not None

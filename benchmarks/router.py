@@ -23,7 +23,7 @@ from budget import Row, machine, report
 from dynserve.frontend.decisions import Decision
 from dynserve.routing.index import PrefixIndex
 from dynserve.routing.policy import IndexState
-from dynserve.routing.router import Ask, Router
+from dynserve.routing.router import PlacementQuery, Router
 from dynserve.wire.requests import pack_tokens
 
 TOKENS, BLOCK = 8192, 32
@@ -56,7 +56,7 @@ def filled(workers: int, blocks: int, r: random.Random) -> tuple[Router, list[by
     per = TOKENS // BLOCK
     for number in range(blocks // per):
         prompt = pack_tokens([r.randrange(150_000) for _ in range(TOKENS)])
-        hashes = Ask(prompt).hashes(BLOCK)
+        hashes = PlacementQuery(prompt).hashes(BLOCK)
         for name in r.sample(names, max(1, workers // 8) if number % 4 == 0 else 1):
             router.index.store(name, hashes[: r.randrange(1, per + 1)] if number % 4 == 0 else hashes)
         if number < 200:
@@ -69,7 +69,7 @@ def placements(router: Router, prompts: list[bytes], rounds: int) -> Timed:
 
     def work() -> None:
         for prompt in prompts:
-            router.place(Ask(prompt), "prefill", targets, 0.0).close()
+            router.place(PlacementQuery(prompt), "prefill", targets, 0.0).close()
 
     return timed(rounds, work, len(prompts))
 
@@ -82,7 +82,7 @@ def whole_requests(router: Router, prompts: list[bytes], rounds: int) -> Timed:
 
     def work() -> None:
         for number, prompt in enumerate(prompts):
-            ask = Ask(prompt)
+            ask = PlacementQuery(prompt)
             decision = Decision(str(number), "", ask.tokens, 0.0)
             router.local(ask, decoders, prefillers)
             prefill = router.place(ask, "prefill", prefillers, 0.0)
@@ -98,7 +98,7 @@ def whole_requests(router: Router, prompts: list[bytes], rounds: int) -> Timed:
 def hashings(prompts: list[bytes], rounds: int) -> Timed:
     def work() -> None:
         for prompt in prompts:
-            Ask(prompt).hashes(BLOCK)
+            PlacementQuery(prompt).hashes(BLOCK)
 
     return timed(rounds, work, len(prompts))
 

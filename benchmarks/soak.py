@@ -56,7 +56,7 @@ def main() -> None:
     engine |= {"max_batch_size": args.streams, "max_num_tokens": 1 << 17, "num_blocks": 40_000}
     print(f"{args.streams} streams of {TOKENS} tokens, steps of {args.step_ms:.0f} ms, {seconds:.0f} s, {machine()}\n")
     with cluster(["prefill_and_decode"], engine) as setup:
-        ask = load.Ask(TINY_MODEL.name, PROMPT, TOKENS)
+        ask = load.PlacementQuery(TINY_MODEL.name, PROMPT, TOKENS)
         load.run(setup.port, ask, args.streams, 2.0)
         memory = Memory(setup, seconds / 60)
         memory.start()

@@ -203,7 +203,7 @@ def _wait_for(port: int, text: str, seconds: float = 90.0) -> None:
 
 
 def measured(peer: Peer, case: Case, seconds: float, warm_s: float) -> Found:
-    ask = load.Ask(MODEL, case.prompt, TOKENS if case.stream else 1, case.stream, case.chat)
+    ask = load.PlacementQuery(MODEL, case.prompt, TOKENS if case.stream else 1, case.stream, case.chat)
     load.run(peer.port, ask, case.clients, warm_s)
     before = {name: cpu_seconds(pids) for name, pids in peer.pids.items()}
     answered = load.run(peer.port, ask, case.clients, seconds)

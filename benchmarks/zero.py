@@ -17,8 +17,8 @@ from itertools import count
 from typing import Any
 
 from dynserve.config import WorkerConfig
-from dynserve.executors.base import KvListener, Limits, Output, Sink
-from dynserve.process import Stop, run_role, settle_memory
+from dynserve.executors.base import ExecutorLimits, KvListener, Output, OutputSink
+from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.serving import bind, serving, url_of
 from dynserve.tasks import task_group
 from dynserve.transport.planes import open_planes
@@ -37,13 +37,13 @@ class Zero:
     def __init__(self, step: float) -> None:
         self._step = step
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.limits = Limits(BLOCK, BLOCKS, 1 << 20, 4096, 2048)
+        self.limits = ExecutorLimits(BLOCK, BLOCKS, 1 << 20, 4096, 2048)
         self.targets = (self,)
-        self._live: dict[int, tuple[Sink, list[int]]] = {}  # and the tokens that are left
+        self._live: dict[int, tuple[OutputSink, list[int]]] = {}  # and the tokens that are left
         self._tickets = count(1)
         self._wake = asyncio.Event()
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+    def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         ticket = next(self._tickets)
         self._live[ticket] = (sink, [300 + at % 500 for at in range(request.stop.max_tokens)][::-1])
         self._wake.set()
@@ -86,8 +86,8 @@ class Zero:
                 sink(output)
 
 
-async def run(step: float, config: WorkerConfig, stop: Stop) -> None:
-    instance_id = new_instance_id(config.disaggregation_mode)
+async def run(step: float, config: WorkerConfig, stop: StopSignal) -> None:
+    instance_id = new_instance_id(config.role)
     workers: list[Worker] = []
     async with AsyncExitStack() as stack:
         sock = bind(config.system_host, config.system_port, "--system-port")

@@ -20,7 +20,7 @@ STEADY = 30.0  # seconds of life after which a death is a first one again
 _PR_SET_PDEATHSIG = 1
 
 
-class Spec(NamedTuple):
+class ChildSpec(NamedTuple):
     """`environment` is added to this process's own; what `ps` must not show belongs there."""
 
     name: str
@@ -32,7 +32,7 @@ class Child:
     """`died(child, code)` is called for each end that nobody asked for, before a restart."""
 
     def __init__(
-        self, spec: Spec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
+        self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
     ) -> None:
         self.name, self._command, self.restarts = spec.name, spec.command, restart
         self._environment = dict(spec.environment)

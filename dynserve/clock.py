@@ -20,7 +20,7 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-THREAD_LOOK = 0.05  # real seconds between looks whether a thread is done
+THREAD_POLL = 0.05  # real seconds between looks whether a thread is done
 
 
 class Deadlock(RuntimeError):
@@ -67,7 +67,7 @@ class _Jumping(selectors.DefaultSelector):
         if ready or (timeout is not None and timeout <= 0):
             return ready
         if self._loop.threads:
-            return super().select(THREAD_LOOK)
+            return super().select(THREAD_POLL)
         if timeout is None:
             raise Deadlock("nothing is ready, no timer is set, no thread runs")
         self._loop.now += timeout

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from dynserve.config import TINY_MODEL, ExecutorName, FrontendConfig, Role, RouterMode, WorkerConfig
+from dynserve.config import TINY_MODEL, ExecutorName, FrontendConfig, Role, RouterMode, WorkerConfig, mode_of
 from dynserve.errors import TimedOut
 from dynserve.executors.base import open_executor
 from dynserve.executors.transceiver import MemoryTransceivers
@@ -43,7 +43,7 @@ class Cluster:
         executor: ExecutorName = "torch", router_mode: RouterMode = "kv", engine: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None, frontends: int = 1, seed: int | None = None,
     ) -> None:  # fmt: skip
-        numbers: dict[Role, int] = {"prefill": prefill, "decode": decode, "prefill_and_decode": aggregated}
+        numbers: dict[Role, int] = {"prefill": prefill, "decode": decode, "aggregated": aggregated}
         self._roles = [role for role, number in numbers.items() for _ in range(number)]
         self._model, self._executor, self._engine = str(model), executor, engine or {}
         self._frontend_config = FrontendConfig(**({"router_mode": router_mode} | (options or {})))
@@ -100,7 +100,7 @@ class Cluster:
         options: dict[str, Any] = {
             "model_path": self._model,
             "served_model_name": self.model,
-            "disaggregation_mode": role,
+            "disaggregation_mode": mode_of(role),
             "executor": self._executor,
             "override_engine_args": json.dumps(self._engine),
         }

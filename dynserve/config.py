@@ -27,7 +27,8 @@ from dynserve.errors import ConfigError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Role = Literal["prefill_and_decode", "prefill", "decode"]
+Role = Literal["aggregated", "prefill", "decode"]
+DisaggregationMode = Literal["prefill_and_decode", "prefill", "decode"]  # a role, as flags and health reports name it
 ExecutorName = Literal["torch", "simulated", "trtllm"]
 DtypeName = Literal["auto", "float32", "bfloat16"]
 RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
@@ -71,7 +72,7 @@ def option(default: Any, help: str, env: str | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planes:
+class PlanesConfig:
     """Where the shared planes are; every role has these."""
 
     nats_url: str = option("nats://127.0.0.1:4222", "NATS server", "NATS_URL")
@@ -84,7 +85,7 @@ class Planes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontendConfig(Planes):
+class FrontendConfig(PlanesConfig):
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
     http_port: int = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
     workers: int = option(
@@ -200,10 +201,12 @@ class FrontendConfig(Planes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(Planes):
+class WorkerConfig(PlanesConfig):
     model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
     served_model_name: str | None = option(None, "name that clients use; default: the folder's name", "DYN_MODEL_NAME")
-    disaggregation_mode: Role = option("prefill_and_decode", "prefill_and_decode, prefill or decode", "DYN_ROLE")
+    disaggregation_mode: DisaggregationMode = option(
+        "prefill_and_decode", "prefill_and_decode, prefill or decode", "DYN_ROLE"
+    )
     executor: ExecutorName = option("torch", "torch, simulated or trtllm", "DYN_EXECUTOR")
     system_host: str = option("127.0.0.1", "address of /health, /live, /metrics and model files", "DYN_SYSTEM_HOST")
     system_port: int = option(0, "its port; 0 takes a free one", "DYN_SYSTEM_PORT")
@@ -249,6 +252,10 @@ class WorkerConfig(Planes):
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
         _ports(self, "system_port")
+
+    @property
+    def role(self) -> Role:
+        return "aggregated" if self.disaggregation_mode == "prefill_and_decode" else self.disaggregation_mode
 
     @property
     def model_name(self) -> str:
@@ -314,6 +321,10 @@ class UpConfig:
             )
         if self.prefill + self.aggregated == 0:
             raise ConfigError("no workers: give --prefill and --decode, or --aggregated")
+
+
+def mode_of(role: Role) -> DisaggregationMode:
+    return "prefill_and_decode" if role == "aggregated" else role
 
 
 def redacted(url: str) -> str:

@@ -20,7 +20,7 @@ from dynserve.errors import ConfigError, DynserveError
 log = logging.getLogger(__name__)
 
 
-class Stop:
+class StopSignal:
     """SIGTERM and SIGINT: the first ends the start-up at once or asks a serving process to finish; the second kills."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def settle_memory() -> None:
 def run_role(
     config: type[Config],
     prog: str,
-    run: Callable[[Config, Stop], Coroutine[Any, Any, None]],
+    run: Callable[[Config, StopSignal], Coroutine[Any, Any, None]],
     argv: Sequence[str] | None,
 ) -> NoReturn:
     """A role's whole `main`: flags to configuration, configuration to a running process, its end to an exit code."""
@@ -74,7 +74,7 @@ def run_role(
         exit_with(error)
 
 
-def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: str) -> NoReturn:
+def run_process(main: Callable[[StopSignal], Coroutine[Any, Any, None]], log_level: str) -> NoReturn:
     """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 after a wrong configuration, 3 after the
     death of a worker's engine. What is left then are threads of others' code, which nothing waits for."""
     logging.basicConfig(
@@ -84,7 +84,7 @@ def run_process(main: Callable[[Stop], Coroutine[Any, Any, None]], log_level: st
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
 
     async def with_signals() -> None:
-        stop = Stop()
+        stop = StopSignal()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.signalled)

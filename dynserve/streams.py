@@ -19,7 +19,7 @@ class Channel(Generic[T]):
     """Many synchronous `put`s on one side, one consumer on the other.
 
     The producer (a link's read callback) cannot wait, so a full channel refuses: `put` returns False, and the caller
-    decides whom to cut. `take` returns everything that waits, so that a consumer wakes once per burst, not per item.
+    decides whom to cut. `receive` returns everything that waits, so that a consumer wakes once per burst, not per item.
     """
 
     __slots__ = ("_bound", "_closed", "_error", "_items", "_size", "_waiter")
@@ -58,7 +58,7 @@ class Channel(Generic[T]):
         """The consumer has taken everything."""
         return not self._items
 
-    async def take(self) -> list[T]:
+    async def receive(self) -> list[T]:
         """All waiting items, at least one; `[]` when the channel has ended.
 
         Raises:

@@ -23,7 +23,7 @@ import pytest
 from dynserve import log_limit
 from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
-from dynserve.wire.requests import GenerateRequest, Render, Sampling, Stop, pack_tokens
+from dynserve.wire.requests import GenerateRequest, RenderOptions, SamplingParams, StopConditions, pack_tokens
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 MODEL = TINY_MODEL.name
@@ -210,9 +210,9 @@ def disaggregated(deploy: Any) -> Deployment:
 
 def make_request(token_ids: list[int], **changes: Any) -> GenerateRequest:
     """A greedy request for eight tokens, unless `changes` say otherwise."""
-    sampling = changes.pop("sampling", Sampling(temperature=0.0))
-    stop = changes.pop("stop", Stop(max_tokens=8, ignore_eos=True))
-    render = Render(kind="completion", response_id="r", model=MODEL, created=0)
+    sampling = changes.pop("sampling", SamplingParams(temperature=0.0))
+    stop = changes.pop("stop", StopConditions(max_tokens=8, ignore_eos=True))
+    render = RenderOptions(kind="completion", response_id="r", model=MODEL, created=0)
     fields: dict[str, Any] = {
         "id": "request", "stream": 1, "reply_to": "nobody", "model": MODEL, "phase": "aggregated", "timeout_s": 10.0,
     }  # fmt: skip

@@ -135,7 +135,7 @@ async def test_a_decode_worker_that_dies_mid_stream_ends_it_with_an_error_and_no
         asking = asyncio.create_task(
             client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
         )
-        decoding = [w for w in c.workers if w.config.disaggregation_mode == "decode"]
+        decoding = [w for w in c.workers if w.config.role == "decode"]
         await until(lambda: any(w.executor.load().running for w in decoding))
         await asyncio.sleep(0.1)
         (busy,) = [

@@ -106,9 +106,9 @@ def test_two_frontends_that_place_at_once_do_not_overfill_one_worker(sharing: bo
                     frontend.sharing._others.clear()
             await asyncio.sleep(30)
             clients = [
-                httpx.AsyncClient(transport=httpx.ASGITransport(f.app), base_url="http://x") for f in c.frontends
+                httpx.AsyncClient(transport=httpx.ASGITransport(apps.app), base_url="http://x") for apps in c.apps
             ]
-            prefills = [w for w in c.workers if w.config.disaggregation_mode == "prefill"]
+            prefills = [w for w in c.workers if w.config.role == "prefill"]
             crowded = 0
             for turn in range(10):
                 asking = []
@@ -179,7 +179,7 @@ async def test_a_worker_that_reads_text_otherwise_is_refused_with_its_cause(
 
 async def test_a_worker_without_events_is_routed_to_by_what_it_was_sent() -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
-        quiet = await c.add_worker("prefill_and_decode", kv_events=False)
+        quiet = await c.add_worker("aggregated", kv_events=False)
         await until(lambda: sum(p.usable for p in c.frontend.fleet.peers.values()) == 2)
         states = {i["id"]: i["index"] for i in c.frontend.health()["instances"]}
         assert states == {c.workers[0].id: "exact", quiet.id: "approx"}

@@ -14,7 +14,7 @@ async def test_a_channel_gives_a_burst_in_one_take() -> None:
     channel: Channel[int] = Channel(10)
     for i in range(3):
         assert channel.put(i)
-    assert await channel.take() == [0, 1, 2]
+    assert await channel.receive() == [0, 1, 2]
 
 
 async def test_a_full_channel_refuses_and_keeps_what_it_has() -> None:
@@ -22,7 +22,7 @@ async def test_a_full_channel_refuses_and_keeps_what_it_has() -> None:
     assert channel.put("a", 8)
     assert not channel.put("b", 3)
     assert channel.statistics() == (1, 8, 10)
-    assert await channel.take() == ["a"]
+    assert await channel.receive() == ["a"]
     assert channel.put("b", 3)
 
 
@@ -32,14 +32,14 @@ async def test_a_closed_channel_gives_what_waits_and_then_its_error() -> None:
     channel.close(Unavailable("cut"))
     channel.close()
     assert not channel.put(2)
-    assert await channel.take() == [1]
+    assert await channel.receive() == [1]
     with pytest.raises(Unavailable):
-        await channel.take()
+        await channel.receive()
 
 
 async def test_a_waiting_consumer_wakes_when_the_channel_ends() -> None:
     channel: Channel[int] = Channel(10)
-    waiting = asyncio.ensure_future(channel.take())
+    waiting = asyncio.ensure_future(channel.receive())
     await asyncio.sleep(0)
     channel.close()
     assert await waiting == []

@@ -28,7 +28,7 @@ from dynserve.executors.engine import Engine
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.torch.cuda.runner import CudaRunner
 from dynserve.executors.torch.sampler import sample
-from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop
+from dynserve.wire.requests import GenerateRequest, Grammar, PriorOutput, SamplingParams, StopConditions
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "tiny_model.json"
 Opener = Callable[..., Awaitable[Executor]]
@@ -78,12 +78,12 @@ async def disaggregated(make: Opener, model: Path) -> str:
     both, prefill, decode = await make(model), await make(model), await make(model)
     number = 0
     for length in (1, 5, 31, 32, 33, 100, 256, 257, 700, 1999, 3000):
-        for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.8, top_p=0.9, seed=length)):
+        for sampling in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.8, top_p=0.9, seed=length)):
             asked = request(prompt_of(length), 40, sampling)
             expected, _ = await one(both, asked)
             first, handed = await one(prefill, msgspec.structs.replace(asked, phase="prefill"))
             assert handed.handoff is not None
-            decoding = msgspec.structs.replace(asked, phase="decode", prior=Prior(first), handoff=handed.handoff)
+            decoding = msgspec.structs.replace(asked, phase="decode", prior=PriorOutput(first), handoff=handed.handoff)
             rest, _ = await one(decode, decoding)
             assert first + rest == expected, f"{length} tokens, {sampling}"
             number += 1
@@ -132,10 +132,10 @@ async def samplers(make: Opener, model: Path) -> str:
     await make(model)
     runner = next(r for r in reversed(_runners) if isinstance(r, CudaRunner))
     fields = [
-        Sampling(temperature=0.0), Sampling(temperature=1.0, seed=1), Sampling(temperature=0.7, seed=2, top_k=50),
-        Sampling(temperature=1.0, seed=3, top_p=0.5), Sampling(temperature=1.3, seed=4, min_p=0.1),
-        Sampling(temperature=0.9, seed=5, top_k=400, top_p=0.8, min_p=0.02), Sampling(temperature=2.0, seed=6, top_p=0.99),
-        Sampling(temperature=0.8, seed=7, top_k=3000),
+        SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0.7, seed=2, top_k=50),
+        SamplingParams(temperature=1.0, seed=3, top_p=0.5), SamplingParams(temperature=1.3, seed=4, min_p=0.1),
+        SamplingParams(temperature=0.9, seed=5, top_k=400, top_p=0.8, min_p=0.02), SamplingParams(temperature=2.0, seed=6, top_p=0.99),
+        SamplingParams(temperature=0.8, seed=7, top_k=3000),
     ]  # fmt: skip
     differ = total = 0
     for spread in (0.5, 2.0, 8.0):
@@ -172,8 +172,8 @@ async def grammars(make: Opener, model: Path) -> str:
     ids = tokenizer.encode("Give me an object.").ids
     asked = [
         msgspec.structs.replace(
-            request(ids, 120, Sampling(temperature=0.5, seed=i)), stop=Stop(max_tokens=120),
-            guide=Guide(kind="json", text=json.dumps(schema | {"additionalProperties": False})) if i % 2 else None,
+            request(ids, 120, SamplingParams(temperature=0.5, seed=i)), stop=StopConditions(max_tokens=120),
+            grammar=Grammar(kind="json", text=json.dumps(schema | {"additionalProperties": False})) if i % 2 else None,
         )
         for i in range(12)
     ]  # fmt: skip
@@ -181,7 +181,7 @@ async def grammars(make: Opener, model: Path) -> str:
     whole = [
         tokenizer.decode(tokens)
         for (tokens, last), r in zip(answers, asked, strict=True)
-        if r.guide and last.reason == "stop"
+        if r.grammar and last.reason == "stop"
     ]
     assert whole and all(set(json.loads(text)) == {"a", "b"} for text in whole), whole
     return f"{len(whole)} answers, {whole[0]!r} for one"

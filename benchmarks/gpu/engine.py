@@ -22,18 +22,18 @@ import torch
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import Executor, Output, open_executor
-from dynserve.wire.requests import GenerateRequest, Render, Sampling, Stop, pack_tokens
+from dynserve.wire.requests import GenerateRequest, RenderOptions, SamplingParams, StopConditions, pack_tokens
 
 GUIDE = ((6, 50), (6, 150), (25, 100), (64, 50))  # prompt and answer tokens of the guide's tests
 random.seed(1)
 
 
-def request(prompt: list[int], new: int, sampling: Sampling | None = None) -> GenerateRequest:
+def request(prompt: list[int], new: int, sampling: SamplingParams | None = None) -> GenerateRequest:
     return GenerateRequest(
         id=f"r{random.getrandbits(60):x}", stream=1, reply_to="nobody", model="m", prompt=pack_tokens(prompt),
-        phase="aggregated", sampling=sampling or Sampling(temperature=0.0), timeout_s=60.0,
-        stop=Stop(max_tokens=new, ignore_eos=True),
-        render=Render(kind="completion", response_id="r", model="m", created=0),
+        phase="aggregated", sampling=sampling or SamplingParams(temperature=0.0), timeout_s=60.0,
+        stop=StopConditions(max_tokens=new, ignore_eos=True),
+        render=RenderOptions(kind="completion", response_id="r", model="m", created=0),
     )  # fmt: skip
 
 
@@ -67,7 +67,9 @@ class Times:
         return self.at[0] - self.began
 
 
-async def run(executor: Executor, prompts: list[list[int]], new: int, sampling: Sampling | None = None) -> list[Times]:
+async def run(
+    executor: Executor, prompts: list[list[int]], new: int, sampling: SamplingParams | None = None
+) -> list[Times]:
     running = []
     for prompt in prompts:
         times = Times()
@@ -83,8 +85,8 @@ def median(values: list[float]) -> str:
 
 
 async def single(executor: Executor) -> None:
-    for sampling, name in ((None, "greedy"), (Sampling(temperature=0.7, seed=1), "temperature 0.7"),
-                           (Sampling(temperature=0.7, top_p=0.9, top_k=50, seed=1), "top-k 50, top-p 0.9")):  # fmt: skip
+    for sampling, name in ((None, "greedy"), (SamplingParams(temperature=0.7, seed=1), "temperature 0.7"),
+                           (SamplingParams(temperature=0.7, top_p=0.9, top_k=50, seed=1), "top-k 50, top-p 0.9")):  # fmt: skip
         await run(executor, [prompt_of(25)], 50, sampling)
         for length, new in GUIDE:
             found = [(await run(executor, [prompt_of(length)], new, sampling))[0] for _ in range(10)]
@@ -131,16 +133,16 @@ async def context(executor: Executor) -> None:
 @torch.inference_mode()
 def check(folder: Path) -> None:
     """Logits of prompts and of the steps behind them, by the kernels and by torch in float32."""
-    from dynserve.executors.engine_args import EngineArgs, KvCache
+    from dynserve.executors.engine_args import EngineArgs, KvCacheOptions
     from dynserve.executors.kv_blocks import BlockManager
     from dynserve.executors.scheduler import Scheduler, Sequence
     from dynserve.executors.torch.attention import KvCache as KvBlocks
-    from dynserve.executors.torch.loading import Target, load
+    from dynserve.executors.torch.loading import ComputeTarget, load
     from dynserve.executors.torch.model import Transformer
 
-    args = EngineArgs(max_batch_size=64, max_num_tokens=4096, kv_cache_config=KvCache(max_tokens=40_000))
-    _, _, runner = load(folder, args, Target.choose("cuda", "bfloat16"))
-    exact, cache, _ = load(folder, args, Target.choose("cuda", "float32"))
+    args = EngineArgs(max_batch_size=64, max_num_tokens=4096, kv_cache_config=KvCacheOptions(max_tokens=40_000))
+    _, _, runner = load(folder, args, ComputeTarget.choose("cuda", "bfloat16"))
+    exact, cache, _ = load(folder, args, ComputeTarget.choose("cuda", "float32"))
     ordinary = Transformer(exact.config, folder, torch.device("cuda"), torch.bfloat16)
     theirs = KvBlocks(
         num_blocks=1250, block_size=32, num_layers=exact.config.num_layers, kv_heads=exact.config.num_kv_heads,

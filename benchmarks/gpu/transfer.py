@@ -26,7 +26,7 @@ from dynserve.executors.carriers import Carrier
 from dynserve.executors.handoff import HandoffTable
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.transceiver import TcpTransceivers
-from dynserve.wire.requests import GenerateRequest, Handoff, Render, Sampling, Stop, pack_tokens
+from dynserve.wire.requests import GenerateRequest, Handoff, RenderOptions, SamplingParams, StopConditions, pack_tokens
 
 BLOCK = 32
 TOKENS = (128, 1024, 4096, 8192, 32768)
@@ -63,8 +63,8 @@ def carriers_of(name: str, cache: KvCache, model: Model, worker: str) -> list[Ca
 def request() -> GenerateRequest:
     return GenerateRequest(
         id="r", stream=1, reply_to="nobody", model="m", prompt=pack_tokens([1]), phase="aggregated",
-        sampling=Sampling(), timeout_s=60.0, stop=Stop(max_tokens=1),
-        render=Render(kind="completion", response_id="r", model="m", created=0),
+        sampling=SamplingParams(), timeout_s=60.0, stop=StopConditions(max_tokens=1),
+        render=RenderOptions(kind="completion", response_id="r", model="m", created=0),
     )  # fmt: skip
 
 

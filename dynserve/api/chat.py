@@ -183,12 +183,12 @@ class ChatRequest(AnswerFields):
         schema = form.json_schema.schema_ if form is not None and form.json_schema is not None else None
         if form is not None and form.type == "json_schema" and schema is None:
             raise BadRequest("response_format of type json_schema needs json_schema.schema", param="response_format")
-        if self.must_call and (given := self.grammars()):
+        if self.must_call and (given := self.grammar_fields()):
             raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
 
-    def grammars(self) -> list[str]:
+    def grammar_fields(self) -> list[str]:
         formed = self.response_format is not None and self.response_format.type != "text"
-        return ["response_format"] * formed + super().grammars()
+        return ["response_format"] * formed + super().grammar_fields()
 
     def conversation(self) -> Conversation:
         variables: dict[str, Any] = {}

@@ -49,6 +49,12 @@ class EmbeddingRequest(Request):
     dimensions: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     user: str | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+    # fields that only requests for text have
+    cache_salt: ClassVar[str | None] = None
+    prompt_cache_key: ClassVar[str | None] = None
+
+    def bounds_answer(self) -> bool:
+        return True
 
     def check(self) -> None:
         super().check()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dynserve.config import nearest
 from dynserve.errors import BadRequest, ContextTooLong
-from dynserve.wire.requests import Sampling, Stop
+from dynserve.wire.requests import SamplingParams, StopConditions
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
@@ -93,14 +93,16 @@ class SamplingFields(Request):
     # requests of one conversation go to the same workers
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
 
-    def sampling(self, defaults: Sampling, *, logprobs: int | None, prompt_logprobs: bool, choice: int) -> Sampling:
+    def sampling(
+        self, defaults: SamplingParams, *, logprobs: int | None, prompt_logprobs: bool, choice: int
+    ) -> SamplingParams:
         """A request's own fields over the model's defaults. A seed is drawn here, so that every worker has the same; each
         choice has its own."""
 
         def own(value: Any, default: Any) -> Any:
             return default if value is None else value
 
-        return Sampling(
+        return SamplingParams(
             temperature=own(self.temperature, defaults.temperature),
             top_p=own(self.top_p, defaults.top_p),
             top_k=max(0, own(self.top_k, defaults.top_k)),
@@ -114,7 +116,7 @@ class SamplingFields(Request):
             prompt_logprobs=prompt_logprobs,
         )
 
-    def stops(self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None) -> Stop:
+    def stops(self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None) -> StopConditions:
         """Raises ContextTooLong when the prompt leaves no room for an answer."""
         room = max_seq_len - prompt_tokens
         if room < 1:
@@ -127,7 +129,7 @@ class SamplingFields(Request):
         if wanted is None:
             wanted = default_max_tokens or room
         strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Stop(
+        return StopConditions(
             max_tokens=min(wanted, room),
             min_tokens=min(self.min_tokens or 0, wanted, room),
             strings=tuple(string for string in strings if string),
@@ -140,6 +142,10 @@ class SamplingFields(Request):
 
     def answer_tokens(self) -> int | None:
         return self.max_tokens
+
+    def bounds_answer(self) -> bool:
+        """Whether the client has said how long an answer may be."""
+        return bool(self.answer_tokens())
 
 
 class StreamOptions(BaseModel):
@@ -163,11 +169,11 @@ class AnswerFields(SamplingFields):
         super().check()
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options needs stream: true", param="stream_options")
-        given = self.grammars()
+        given = self.grammar_fields()
         if len(given) > 1:
             raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
 
-    def grammars(self) -> list[str]:
+    def grammar_fields(self) -> list[str]:
         """Names of the fields that ask for a form of the answer."""
         fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
         return [name for name in fields if getattr(self, name) is not None]

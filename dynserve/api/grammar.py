@@ -1,4 +1,4 @@
-"""What grammar an answer must follow: from `response_format`, `guided_*` and `tool_choice` to a `Guide`."""
+"""What grammar an answer must follow: from `response_format`, `guided_*` and `tool_choice` to a `Grammar`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from dynserve.api.body_bounds import check_json_texts
 from dynserve.api.chat import ChatRequest, NamedTool, Tool
 from dynserve.api.completions import CompletionRequest
-from dynserve.dialects.tools import STYLES, Style
+from dynserve.dialects.tools import STYLES, CallStyle
 from dynserve.errors import BadRequest
 from dynserve.wire.discovery import Card
-from dynserve.wire.requests import Guide
+from dynserve.wire.requests import Grammar
 
 MAX_GRAMMAR = 256 << 10  # characters
 MAX_DEPTH, MAX_NODES = 64, 4_000  # of a JSON schema
@@ -21,13 +21,13 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Format = dict[str, Any]  # of a structural tag
 
 
-def guide_of(asked: ChatRequest | CompletionRequest, card: Card) -> Guide | None:
+def grammar_of(asked: ChatRequest | CompletionRequest, card: Card) -> Grammar | None:
     """Raises BadRequest for what this model's workers cannot enforce, and for grammars beyond the bound."""
     chat = asked if isinstance(asked, ChatRequest) else None
     guide = _with_tools(chat, card) if chat is not None and chat.callable_tools() else _plain(asked)
     if guide is None:
         return None
-    if not card.guides:
+    if not card.grammars:
         raise BadRequest(
             "this model's workers cannot hold an answer to a grammar: no response_format, guided_*, or tool_choice other "
             "than auto and none",
@@ -41,31 +41,31 @@ def guide_of(asked: ChatRequest | CompletionRequest, card: Card) -> Guide | None
 
 def enforces_calls(card: Card) -> bool:
     """Whether calls of tools are held to their schemas even when the model may choose to call none."""
-    return card.guides and card.tool_parser in STYLES and not STYLES[card.tool_parser].leading
+    return card.grammars and card.tool_parser in STYLES and not STYLES[card.tool_parser].leading
 
 
-def _plain(asked: ChatRequest | CompletionRequest) -> Guide | None:
+def _plain(asked: ChatRequest | CompletionRequest) -> Grammar | None:
     form = asked.response_format if isinstance(asked, ChatRequest) else None
     if form is not None and form.type == "json_object":
-        return Guide(kind="json", text=_text(ANY_OBJECT))
+        return Grammar(kind="json", text=_text(ANY_OBJECT))
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
-        return Guide(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
+        return Grammar(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
     if asked.guided_json is not None:
         given = asked.guided_json
         if isinstance(given, str):
             check_json_texts([given], 4 * MAX_NODES, "guided_json")
         schema = _schema(given) if isinstance(given, str) else given
-        return Guide(kind="json", text=_text(_checked(schema, "guided_json")))
+        return Grammar(kind="json", text=_text(_checked(schema, "guided_json")))
     if asked.guided_regex is not None:
-        return Guide(kind="regex", text=asked.guided_regex)
+        return Grammar(kind="regex", text=asked.guided_regex)
     if asked.guided_grammar is not None:
-        return Guide(kind="grammar", text=asked.guided_grammar)
+        return Grammar(kind="grammar", text=asked.guided_grammar)
     if asked.guided_choice is not None:
-        return Guide(kind="grammar", text="root ::= " + " | ".join(map(_text, asked.guided_choice)))
+        return Grammar(kind="grammar", text="root ::= " + " | ".join(map(_text, asked.guided_choice)))
     return None
 
 
-def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
+def _with_tools(asked: ChatRequest, card: Card) -> Grammar | None:
     tools, choice = asked.callable_tools(), asked.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -73,7 +73,7 @@ def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
     single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
         calls = _pythonic(tools, single)  # refuses what cannot be spelled, whether it must be called or not
-        return Guide(kind="grammar", text=calls) if forced else _plain(asked)
+        return Grammar(kind="grammar", text=calls) if forced else _plain(asked)
     style = STYLES.get(card.tool_parser)
     if style is None:
         raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
@@ -85,7 +85,7 @@ def _with_tools(asked: ChatRequest, card: Card) -> Guide | None:
     return _tag(_free(style, tools, single)) if enforces_calls(card) else None
 
 
-def _calls(style: Style, tools: list[Tool], single: bool) -> Format:
+def _calls(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     """Nothing but calls, at least one."""
     around = [_list(style, tools, single)]
     if style.opening:
@@ -95,7 +95,7 @@ def _calls(style: Style, tools: list[Tool], single: bool) -> Format:
     return around[0] if len(around) == 1 else {"type": "sequence", "elements": around}
 
 
-def _free(style: Style, tools: list[Tool], single: bool) -> Format:
+def _free(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     """Any text, and from a marker on calls that are well-formed."""
     if style.opening:
         tags = [{"type": "tag", "begin": style.opening, "content": _list(style, tools, single), "end": style.closing}]
@@ -105,7 +105,7 @@ def _free(style: Style, tools: list[Tool], single: bool) -> Format:
     return {"type": "triggered_tags", "triggers": [style.markers[0]], "tags": tags, "stop_after_first": single}
 
 
-def _list(style: Style, tools: list[Tool], single: bool) -> Format:
+def _list(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     return {
         "type": "tags_with_separator",
         "tags": [_call(style, tool) for tool in tools],
@@ -115,7 +115,7 @@ def _list(style: Style, tools: list[Tool], single: bool) -> Format:
     }
 
 
-def _call(style: Style, tool: Tool) -> Format:
+def _call(style: CallStyle, tool: Tool) -> Format:
     content = {"type": "json_schema", "json_schema": _of_object(tool.function.parameters)}
     return {"type": "tag", "begin": style.begin.replace("{}", tool.function.name), "content": content, "end": style.end}
 
@@ -155,7 +155,7 @@ _SHAPES = {"properties", "$ref", "anyOf", "oneOf"}
 _OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler looks at nothing else
 
 
-def _as_format(guide: Guide) -> Format:
+def _as_format(guide: Grammar) -> Format:
     match guide.kind:
         case "json":
             return {"type": "json_schema", "json_schema": _schema(guide.text)}
@@ -172,8 +172,8 @@ def _schema(text: str) -> Any:
         raise BadRequest(f"guided_json is not JSON: {error}", param="guided_json") from error
 
 
-def _tag(form: Format) -> Guide:
-    return Guide(kind="structural_tag", text=_text({"type": "structural_tag", "format": form}))
+def _tag(form: Format) -> Grammar:
+    return Grammar(kind="structural_tag", text=_text({"type": "structural_tag", "format": form}))
 
 
 def _pythonic(tools: list[Tool], single: bool) -> str:

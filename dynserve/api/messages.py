@@ -48,7 +48,7 @@ class MessageTool(BaseModel):
     input_schema: dict[str, Any] | None = None
 
 
-class Choice(BaseModel):
+class ToolChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -81,7 +81,7 @@ class CountRequest(Request):
     messages: Annotated[Many[Turn], Field(min_length=1)]
     system: str | Many[Block] | None = None
     tools: Annotated[Many[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Choice | None = None
+    tool_choice: ToolChoice | None = None
     thinking: ThinkingOptions | None = None
 
     def chat(self) -> ChatRequest:
@@ -115,7 +115,7 @@ class CountRequest(Request):
         return fields
 
     @staticmethod
-    def _choice(choice: Choice) -> Any:
+    def _choice(choice: ToolChoice) -> Any:
         if choice.type == "tool":
             if choice.name is None:
                 raise BadRequest("tool_choice of type tool needs a name", param="tool_choice")

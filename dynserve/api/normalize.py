@@ -1,4 +1,4 @@
-"""What a request of any API comes to: prompts as token ids, and for each answer how it is sampled, ended and rendered."""
+"""The normal form of a request of any API: for each answer a `Generation`, which a worker can run."""
 
 from __future__ import annotations
 
@@ -11,215 +11,235 @@ import msgspec
 from dynserve.api.chat import ChatRequest, NamedTool
 from dynserve.api.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, packed_prompts
 from dynserve.api.fields import AnswerFields
-from dynserve.api.grammar import enforces_calls, guide_of
-from dynserve.dialects import reasoning
+from dynserve.api.grammar import enforces_calls, grammar_of
+from dynserve.dialects import reasoning as tags
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.text.preprocess import Preprocessor
 from dynserve.wire.discovery import Card
-from dynserve.wire.requests import Guide, Reasoning, Render, Sampling, Stop, Thought, ToolUse, pack_tokens
+from dynserve.wire.requests import (
+    Generation,
+    ReasoningParsing,
+    ReasoningTokens,
+    RenderOptions,
+    SamplingParams,
+    StopConditions,
+    ToolParsing,
+    num_tokens,
+    pack_tokens,
+)
 
 Kind = Literal["chat", "completion", "response", "message", "embedding"]
-HEADS: dict[Kind, str] = {
+ApiRequest = ChatRequest | CompletionRequest | EmbeddingRequest
+ID_PREFIXES: dict[Kind, str] = {
     "chat": "chatcmpl-", "completion": "cmpl-", "response": "resp_", "message": "msg_", "embedding": "embd-",
 }  # fmt: skip
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer that is to be made."""
+class NormalizedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """All answers to one request: `group` of them for each prompt, of which the `keep` likeliest are shown."""
 
-    tokens: bytes  # u32 little-endian
-    sampling: Sampling
-    stop: Stop
-    render: Render
-    guide: Guide | None = None
-    pool: Literal["mean", "last"] | None = None
-
-    def shortened(self, most: int) -> Part:
-        if self.stop.max_tokens <= most:
-            return self
-        stop = msgspec.structs.replace(self.stop, max_tokens=most, min_tokens=min(self.stop.min_tokens, most))
-        return msgspec.structs.replace(self, stop=stop)
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """All answers of one request: `group` of them for each prompt, of which the likeliest `keep` are shown."""
-
-    parts: list[Part]
+    choices: list[Generation]
     group: int = 1
     keep: int = 1
 
     @property
-    def render(self) -> Render:
-        return self.parts[0].render
+    def render(self) -> RenderOptions:
+        return self.choices[0].render
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(part.tokens) // 4 for part in self.parts[:: self.group])
+        return sum(choice.num_tokens for choice in self.choices[:: self.group])
 
     @property
-    def answer_tokens(self) -> int:
+    def max_answer_tokens(self) -> int:
         """The most tokens that all answers together can have."""
-        return sum(part.stop.max_tokens for part in self.parts if part.pool is None)
+        return sum(choice.stop.max_tokens for choice in self.choices if choice.pooling is None)
 
-    def limited(self, most: int) -> Order:
-        """The same with at most so many tokens for each answer."""
-        shorter = [part.shortened(most) for part in self.parts]
-        return msgspec.structs.replace(self, parts=shorter)
-
-
-class Prepared(msgspec.Struct, frozen=True):
-    """Prompts after template and tokenizer, which may have run in a thread."""
-
-    prompts: list[bytes]
-    text: str = ""  # what the template made of a conversation
+    def limited(self, max_tokens: int) -> NormalizedRequest:
+        """The same request with at most `max_tokens` for each answer."""
+        return msgspec.structs.replace(self, choices=[_limited(choice, max_tokens) for choice in self.choices])
 
 
-def prepare_chat(asked: ChatRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> Prepared:
-    text, ids = preprocessor.chat(asked.conversation(), max_seq_len, owner)
-    return Prepared([pack_tokens(ids)], text)
+class TokenizedPrompts(msgspec.Struct, frozen=True):
+    """Prompts behind template and tokenizer."""
+
+    prompts: list[bytes]  # u32 little-endian
+    text: str = ""  # a conversation, as the template rendered it
 
 
-def prepare_prompts(
-    asked: CompletionRequest | EmbeddingRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str
-) -> Prepared:
-    prompts, field = (asked.prompt, "prompt") if isinstance(asked, CompletionRequest) else (asked.input, "input")
-    return Prepared(packed_prompts(prompts, field, preprocessor, max_seq_len, owner))
+def normalize(
+    request: ApiRequest, preprocessor: Preprocessor, card: Card, cache_owner: str, kind: Kind, frame: str = ""
+) -> NormalizedRequest:
+    """Tokenises and checks a request for one model. Takes milliseconds for a long prompt, so it may run in a thread.
+
+    `cache_owner` is that of `Segments.encode`. `frame` holds the constant fields of a Responses answer, as JSON.
+
+    Raises:
+        BadRequest, ContextTooLong: this model cannot do what the request asks for.
+    """
+    prompts = tokenize_prompts(request, preprocessor, card.max_seq_len, cache_owner)
+    if isinstance(request, ChatRequest):
+        return _normalize_chat(request, prompts, card, preprocessor, kind, frame)
+    if isinstance(request, EmbeddingRequest):
+        return _normalize_embedding(request, prompts, card)
+    return _normalize_completion(request, prompts, card, preprocessor)
 
 
-def order_chat(
-    asked: ChatRequest, prepared: Prepared, card: Card, preprocessor: Preprocessor, kind: Kind, frame: str = ""
-) -> Order:
-    """Raises BadRequest or ContextTooLong for what this model cannot do."""
-    guide = guide_of(asked, card)
-    thoughts = _reasoning(card, prepared.text, continued=asked.continue_final_message)
-    if guide is not None and thoughts is not None:
-        thought = _thought(thoughts, preprocessor)
-        guide = msgspec.structs.replace(guide, thought=thought)
-        if thought is None and thoughts.open:
-            thoughts = None  # the grammar holds from the first token on: no thought can come
+def tokenize_prompts(
+    request: ApiRequest, preprocessor: Preprocessor, max_seq_len: int, cache_owner: str
+) -> TokenizedPrompts:
+    """The token ids of every prompt of a request. Raises BadRequest and ContextTooLong."""
+    if isinstance(request, ChatRequest):
+        text, ids = preprocessor.chat(request.conversation(), max_seq_len, cache_owner)
+        return TokenizedPrompts([pack_tokens(ids)], text)
+    if isinstance(request, EmbeddingRequest):
+        return TokenizedPrompts(packed_prompts(request.input, "input", preprocessor, max_seq_len, cache_owner))
+    return TokenizedPrompts(packed_prompts(request.prompt, "prompt", preprocessor, max_seq_len, cache_owner))
+
+
+def _normalize_chat(
+    request: ChatRequest, tokenized: TokenizedPrompts, card: Card, preprocessor: Preprocessor, kind: Kind, frame: str
+) -> NormalizedRequest:
+    grammar = grammar_of(request, card)
+    parsing = _reasoning_parsing(card, tokenized.text, continued=request.continue_final_message)
+    if grammar is not None and parsing is not None:
+        tokens = _reasoning_tokens(parsing, preprocessor)
+        grammar = msgspec.structs.replace(grammar, reasoning=tokens)
+        if tokens is None and parsing.open:
+            parsing = None  # the grammar holds from the first token on: no reasoning can come
     render = msgspec.structs.replace(
-        _render(asked, kind),
-        logprobs=asked.wanted_logprobs(),
-        reasoning=thoughts,
-        tools=_tool_use(asked, card),
+        _render_options(request, kind),
+        logprobs=request.wanted_logprobs(),
+        reasoning=parsing,
+        tools=_tool_parsing(request, card),
         frame=frame,
     )
-    (tokens,) = prepared.prompts
-    stop = asked.stops(len(tokens) // 4, card.max_seq_len, None)
-    count = asked.n or 1
+    (prompt,) = tokenized.prompts
+    stop = request.stops(num_tokens(prompt), card.max_seq_len, None)
+    count = request.n or 1
 
-    def part(index: int) -> Part:
-        sampling = asked.sampling(
+    def choice(index: int) -> Generation:
+        sampling = request.sampling(
             preprocessor.defaults, logprobs=render.logprobs, prompt_logprobs=False, choice=index
         )  # fmt: skip
-        return Part(tokens=tokens, sampling=sampling, stop=stop, render=_numbered(render, index, count), guide=guide)
+        numbered = _numbered(render, index, count)
+        return Generation(prompt=prompt, sampling=sampling, stop=stop, render=numbered, grammar=grammar)
 
-    return Order(parts=[part(index) for index in range(count)], group=count, keep=count)
+    return NormalizedRequest(choices=[choice(index) for index in range(count)], group=count, keep=count)
 
 
-def order_completion(asked: CompletionRequest, prepared: Prepared, card: Card, preprocessor: Preprocessor) -> Order:
-    """Raises BadRequest or ContextTooLong for what this model cannot do."""
-    guide = guide_of(asked, card)
-    keep = asked.n or 1
-    group = asked.best_of or keep
-    render = msgspec.structs.replace(_render(asked, "completion"), logprobs=asked.logprobs, echo=bool(asked.echo))
-    count = len(prepared.prompts) * group
+def _normalize_completion(
+    request: CompletionRequest, tokenized: TokenizedPrompts, card: Card, preprocessor: Preprocessor
+) -> NormalizedRequest:
+    grammar = grammar_of(request, card)
+    keep = request.n or 1
+    group = request.best_of or keep
+    echo = bool(request.echo)
+    render = msgspec.structs.replace(_render_options(request, "completion"), logprobs=request.logprobs, echo=echo)
+    count = len(tokenized.prompts) * group
     # the likeliest can only be told by their log-probabilities
-    logprobs = 0 if group > keep and asked.logprobs is None else asked.logprobs
-    prompt_logprobs = bool(asked.echo) and asked.logprobs is not None
-    parts = []
-    for at, tokens in enumerate(prepared.prompts):
-        stop = asked.stops(len(tokens) // 4, card.max_seq_len, DEFAULT_TOKENS)
-        for choice in range(group):
-            sampling = asked.sampling(
-                preprocessor.defaults, logprobs=logprobs, prompt_logprobs=prompt_logprobs, choice=choice
+    logprobs = 0 if group > keep and request.logprobs is None else request.logprobs
+    prompt_logprobs = echo and request.logprobs is not None
+    choices = []
+    for at, prompt in enumerate(tokenized.prompts):
+        stop = request.stops(num_tokens(prompt), card.max_seq_len, DEFAULT_TOKENS)
+        for number in range(group):
+            sampling = request.sampling(
+                preprocessor.defaults, logprobs=logprobs, prompt_logprobs=prompt_logprobs, choice=number
             )  # fmt: skip
-            numbered = _numbered(render, at * group + choice, count)
-            parts.append(Part(tokens=tokens, sampling=sampling, stop=stop, render=numbered, guide=guide))
-    return Order(parts=parts, group=group, keep=keep)
+            numbered = _numbered(render, at * group + number, count)
+            choices.append(Generation(prompt=prompt, sampling=sampling, stop=stop, render=numbered, grammar=grammar))
+    return NormalizedRequest(choices=choices, group=group, keep=keep)
 
 
-def order_embedding(asked: EmbeddingRequest, prepared: Prepared, card: Card) -> Order:
-    """Raises BadRequest or ContextTooLong for what this model cannot do."""
+def _normalize_embedding(request: EmbeddingRequest, tokenized: TokenizedPrompts, card: Card) -> NormalizedRequest:
     if not card.pooling:
-        raise BadRequest(f"the workers of {asked.model} make no embeddings", param="model")
-    if asked.dimensions is not None and asked.dimensions > card.embedding_size:
+        raise BadRequest(f"the workers of {request.model} make no embeddings", param="model")
+    if request.dimensions is not None and request.dimensions > card.embedding_size:
         raise BadRequest(
-            f"dimensions: {asked.dimensions} is more than the {card.embedding_size} that this model has",
+            f"dimensions: {request.dimensions} is more than the {card.embedding_size} that this model has",
             param="dimensions",
         )
-    render = Render(
+    render = RenderOptions(
         kind="embedding",
-        response_id=HEADS["embedding"] + token_hex(16),
-        model=asked.model,
+        response_id=ID_PREFIXES["embedding"] + token_hex(16),
+        model=request.model,
         created=int(time.time()),
-        dimensions=asked.dimensions or 0,
-        base64=asked.encoding_format == "base64",
+        dimensions=request.dimensions or 0,
+        base64=request.encoding_format == "base64",
     )
-    parts = []
-    for at, tokens in enumerate(prepared.prompts):
-        if len(tokens) // 4 >= card.max_seq_len:
+    choices = []
+    for at, prompt in enumerate(tokenized.prompts):
+        if num_tokens(prompt) >= card.max_seq_len:
             raise ContextTooLong(
                 f"This model's maximum context length is {card.max_seq_len} tokens. However, input {at} has "
-                f"{len(tokens) // 4} tokens. Please shorten it.",
+                f"{num_tokens(prompt)} tokens. Please shorten it.",
                 param="input",
             )
-        parts.append(
-            Part(
-                tokens=tokens,
-                sampling=Sampling(temperature=0.0),
-                stop=Stop(max_tokens=1),
+        choices.append(
+            Generation(
+                prompt=prompt,
+                sampling=SamplingParams(temperature=0.0),
+                stop=StopConditions(max_tokens=1),
                 render=msgspec.structs.replace(render, index=at, part=True),
-                pool=card.pooling,
+                pooling=card.pooling,
             )
         )
-    return Order(parts=parts)
+    return NormalizedRequest(choices=choices)
 
 
-def _render(asked: AnswerFields, kind: Kind) -> Render:
-    """What answers of text have in common."""
-    options = asked.stream_options
-    return Render(
+def _limited(choice: Generation, max_tokens: int) -> Generation:
+    stop = choice.stop
+    if stop.max_tokens <= max_tokens:
+        return choice
+    stop = msgspec.structs.replace(stop, max_tokens=max_tokens, min_tokens=min(stop.min_tokens, max_tokens))
+    return msgspec.structs.replace(choice, stop=stop)
+
+
+def _render_options(request: AnswerFields, kind: Kind) -> RenderOptions:
+    """The options that answers of all text APIs have in common."""
+    options = request.stream_options
+    return RenderOptions(
         kind=kind,
-        response_id=HEADS[kind] + token_hex(16),
-        model=asked.model,
+        response_id=ID_PREFIXES[kind] + token_hex(16),
+        model=request.model,
         created=int(time.time()),
-        stream=bool(asked.stream),
+        stream=bool(request.stream),
         usage=options is not None and options.include_usage,
         continuous_usage=options is not None and options.continuous_usage_stats,
-        skip_special_tokens=asked.skip_special_tokens,
+        skip_special_tokens=request.skip_special_tokens,
     )
 
 
-def _numbered(render: Render, index: int, count: int) -> Render:
+def _numbered(render: RenderOptions, index: int, count: int) -> RenderOptions:
     return render if count == 1 else msgspec.structs.replace(render, index=index, part=True)
 
 
-def _reasoning(card: Card, prompt: str, *, continued: bool) -> Reasoning | None:
+def _reasoning_parsing(card: Card, prompt: str, *, continued: bool) -> ReasoningParsing | None:
     parser = card.reasoning_parser
     if not parser:
         return None
-    return Reasoning(parser=parser, open=reasoning.is_open(parser, prompt, continued=continued))
+    return ReasoningParsing(parser=parser, open=tags.is_open(parser, prompt, continued=continued))
 
 
-def _thought(thoughts: Reasoning, preprocessor: Preprocessor) -> Thought | None:
-    """Where a grammar waits for the end of a thought; only tokens of their own can be seen by the engine. Where it is the
-    template that opens thoughts, a prompt without an open one asks for none."""
-    if not thoughts.open and preprocessor.opens_thoughts:
+def _reasoning_tokens(parsing: ReasoningParsing, preprocessor: Preprocessor) -> ReasoningTokens | None:
+    """The tags behind which a grammar begins; only tokens of their own can be seen by the engine. Where it is the template
+    that opens reasoning, a prompt without an open tag asks for none."""
+    if not parsing.open and preprocessor.opens_reasoning:
         return None
-    begin, end = (preprocessor.tokenizer.token_to_id(tag) for tag in (reasoning.BEGIN, reasoning.END))
+    begin, end = (preprocessor.tokenizer.token_to_id(tag) for tag in (tags.BEGIN, tags.END))
     if begin is None or end is None:
         return None
-    return Thought(begin=begin, end=end, open=thoughts.open)
+    return ReasoningTokens(begin=begin, end=end, open=parsing.open)
 
 
-def _tool_use(asked: ChatRequest, card: Card) -> ToolUse | None:
-    tools = asked.callable_tools()
+def _tool_parsing(request: ChatRequest, card: Card) -> ToolParsing | None:
+    tools = request.callable_tools()
     if not tools:
         return None
-    return ToolUse(
+    return ToolParsing(
         parser=card.tool_parser,
         names=tuple(tool.function.name for tool in tools),
-        enforced=asked.must_call or enforces_calls(card),
-        named=isinstance(asked.tool_choice, NamedTool),
+        enforced=request.must_call or enforces_calls(card),
+        named=isinstance(request.tool_choice, NamedTool),
     )

@@ -6,14 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynserve.dialects import reasoning
-from dynserve.dialects.base import Arguments, Call, Content, Parser, Piece, Thinking
+from dynserve.dialects.base import CallArguments, CallStart, Content, Parser, Piece, ReasoningText
 from dynserve.dialects.pythonic import PythonicCalls
 from dynserve.dialects.reasoning import ThinkTags
 from dynserve.dialects.tools import STYLES, JsonCalls
 from dynserve.errors import InternalError
-from dynserve.wire.requests import Reasoning, ToolUse
+from dynserve.wire.requests import ReasoningParsing, ToolParsing
 
-__all__ = ["TOOL_PARSERS", "Arguments", "Call", "Content", "Parser", "Piece", "Thinking", "chain", "markers"]
+__all__ = [
+    "TOOL_PARSERS",
+    "CallArguments",
+    "CallStart",
+    "Content",
+    "Parser",
+    "Piece",
+    "ReasoningText",
+    "chain",
+    "markers",
+]
 
 TOOL_PARSERS = (*STYLES, "pythonic")
 REASONING_PARSERS = tuple(reasoning.NAMES)
@@ -37,7 +47,7 @@ _TOOLS_BY_TYPE = {
 }
 
 
-def chain(tools: ToolUse | None, thoughts: Reasoning | None) -> Parser | None:
+def chain(tools: ToolParsing | None, thoughts: ReasoningParsing | None) -> Parser | None:
     """None for an answer that is nothing but content.
 
     Raises:
@@ -51,10 +61,10 @@ def chain(tools: ToolUse | None, thoughts: Reasoning | None) -> Parser | None:
     think_parser = None if thoughts is None else ThinkTags(open=thoughts.open)
     if call_parser is None or think_parser is None:
         return call_parser or think_parser
-    return _Both(think_parser, call_parser)
+    return _ReasoningThenCalls(think_parser, call_parser)
 
 
-def markers(tools: ToolUse | None, thoughts: Reasoning | None) -> tuple[str, ...]:
+def markers(tools: ToolParsing | None, thoughts: ReasoningParsing | None) -> tuple[str, ...]:
     """Texts that must be seen although a tokenizer may take them for special."""
     found: tuple[str, ...] = () if thoughts is None else (reasoning.BEGIN, reasoning.END)
     if tools is not None and tools.parser in STYLES:
@@ -82,21 +92,21 @@ def detect_reasoning(template: str) -> str:
     return "qwen3" if "enable_thinking" in template or reasoning.BEGIN in template else "deepseek_r1"
 
 
-def _calls(tools: ToolUse) -> Parser:
+def _calls(tools: ToolParsing) -> Parser:
     if tools.parser == "pythonic":
         return PythonicCalls(tools.names)
     return JsonCalls(STYLES[tools.parser], tools.names, enforced=tools.enforced)
 
 
-class _Both:
+class _ReasoningThenCalls:
     """Tool calls in what is left of an answer without its thought."""
 
     def __init__(self, thoughts: Parser, calls: Parser) -> None:
         self._thoughts, self._calls = thoughts, calls
 
     @property
-    def thinking(self) -> bool:
-        return self._thoughts.thinking
+    def in_reasoning(self) -> bool:
+        return self._thoughts.in_reasoning
 
     def push(self, text: str) -> list[Piece]:
         return self._through(self._thoughts.push(text))

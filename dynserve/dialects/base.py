@@ -11,28 +11,28 @@ class Content(NamedTuple):
     text: str
 
 
-class Thinking(NamedTuple):
+class ReasoningText(NamedTuple):
     text: str
 
 
-class Call(NamedTuple):
+class CallStart(NamedTuple):
     """A tool call begins."""
 
     name: str
 
 
-class Arguments(NamedTuple):
+class CallArguments(NamedTuple):
     """More of the JSON text of the arguments of the call that began last."""
 
     text: str
 
 
-Piece = Content | Thinking | Call | Arguments
+Piece = Content | ReasoningText | CallStart | CallArguments
 
 
 class Parser(Protocol):
     @property
-    def thinking(self) -> bool:
+    def in_reasoning(self) -> bool:
         """The next token is not one of the answer yet."""
         ...
 

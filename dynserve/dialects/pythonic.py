@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, json_text
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, json_text
 
-MOST_CALLS_TEXT = 100_000  # characters; a longer list is text
+MAX_CALLS_TEXT = 100_000  # characters; a longer list is text
 
 
 class PythonicCalls:
@@ -19,7 +19,7 @@ class PythonicCalls:
         self._plain = False
 
     @property
-    def thinking(self) -> bool:
+    def in_reasoning(self) -> bool:
         return False
 
     def push(self, text: str) -> list[Piece]:
@@ -27,19 +27,19 @@ class PythonicCalls:
             return [Content(text)] if text else []
         self._held += text
         begin = self._held.lstrip()
-        if not begin or (begin[0] == "[" and len(begin) < MOST_CALLS_TEXT):
+        if not begin or (begin[0] == "[" and len(begin) < MAX_CALLS_TEXT):
             return []
         self._plain = True
-        return [Content(self._take())]
+        return [Content(self._release())]
 
     def finish(self) -> list[Piece]:
-        held = self._take()
+        held = self._release()
         calls = _calls(held.strip(), self._names)
         if calls is not None:
             return calls
         return [Content(held)] if held else []
 
-    def _take(self) -> str:
+    def _release(self) -> str:
         held, self._held = self._held, ""
         return held
 
@@ -63,7 +63,7 @@ def _calls(text: str, names: tuple[str, ...]) -> list[Piece] | None:
             text = json_text({str(k.arg): _literal(k.value) for k in call.keywords})
         except (ValueError, TypeError, RecursionError):
             return None
-        pieces += [Call(name), Arguments(text)]
+        pieces += [CallStart(name), CallArguments(text)]
     return pieces
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from dynserve.dialects.base import Content, Piece, Thinking, held_back
+from dynserve.dialects.base import Content, Piece, ReasoningText, held_back
 
 BEGIN, END = "<think>", "</think>"
 
@@ -21,7 +21,7 @@ def is_open(parser: str, prompt: str, *, continued: bool = False) -> bool:
     return end.endswith(BEGIN) or (NAMES[parser] and not end.endswith(END))
 
 
-class _State(Enum):
+class _ReasoningState(Enum):
     START = auto()  # is there a thought?
     THOUGHT = auto()
     BETWEEN = auto()  # behind a thought, before the first word of the answer
@@ -32,59 +32,59 @@ class ThinkTags:
     """At most one thought, then the answer. White space around a thought belongs to neither."""
 
     def __init__(self, *, open: bool) -> None:
-        self._open, self._state = open, _State.START
+        self._open, self._state = open, _ReasoningState.START
         self._held = ""
         self._said = False  # something of the thought
 
     def push(self, text: str) -> list[Piece]:
-        if self._state is _State.ANSWER:
+        if self._state is _ReasoningState.ANSWER:
             return [Content(text)] if text else []
         self._held += text
         pieces: list[Piece] = []
-        if self._state is _State.START:
+        if self._state is _ReasoningState.START:
             self._start()
-        if self._state is _State.THOUGHT:
-            pieces += self._think()
-        if self._state is _State.BETWEEN and (answer := self._held.lstrip()):
-            self._state, self._held = _State.ANSWER, answer
-        if self._state is _State.ANSWER and self._held:
-            pieces.append(Content(self._take(len(self._held))))
+        if self._state is _ReasoningState.THOUGHT:
+            pieces += self._reason()
+        if self._state is _ReasoningState.BETWEEN and (answer := self._held.lstrip()):
+            self._state, self._held = _ReasoningState.ANSWER, answer
+        if self._state is _ReasoningState.ANSWER and self._held:
+            pieces.append(Content(self._release(len(self._held))))
         return pieces
 
     @property
-    def thinking(self) -> bool:
+    def in_reasoning(self) -> bool:
         """The next token is not one of the answer yet."""
-        return self._state in (_State.START, _State.THOUGHT)
+        return self._state in (_ReasoningState.START, _ReasoningState.THOUGHT)
 
     def finish(self) -> list[Piece]:
         """A thought without an end is a thought; a tag that never was complete is text."""
-        held = self._take(len(self._held))
-        if self._state is _State.THOUGHT or (self._state is _State.START and self._open):
+        held = self._release(len(self._held))
+        if self._state is _ReasoningState.THOUGHT or (self._state is _ReasoningState.START and self._open):
             held = held.rstrip() if self._said else held.strip()
-            return [Thinking(held)] if held else []
-        return [Content(held)] if held and self._state is not _State.BETWEEN else []
+            return [ReasoningText(held)] if held else []
+        return [Content(held)] if held and self._state is not _ReasoningState.BETWEEN else []
 
     def _start(self) -> None:
         begin = self._held.lstrip()
         if begin.startswith(BEGIN):
-            self._state, self._held = _State.THOUGHT, begin[len(BEGIN) :]
+            self._state, self._held = _ReasoningState.THOUGHT, begin[len(BEGIN) :]
         elif not BEGIN.startswith(begin):
-            self._state = _State.THOUGHT if self._open else _State.ANSWER
+            self._state = _ReasoningState.THOUGHT if self._open else _ReasoningState.ANSWER
 
-    def _think(self) -> list[Piece]:
+    def _reason(self) -> list[Piece]:
         thought, tag, rest = self._held.partition(END)
         if tag:
-            self._state, self._held = _State.BETWEEN, rest
+            self._state, self._held = _ReasoningState.BETWEEN, rest
         else:
             thought = thought[: len(thought) - held_back(thought, (END,))]
         said = thought.rstrip()
         if not tag:
-            self._take(len(said))
+            self._release(len(said))
         if not self._said:
             said = said.lstrip()
         self._said = self._said or bool(said)
-        return [Thinking(said)] if said else []
+        return [ReasoningText(said)] if said else []
 
-    def _take(self, count: int) -> str:
+    def _release(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]
         return taken

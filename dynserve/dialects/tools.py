@@ -1,4 +1,4 @@
-"""Tool calls in an answer's text. Each model family has its own way to write them; what differs is a `Style`.
+"""Tool calls in an answer's text. Each model family has its own way to write them; what differs is a `CallStyle`.
 
     content ──marker──▶ OPEN ──header──▶ JSON ──value ends──▶ AFTER ──marker or next object──▶ OPEN
        ▲                 │ no call after all: text               │
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, held_back, json_text
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, held_back, json_text
 
-MOST_HEADER = 512  # characters between a marker and the JSON
+MAX_HEADER = 512  # characters between a marker and the JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Style:
+class CallStyle:
     """How one family writes calls.
 
     `header` is what may stand between a marker and the JSON object, with a group `name` where the name stands outside;
@@ -46,7 +46,7 @@ _WRAPPED = re.compile(r'\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"(?:argument
 _MISTRAL = re.compile(r"\s*(?:\[\s*(?=\{)|(?=\{)|(?P<name>[\w.-]+)\s*(?:\[ARGS\])?\s*(?=\{))")
 
 STYLES = {
-    "hermes": Style(
+    "hermes": CallStyle(
         markers=("<tool_call>",),
         header=_OBJECT,
         after=("</tool_call>",),
@@ -54,7 +54,7 @@ STYLES = {
         end="}\n</tool_call>",
         separator="\n",
     ),
-    "llama3_json": Style(
+    "llama3_json": CallStyle(
         markers=("<|python_tag|>",),
         header=_OBJECT,
         after=(";", ","),
@@ -63,7 +63,7 @@ STYLES = {
         end="}",
         separator="; ",
     ),
-    "mistral": Style(
+    "mistral": CallStyle(
         markers=("[TOOL_CALLS]",),
         header=_MISTRAL,
         after=(",", "]"),
@@ -73,14 +73,14 @@ STYLES = {
         separator=", ",
         closing="]",
     ),
-    "mistral_v11": Style(
+    "mistral_v11": CallStyle(
         markers=("[TOOL_CALLS]",),
         header=_MISTRAL,
         after=(",", "]"),
         begin="[TOOL_CALLS]{}[ARGS]",
         end="",
     ),
-    "deepseek_v3": Style(
+    "deepseek_v3": CallStyle(
         markers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
         header=re.compile(
             r"\s*(?:<｜tool▁call▁begin｜>)?\s*(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json)?\s*(?=\{)"
@@ -92,7 +92,7 @@ STYLES = {
         separator="\n",
         closing="<｜tool▁calls▁end｜>",
     ),
-    "deepseek_v31": Style(
+    "deepseek_v31": CallStyle(
         markers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
         header=re.compile(r"\s*(?:<｜tool▁call▁begin｜>)?(?P<name>[\w.-]+)<｜tool▁sep｜>\s*(?=\{)"),
         after=("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
@@ -104,7 +104,7 @@ STYLES = {
 }
 
 
-class _State(Enum):
+class _CallState(Enum):
     START = auto()
     CONTENT = auto()
     OPEN = auto()
@@ -113,11 +113,11 @@ class _State(Enum):
 
 
 class JsonCalls:
-    """Calls with JSON arguments in any `Style`."""
+    """Calls with JSON arguments in any `CallStyle`."""
 
-    def __init__(self, style: Style, names: tuple[str, ...], *, enforced: bool) -> None:
+    def __init__(self, style: CallStyle, names: tuple[str, ...], *, enforced: bool) -> None:
         self._style, self._names, self._enforced = style, names, enforced
-        self._state = _State.START if style.leading else _State.CONTENT
+        self._state = _CallState.START if style.leading else _CallState.CONTENT
         self._held = ""  # not looked at yet
         self._raw = ""  # of the call that is being read, from its marker on
         self._name: str | None = None
@@ -127,7 +127,7 @@ class JsonCalls:
         self._space = ""  # behind a call
 
     @property
-    def thinking(self) -> bool:
+    def in_reasoning(self) -> bool:
         return False
 
     def push(self, text: str) -> list[Piece]:
@@ -141,26 +141,26 @@ class JsonCalls:
         """What was held back; a call that is not whole is text, unless it was already shown."""
         state, rest = self._state, self._raw + self._held
         self._raw = self._held = ""
-        if state is _State.JSON and self._enforced:
+        if state is _CallState.JSON and self._enforced:
             return []  # a call that the answer's end has cut
-        if state is _State.AFTER and any(string.startswith(rest) for string in ("}", *self._style.after)):
+        if state is _CallState.AFTER and any(string.startswith(rest) for string in ("}", *self._style.after)):
             return []  # the beginning of what closes a call, or nothing
-        if state is _State.CONTENT and self._called:
+        if state is _CallState.CONTENT and self._called:
             rest = rest.rstrip()
         return [Content(rest)] if rest else []
 
     def _step(self, pieces: list[Piece]) -> bool:
         """One transition; False when more text is needed."""
         match self._state:
-            case _State.START:
+            case _CallState.START:
                 return self._start()
-            case _State.CONTENT:
+            case _CallState.CONTENT:
                 return self._content(pieces)
-            case _State.OPEN:
+            case _CallState.OPEN:
                 return self._open(pieces)
-            case _State.JSON:
+            case _CallState.JSON:
                 return self._json(pieces)
-            case _State.AFTER:
+            case _CallState.AFTER:
                 return self._after()
 
     def _start(self) -> bool:
@@ -168,9 +168,9 @@ class JsonCalls:
         begin = self._held.lstrip()
         if not begin:
             return False
-        self._state = _State.CONTENT
+        self._state = _CallState.CONTENT
         if begin.startswith("{"):
-            self._state, self._raw, self._held = _State.OPEN, self._held[: -len(begin)], begin
+            self._state, self._raw, self._held = _CallState.OPEN, self._held[: -len(begin)], begin
         return True
 
     def _content(self, pieces: list[Piece]) -> bool:
@@ -182,7 +182,7 @@ class JsonCalls:
             said = held[:at].rstrip()
             self._say(pieces, said)
             self._state, self._raw, self._held = (
-                _State.OPEN,
+                _CallState.OPEN,
                 held[len(said) : at + len(marker)],
                 held[at + len(marker) :],
             )
@@ -195,7 +195,7 @@ class JsonCalls:
     def _open(self, pieces: list[Piece]) -> bool:
         header = self._style.header.match(self._held)
         if header is None:
-            if len(self._held) > MOST_HEADER or self._is_over():
+            if len(self._held) > MAX_HEADER or self._is_over():
                 return self._give_up(pieces)
             return False
         self._name = header.groupdict().get("name")
@@ -204,15 +204,15 @@ class JsonCalls:
         if wrapped and self._enforced:
             inner = _WRAPPED.match(self._held, end)
             if inner is None:
-                return self._give_up(pieces) if len(self._held) > MOST_HEADER else False
+                return self._give_up(pieces) if len(self._held) > MAX_HEADER else False
             self._name, end = inner["name"], inner.end()
         self._wrapped = wrapped and self._enforced
         if self._enforced and self._name is not None:
-            pieces.append(Call(self._name))
+            pieces.append(CallStart(self._name))
             self._called = True
         self._raw += self._held[:end]
         self._held = self._held[end:]
-        self._state, self._value = _State.JSON, JsonEnd()
+        self._state, self._value = _CallState.JSON, JsonEnd()
         return True
 
     def _json(self, pieces: list[Piece]) -> bool:
@@ -222,7 +222,7 @@ class JsonCalls:
         value, self._held = self._held[:end], self._held[end:]
         self._raw += value
         if self._enforced:
-            pieces.append(Arguments(value))
+            pieces.append(CallArguments(value))
         if not self._value.ended:
             return False
         if not self._enforced:
@@ -231,7 +231,7 @@ class JsonCalls:
                 return self._give_up(pieces)
             pieces += calls
             self._called = True
-        self._state, self._raw = _State.AFTER, ""
+        self._state, self._raw = _CallState.AFTER, ""
         return True
 
     def _after(self) -> bool:
@@ -251,15 +251,15 @@ class JsonCalls:
                 return True
         for marker in style.markers:
             if self._held.startswith(marker):
-                self._state, self._space, self._raw, self._held = _State.OPEN, "", marker, self._held[len(marker) :]
+                self._state, self._space, self._raw, self._held = _CallState.OPEN, "", marker, self._held[len(marker) :]
                 return True
         if self._held.startswith("{") and (style.leading or style.opening):
-            self._state = _State.OPEN
+            self._state = _CallState.OPEN
             return True
         if any(string.startswith(self._held) for string in (*style.after, *style.markers)):
             return False
         # between two pieces of text there was a call, and the white space stays
-        self._state, self._held = _State.CONTENT, (self._space if self._talked else "") + self._held
+        self._state, self._held = _CallState.CONTENT, (self._space if self._talked else "") + self._held
         self._space = ""
         return True
 
@@ -270,7 +270,7 @@ class JsonCalls:
         if value is None:
             return None
         if self._name is not None:
-            return [Call(self._name), Arguments(text if _is_strict(text) else json_text(value))]
+            return [CallStart(self._name), CallArguments(text if _is_strict(text) else json_text(value))]
         name = value.get("name")
         arguments = value.get("arguments", value.get("parameters"))
         if arguments is None:
@@ -281,7 +281,7 @@ class JsonCalls:
             return None
         if self._style.leading and name not in self._names:
             return None  # an answer that only looks like a call
-        return [Call(name), Arguments(json_text(arguments))]
+        return [CallStart(name), CallArguments(json_text(arguments))]
 
     def _is_over(self) -> bool:
         """The end of a call without a call; a code fence may yet be the beginning of one."""
@@ -289,7 +289,7 @@ class JsonCalls:
 
     def _give_up(self, pieces: list[Piece]) -> bool:
         """It is no call."""
-        self._state = _State.CONTENT
+        self._state = _CallState.CONTENT
         self._say(pieces, self._raw)
         self._raw = ""
         return True

@@ -59,7 +59,7 @@ def options(config: DoctorConfig) -> Iterator[Finding]:
             engine_args(made)
             yield Finding("engine options", "ok", f"fit a {role} worker")
             return
-        with _Heard() as heard:
+        with _CapturedWarnings() as heard:
             given = read_options(made)
             backend = (given.values.get("cache_transceiver_config") or {}).get("backend")
             llm_arguments(given, made, ARGS, PIN)
@@ -81,7 +81,7 @@ def backend_of(config: DoctorConfig) -> str | None:
         override_engine_args=config.override_engine_args,
     )
     try:
-        with _Heard():
+        with _CapturedWarnings():
             given = read_options(made)
     except ConfigError:
         return None
@@ -161,7 +161,7 @@ def _unreachable(name: str, url: str, error: OSError, variable: str) -> Finding:
     return Finding(name, "fail" if os.environ.get(variable) else "warn", f"{url} cannot be reached: {reason}", cure)
 
 
-class _Heard(logging.Handler):
+class _CapturedWarnings(logging.Handler):
     """What the reading of options warns of."""
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class _Heard(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def __enter__(self) -> _Heard:
+    def __enter__(self) -> _CapturedWarnings:
         self._log.addHandler(self)
         self._propagated, self._log.propagate = self._log.propagate, False
         return self

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
-from dynserve.config import TINY_MODEL, ExecutorName, Planes, Role, option
+from dynserve.config import TINY_MODEL, DisaggregationMode, ExecutorName, PlanesConfig, option
 
-State = Literal["ok", "warn", "fail", "skip"]
+FindingState = Literal["ok", "warn", "fail", "skip"]
 _WIDTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig(Planes):
-    role: Literal["frontend", "prefill_and_decode", "prefill", "decode"] | None = option(
+class DoctorConfig(PlanesConfig):
+    role: Literal["frontend"] | DisaggregationMode | None = option(
         None, "frontend, prefill, decode or prefill_and_decode; default: a frontend and a worker", "DYN_ROLE"
     )
     executor: ExecutorName | None = option(
@@ -37,7 +37,7 @@ class DoctorConfig(Planes):
         return self.engine == "trtllm" and self.role != "frontend"
 
     @property
-    def worker_role(self) -> Role | None:
+    def worker_role(self) -> DisaggregationMode | None:
         if self.role == "frontend":
             return None
         return self.role or "prefill_and_decode"
@@ -45,7 +45,7 @@ class DoctorConfig(Planes):
 
 class Finding(NamedTuple):
     name: str
-    state: State
+    state: FindingState
     text: str
     cure: str = ""
 

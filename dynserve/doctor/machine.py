@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from dynserve.doctor.cluster import backend_of
-from dynserve.doctor.finding import DoctorConfig, Finding, State
+from dynserve.doctor.finding import DoctorConfig, Finding, FindingState
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm import environment as env
 from dynserve.executors.trtllm.options import resolved_backend
@@ -31,7 +31,7 @@ def python(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def gpu(config: DoctorConfig) -> Iterator[Finding]:
-    needed: State = "fail" if config.trtllm else "skip"
+    needed: FindingState = "fail" if config.trtllm else "skip"
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
     told = _run(NVIDIA_SMI, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     if told is None:
@@ -104,7 +104,7 @@ def transfer(config: DoctorConfig) -> Iterator[Finding]:
     try:
         env.check_nixl(os.environ)
     except Exception as error:
-        needed: State = "fail" if config.role in ("prefill", "decode") else "warn"
+        needed: FindingState = "fail" if config.role in ("prefill", "decode") else "warn"
         yield Finding("NIXL", needed, str(error))
     else:
         several = len(folders) > 1 and not named

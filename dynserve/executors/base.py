@@ -41,14 +41,14 @@ class Output(msgspec.Struct, gc=False):
     handoff: Handoff | None = None
     error: DynserveError | None = None
     handoff_declined: bool = False  # in the first output of a decode request: it begins without its hand-off
-    embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pool`
+    embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pooling`
 
 
-Sink = Callable[[Output], None]
+OutputSink = Callable[[Output], None]
 KvListener = Callable[[list[KvEvent]], None]
 
 
-class Limits(NamedTuple):
+class ExecutorLimits(NamedTuple):
     """What an open executor can take; goes into the worker's card."""
 
     block_size: int  # tokens per KV block
@@ -56,7 +56,7 @@ class Limits(NamedTuple):
     max_seq_len: int  # prompt + answer, tokens
     max_batch_size: int
     vocab_size: int
-    guides: bool = False  # grammars can be followed
+    grammars: bool = False  # grammars can be followed
     embedding_size: int = 0  # 0: it makes no embeddings
     kv_events: bool = True  # it tells what its cache holds, when it is asked to
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
@@ -66,10 +66,10 @@ class Limits(NamedTuple):
     )
 
 
-def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int | None) -> None:
+def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_tokens: int | None) -> None:
     """Raises CallerError for a request that can never run on an executor of these limits. `max_num_tokens` is that of
     one step where prompts are not computed in chunks."""
-    length = len(request.prompt) // 4 + (len(request.prior.token_ids) if request.prior else 0)
+    length = request.num_tokens + (len(request.prior.token_ids) if request.prior else 0)
     if length == 0:
         raise ContextTooLong("the prompt is empty")
     if length >= limits.max_seq_len:
@@ -86,9 +86,9 @@ def check_request(request: GenerateRequest, limits: Limits, max_num_tokens: int 
             f"token id {highest} is not one of this model's 0 to {limits.vocab_size - 1}; its tokenizer has more tokens "
             "than the model"
         )
-    if request.guide is not None and not limits.guides:
+    if request.grammar is not None and not limits.grammars:
         raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
-    if request.pool is not None and not limits.embedding_size:
+    if request.pooling is not None and not limits.embedding_size:
         raise BadRequest("this model's workers make no embeddings", param="model")
 
 
@@ -114,14 +114,14 @@ class Executor(Protocol):
     """
 
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> ExecutorLimits: ...
 
     @property
     def failed(self) -> asyncio.Future[None]:
         """Never done while the engine lives; then holds what killed it."""
         ...
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+    def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         """A ticket for `abort`. Raises CallerError for a request that can never run here."""
         ...
 
@@ -167,7 +167,7 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
 
     ticket = executor.submit(request, sink)
     try:
-        while batch := await outputs.take():
+        while batch := await outputs.receive():
             for output in batch:
                 if output.error is not None:
                     raise output.error

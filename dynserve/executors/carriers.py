@@ -28,7 +28,7 @@ class CarrierFailed(Exception):
     """This carrier does not work between these two workers; another one, or TCP, may."""
 
 
-class Talk(Protocol):
+class CarrierChannel(Protocol):
     """The connection between the two sides of a transfer, in messages."""
 
     @property
@@ -53,11 +53,11 @@ class Carrier(Protocol):
         """Whether the blocks could be moved to a worker that says this."""
         ...
 
-    async def send(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         """Lets the other side have these blocks, which stay as they are until it has confirmed that it has them."""
         ...
 
-    async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         """Fills these blocks with those that the other side sends.
 
         Raises:

@@ -28,23 +28,23 @@ from dynserve.errors import (
     TimedOut,
     Unavailable,
 )
-from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink, check_request
-from dynserve.executors.handoff import End, HandoffTable, belongs
-from dynserve.executors.scheduler import Fetch, Sampled, Scheduler, Sequence, Slice, State
+from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
+from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
+from dynserve.executors.scheduler import BlockFetch, Sampled, Scheduler, Sequence, SequenceState, Slice
 from dynserve.executors.transceiver import BlockStore, Transceiver
 from dynserve.tasks import OwnedTasks
 from dynserve.wire.events import KvEvent, Load
-from dynserve.wire.requests import GenerateRequest, Guide, Handoff
+from dynserve.wire.requests import GenerateRequest, Grammar, Handoff
 
 log = logging.getLogger(__name__)
 
-GUIDE_TIMEOUT = 90.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
+GRAMMAR_TIMEOUT = 90.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
 
 
-class Guides(Protocol):
+class Grammars(Protocol):
     """Compiles grammars for one model's vocabulary."""
 
-    async def matcher(self, guide: Guide) -> Any:
+    async def matcher(self, grammar: Grammar) -> Any:
         """What the driver follows the grammar with. Raises BadRequest for a guide that is none."""
         ...
 
@@ -68,26 +68,26 @@ class Engine:
         handoff_ttl_s: float,
         wake: Callable[[], None],
         chunked: bool = True,
-        guides: Guides | None = None,
+        grammars: Grammars | None = None,
         embedding_size: int = 0,
         pairing: Mapping[str, str] | None = None,
     ) -> None:
-        self._guides = guides
+        self._grammars = grammars
         self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
         self._loop = asyncio.get_running_loop()
         # uvloop's time has milliseconds only, and steps take less
         self._clock = time.monotonic if isinstance(self._loop, uvloop.Loop) else self._loop.time
         blocks = scheduler.blocks
-        self.limits = Limits(
+        self.limits = ExecutorLimits(
             blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size,
-            guides is not None, embedding_size, pairing=pairing or {},
+            grammars is not None, embedding_size, pairing=pairing or {},
         )  # fmt: skip
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self.handoffs = HandoffTable(instance_id, handoff_ttl_s, self._release)
         self._chunked = chunked
         self._tickets = count(1)
         self._commands: deque[Callable[[], None]] = deque()
-        self._live: dict[int, tuple[Sequence, Sink]] = {}
+        self._live: dict[int, tuple[Sequence, OutputSink]] = {}
         self._fetches: dict[int, asyncio.Task[HandoffError | None]] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}
         self._kv_listener: KvListener | None = None
@@ -102,18 +102,18 @@ class Engine:
 
     # the loop side
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+    def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
         check_request(request, self.limits, None if self._chunked else self._scheduler.max_num_tokens)
         ticket = next(self._tickets)
         sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._clock())
         self._live[ticket] = (sequence, sink)
-        if request.guide is None:
+        if request.grammar is None:
             self._post(partial(self._scheduler.add, sequence))
         else:
             assert self._tasks is not None
-            task = self._tasks.create_task(self._add_guided(sequence, request.guide))
+            task = self._tasks.create_task(self._add_with_grammar(sequence, request.grammar))
             self._compiling[ticket] = task
             task.add_done_callback(lambda _: self._compiling.pop(ticket, None))
         return ticket
@@ -156,7 +156,7 @@ class Engine:
     def listen_kv(self, listener: KvListener) -> None:
         self._kv_listener = listener
 
-    def start(self, fetches: list[Fetch]) -> None:
+    def start(self, fetches: list[BlockFetch]) -> None:
         """Begins the transfers that a plan decided on."""
         for fetch in fetches:
             self._start_fetch(fetch)
@@ -204,12 +204,12 @@ class Engine:
         """The step after one that is not booked yet, where nothing has to be decided for it; else none."""
         return [] if self._commands else self._scheduler.ahead(work)
 
-    def fetches(self) -> list[Fetch]:
+    def fetches(self) -> list[BlockFetch]:
         """Transfers that the plan decided on. `start` them before the step: they go on while it computes."""
         return self._scheduler.drain_fetches()
 
-    def most_steps(self, work: list[Slice], most: int) -> int:
-        return self._scheduler.most_steps(work, most)
+    def max_steps(self, work: list[Slice], most: int) -> int:
+        return self._scheduler.max_steps(work, most)
 
     def book(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]]) -> StepResult:
         outputs = self._scheduler.commit(work, sampled, self._clock())
@@ -227,23 +227,23 @@ class Engine:
         self._load = Load(running, waiting, blocks.free, blocks.num_blocks, 0, scheduler.begun_tokens)
 
     def _abort_sequence(self, sequence: Sequence) -> None:
-        if sequence.state is not State.DONE:
+        if sequence.state is not SequenceState.DONE:
             self._scheduler.abort(sequence)
 
     # helpers of the loop side
 
-    async def _add_guided(self, sequence: Sequence, guide: Guide) -> None:
+    async def _add_with_grammar(self, sequence: Sequence, grammar: Grammar) -> None:
         """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
         raised would take its owner with it."""
-        assert self._guides is not None
+        assert self._grammars is not None
         failure: DynserveError | None = None
         try:
-            async with asyncio.timeout(GUIDE_TIMEOUT):
-                sequence.matcher = await self._guides.matcher(guide)
+            async with asyncio.timeout(GRAMMAR_TIMEOUT):
+                sequence.matcher = await self._grammars.matcher(grammar)
         except DynserveError as error:
             failure = error
         except TimeoutError:
-            failure = TimedOut(f"the grammar was not compiled within {GUIDE_TIMEOUT:.0f} s")
+            failure = TimedOut(f"the grammar was not compiled within {GRAMMAR_TIMEOUT:.0f} s")
         except Exception as error:
             log.exception("request %s: its grammar could not be compiled", sequence.request.id)
             failure = InternalError(f"compiling the grammar failed: {type(error).__name__}")
@@ -257,7 +257,7 @@ class Engine:
         self._commands.append(command)
         self._wake()
 
-    def _release(self, ticket: int, how: End) -> None:
+    def _release(self, ticket: int, how: HandoffEnd) -> None:
         self._post(partial(self._scheduler.release_held, ticket))
 
     def _open_handoff(self, sequence: Sequence) -> Handoff:
@@ -271,7 +271,7 @@ class Engine:
             self._transceiver.state(),
         )
 
-    def _start_fetch(self, fetch: Fetch) -> None:
+    def _start_fetch(self, fetch: BlockFetch) -> None:
         assert self._tasks is not None
         ticket = fetch.sequence.ticket
         if ticket not in self._live:  # aborted before it began
@@ -282,7 +282,7 @@ class Engine:
         # a task that is cancelled before its first step never runs its own clean-up
         task.add_done_callback(partial(self._fetch_ended, fetch, self._clock()))
 
-    async def _fetch(self, fetch: Fetch) -> HandoffError | None:
+    async def _fetch(self, fetch: BlockFetch) -> HandoffError | None:
         """What went wrong, as a value: a task that raised would take its owner with it."""
         request, handoff = fetch.sequence.request, fetch.sequence.request.handoff
         assert handoff is not None and self._transceiver is not None
@@ -300,7 +300,7 @@ class Engine:
             return HandoffBroken(repr(error))
         return None
 
-    def _fetch_ended(self, fetch: Fetch, began: float, task: asyncio.Task[HandoffError | None]) -> None:
+    def _fetch_ended(self, fetch: BlockFetch, began: float, task: asyncio.Task[HandoffError | None]) -> None:
         del self._fetches[fetch.sequence.ticket]
         error = None if task.cancelled() else task.result()
         self._transfers["cancelled" if task.cancelled() else "failed" if error else "done"] += 1

@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 BACKENDS = ("DEFAULT", "NIXL", "UCX", "TCP")
 
 
-class KvCache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class KvCacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokens_per_block: int = 32
     max_tokens: int | None = None
     enable_block_reuse: bool = True
     free_gpu_memory_fraction: float | None = None
 
 
-class CacheTransceiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CacheTransceiverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     backend: str = "DEFAULT"
     kv_transfer_timeout_ms: int = 60_000
     max_tokens_in_buffer: int | None = None
@@ -53,8 +53,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_num_tokens: int = 2048
     max_seq_len: int | None = None
     enable_chunked_prefill: bool = True
-    kv_cache_config: KvCache = KvCache()
-    cache_transceiver_config: CacheTransceiver = CacheTransceiver()
+    kv_cache_config: KvCacheOptions = KvCacheOptions()
+    cache_transceiver_config: CacheTransceiverOptions = CacheTransceiverOptions()
     num_blocks: int | None = None
     # torch
     num_threads: int | None = None
@@ -85,8 +85,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 # Right for TensorRT-LLM, without a meaning here; a file that is shared between executors may hold them.
 _TRTLLM_ONLY = frozenset(ARGS.keys() | OLD) - frozenset(EngineArgs.__struct_fields__)
 _NESTED: dict[str, tuple[type[msgspec.Struct], Schema]] = {
-    "kv_cache_config": (KvCache, KV_CACHE),
-    "cache_transceiver_config": (CacheTransceiver, TRANSCEIVER),
+    "kv_cache_config": (KvCacheOptions, KV_CACHE),
+    "cache_transceiver_config": (CacheTransceiverOptions, TRANSCEIVER),
 }
 
 

@@ -29,7 +29,7 @@ from dynserve.wire.hashing import adapter_salt, sequence_hash
 from dynserve.wire.requests import GenerateRequest, Handoff
 
 
-class End(StrEnum):
+class HandoffEnd(StrEnum):
     DELIVERED = "delivered"
     EXPIRED = "expired"
     CANCELLED = "cancelled"
@@ -42,19 +42,19 @@ class Entry:
     blocks: list[int]
     timer: asyncio.TimerHandle
     stop_sending: Callable[[], object] | None = None
-    overdue: End | None = None  # asked for while sending
+    overdue: HandoffEnd | None = None  # asked for while sending
 
 
 class HandoffTable:
     """All open hand-offs of one executor. `release(ticket, how)` frees a prefill's blocks."""
 
-    def __init__(self, owner: str, ttl_s: float, release: Callable[[int, End], None]) -> None:
+    def __init__(self, owner: str, ttl_s: float, release: Callable[[int, HandoffEnd], None]) -> None:
         self._owner, self._ttl_s, self._release = owner, ttl_s, release
         self._open: dict[int, Entry] = {}
         self._by_ticket: dict[int, int] = {}
         # unique over all workers: the upper bits name the owner, the lower ones count
         self._ids = count((xxh3_64_intdigest(owner.encode()) >> 33 << 32) | 1)
-        self.ended: Counter[End] = Counter()
+        self.ended: Counter[HandoffEnd] = Counter()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -68,12 +68,12 @@ class HandoffTable:
             owner=self._owner,
             request_id=request.id,
             sequence_hash=_sequence(request),
-            num_tokens=len(request.prompt) // 4,
+            num_tokens=request.num_tokens,
             num_bytes=num_bytes,
             ttl_s=self._ttl_s,
             state=state,
         )
-        timer = asyncio.get_running_loop().call_later(self._ttl_s, self._end_or_stop, handoff.id, End.EXPIRED)
+        timer = asyncio.get_running_loop().call_later(self._ttl_s, self._end_or_stop, handoff.id, HandoffEnd.EXPIRED)
         self._open[handoff.id] = Entry(handoff, ticket, blocks, timer)
         self._by_ticket[ticket] = handoff.id
         return handoff
@@ -82,19 +82,19 @@ class HandoffTable:
         """False when that prefill left no open hand-off."""
         id_ = self._by_ticket.get(ticket)
         if id_ is not None:
-            self._end_or_stop(id_, End.CANCELLED)
+            self._end_or_stop(id_, HandoffEnd.CANCELLED)
         return id_ is not None
 
     def deliver(self, ticket: int) -> bool:
         """For executors that do not see the transfer themselves. False when that prefill left no open hand-off."""
         id_ = self._by_ticket.get(ticket)
         if id_ is not None:
-            self._end_or_stop(id_, End.DELIVERED)
+            self._end_or_stop(id_, HandoffEnd.DELIVERED)
         return id_ is not None
 
     def cancel_all(self) -> None:
         for id_ in list(self._open):
-            self._end_or_stop(id_, End.CANCELLED)
+            self._end_or_stop(id_, HandoffEnd.CANCELLED)
 
     @contextmanager
     def sending(
@@ -115,13 +115,13 @@ class HandoffTable:
             raise HandoffMismatch(f"hand-off {id_} belongs to another request or prompt")
         entry.stop_sending = stop
         try:
-            yield entry.blocks, lambda: self._end(entry, End.DELIVERED)
+            yield entry.blocks, lambda: self._end(entry, HandoffEnd.DELIVERED)
         finally:
             entry.stop_sending = None
             if entry.overdue is not None:
                 self._end(entry, entry.overdue)
 
-    def _end_or_stop(self, id_: int, how: End) -> None:
+    def _end_or_stop(self, id_: int, how: HandoffEnd) -> None:
         if (entry := self._open.get(id_)) is None:
             return
         if entry.stop_sending is None:
@@ -130,7 +130,7 @@ class HandoffTable:
             entry.overdue = how
             entry.stop_sending()
 
-    def _end(self, entry: Entry, how: End) -> None:
+    def _end(self, entry: Entry, how: HandoffEnd) -> None:
         if self._open.pop(entry.handoff.id, None) is not None:
             del self._by_ticket[entry.ticket]
             entry.timer.cancel()
@@ -141,7 +141,7 @@ class HandoffTable:
 def belongs(handoff: Handoff, request: GenerateRequest) -> bool:
     """Whether it is this request's, of this prompt."""
     theirs = (handoff.request_id, handoff.sequence_hash, handoff.num_tokens)
-    return theirs == (request.id, _sequence(request), len(request.prompt) // 4)
+    return theirs == (request.id, _sequence(request), request.num_tokens)
 
 
 def _sequence(request: GenerateRequest) -> int:

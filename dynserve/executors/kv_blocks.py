@@ -56,7 +56,7 @@ class BlockManager:
             count += 1
         return count
 
-    def can_take(self, count: int, reusing: Sequence[int] = ()) -> bool:
+    def can_allocate(self, count: int, reusing: Sequence[int] = ()) -> bool:
         """Whether `count` blocks can be taken beside those that `acquire(reusing)` would hold. Changes nothing."""
         woken = sum(1 for block in self._leading(reusing) if self._refs[block] == 0)
         return self.free - woken >= count
@@ -68,8 +68,8 @@ class BlockManager:
             self._hold(block)
         return blocks
 
-    def take(self, count: int) -> list[int]:
-        """Holds `count` empty blocks, evicting cached ones when the blank ones run out. Ask `can_take` first."""
+    def allocate(self, count: int) -> list[int]:
+        """Holds `count` empty blocks, evicting cached ones when the blank ones run out. Ask `can_allocate` first."""
         if count > self.free:
             raise RuntimeError(f"{count} blocks wanted, {self.free} free: ask can_take first")
         blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]

@@ -25,7 +25,7 @@ from dynserve.wire.hashing import extend, next_hash, seed_for
 from dynserve.wire.requests import GenerateRequest, TokenLogprob, pack_tokens, unpack_tokens
 
 
-class State(Enum):
+class SequenceState(Enum):
     WAITING = auto()
     FETCHING = auto()  # its KV cache is on the way from the prefill worker
     RUNNING = auto()
@@ -37,9 +37,31 @@ class Sequence:
     """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
 
     __slots__ = (
-        "adjustments", "admitted", "admitted_at", "arrived", "blocks", "cached_tokens", "computed", "ends", "fetch",
-        "hashes", "matcher", "memo", "pooled", "prefill_s", "prompt_len", "prompt_logprobs", "queue_s", "request", "seed",
-        "state", "ticket", "tokens", "told", "transfer_s", "whole",
+        "accounted",
+        "adjustments",
+        "admitted",
+        "admitted_at",
+        "arrived",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "ends",
+        "fetch",
+        "hashes",
+        "matcher",
+        "memo",
+        "pooled",
+        "prefill_s",
+        "prompt_len",
+        "prompt_logprobs",
+        "queue_s",
+        "request",
+        "seed",
+        "state",
+        "ticket",
+        "tokens",
+        "transfer_s",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
@@ -48,7 +70,7 @@ class Sequence:
         self.tokens = [*unpack_tokens(request.prompt), *prior]
         self.prompt_len = len(self.tokens) - len(prior)
         # a grammar ends with an end-of-turn token, whatever else is asked for
-        own: frozenset[int] = frozenset() if request.stop.ignore_eos and request.guide is None else eos
+        own: frozenset[int] = frozenset() if request.stop.ignore_eos and request.grammar is None else eos
         # a set, since it is asked for every token
         self.ends = own.union(request.stop.token_ids) if request.stop.token_ids else own
         self.seed = seed_for(request.cache_salt)
@@ -58,11 +80,11 @@ class Sequence:
         self.computed = 0
         self.cached_tokens = request.prior.cached_tokens if request.prior else 0
         self.fetch = request.handoff is not None  # once; a failed or preempted fetch is computed here instead
-        self.admitted = self.told = False
-        self.state = State.WAITING
+        self.admitted = self.accounted = False
+        self.state = SequenceState.WAITING
         self.queue_s = self.transfer_s = self.prefill_s = self.admitted_at = 0.0
         # every position of the prompt is looked at, so nothing of it may come from the cache
-        self.whole = bool(request.pool or request.sampling.prompt_logprobs) and request.prior is None
+        self.whole = request.needs_whole_prompt and request.prior is None
         # the driver's own
         self.memo: int | None = None
         self.adjustments: Any = None
@@ -84,7 +106,7 @@ class Slice(NamedTuple):
     samples: bool
 
 
-class Fetch(NamedTuple):
+class BlockFetch(NamedTuple):
     """Blocks of a hand-off to fill: the owner's block `skip + i` goes into our `blocks[i]`."""
 
     sequence: Sequence
@@ -95,7 +117,7 @@ class Fetch(NamedTuple):
 class Sampled(NamedTuple):
     token_id: int
     logprob: TokenLogprob | None = None
-    embedding: bytes = b""  # instead of the token, for a request with `pool`
+    embedding: bytes = b""  # instead of the token, for a request with `pooling`
     error: DynserveError | None = None  # instead of the token, and the sequence's end
 
 
@@ -117,7 +139,7 @@ class Scheduler:
         self.fetching: dict[int, Sequence] = {}
         self.held: dict[int, Sequence] = {}
         self.preemptions = 0
-        self._fetches: list[Fetch] = []
+        self._fetches: list[BlockFetch] = []
 
     @property
     def idle(self) -> bool:
@@ -135,24 +157,24 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """Takes it out wherever it is. Blocks that are being written by a fetch stay until `fetched` is called."""
-        if sequence.state is State.WAITING and sequence in self.waiting:
+        if sequence.state is SequenceState.WAITING and sequence in self.waiting:
             self.waiting.remove(sequence)
-        elif sequence.state is State.RUNNING:
+        elif sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
-        elif sequence.state is State.HELD:
+        elif sequence.state is SequenceState.HELD:
             del self.held[sequence.ticket]
-        elif sequence.state is State.FETCHING:
-            sequence.state = State.DONE
+        elif sequence.state is SequenceState.FETCHING:
+            sequence.state = SequenceState.DONE
             return
         self._finish(sequence)
 
     def fetched(self, sequence: Sequence, seconds: float, *, ok: bool) -> None:
         """Its transfer has ended. After a failure the prompt is computed here, from what was cached."""
         del self.fetching[sequence.ticket]
-        if sequence.state is State.DONE:  # aborted meanwhile
+        if sequence.state is SequenceState.DONE:  # aborted meanwhile
             self._finish(sequence)
             return
-        sequence.state = State.RUNNING
+        sequence.state = SequenceState.RUNNING
         sequence.transfer_s = seconds
         self.running.append(sequence)
         if ok:
@@ -164,7 +186,7 @@ class Scheduler:
         if (sequence := self.held.pop(ticket, None)) is not None:
             self._finish(sequence)
 
-    def drain_fetches(self) -> list[Fetch]:
+    def drain_fetches(self) -> list[BlockFetch]:
         fetches, self._fetches = self._fetches, []
         return fetches
 
@@ -177,7 +199,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=_prefilling):
             if budget == 0:
                 break
-            if sequence.state is not State.RUNNING:
+            if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted by one before it
             count = self._share(sequence, budget)
             if count and self._grow(sequence, sequence.computed + count):
@@ -188,12 +210,12 @@ class Scheduler:
             if not self._admit(sequence, budget, now):
                 break
             self.waiting.popleft()
-            if sequence.state is State.RUNNING:
+            if sequence.state is SequenceState.RUNNING:
                 count = self._share(sequence, budget)
                 work.append(self._slice(sequence, count))
                 budget -= count
         if self.preemptions != preempted:
-            work = [slice_ for slice_ in work if slice_.sequence.state is State.RUNNING]
+            work = [slice_ for slice_ in work if slice_.sequence.state is SequenceState.RUNNING]
         return work
 
     def ahead(self, work: Seq[Slice]) -> list[Slice]:
@@ -204,41 +226,41 @@ class Scheduler:
             return []
         if self.waiting and len(self.running) + len(self.fetching) < self.max_batch_size:
             return []
-        going_on = [s for s in work if s.sequence.state is State.RUNNING and not self._ends_with(s)]
+        going_on = [s for s in work if s.sequence.state is SequenceState.RUNNING and not self._ends_with(s)]
         if any(s.sequence.matcher is not None for s in going_on):
             return []
         lacking = [max(0, self._blocks_for(s.start + s.size + 1) - len(s.sequence.blocks)) for s in going_on]
-        if not self.blocks.can_take(sum(lacking)):
+        if not self.blocks.can_allocate(sum(lacking)):
             return []
         for slice_, number in zip(going_on, lacking, strict=True):
             if number:
-                slice_.sequence.blocks += self.blocks.take(number)
+                slice_.sequence.blocks += self.blocks.allocate(number)
         return [Slice(s.sequence, s.start + s.size, 1, True) for s in going_on]
 
     def _ends_with(self, slice_: Slice) -> bool:
         """Whether the token that this slice yields is its sequence's last, whichever it is."""
         sequence, length = slice_.sequence, slice_.start + slice_.size + 1
         request = sequence.request
-        if request.phase == "prefill" or request.pool is not None:
+        if request.phase == "prefill" or request.pooling is not None:
             return True
         return length - sequence.prompt_len >= request.stop.max_tokens or length >= self.max_seq_len
 
-    def most_steps(self, work: Seq[Slice], most: int) -> int:
+    def max_steps(self, work: Seq[Slice], most: int) -> int:
         """How many steps like `work`, all of it decoding, can be booked at once: as many as there are blocks for."""
-        while most > 1 and not self.blocks.can_take(sum(self._lacking(s.sequence, most) for s in work)):
+        while most > 1 and not self.blocks.can_allocate(sum(self._lacking(s.sequence, most) for s in work)):
             most //= 2
         return most
 
     def commit(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]], now: float = 0.0) -> list[tuple[Sequence, Output]]:
         """Books a step that ended `now`. `sampled[i]` is the new token of `work[i]` where that one samples, or the tokens
-        of as many steps as `most_steps` allowed: only the last may end its sequence."""
+        of as many steps as `max_steps` allowed: only the last may end its sequence."""
         outputs: list[tuple[Sequence, Output]] = []
         for slice_, new in zip(work, sampled, strict=True):
             sequence, more = slice_.sequence, max(0, len(new) - 1)
-            if sequence.state is not State.RUNNING:
+            if sequence.state is not SequenceState.RUNNING:
                 continue  # it was begun ahead of the step that ended it
             if more:
-                sequence.blocks += self.blocks.take(self._lacking(sequence, len(new)))
+                sequence.blocks += self.blocks.allocate(self._lacking(sequence, len(new)))
                 sequence.tokens += [token.token_id for token in new[:-1]]
             before, sequence.computed = sequence.computed, slice_.start + slice_.size + more
             self._seal(sequence, before)
@@ -257,7 +279,7 @@ class Scheduler:
         holders = [*self.running, *self.fetching.values(), *self.held.values()]
         held = {block for sequence in holders for block in sequence.blocks}
         assert len(held) == self.blocks.num_blocks - self.blocks.free, "blocks are held by nobody"
-        assert all(sequence.state is State.RUNNING for sequence in self.running)
+        assert all(sequence.state is SequenceState.RUNNING for sequence in self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _share(self, sequence: Sequence, budget: int) -> int:
@@ -274,13 +296,13 @@ class Scheduler:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for `tokens` tokens, at the cost of whoever came last; False when that was the sequence itself."""
         need = self._blocks_for(tokens) - len(sequence.blocks)
-        while need > 0 and not self.blocks.can_take(need):
+        while need > 0 and not self.blocks.can_allocate(need):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         if need > 0:
-            sequence.blocks += self.blocks.take(need)
+            sequence.blocks += self.blocks.allocate(need)
         return True
 
     def _admit(self, sequence: Sequence, budget: int, now: float) -> bool:
@@ -295,10 +317,10 @@ class Scheduler:
         need = self._blocks_for(len(sequence.tokens)) - overlap
         # one spare block while others run, or the newcomer would be preempted by the next step
         spare = 1 if self.running else 0
-        if not self.blocks.can_take(need + spare, reusable[:overlap]):
+        if not self.blocks.can_allocate(need + spare, reusable[:overlap]):
             return False
         sequence.blocks = self.blocks.acquire(reusable[:overlap])
-        sequence.blocks += self.blocks.take(need)
+        sequence.blocks += self.blocks.allocate(need)
         sequence.computed = overlap * self.blocks.block_size
         if not sequence.admitted:
             sequence.admitted = True
@@ -308,12 +330,12 @@ class Scheduler:
                 sequence.cached_tokens = sequence.computed
         if sequence.fetch:
             sequence.fetch = False
-            sequence.state = State.FETCHING
+            sequence.state = SequenceState.FETCHING
             self.fetching[sequence.ticket] = sequence
             ours = sequence.blocks[overlap : self._blocks_for(sequence.prompt_len)]
-            self._fetches.append(Fetch(sequence, ours, overlap))
+            self._fetches.append(BlockFetch(sequence, ours, overlap))
         else:
-            sequence.state = State.RUNNING
+            sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
         return True
 
@@ -325,7 +347,7 @@ class Scheduler:
         sequence.computed = 0
         if not sequence.generated:
             sequence.prompt_logprobs, sequence.pooled = [], None
-        sequence.state = State.WAITING
+        sequence.state = SequenceState.WAITING
         self.waiting.appendleft(sequence)
 
     def _seal(self, sequence: Sequence, before: int) -> None:
@@ -361,22 +383,22 @@ class Scheduler:
                 output.reason = "handoff"
         if first and sequence.prompt_logprobs:
             output.logprobs = [*sequence.prompt_logprobs, *(output.logprobs or [])]
-        if output.reason is not None or not sequence.told:
-            sequence.told = True  # with the first output: a stop string may make it the last
+        if output.reason is not None or not sequence.accounted:
+            sequence.accounted = True  # with the first output: a stop string may make it the last
             output.cached_tokens = sequence.cached_tokens
             output.queue_s, output.transfer_s = sequence.queue_s, sequence.transfer_s
             output.prefill_s = sequence.prefill_s
         if output.reason is not None or output.error is not None:
             self.running.remove(sequence)
             if output.reason == "handoff":
-                sequence.state = State.HELD
+                sequence.state = SequenceState.HELD
                 self.held[sequence.ticket] = sequence
             else:
                 self._finish(sequence)
         return output
 
     def _finish(self, sequence: Sequence) -> None:
-        sequence.state = State.DONE
+        sequence.state = SequenceState.DONE
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
         sequence.adjustments = sequence.matcher = (

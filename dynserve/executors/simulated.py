@@ -56,9 +56,9 @@ async def open_executor(
         max_seq_len=min(args.max_seq_len or context, num_blocks * size),
         chunked=args.enable_chunked_prefill,
     )
-    store = NoMemory(f"simulated:{size}", args.bytes_per_token * size)
+    store = EmptyBlocks(f"simulated:{size}", args.bytes_per_token * size)
     eos = frozenset(eos_token_ids(folder))
-    stepper = Stepper(args, vocab_size, eos)
+    stepper = SimulatedStepper(args, vocab_size, eos)
     engine = Engine(
         scheduler,
         store,
@@ -73,7 +73,7 @@ async def open_executor(
         (transceivers or TcpTransceivers()).open(engine.handoffs, store, config.link_host) as transceiver,
         task_group() as tasks,
     ):
-        engine.connect(Timed(transceiver, args), tasks)
+        engine.connect(TimedTransceiver(transceiver, args), tasks)
         tasks.create_task(stepper.run(engine))
         try:
             yield engine
@@ -81,7 +81,7 @@ async def open_executor(
             engine.handoffs.cancel_all()
 
 
-class NoMemory(HostBlocks):
+class EmptyBlocks(HostBlocks):
     """A block store without bytes. `block_bytes` is what a block would weigh, for records and times."""
 
     def __init__(self, layout: str, block_bytes: int) -> None:
@@ -91,7 +91,7 @@ class NoMemory(HostBlocks):
         return memoryview(bytearray())
 
 
-class Timed:
+class TimedTransceiver:
     """A transceiver that takes as long as the bytes would."""
 
     def __init__(self, inner: Transceiver, args: EngineArgs) -> None:
@@ -114,7 +114,7 @@ class Timed:
         await self._inner.fetch(handoff, blocks, skip)
 
 
-class Stepper:
+class SimulatedStepper:
     """The step loop, on the event loop."""
 
     def __init__(self, args: EngineArgs, vocab_size: int, eos: frozenset[int]) -> None:
@@ -167,7 +167,7 @@ class Stepper:
             if request.sampling.logprobs is not None:
                 return 1
             most = min(most, self._until_end(slice_.sequence))
-        return engine.most_steps(work, most)
+        return engine.max_steps(work, most)
 
     async def _until_woken(self, began: float, seconds: float, steps: int) -> int:
         """Steps that are done, or begun, when somebody wants something of the engine; at most `steps`."""

@@ -107,12 +107,12 @@ class Transceivers(Protocol):
     def open(self, table: HandoffTable, store: BlockStore, host: str) -> AbstractAsyncContextManager[Transceiver]: ...
 
 
-class _State(msgspec.Struct, frozen=True, array_like=True):
+class _TransceiverState(msgspec.Struct, frozen=True, array_like=True):
     address: str
     layout: str
 
 
-class _Fetch(msgspec.Struct, frozen=True, array_like=True):
+class _FetchRequest(msgspec.Struct, frozen=True, array_like=True):
     id: BlockHash
     request_id: str
     sequence_hash: BlockHash
@@ -122,16 +122,16 @@ class _Fetch(msgspec.Struct, frozen=True, array_like=True):
     carriers: dict[str, bytes] = {}  # names of those that the receiver has, best first, and what each says of itself
 
 
-class _Reply(msgspec.Struct, frozen=True, array_like=True):
+class _FetchReply(msgspec.Struct, frozen=True, array_like=True):
     code: str = ""
     message: str = ""
     carrier: str = ""  # that moves the blocks; empty: they follow
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_state = msgspec.msgpack.Decoder(_State).decode
-_decode_fetch = msgspec.msgpack.Decoder(_Fetch).decode
-_decode_reply = msgspec.msgpack.Decoder(_Reply).decode
+_decode_state = msgspec.msgpack.Decoder(_TransceiverState).decode
+_decode_fetch = msgspec.msgpack.Decoder(_FetchRequest).decode
+_decode_reply = msgspec.msgpack.Decoder(_FetchReply).decode
 _length = struct.Struct("<I")
 
 _BROKEN: dict[type[BaseException], Any] = dict.fromkeys((OSError, *MALFORMED), HandoffBroken)
@@ -185,7 +185,7 @@ class TcpTransceiver:
         self._failed: set[tuple[str, str]] = set()  # addresses that a carrier was found not to work with
         self.carried: Counter[str] = Counter()  # transfers that were begun, by carrier
         host, port = listener.getsockname()[:2]
-        self._state = _encode(_State(f"{host}:{port}", store.layout))
+        self._state = _encode(_TransceiverState(f"{host}:{port}", store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
         self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
 
@@ -228,7 +228,7 @@ class TcpTransceiver:
             self._in_use[address] -= 1
             if kept is not None:
                 self._keep(address, kept)
-            self._look_for(address)
+            self._release_peer(address)
         return True
 
     def _warn_of(self, address: str, error: CarrierFailed) -> None:
@@ -283,9 +283,9 @@ class TcpTransceiver:
         asyncio.get_running_loop().remove_reader(sock)
         sock.close()
         self._idle[address].remove(sock)
-        self._look_for(address)
+        self._release_peer(address)
 
-    def _look_for(self, address: str) -> None:
+    def _release_peer(self, address: str) -> None:
         """Tells the carriers when there is no connection to a worker any more."""
         if self._idle.get(address) or self._in_use[address]:
             return
@@ -301,7 +301,7 @@ class TcpTransceiver:
         hellos = {
             name: c.hello() for name, c in self._carriers.items() if blocks and (address, name) not in self._failed
         }
-        fetch = _Fetch(
+        fetch = _FetchRequest(
             handoff.id, handoff.request_id, handoff.sequence_hash, self._store.layout, skip, len(blocks), hellos
         )
         await _send_message(sock, fetch)
@@ -339,7 +339,7 @@ class TcpTransceiver:
                     fetch = _decode_fetch(await _receive_message(sock))
                 await self._answer(sock, fetch)
 
-    async def _answer(self, sock: socket.socket, fetch: _Fetch) -> None:
+    async def _answer(self, sock: socket.socket, fetch: _FetchRequest) -> None:
         try:
             stop = partial(_shut, sock)
             with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
@@ -363,7 +363,7 @@ class TcpTransceiver:
                 delivered()
         except HandoffError as error:
             log.warning("refused", error.code, "refused a KV transfer: %s", error)
-            await _send_message(sock, _Reply(error.code, str(error)))
+            await _send_message(sock, _FetchReply(error.code, str(error)))
 
     def _carrier_for(self, offered: Mapping[str, bytes]) -> Carrier | None:
         for name, carrier in self._carriers.items():
@@ -374,10 +374,10 @@ class TcpTransceiver:
     async def _send_blocks(self, sock: socket.socket, blocks: list[int], carrier: Carrier | None) -> None:
         loop = asyncio.get_running_loop()
         if carrier is not None:
-            await _send_message(sock, _Reply(carrier=carrier.name))
+            await _send_message(sock, _FetchReply(carrier=carrier.name))
             await carrier.send(blocks, _Connection(sock, ""))
         else:
-            await _send_message(sock, _Reply())
+            await _send_message(sock, _FetchReply())
             async with aclosing(self._store.outgoing(blocks)) as pieces:
                 async for piece in pieces:
                     await loop.sock_sendall(sock, piece)
@@ -387,7 +387,7 @@ class TcpTransceiver:
 
 
 class _Connection:
-    """`Talk` over a transfer's TCP connection."""
+    """`CarrierChannel` over a transfer's TCP connection."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock, self.peer = sock, peer
@@ -419,7 +419,7 @@ async def _connect(address: str) -> socket.socket:
     return sock
 
 
-async def _send_message(sock: socket.socket, message: _Fetch | _Reply) -> None:
+async def _send_message(sock: socket.socket, message: _FetchRequest | _FetchReply) -> None:
     await _send_bytes(sock, _encode(message))
 
 
@@ -466,7 +466,7 @@ class MemoryTransceivers:
 class MemoryTransceiver:
     def __init__(self, name: str, table: HandoffTable, store: BlockStore, others: dict[str, MemoryTransceiver]) -> None:
         self._table, self._store, self._others = table, store, others
-        self._state = _encode(_State(name, store.layout))
+        self._state = _encode(_TransceiverState(name, store.layout))
         self.closed = False
         self.carriers = ("memory",)
 

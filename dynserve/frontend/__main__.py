@@ -13,8 +13,8 @@ from dynserve.frontend.app import make_apps
 from dynserve.frontend.frontend import Frontend, check_policy
 from dynserve.frontend.group import run_group
 from dynserve.frontend.keys import check_keys
-from dynserve.process import Stop, run_role, settle_memory
-from dynserve.server.heads import Limits, allowed_hosts
+from dynserve.process import StopSignal, run_role, settle_memory
+from dynserve.server.heads import HttpLimits, allowed_hosts
 from dynserve.server.serving import bind, serving, tls_of, url_of
 from dynserve.transport.planes import open_planes
 
@@ -24,11 +24,11 @@ SWITCH_INTERVAL = 0.001  # seconds
 log = logging.getLogger("dynserve.frontend")
 
 
-async def run(argv: Sequence[str], config: FrontendConfig, stop: Stop) -> None:
+async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> None:
     check_policy(config)
     check_keys(config.api_keys_file)
     tls = tls_of(config.tls_certificate, config.tls_key)
-    limits = Limits(config.max_header_bytes, config.receive_timeout_s)
+    limits = HttpLimits(config.max_header_bytes, config.receive_timeout_s)
     ours = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.http_host))
     if config.workers > 1:
         await run_group(config, argv, stop)

@@ -10,15 +10,16 @@ import asyncio
 import heapq
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 from dynserve.errors import DynserveError, Overloaded
 
 PACE_MEMORY = 0.9  # weight of the past in the mean time between admissions
-MOST_RETRY_AFTER = 60  # seconds
+MAX_RETRY_AFTER = 60  # seconds
 
 
-class Waiting:
+class QueuedRequest:
     """One request in the queue. Higher priorities come first, equal ones in order of arrival."""
 
     __slots__ = ("future", "key")
@@ -27,7 +28,7 @@ class Waiting:
         self.key = (-priority, number)
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def __lt__(self, other: Waiting) -> bool:
+    def __lt__(self, other: QueuedRequest) -> bool:
         return self.key < other.key
 
     def fail(self, error: DynserveError) -> None:
@@ -38,19 +39,19 @@ class Waiting:
 class Queue:
     """The queue of one model. `has_room()` says whether one more request could be placed now."""
 
-    def __init__(self, model: str, most: int, most_s: float, has_room: Callable[[], bool]) -> None:
-        self._model, self._most, self._most_s, self._has_room = model, most, most_s, has_room
-        self._heap: list[Waiting] = []
+    def __init__(self, model: str, max_queued: int, max_wait_s: float, has_room: Callable[[], bool]) -> None:
+        self._model, self._max_queued, self._max_wait_s, self._has_room = model, max_queued, max_wait_s, has_room
+        self._heap: list[QueuedRequest] = []
         self._numbers = count()
         self._pace: float | None = None  # seconds between admissions from the queue
         self._last = 0.0
-        self._looking = False
+        self._recheck_due = False
         self._waiting = 0
 
     def __len__(self) -> int:
         return self._waiting
 
-    def enter(self, priority: int) -> Waiting | None:
+    def enter(self, priority: int) -> QueuedRequest | None:
         """None: there is room, go ahead. Otherwise a place in the queue, for `wait`.
 
         Raises:
@@ -58,16 +59,16 @@ class Queue:
         """
         if not self._waiting and self._has_room():
             return None
-        if self._waiting >= self._most:
+        if self._waiting >= self._max_queued:
             self._make_place(priority)
-        waiting = Waiting(priority, next(self._numbers))
+        waiting = QueuedRequest(priority, next(self._numbers))
         heapq.heappush(self._heap, waiting)
         if not self._waiting:
             self._last = asyncio.get_running_loop().time()  # a busy time begins: pauses before it are no pace
         self._waiting += 1
         return waiting
 
-    async def wait(self, waiting: Waiting, deadline: float) -> None:
+    async def wait(self, waiting: QueuedRequest, deadline: float) -> None:
         """Returns when it is this request's turn. The caller places it before it awaits anything else.
 
         Raises:
@@ -75,32 +76,32 @@ class Queue:
         """
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + self._most_s)):
+            async with asyncio.timeout_at(min(deadline, loop.time() + self._max_wait_s)):
                 await waiting.future
         except TimeoutError:
-            raise self._overloaded(f"all workers of {self._model} stayed busy for {self._most_s:.0f} s") from None
+            raise self._overloaded(f"all workers of {self._model} stayed busy for {self._max_wait_s:.0f} s") from None
         finally:
             waiting.future.cancel()
             self._waiting -= 1
             self._tidy()
             del waiting  # its error knows this frame: a ring
 
-    def look(self) -> None:
+    def recheck(self) -> None:
         """Something was given back, or a worker came: once, in the next turn of the loop, those who fit are let in."""
-        if self._heap and not self._looking:
-            self._looking = True
+        if self._heap and not self._recheck_due:
+            self._recheck_due = True
             asyncio.get_running_loop().call_soon(self._let_in)
 
     def _let_in(self) -> None:
         """One at a time: each is charged to its worker before the next is looked at."""
-        self._looking = False
+        self._recheck_due = False
         self._tidy()
         if self._heap and self._has_room():
             heapq.heappop(self._heap).future.set_result(None)
             self._note_pace()
             if self._heap:
                 # two turns later the one that was let in has been placed
-                asyncio.get_running_loop().call_soon(self.look)
+                asyncio.get_running_loop().call_soon(self.recheck)
 
     def _make_place(self, priority: int) -> None:
         last = max((w for w in self._heap if not w.future.done()), default=None)
@@ -111,7 +112,7 @@ class Queue:
     def _tidy(self) -> None:
         while self._heap and self._heap[0].future.done():
             heapq.heappop(self._heap)
-        if len(self._heap) > 2 * self._most + 16:
+        if len(self._heap) > 2 * self._max_queued + 16:
             self._heap = [w for w in self._heap if not w.future.done()]
             heapq.heapify(self._heap)
 
@@ -123,23 +124,24 @@ class Queue:
     def _overloaded(self, message: str) -> Overloaded:
         error = Overloaded(message)
         ahead = (self._waiting + 1) * (self._pace if self._pace is not None else 1.0)
-        error.retry_after = max(1, min(MOST_RETRY_AFTER, math.ceil(ahead)))
+        error.retry_after = max(1, min(MAX_RETRY_AFTER, math.ceil(ahead)))
         return error
 
 
 class Admission:
-    """Queues by model. `has_room(model)` asks the fleet."""
+    """The queues of all models. Each may hold `max_queued` requests, and each of those for `max_wait_s` seconds."""
 
-    def __init__(self, most: int, most_s: float, has_room: Callable[[str], bool]) -> None:
-        self._most, self._most_s, self._has_room = most, most_s, has_room
+    def __init__(self, max_queued: int, max_wait_s: float) -> None:
+        self._max_queued, self._max_wait_s = max_queued, max_wait_s
         self.queues: dict[str, Queue] = {}
 
-    def queue(self, model: str) -> Queue:
+    def queue(self, model: str, has_room: Callable[[str], bool]) -> Queue:
+        """The queue of a model. `has_room(model)` says whether one more request could be placed now."""
         found = self.queues.get(model)
         if found is None:
-            found = self.queues[model] = Queue(model, self._most, self._most_s, lambda: self._has_room(model))
+            found = self.queues[model] = Queue(model, self._max_queued, self._max_wait_s, partial(has_room, model))
         return found
 
-    def look(self) -> None:
+    def recheck(self) -> None:
         for queue in self.queues.values():
-            queue.look()
+            queue.recheck()

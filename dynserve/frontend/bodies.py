@@ -15,29 +15,28 @@ from starlette.requests import ClientDisconnect, Request
 
 from dynserve.config import FrontendConfig
 from dynserve.errors import BodyTooLarge, Cancelled, Overloaded, SlowBody
-from dynserve.frontend.request_headers import headers_of
-from dynserve.server.serving import SMALL_BODY
+from dynserve.server.exchange import Exchange, exchange_of
+from dynserve.server.shortcuts import SMALL_BODY
 
 
-class Bodies:
+class RequestBodies:
     """All bodies of one frontend."""
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
         self.used = 0  # bytes
-        self._arriving: dict[Body, None] = {}  # oldest first
+        self._arriving: dict[RequestBody, None] = {}  # oldest first
 
-    def whole(self, request: Request) -> bytes | None:
+    def small(self, exchange: Exchange) -> bytes | None:
         """A small body that came with its headers, for which there is nothing to wait; None for any other."""
-        ready = request.scope.get("dynserve.body")
-        found: bytes | None = None if ready is None else ready()
+        found = exchange.small_body()
         return None if found is not None and len(found) > self._config.max_body_bytes else found
 
-    def body(self, request: Request) -> Body:
-        """Use it as a context manager: `content` is complete within its block, and charged until the block is left."""
-        return Body(self, request, self._config)
+    def receive(self, request: Request) -> RequestBody:
+        """A context manager: `content` is complete within its block, and charged to the budget until the block is left."""
+        return RequestBody(self, request, self._config)
 
-    def charge(self, body: Body, size: int) -> None:
+    def charge(self, body: RequestBody, size: int) -> None:
         """Raises Overloaded when the budget is spent and no other body can be given up."""
         self.used += size
         body.charged += size
@@ -49,21 +48,21 @@ class Bodies:
             oldest.give_up()
 
 
-class Body:
+class RequestBody:
     """One body."""
 
-    def __init__(self, bodies: Bodies, request: Request, config: FrontendConfig) -> None:
+    def __init__(self, bodies: RequestBodies, request: Request, config: FrontendConfig) -> None:
         self._bodies, self._request, self._config = bodies, request, config
         self.content: bytes | bytearray = b""
         self.charged = 0
         self._scope: asyncio.Timeout | None = None
         self._given_up = False
 
-    async def __aenter__(self) -> Body:
+    async def __aenter__(self) -> RequestBody:
         """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come;
         Overloaded for one that the budget has no room for; Cancelled when the client leaves."""
-        if (whole := self._bodies.whole(self._request)) is not None:
-            self.content = whole
+        if (small := self._bodies.small(exchange_of(self._request.scope))) is not None:
+            self.content = small
             return self
         try:
             await self._receive()
@@ -96,7 +95,7 @@ class Body:
 
     async def _receive(self) -> None:
         most = self._config.max_body_bytes
-        announced = headers_of(self._request).get("content-length", "")
+        announced = exchange_of(self._request.scope).headers.get("content-length", "")
         if announced.isdecimal() and len(announced) < 20 and int(announced) > most:
             raise _too_large(most)
         content = bytearray()

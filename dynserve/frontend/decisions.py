@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 
 from dynserve.routing.policy import Candidate
-from dynserve.routing.router import Placed, Reason
+from dynserve.routing.router import PlacementReason, Reservation
 from dynserve.wire.link import Usage
 
 log = logging.getLogger(__name__)
 
 KEPT = 10_000  # requests
-MOST_CANDIDATES = 32  # of one placement; the cheapest stay
+MAX_CANDIDATES = 32  # of one placement; the cheapest stay
 IN_HEADER = 8  # candidates of one placement in the response header, where proxies allow 8 kB
 
 DRIFT = 0.25  # share by which predicted and reported cached tokens may differ
@@ -29,7 +29,7 @@ _decode = msgspec.msgpack.Decoder(tuple[list[Candidate], list[float]]).decode
 
 
 @dataclass(slots=True)
-class Placement:
+class PlacementRecord:
     """One placement of one phase, and its end as far as it came. Candidates are packed: there are many of these."""
 
     phase: str
@@ -43,19 +43,19 @@ class Placement:
     failure: str = ""
 
     @staticmethod
-    def of(placed: Placed) -> Placement:
-        reason, worker = placed.reason, placed.worker
+    def of(reservation: Reservation) -> PlacementRecord:
+        reason, worker = reservation.reason, reservation.worker
         if len(reason.costs) != len(
             reason.candidates
         ):  # none, or a policy's own idea: a record must not fail a request
             reason = reason._replace(costs=[])
         candidates, costs = _cheapest(reason)
-        return Placement(
-            reason.phase, reason.why, worker, reason.prompt_blocks, placed.cached_tokens,
+        return PlacementRecord(
+            reason.phase, reason.why, worker, reason.prompt_blocks, reservation.cached_tokens,
             _encode((candidates, [float(cost) for cost in costs])), len(reason.candidates) - len(candidates),
         )  # fmt: skip
 
-    def told(self, most: int) -> dict[str, Any]:
+    def as_dict(self, most: int) -> dict[str, Any]:
         candidates, costs = _decode(self.packed)
         margin, runner_up = self._margin(candidates, costs)
         shown = [
@@ -67,21 +67,21 @@ class Placement:
             }
             for i, c in enumerate(candidates[:most])
         ]  # fmt: skip
-        told: dict[str, Any] = {
+        found: dict[str, Any] = {
             "phase": self.phase, "why": self.why, "worker": self.worker, "runner_up": runner_up,
             "margin": _number(margin), "prompt_blocks": self.prompt_blocks,
             "predicted_cached_tokens": self.predicted, "candidates": shown,
         }  # fmt: skip
         if omitted := self.omitted + len(candidates) - len(shown):
-            told["candidates_omitted"] = omitted
+            found["candidates_omitted"] = omitted
         if self.usage is not None:
-            told["reported"] = {
+            found["reported"] = {
                 "cached_tokens": self.usage.cached_tokens, "queue_s": round(self.usage.queue_s, 6),
                 "prefill_s": round(self.usage.prefill_s, 6), "transfer_s": round(self.usage.transfer_s, 6),
             }  # fmt: skip
         if self.failure:
-            told["failure"] = self.failure
-        return told
+            found["failure"] = self.failure
+        return found
 
     def _margin(self, candidates: Sequence[Candidate], costs: Sequence[float]) -> tuple[float | None, str | None]:
         """By how much the choice was cheaper than the next, and who that was."""
@@ -94,7 +94,7 @@ class Placement:
 
 
 class Decision:
-    """One request. Filled while it runs; `told` at any time. `owner` is the API key that it came with."""
+    """One request. Filled while it runs; `as_dict` at any time. `owner` is the API key that it came with."""
 
     __slots__ = (
         "began",
@@ -112,28 +112,28 @@ class Decision:
     def __init__(self, request_id: str, model: str, prompt_tokens: int, began: float, owner: str = "") -> None:
         self.owner = owner
         self.request_id, self.model, self.prompt_tokens, self.began = request_id, model, prompt_tokens, began
-        self.placements: list[Placement] = []
+        self.placements: list[PlacementRecord] = []
         self.outcome = "running"
         self.queued_s = 0.0  # in the frontend's own queue
         self.ttft_s: float | None = None
         self.ended: float | None = None
 
-    def placed(self, placed: Placed) -> Placement:
-        placement = Placement.of(placed)
-        self.placements.append(placement)
-        return placement
+    def placed(self, reservation: Reservation) -> PlacementRecord:
+        record = PlacementRecord.of(reservation)
+        self.placements.append(record)
+        return record
 
-    def told(self, most: int = MOST_CANDIDATES) -> dict[str, Any]:
+    def as_dict(self, most: int = MAX_CANDIDATES) -> dict[str, Any]:
         return {
             "request_id": self.request_id, "model": self.model, "prompt_tokens": self.prompt_tokens,
             "outcome": self.outcome, "queued_s": round(self.queued_s, 6),
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
             "duration_s": None if self.ended is None else round(self.ended - self.began, 6),
-            "placements": [placement.told(most) for placement in self.placements],
+            "placements": [placement.as_dict(most) for placement in self.placements],
         }  # fmt: skip
 
     def header(self) -> bytes:
-        return msgspec.json.encode(self.told(IN_HEADER))
+        return msgspec.json.encode(self.as_dict(IN_HEADER))
 
 
 class DecisionLog:
@@ -158,7 +158,7 @@ class DecisionLog:
 
 
 @dataclass(slots=True)
-class _Sums:
+class _RunningSums:
     predicted: float = 0.0
     reported: float = 0.0
     drifting: bool = False
@@ -168,7 +168,7 @@ class Predictions:
     """Predicted against reported cached tokens per worker, over roughly its last fifty requests."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, _RunningSums] = {}
 
     def ratios(self) -> dict[str, float]:
         """Predicted per reported token; 1 where there is nothing to compare yet."""
@@ -178,7 +178,7 @@ class Predictions:
         return worker in self._sums and self._sums[worker].drifting
 
     def note(self, worker: str, predicted: int, reported: int) -> None:
-        sums = self._sums.setdefault(worker, _Sums())
+        sums = self._sums.setdefault(worker, _RunningSums())
         sums.predicted = MEMORY * sums.predicted + predicted
         sums.reported = MEMORY * sums.reported + reported
         drifting = max(sums.predicted, sums.reported) > DRIFT_TOKENS and abs(_ratio(sums) - 1) > DRIFT
@@ -194,17 +194,17 @@ class Predictions:
         self._sums.pop(worker, None)
 
 
-def _ratio(sums: _Sums) -> float:
+def _ratio(sums: _RunningSums) -> float:
     # a few tokens on both sides, so that nothing predicted and little reported is no drift
     return (sums.predicted + 100) / (sums.reported + 100)
 
 
-def _cheapest(reason: Reason) -> tuple[Sequence[Candidate], list[float]]:
-    if len(reason.candidates) <= MOST_CANDIDATES:
+def _cheapest(reason: PlacementReason) -> tuple[Sequence[Candidate], list[float]]:
+    if len(reason.candidates) <= MAX_CANDIDATES:
         return reason.candidates, reason.costs
     if not reason.costs:
-        return reason.candidates[:MOST_CANDIDATES], []
-    order = sorted(range(len(reason.costs)), key=reason.costs.__getitem__)[:MOST_CANDIDATES]
+        return reason.candidates[:MAX_CANDIDATES], []
+    order = sorted(range(len(reason.costs)), key=reason.costs.__getitem__)[:MAX_CANDIDATES]
     return [reason.candidates[i] for i in order], [reason.costs[i] for i in order]
 
 

@@ -1,4 +1,4 @@
-"""The fleet: which workers there are, which can be reached, and who waits for what from each.
+"""The fleet: which workers there are, which can be reached, and the streams that each of them has open.
 
 A worker counts once two things are true: discovery knows it, and its link is up. The link alone decides when it is lost.
 """
@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from dynserve.errors import Unavailable, WorkerLost, from_wire
+from dynserve.errors import WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
-from dynserve.frontend.reply import Peer, pass_on
+from dynserve.frontend.models import Model, Models, unpaired
+from dynserve.frontend.reply import Peer, deliver_steps
 from dynserve.log_limit import LimitedLog
-from dynserve.routing.router import Router, Target
-from dynserve.tasks import Backoff, OwnedTasks
-from dynserve.text.parity import difference, parity
-from dynserve.text.preprocess import Preprocessor
+from dynserve.routing.router import Router, RoutingTarget
+from dynserve.tasks import OwnedTasks
 from dynserve.transport.base import Change, FetchFile, Link, Put
 from dynserve.wire import decoded, discovery, events
-from dynserve.wire.discovery import Card, WorkerInstance, unlike
+from dynserve.wire.discovery import WorkerInstance
 from dynserve.wire.link import (
     VERSION,
     Cancel,
@@ -31,7 +29,7 @@ from dynserve.wire.link import (
     Hello,
     Snapshot,
     SnapshotRequest,
-    Step,
+    StepTokens,
     SubmitReply,
     Tokens,
     Welcome,
@@ -41,34 +39,37 @@ from dynserve.wire.requests import Accepted, Ack
 log = logging.getLogger(__name__)
 limited = LimitedLog(log)
 
-_HANDING_OVER = ("prefill", "decode")
-
-
-@dataclass(slots=True)
-class Model:
-    """A model that is served, as its first worker described it."""
-
-    card: Card
-    preprocessor: Preprocessor
-    parity: dict[str, str]  # what this frontend makes of the probes
-
 
 class Fleet:
-    """Peers by id, models by name. Also the link handler of all links."""
+    """Workers by id. Also the handler of all links.
 
-    def __init__(self, frontend_id: str, router: Router, fetch_file: FetchFile, tasks: OwnedTasks) -> None:
-        self._id, self._router, self._fetch_file, self._tasks = frontend_id, router, fetch_file, tasks
+    `on_ack` gets the acknowledgements of requests, by stream. `on_placeable` is called when a worker can be placed on that
+    could not before.
+    """
+
+    def __init__(
+        self,
+        frontend_id: str,
+        router: Router,
+        fetch_file: FetchFile,
+        tasks: OwnedTasks,
+        *,
+        on_ack: Callable[[int, Ack], None],
+        on_placeable: Callable[[], None],
+    ) -> None:
+        self._id, self._router = frontend_id, router
+        self._on_ack, self._on_placeable = on_ack, on_placeable
         self.peers: dict[str, Peer] = {}
-        self.models: dict[str, Model] = {}
-        self._loading: dict[str, asyncio.Task[None]] = {}
         self._peer_of: dict[Link, Peer] = {}
-        self._pools: dict[tuple[str, str], list[Target]] = {}  # until something about a peer changes
+        self._models = Models(fetch_file, tasks, self._model_loaded)
+        self.models = self._models.by_name
+        self._pools: dict[tuple[str, str], list[RoutingTarget]] = {}  # until something about a peer changes
         self._clock = asyncio.get_running_loop().time
-        self.feeds = KvFeeds(router, self._ask_snapshot, self._clock)
-        self.acknowledged: Callable[[int, Ack], None] = lambda stream, ack: None
-        self.changed: Callable[[], None] = lambda: None  # called when a worker can be placed on that could not before
+        self.feeds = KvFeeds(router, self._request_snapshot, self._clock)
 
-    def targets(self, model: str, role: str) -> list[Target]:
+    # what can be placed on
+
+    def targets(self, model: str, role: str) -> list[RoutingTarget]:
         """Workers of the model in this role that can be placed on now. The list must not be changed."""
         found = self._pools.get((model, role))
         if found is None:
@@ -79,8 +80,28 @@ class Fleet:
             ]
         return found
 
+    def paired(self, targets: list[RoutingTarget], worker: str) -> list[RoutingTarget]:
+        """Those targets that can take over from a worker; all of them when none can, and will have to compute."""
+        peer = self.peers.get(worker)
+        if peer is None or peer.instance is None or not peer.instance.card.pairing:
+            return targets
+        pairing = peer.instance.card.pairing
+        found = [t for t in targets if (p := self.peers[t.worker].instance) is not None and p.card.pairing == pairing]
+        return found or targets
+
+    def has_room(self, model: str) -> bool:
+        """Whether a request could be placed on workers that are under their thresholds. True where there are none: then
+        it is not load that is in the way."""
+        has_room = self._router.has_room
+        prefill, decode = self.targets(model, "prefill"), self.targets(model, "decode")
+        if prefill and decode:
+            return any(has_room(t, "prefill") for t in prefill) and any(has_room(t, "decode") for t in decode)
+        both = self.targets(model, "aggregated")
+        return not both or any(has_room(t, "aggregated") for t in both)
+
+    # models, by their names and those of their adapters
+
     def names(self) -> list[str]:
-        """Of models, and of their adapters."""
         adapters = {name for peer in self.peers.values() if peer.instance for name in peer.instance.card.adapters}
         return [*self.models, *sorted(adapters - self.models.keys())]
 
@@ -93,37 +114,27 @@ class Fleet:
         return "" if name in self.models or self._base(name) == name else name
 
     def serves(self, model: str) -> bool:
-        """Every role that the model needs is there."""
+        """Whether every role that the model needs is there."""
         if self.model(model) is None:
             return False
-        if self.targets(model, "prefill_and_decode"):
+        if self.targets(model, "aggregated"):
             return True
         return bool(self.targets(model, "prefill") and self.targets(model, "decode"))
-
-    @property
-    def settling(self) -> bool:
-        """Workers are known that were not linked yet, or whose model is still being loaded."""
-        known = [peer for peer in self.peers.values() if peer.instance is not None and not peer.leaving]
-        return any(not peer.linked or peer.problem == "loading" for peer in known)
-
-    def has_room(self, model: str) -> bool:
-        """Whether a request could be placed on workers that are under their thresholds. True where there are none: then
-        it is not load that is in the way."""
-        has_room = self._router.has_room
-        prefill, decode = self.targets(model, "prefill"), self.targets(model, "decode")
-        if prefill and decode:
-            return any(has_room(t, "prefill") for t in prefill) and any(has_room(t, "decode") for t in decode)
-        both = self.targets(model, "prefill_and_decode")
-        return not both or any(has_room(t, "aggregated") for t in both)
 
     def _base(self, name: str) -> str:
         cards = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
         return next((card.model for card in cards if name in card.adapters), name)
 
-    # discovery
+    # discovery and events
+
+    @property
+    def settling(self) -> bool:
+        """Whether workers are known that were not linked yet, or whose model is still being loaded."""
+        known = [peer for peer in self.peers.values() if peer.instance is not None and not peer.leaving]
+        return any(not peer.linked or peer.problem == "loading" for peer in known)
 
     def discovered(self, change: Change) -> None:
-        """A worker's entry came, changed or went; those of frontends are not ours."""
+        """A worker's entry came, changed or went."""
         id_ = change.key.rsplit("/", 1)[-1]
         self._pools.clear()
         if isinstance(change, Put):
@@ -132,11 +143,11 @@ class Fleet:
                 peer = self._peer(id_)
                 peer.instance, peer.leaving = instance, False
                 self._check(peer)
-        elif (peer_ := self.peers.get(id_)) is not None:
-            peer_.leaving = True
-            if peer_.link is None:
-                self._forget(peer_)
-            self._look_again(peer_)
+        elif (gone := self.peers.get(id_)) is not None:
+            gone.leaving = True
+            if gone.link is None:
+                self._forget(gone)
+            self._recheck_refused(gone)
 
     def load_reported(self, payload: bytes) -> None:
         report = decoded(events.decode_load, payload, "a load report")
@@ -161,21 +172,21 @@ class Fleet:
         if peer is None:
             self._greet(link, messages)
             return
-        steps: list[Step] = []
+        steps: list[StepTokens] = []
         for message in messages:
-            if type(message) is Step:
+            if type(message) is StepTokens:
                 steps.append(message)
                 continue
             if steps:
-                pass_on(peer.replies, steps)
+                deliver_steps(peer.replies, steps)
                 steps = []
             if type(message) is Tokens:
                 if (reply := peer.replies.get(message.stream)) is not None:
-                    reply.came(message)
+                    reply.deliver(message)
             else:
                 self._received_other(peer, message)
         if steps:
-            pass_on(peer.replies, steps)
+            deliver_steps(peer.replies, steps)
 
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
@@ -187,27 +198,23 @@ class Fleet:
         log.info("worker %s is gone: %s", peer.id, reason)
         self._pools.clear()
         peer.link, peer.load, peer.target = None, None, None
-        self.feeds.left(peer.id)
+        self.feeds.departed(peer.id)
         for reply in list(peer.replies.values()):
             reply.fail(WorkerLost(f"worker {peer.id} was lost: {reason}"))
         if peer.instance is None or peer.leaving:
             self._forget(peer)
-        self._look_again(peer)
+        self._recheck_refused(peer)
 
     def _received_other(self, peer: Peer, message: FromWorker) -> None:
         match message:
             case Finished(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
-                    reply.tokens += message.token_ids
-                    if message.handoff is None:  # nothing is left at the worker
-                        del peer.replies[stream]
-                    reply.put(message, 0)
-                    reply.channel.close()
+                    reply.finish(message)
             case Failed(stream=stream, code=code, message=text, param=param):
                 if (reply := peer.replies.pop(stream, None)) is not None:
                     reply.fail(from_wire(code, text, param))
             case SubmitReply(stream=stream, ack=ack):
-                self.acknowledged(stream, ack)
+                self._on_ack(stream, ack)
                 if isinstance(ack, Accepted) and stream not in peer.replies and peer.link is not None:
                     peer.link.send(Cancel(stream))  # a copy that came too late: nobody reads its answer
             case HandoffDeclined(stream=stream):
@@ -219,6 +226,7 @@ class Fleet:
                 pass  # a ping has done its work by arriving
 
     def _greet(self, link: Link, messages: list[FromWorker]) -> None:
+        """The first messages of a link: a worker says hello, or the link is cut."""
         hello = messages[0]
         if not isinstance(hello, Hello):
             link.abort("did not say hello")
@@ -243,10 +251,12 @@ class Fleet:
         if len(messages) > 1:
             self.received(link, messages[1:])
 
-    def _ask_snapshot(self, worker: str, request: int) -> None:
+    def _request_snapshot(self, worker: str, number: int) -> None:
         peer = self.peers.get(worker)
         if peer is not None and peer.link is not None:
-            peer.link.send(SnapshotRequest(request))
+            peer.link.send(SnapshotRequest(number))
+
+    # membership
 
     def _peer(self, id_: str) -> Peer:
         peer = self.peers.get(id_)
@@ -255,119 +265,46 @@ class Fleet:
         return peer
 
     def _forget(self, peer: Peer) -> None:
-        """The last worker of a model takes the model's definition along: the next may bring another template."""
+        """A worker is gone, and takes its model along when it was the last one."""
         self.peers.pop(peer.id, None)
-        if peer.instance is not None:
-            name = peer.instance.card.model
-            if not any(p.instance is not None and p.instance.card.model == name for p in self.peers.values()):
-                self.models.pop(name, None)
+        if peer.instance is not None and not self._serving(peer.instance.card.model):
+            self._models.forget(peer.instance.card.model)
 
-    # models
+    def _serving(self, model: str) -> list[WorkerInstance]:
+        return [p.instance for p in self.peers.values() if p.instance is not None and p.instance.card.model == model]
 
     def _check(self, peer: Peer) -> None:
-        """Compares a worker with the model it joins: the model's first worker defines the block size, the files that this
-        frontend has define what text means. Hand-offs need workers of one kind: those that are there already decide."""
+        """Compares a worker with the model that it serves and with the others of it, and admits it when it fits."""
         assert peer.instance is not None
         card = peer.instance.card
-        model = self.models.get(card.model)
-        if model is None:
+        if card.model not in self.models:
             peer.problem = "loading"
-            if card.model not in self._loading:
-                self._loading[card.model] = self._tasks.create_task(self._load(card.model))
+            self._models.load(card.model, lambda: self._serving(card.model))
             return
-        cause = self._unpaired(peer) or difference(card.parity, model.parity)
-        if cause is None and card.files != model.card.files:
-            cause = f"its {_differing(card.files, model.card.files)} differs from that of the model's other workers"
+        cause = unpaired(peer, self.peers.values()) or self._models.mismatch(card)
         peer.problem = f"refused: {cause}" if cause else ""
         if cause:
             log.error("worker %s %s", peer.id, peer.problem)
-        self._let_in(peer)
+        self._admit(peer)
 
-    def _unpaired(self, peer: Peer) -> str | None:
-        """Why it could not hand over to, or take over from, a worker that is routed to."""
-        ours = peer.instance
-        if ours is None or not ours.card.pairing or ours.role not in _HANDING_OVER:
-            return None
-        for other in self.peers.values():
-            theirs = other.instance
-            if other is peer or theirs is None or not other.usable or theirs.role not in _HANDING_OVER:
-                continue
-            if theirs.card.model != ours.card.model or not self._complete(theirs.card):
-                continue
-            if found := unlike(ours.card.pairing, theirs.card.pairing, "this worker", other.id):
-                return f"it cannot hand over KV caches here: {found}"
-        return None
+    def _model_loaded(self, name: str) -> None:
+        for peer in list(self.peers.values()):
+            if peer.instance is not None and peer.instance.card.model == name:
+                self._check(peer)
 
-    def _complete(self, card: Card) -> bool:
-        """Whether workers of this kind are there for both phases: the last of a kind that is leaving keeps nobody out."""
-        roles = {
-            peer.instance.role
-            for peer in self.peers.values()
-            if peer.usable
-            and peer.instance is not None
-            and (peer.instance.card.model, peer.instance.card.pairing) == (card.model, card.pairing)
-        }
-        return bool(card.pairing) and roles >= set(_HANDING_OVER)
-
-    def paired(self, targets: list[Target], worker: str) -> list[Target]:
-        """Those that can take over from a worker; all of them when none can, and will have to compute."""
-        peer = self.peers.get(worker)
-        if peer is None or peer.instance is None or not peer.instance.card.pairing:
-            return targets
-        pairing = peer.instance.card.pairing
-        found = [t for t in targets if (p := self.peers[t.worker].instance) is not None and p.card.pairing == pairing]
-        return found or targets
-
-    def _look_again(self, gone: Peer) -> None:
-        """One that went may have been what kept others out."""
+    def _recheck_refused(self, gone: Peer) -> None:
+        """A worker that went may have been the reason why others were refused."""
         if gone.instance is None:
             return
         for peer in list(self.peers.values()):
             if peer.instance is not None and peer.problem and peer.instance.card.model == gone.instance.card.model:
                 self._check(peer)
 
-    def _let_in(self, peer: Peer) -> None:
+    def _admit(self, peer: Peer) -> None:
         """Makes the peer a target once it is linked, described and without a problem."""
         self._pools.clear()
         if peer.target is None and peer.instance is not None and peer.linked and not peer.problem:
             card, now = peer.instance.card, self._clock()
             peer.target = self._router.join(peer.id, card.block_size, card.num_blocks, now, events=card.kv_events)
             self.feeds.placeable(peer.target)
-            self.changed()
-
-    async def _load(self, name: str) -> None:
-        """Fetches tokenizer and template from any worker of the model that answers."""
-        backoff = Backoff(0.05, 2.0)
-        try:
-            while name not in self.models:
-                waiting = [p.instance for p in self.peers.values() if p.instance and p.instance.card.model == name]
-                if not waiting:
-                    return
-                for instance in waiting:
-                    try:
-                        files = {
-                            file: await self._fetch_file(instance.system_url, digest)
-                            for file, digest in instance.card.files.items()
-                        }
-                        preprocessor = await asyncio.to_thread(Preprocessor, files)
-                    except Unavailable as error:
-                        log.warning("model %s: %s", name, error)
-                    except Exception as error:
-                        log.error("model %s: its tokenizer or template cannot be used: %s", name, error)
-                    else:
-                        ours = await asyncio.to_thread(parity, preprocessor, instance.card.block_size)
-                        self.models[name] = Model(instance.card, preprocessor, ours)
-                        break
-                else:
-                    await asyncio.sleep(backoff.next())
-            log.info("model %s is known", name)
-            for peer in self.peers.values():
-                if peer.instance is not None and peer.instance.card.model == name:
-                    self._check(peer)
-        finally:
-            del self._loading[name]
-
-
-def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
-    """Names of the files that are not the same."""
-    return ", ".join(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))
+            self._on_placeable()

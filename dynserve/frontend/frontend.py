@@ -8,12 +8,13 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor as Pool
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from secrets import token_hex
-from typing import Any
+from typing import Any, get_args
 
-from dynserve.config import FrontendConfig
+from dynserve.config import FrontendConfig, Role, mode_of
 from dynserve.frontend.admission import Admission
 from dynserve.frontend.fleet import Fleet
 from dynserve.frontend.gate import Gate
@@ -21,23 +22,24 @@ from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.pipeline import Pipeline
 from dynserve.frontend.reply import Peer
 from dynserve.frontend.sharing import Sharing
-from dynserve.frontend.threads import Threads
-from dynserve.routing.policy import IndexState, Weights, policy_maker
+from dynserve.frontend.submissions import Submissions
+from dynserve.frontend.threads import TokenizerThreads
+from dynserve.routing.policy import IndexState, KvWeights, policy_maker
 from dynserve.routing.router import Router, RouterOptions
-from dynserve.tasks import task_group
+from dynserve.tasks import OwnedTasks, task_group
 from dynserve.transport.base import Change, Planes, Registration
 from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
 
 LAG_EVERY = 0.05  # seconds between looks at how late the event loop is
-LOOK_EVERY = 1.0  # seconds between looks at what nobody reports: expired assumptions, an index that has room again
+HOUSEKEEPING_EVERY = 1.0  # seconds between checks of things that nobody reports, such as expired assumptions
 
 
 def router_options(config: FrontendConfig) -> RouterOptions:
     return RouterOptions(
         mode=config.router_mode,
         policy=config.router_policy,
-        weights=Weights(
+        weights=KvWeights(
             prefill=config.router_prefill_weight,
             overlap=config.router_overlap_weight,
             transfer=config.router_transfer_weight,
@@ -57,31 +59,35 @@ def router_options(config: FrontendConfig) -> RouterOptions:
 
 def check_policy(config: FrontendConfig) -> None:
     """Raises ConfigError for a policy that cannot be used, before anything is waited for."""
-    policy_maker(config.router_mode, config.router_policy, Weights(), random.Random())()
+    policy_maker(config.router_mode, config.router_policy, KvWeights(), random.Random())()
 
 
 class Frontend:
     """Use `Frontend.open`; `dynserve.frontend.app.make_apps` makes its ASGI apps."""
 
     def __init__(
-        self, config: FrontendConfig, planes: Planes, id_: str, fleet: Fleet, router: Router, threads: Threads
+        self, config: FrontendConfig, planes: Planes, id_: str, rng: random.Random | None, pool: Pool, tasks: OwnedTasks
     ) -> None:
-        self.threads = threads
-        self.config, self.id, self.fleet, self.router = config, id_, fleet, router
-        self.metrics = FrontendMetrics()
+        self.config, self.id, self._planes = config, id_, planes
         self.started_at = time.time()
-        self._planes = planes
-        self._registration: Registration | None = None
-        self._listed = asyncio.Event()  # discovery has told of this frontend, and so of all that were there before
-        self.sharing = Sharing(id_, config.namespace, planes.bus, router.ledger)
-        self.admission = Admission(config.max_queued, config.max_queued_s, fleet.has_room)
+        self.metrics = FrontendMetrics()
+        self.gate = Gate(config.api_keys_file, config.max_requests)
+        self.threads = TokenizerThreads(pool)
+        self.router = Router(router_options(config), rng)
+        self.sharing = Sharing(id_, config.namespace, planes.bus, self.router.ledger)
+        self.admission = Admission(config.max_queued, config.max_queued_s)
+        self.router.ledger.listeners.append(lambda _: self.admission.recheck())
+        self.submissions = Submissions(config.namespace, planes.bus, self.metrics)
+        self.fleet = Fleet(
+            id_, self.router, planes.fetch_file, tasks,
+            on_ack=self.submissions.acknowledged, on_placeable=self.admission.recheck,
+        )  # fmt: skip
         self.pipeline = Pipeline(
-            id_, config.namespace, planes.bus, fleet, router, self.metrics, self.admission,
+            id_, self.fleet, self.router, self.submissions, self.metrics, self.admission,
             timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
         )  # fmt: skip
-        self.gate = Gate(config.api_keys_file, config.max_requests)
-        fleet.changed = self.admission.look
-        router.ledger.listeners.append(lambda _: self.admission.look())
+        self._registration: Registration | None = None
+        self._listed = asyncio.Event()  # discovery has listed this frontend, and so all that were there before it
 
     @staticmethod
     @asynccontextmanager
@@ -95,18 +101,17 @@ class Frontend:
             ConfigError: the link port is taken, `router_policy` names no policy, or the keys file is wrong.
         """
         id_ = f"frontend-{token_hex(6)}"
-        router = Router(router_options(config), rng)
         namespace, every = config.namespace, (config.namespace, "*", "*")
         with ThreadPoolExecutor(config.tokenizer_threads, "tokenise") as pool:
             async with task_group() as tasks:
-                fleet = Fleet(id_, router, planes.fetch_file, tasks)
-                frontend = Frontend(config, planes, id_, fleet, router, Threads(pool))
+                frontend = Frontend(config, planes, id_, rng, pool, tasks)
+                fleet = frontend.fleet
                 tasks.create_task(frontend.sharing.publish())
-                tasks.create_task(frontend._look())
+                tasks.create_task(frontend._housekeeping())
                 tasks.create_task(frontend._watch_lag())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
-                    frontend.pipeline.submissions.listening(),
+                    frontend.submissions.listening(),
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
                     planes.bus.subscribe(events.load_subject(*every), fleet.load_reported),
                     planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend.sharing.received),
@@ -137,14 +142,14 @@ class Frontend:
                 while self.fleet.settling:
                     await asyncio.sleep(0.02)
 
-    async def _look(self) -> None:
+    async def _housekeeping(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(HOUSEKEEPING_EVERY)
             self.gate.refresh()
             self.router.expire(loop.time())
-            self.fleet.feeds.look()
-            self.admission.look()
+            self.fleet.feeds.resync_degraded()
+            self.admission.recheck()
             for worker in [w for w in self.pipeline.predictions.ratios() if w not in self.fleet.peers]:
                 self.pipeline.predictions.forget(worker)
 
@@ -168,17 +173,17 @@ class Frontend:
             "planes": {"nats": self._planes.bus.connected, "registered": registered},
             "queued": {model: len(queue) for model, queue in self.admission.queues.items()},
             "instances": [
-                self._told(peer) for peer in self.fleet.peers.values() if peer.instance is not None and peer.linked
+                self._instance(peer) for peer in self.fleet.peers.values() if peer.instance is not None and peer.linked
             ],
         }
 
-    def _told(self, peer: Peer) -> dict[str, Any]:
+    def _instance(self, peer: Peer) -> dict[str, Any]:
         assert peer.instance is not None
         account = self.router.ledger.account(peer.id)
         load = peer.load
         return {
             "id": peer.id,
-            "role": peer.instance.role,
+            "role": mode_of(peer.instance.role),
             "model": peer.instance.card.model,
             "address": peer.instance.system_url,
             "pid": peer.instance.pid,
@@ -195,9 +200,9 @@ class Frontend:
         }
 
     def metrics_page(self) -> bytes:
-        for role in ("prefill", "decode", "prefill_and_decode"):
+        for role in get_args(Role):
             usable = [p for p in self.fleet.peers.values() if p.usable and p.instance and p.instance.role == role]
-            self.metrics.instances.labels(role).set(len(usable))
+            self.metrics.instances.labels(mode_of(role)).set(len(usable))
         metrics, router = self.metrics, self.router
         metrics.index_blocks.set(len(router.index))
         metrics.index_bytes.set(router.index.num_bytes)

@@ -12,16 +12,16 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from dynserve.child import Child, Spec, misconfigured
+from dynserve.child import Child, ChildSpec, misconfigured
 from dynserve.config import FrontendConfig
-from dynserve.process import Stop
+from dynserve.process import StopSignal
 from dynserve.server.serving import bind, url_of
 from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)
 
 
-async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> None:
+async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSignal) -> None:
     """Until `stop`. `argv` are the parent's flags, which the children get as well.
 
     Raises:
@@ -37,7 +37,9 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: Stop) -> 
         async with task_group() as tasks:
             port = held.getsockname()[1]
             planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
-            specs = [Spec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)]
+            specs = [
+                ChildSpec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)
+            ]
             width = max(len(spec.name) for spec in specs)
             children = [Child(spec, restart=True, died=died, width=width, tasks=tasks) for spec in specs]
             try:

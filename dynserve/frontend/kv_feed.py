@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dynserve.routing.policy import IndexState
-from dynserve.routing.router import Router, Target
+from dynserve.routing.router import Router, RoutingTarget
 from dynserve.wire.events import Cleared, KvEvents, Stored
 from dynserve.wire.link import Snapshot
 
@@ -44,7 +44,7 @@ class KvFeeds:
         """Its link is up: from here on its cache can be known."""
         self._resync(worker, epoch)
 
-    def placeable(self, target: Target) -> None:
+    def placeable(self, target: RoutingTarget) -> None:
         """It has become a target: its state is told there from now on. One without events needs no feed."""
         if target.index is IndexState.APPROX:
             self._feeds.pop(target.worker, None)
@@ -52,7 +52,7 @@ class KvFeeds:
         else:
             self._tell(target.worker)
 
-    def left(self, worker: str) -> None:
+    def departed(self, worker: str) -> None:
         self._feeds.pop(worker, None)
         self._router.forget(worker)
 
@@ -69,7 +69,7 @@ class KvFeeds:
         else:
             self._tell(worker)
 
-    def look(self) -> None:
+    def resync_degraded(self) -> None:
         """To be called every few seconds: an index that lost entries for want of room is made whole once there is some."""
         index = self._router.index
         for worker in list(index.degraded):

@@ -32,7 +32,7 @@ class FrontendMetrics:
         self.slow_clients = Counter(
             "dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours
         )
-        self.spare_road = Counter(
+        self.link_fallbacks = Counter(
             "dynserve_requests_by_link", "Requests sent over the link, instead of NATS or after it", registry=ours
         )
         self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
@@ -82,7 +82,7 @@ class FrontendMetrics:
         return generate_latest(self._registry)
 
 
-class Spread:
+class HistogramCounts:
     """What a histogram is made of."""
 
     __slots__ = ("counts", "total")
@@ -107,7 +107,7 @@ class ModelMetrics:
     def __init__(self) -> None:
         self.accepted = self.in_flight = self.prompt_tokens = self.output_tokens = self.cached_tokens = 0
         self.ended = dict.fromkeys(("finished", "failed", "cancelled"), 0)
-        self.ttft, self.duration = Spread(), Spread()
+        self.ttft, self.duration = HistogramCounts(), HistogramCounts()
 
 
 class _RequestCollector(Collector):
@@ -148,7 +148,7 @@ class _RequestCollector(Collector):
         )
 
     @staticmethod
-    def _histogram(what: str, text: str, spreads: Mapping[str, Spread]) -> Metric:
+    def _histogram(what: str, text: str, spreads: Mapping[str, HistogramCounts]) -> Metric:
         family = HistogramMetricFamily(f"dynserve_{what}_seconds", text, labels=["model"])
         bounds = [*(str(float(bound)) for bound in _SECONDS), "+Inf"]
         for name, spread in spreads.items():

@@ -64,8 +64,8 @@ class OpenRequests:
 class ChargedCall:
     """One API call from its headers to the last byte of its answer, charged to its key. Close it; closing twice is safe.
 
-    It holds one of its key's answers that may be made at once, and more of them with `take_slots`. All tokens that it may
-    come to are charged before any of them is computed; `settle` gives back what was not.
+    It holds one slot of its key's `concurrency`, and more of them with `acquire_slots`. All tokens that it may come to are
+    charged before any of them is computed; `settle` gives back those that were not.
     """
 
     def __init__(self, open_requests: OpenRequests, usage: KeyUsage | None, clock: Callable[[], float]) -> None:
@@ -102,7 +102,7 @@ class ChargedCall:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def take_slots(self, wanted: int) -> int:
+    def acquire_slots(self, wanted: int) -> int:
         """How many answers this request may make at once, at most `wanted`: as many as its key has free."""
         usage = self._usage
         if usage is not None and usage.key.concurrency is not None:
@@ -113,7 +113,7 @@ class ChargedCall:
         return wanted
 
     @property
-    def tokens_a_minute(self) -> int | None:
+    def tokens_per_minute(self) -> int | None:
         usage = self._usage
         return None if usage is None or usage.tokens is None else usage.tokens.capacity
 

@@ -1,4 +1,8 @@
-"""`Reply`: one stream of one worker, from the link's messages to the client's socket or to the task that reads it."""
+"""`Peer` and `Reply`: a worker as the frontend sees it, and one stream of its link.
+
+A reply's records go to the task that reads them, or, once that task has nothing more to read and the client can be written
+to, straight from the link's callback to the client's socket.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dynserve.errors import DynserveError, SlowClient, TimedOut
-from dynserve.routing.router import Target
+from dynserve.routing.router import RoutingTarget
+from dynserve.server.exchange import ChunkWriter
 from dynserve.streams import Channel
 from dynserve.transport.base import Link
 from dynserve.wire.discovery import WorkerInstance
 from dynserve.wire.events import Load
-from dynserve.wire.link import Cancel, Finished, HandoffDone, Step, Tokens
+from dynserve.wire.link import Cancel, Finished, HandoffDone, StepTokens, Tokens
 
 Record = Tokens | Finished
-Write = Callable[[bytes], bool]  # False: nothing was written, the client is behind
 COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
+RECORD_BYTES = 32  # of a record in a channel, beside its data
 
 
 @dataclass(slots=True)
 class Peer:
-    """One worker process."""
+    """One worker process. It is a routing target while it is linked, described in discovery and without a problem."""
 
     id: str
     instance: WorkerInstance | None = None
     link: Link | None = None
-    leaving: bool = False  # gone from discovery, link still up: it finishes what it has
+    leaving: bool = False  # gone from discovery, link still up: it finishes its requests
     load: Load | None = None
     problem: str = ""  # why it is not routed to although it is there
-    target: Target | None = None  # what the router knows it by, while it is linked, described and without a problem
-    replies: dict[int, Reply] = field(default_factory=dict)
+    target: RoutingTarget | None = None
+    replies: dict[int, Reply] = field(default_factory=dict)  # by stream
 
     @property
     def usable(self) -> bool:
@@ -46,56 +51,72 @@ class Peer:
 
 
 class Reply:
-    """One stream of one worker, as the pipeline reads it."""
+    """One stream of one worker.
+
+    `bound` is the most bytes that may wait for the client; `on_slow` is called when they are exceeded. `on_tokens` gets the
+    number of tokens that came, from time to time. The stream fails at `deadline`, of the loop's clock.
+    """
 
     __slots__ = (
-        "_counted", "_cut", "_grew", "_timer", "channel", "handoff_declined", "peer", "refused", "stream", "tokens",
-        "write",
+        "_counted", "_on_slow", "_on_tokens", "_timer", "channel", "handoff_declined", "peer", "refused", "stream",
+        "tokens", "write",
     )  # fmt: skip
 
     def __init__(
-        self, peer: Peer, stream: int, bound: int, deadline: float, cut: Callable[[], None], grew: Callable[[int], None]
+        self,
+        peer: Peer,
+        stream: int,
+        bound: int,
+        deadline: float,
+        on_slow: Callable[[], None],
+        on_tokens: Callable[[int], None],
     ) -> None:
-        loop = asyncio.get_running_loop()
-        self.peer, self.stream, self._cut, self._grew = peer, stream, cut, grew
+        self.peer, self.stream, self._on_slow, self._on_tokens = peer, stream, on_slow, on_tokens
         self.tokens: list[int] = []  # all that came
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
         self.refused = False  # the worker has said that it does not begin
-        self.handoff_declined = False  # the hand-off that it was given was not taken
-        # takes bytes in the link's own callback, where the reader has read everything: no task is woken for them then
-        self.write: Write | None = None
+        self.handoff_declined = False  # the worker computes the prompt itself, and leaves the hand-off untouched
+        # writes to the client in the link's own callback, where the reader has read everything: no task is woken then
+        self.write: ChunkWriter | None = None
         peer.replies[stream] = self
-        self._timer = loop.call_at(deadline, self._late)
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._overdue)
 
-    def came(self, record: Tokens) -> None:
-        """To the client at once, or to the reader, and from then on to the reader until that has caught up."""
+    def deliver(self, record: Tokens) -> None:
+        """Writes the record to the client at once; or queues it for the reader, and from then on all records until the
+        reader has caught up."""
         self.tokens += record.token_ids
         self.count()
         write = self.write
         if write is None or (record.data and not write(record.data)):
             self.write = None
-            self.put(record, len(record.data) + 32)
+            self.queue(record, len(record.data) + RECORD_BYTES)
+
+    def finish(self, record: Finished) -> None:
+        """The stream's last record. Without a hand-off nothing of the stream stays at the worker."""
+        self.tokens += record.token_ids
+        if record.handoff is None:
+            del self.peer.replies[self.stream]
+        self.queue(record, 0)
+        self.channel.close()
 
     def count(self) -> None:
-        """Tells the ledger of tokens that it has not heard of."""
+        """Reports the tokens that came since the last call."""
         now = len(self.tokens)
-        self._grew(now - self._counted)
+        self._on_tokens(now - self._counted)
         self._counted = now
 
-    def put(self, record: Record, size: int) -> None:
-        """For the client; one who does not read is cut here, so that its answer does not fill the frontend."""
+    def queue(self, record: Record, size: int) -> None:
+        """Queues a record for the reader. A client that does not read is cut here, so that its answer does not fill the
+        frontend's memory."""
         if not self.channel.put(record, size):
             self.fail(SlowClient("the client does not read its answer"))
-            self._cut()
+            self._on_slow()
 
     def fail(self, error: DynserveError) -> None:
         """Ends the stream for the reader, and at the worker at once: the reader may be busy for long."""
-        self._drop()
+        self._cancel_at_worker()
         self.channel.close(error)
-
-    def _late(self) -> None:
-        self.fail(TimedOut("the request took longer than its time limit"))
 
     def refuse(self, error: DynserveError) -> None:
         """Ends the stream of a worker that has not begun it, and will not if another copy of the request reaches it."""
@@ -104,31 +125,35 @@ class Reply:
 
     @property
     def open(self) -> bool:
-        """The worker may still say something."""
+        """Whether the worker may still send something."""
         return self.peer.replies.get(self.stream) is self
 
     def handoff_done(self) -> None:
-        """The hand-off that the stream left has done its work."""
+        """Tells the worker that the hand-off which the stream left has done its work."""
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(HandoffDone(self.stream))
 
     def close(self) -> None:
         """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
         self._timer.cancel()
-        self._drop()
+        self._cancel_at_worker()
         self.channel.drop()
-        # what it was made with knows it, too: a ring would stay until the garbage collector comes by, which is rarely
-        self._cut, self._grew, self.write = _nothing, _nothing, None
+        # their owners know this reply: a reference cycle would wait for the garbage collector, which runs rarely
+        self._on_slow, self._on_tokens, self.write = _ignore, _ignore, None
 
-    def _drop(self) -> None:
+    def _overdue(self) -> None:
+        self.fail(TimedOut("the request took longer than its time limit"))
+
+    def _cancel_at_worker(self) -> None:
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(Cancel(self.stream))
 
 
-def pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:
-    """Several come to one that is behind: it sends once for all of them."""
+def deliver_steps(replies: dict[int, Reply], steps: list[StepTokens]) -> None:
+    """Delivers the tokens of engine steps to their streams. Several steps come together to a frontend that is behind: each
+    stream gets one record for all of them."""
     if len(steps) == 1:
-        _pass_on_one(replies, steps[0])
+        _deliver_step(replies, steps[0])
         return
     tokens: dict[int, Tokens] = {}
     for step in steps:
@@ -141,11 +166,11 @@ def pass_on(replies: dict[int, Reply], steps: list[Step]) -> None:
                 record.token_ids.append(token_id)
     for stream, record in tokens.items():
         if (reply := replies.get(stream)) is not None:
-            reply.came(record)
+            reply.deliver(record)
 
 
-def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
-    """Runs for every token. What `Reply.came` does is spelled out: most need no record, and no call but the writing."""
+def _deliver_step(replies: dict[int, Reply], step: StepTokens) -> None:
+    """Runs for every token. `Reply.deliver` is spelled out: most tokens need no record, and no call but the writing."""
     get = replies.get
     for stream, token_id, data in zip(step.streams, step.token_ids, step.data, strict=True):
         reply = get(stream)
@@ -158,8 +183,8 @@ def _pass_on_one(replies: dict[int, Reply], step: Step) -> None:
         write = reply.write
         if write is None or (data and not write(data)):
             reply.write = None
-            reply.put(Tokens(stream, data, [token_id]), len(data) + 32)
+            reply.queue(Tokens(stream, data, [token_id]), len(data) + RECORD_BYTES)
 
 
-def _nothing(*args: object) -> None:
+def _ignore(*args: object) -> None:
     pass

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ACK_TIMEOUT = 1.0  # seconds, on each road
 
 
-class _Open(msgspec.Struct):
+class _OpenSubmission(msgspec.Struct):
     reply: Reply
     request: GenerateRequest
     due: float
@@ -43,7 +43,7 @@ class Submissions:
     def __init__(self, namespace: str, bus: Bus, metrics: FrontendMetrics) -> None:
         self._namespace, self._bus, self._metrics = namespace, bus, metrics
         self._loop = asyncio.get_running_loop()
-        self._open: dict[int, _Open] = {}  # by stream, in the order in which they are due
+        self._open: dict[int, _OpenSubmission] = {}  # by stream, in the order in which they are due
         self._timer: asyncio.TimerHandle | None = None
         self._mailbox: Mailbox | None = None
 
@@ -63,7 +63,7 @@ class Submissions:
         """Returns when it is on its way. What becomes of it is told to the reply."""
         peer, bus, mailbox = reply.peer, self._bus, self._mailbox
         assert peer.instance is not None
-        self._expect(submission := _Open(reply, request, self._loop.time() + ACK_TIMEOUT))
+        self._expect(submission := _OpenSubmission(reply, request, self._loop.time() + ACK_TIMEOUT))
         payload = requests.encode(request)
         if mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
@@ -111,17 +111,17 @@ class Submissions:
         if reply.peer.link is None:
             reply.fail(WorkerLost(f"worker {reply.peer.id} is gone"))
             return
-        self._metrics.spare_road.inc()
+        self._metrics.link_fallbacks.inc()
         submission.by_link, submission.due = True, self._loop.time() + ACK_TIMEOUT
         self._expect(submission)
         reply.peer.link.send(Submit(submission.request))
 
-    def _expect(self, submission: _Open) -> None:
+    def _expect(self, submission: _OpenSubmission) -> None:
         self._open[submission.reply.stream] = submission
         if self._timer is None:
-            self._timer = self._loop.call_at(submission.due, self._look)
+            self._timer = self._loop.call_at(submission.due, self._expire_due)
 
-    def _look(self) -> None:
+    def _expire_due(self) -> None:
         """One timer for all: most are acknowledged long before it fires."""
         now = self._loop.time()
         for stream, submission in list(self._open.items()):
@@ -139,7 +139,7 @@ class Submissions:
                 log.info("request %s: no acknowledgement over NATS; trying the link", submission.request.id)
                 self._send_by_link(stream)
         first = next(iter(self._open.values()), None)
-        self._timer = None if first is None else self._loop.call_at(first.due, self._look)
+        self._timer = None if first is None else self._loop.call_at(first.due, self._expire_due)
 
 
 def _refusal(worker: str, ack: Ack) -> DynserveError | None:

@@ -16,7 +16,7 @@ TOKENISE_TIMEOUT = 60.0  # seconds
 T = TypeVar("T")
 
 
-class Threads:
+class TokenizerThreads:
     """Work on long prompts, off the event loop; bounded in threads, in what waits, and in time."""
 
     def __init__(self, pool: Pool) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from dynserve.child import Child, Spec, misconfigured
+from dynserve.child import Child, ChildSpec, misconfigured
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load, redacted
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.engine_args import engine_args
@@ -28,7 +28,7 @@ from dynserve.frontend.keys import check_keys
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
 from dynserve.model_files import check_model_folder
-from dynserve.process import Stop, run_process
+from dynserve.process import StopSignal, run_process
 from dynserve.server.serving import bind, tls_of
 from dynserve.tasks import OwnedTasks, task_group
 
@@ -38,20 +38,20 @@ POLL = 0.1  # seconds
 SAY_EVERY = 2.0  # seconds between progress lines where there is no terminal
 
 
-class Plan(NamedTuple):
-    servers: list[Spec]
-    frontend: Spec
-    workers: list[Spec]
+class LaunchPlan(NamedTuple):
+    servers: list[ChildSpec]
+    frontend: ChildSpec
+    workers: list[ChildSpec]
     etcd_url: str
     nats_url: str
 
 
-async def run(config: UpConfig, stop: Stop) -> None:
+async def run(config: UpConfig, stop: StopSignal) -> None:
     check(config)
     with tempfile.TemporaryDirectory(prefix="dynserve-") as folder:
         plan = make_plan(config, Path(folder))
         async with task_group() as tasks:
-            cluster = _Cluster(config, plan, tasks)
+            cluster = _LocalCluster(config, plan, tasks)
             try:
                 if shared := sum("--free-gpu-memory-fraction" in spec.command for spec in plan.workers):
                     print(f"there are fewer GPUs than workers: {shared} of them share one with others", flush=True)
@@ -79,13 +79,13 @@ def check(config: UpConfig) -> None:
     bind(config.http_host, config.http_port, "--http-port").close()
 
 
-def make_plan(config: UpConfig, folder: Path) -> Plan:
+def make_plan(config: UpConfig, folder: Path) -> LaunchPlan:
     etcd_port, peer_port, nats_port = free_ports(3)
     servers = []
     if config.etcd_url is None:
-        servers.append(Spec("etcd", etcd_command(folder / "etcd", etcd_port, peer_port)))
+        servers.append(ChildSpec("etcd", etcd_command(folder / "etcd", etcd_port, peer_port)))
     if config.nats_url is None:
-        servers.append(Spec("nats", nats_command(nats_port)))
+        servers.append(ChildSpec("nats", nats_command(nats_port)))
     etcd_url = config.etcd_url or f"http://127.0.0.1:{etcd_port}"
     nats_url = config.nats_url or f"nats://127.0.0.1:{nats_port}"
     common = ["--namespace", config.namespace, "--log-level", config.log_level]
@@ -109,10 +109,10 @@ def make_plan(config: UpConfig, folder: Path) -> Plan:
     ]
     devices = spread(config.device, gpus() if config.device != "cpu" and config.executor == "torch" else 0, len(roles))
     workers = [
-        Spec(name, [*worker, "--disaggregation-mode", role, *device], planes)
+        ChildSpec(name, [*worker, "--disaggregation-mode", role, *device], planes)
         for (name, role), device in zip(roles, devices, strict=True)
     ]
-    return Plan(servers, Spec("frontend", frontend, planes), workers, etcd_url, nats_url)
+    return LaunchPlan(servers, ChildSpec("frontend", frontend, planes), workers, etcd_url, nats_url)
 
 
 def _handed_on(config: UpConfig, *names: str) -> list[str]:
@@ -134,8 +134,8 @@ def spread(device: str, gpus: int, workers: int) -> list[list[str]]:
     ]
 
 
-class _Cluster:
-    def __init__(self, config: UpConfig, plan: Plan, tasks: OwnedTasks) -> None:
+class _LocalCluster:
+    def __init__(self, config: UpConfig, plan: LaunchPlan, tasks: OwnedTasks) -> None:
         self._config, self._plan = config, plan
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         width = max(len(s.name) for s in [*plan.servers, plan.frontend, *plan.workers])

@@ -11,25 +11,25 @@ from __future__ import annotations
 from typing import Any
 
 from dynserve.dialects import chain, markers
-from dynserve.dialects.base import Content, Piece, Thinking, held_back
+from dynserve.dialects.base import Content, Piece, ReasoningText, held_back
 from dynserve.render.formats import make_format
-from dynserve.render.formats.base import End, Said
+from dynserve.render.formats.base import AnswerEnd, Transcript
 from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob, unpack_tokens
+from dynserve.wire.requests import PriorOutput, RenderOptions, StopConditions, TokenLogprob, num_tokens, unpack_tokens
 
 
 class Renderer:
     """One answer. `push` and `finish` return what to send now (maybe nothing). `prompt` is u32 token ids."""
 
-    def __init__(self, render: Render, stop: Stop, prompt: bytes, vocabulary: Vocabulary) -> None:
+    def __init__(self, render: RenderOptions, stop: StopConditions, prompt: bytes, vocabulary: Vocabulary) -> None:
         self._render, self._prompt, self._vocabulary = render, prompt, vocabulary
         keep = markers(render.tools, render.reasoning)
         self._detokenizer = vocabulary.detokenizer(skip_special=render.skip_special_tokens, keep=keep)
         self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
         self._parser = chain(render.tools, render.reasoning)
         self._format = make_format(render)
-        self._said = Said(render)  # of a unary answer
+        self._said = Transcript(render)  # of a unary answer
         self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._opened = not render.stream
         self._echo = render.echo
@@ -44,7 +44,7 @@ class Renderer:
         self._head = self._tail = b""  # of a chunk, once nothing but whole tokens can come
         self._note_usage()
 
-    def replay(self, prior: Prior) -> None:
+    def replay(self, prior: PriorOutput) -> None:
         """Goes through what an earlier worker already rendered, one token at a time as it did: what was held back then
         is held back now."""
         self.cached_tokens = prior.cached_tokens
@@ -91,13 +91,13 @@ class Renderer:
         if self._parser is not None:
             data += self._emit_pieces(self._parser.finish())
         usage = self._note_usage()
-        end = End(reason, usage, self._stops.matched if self._stops is not None else None)
+        end = AnswerEnd(reason, usage, self._stops.matched if self._stops is not None else None)
         if not self._render.stream:
-            self._said.rest = self._take_logprobs()
+            self._said.rest = self._pop_logprobs()
             return self._format.body(self._said, end), usage
         if not self._opened:
             data += self._open()
-        return data + self._format.last(end, self._take_logprobs()), usage
+        return data + self._format.last(end, self._pop_logprobs()), usage
 
     def _echo_prompt(self, logprobs: list[TokenLogprob] | None) -> tuple[bytes, list[TokenLogprob] | None]:
         """The prompt as text, with its own log-probabilities where there are some; and those of the answer."""
@@ -111,14 +111,14 @@ class Renderer:
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
-        if self._parser is not None and self._parser.thinking:
+        if self._parser is not None and self._parser.in_reasoning:
             self._reasoning_tokens += tokens
         if self._render.continuous_usage:
             self._note_usage()
 
     def _note_usage(self) -> Usage:
         thought = self._reasoning_tokens if self._thought else 0
-        self._format.usage = Usage(len(self._prompt) // 4, self.tokens, self.cached_tokens, reasoning_tokens=thought)
+        self._format.usage = Usage(num_tokens(self._prompt), self.tokens, self.cached_tokens, reasoning_tokens=thought)
         return self._format.usage
 
     def _emit(self, text: str) -> bytes:
@@ -129,21 +129,21 @@ class Renderer:
     def _emit_content(self, text: str) -> bytes:
         if not self._render.stream:
             if text:
-                self._said.add((Content(text),), self._take_logprobs())
+                self._said.add((Content(text),), self._pop_logprobs())
             return b""
         opening = self._opening()
-        return opening + self._format.content(text, self._take_logprobs()) if text else opening
+        return opening + self._format.content(text, self._pop_logprobs()) if text else opening
 
     def _emit_pieces(self, pieces: list[Piece]) -> bytes:
         if not self._thought and self._render.reasoning is not None:
-            self._thought = any(isinstance(piece, Thinking) for piece in pieces)
+            self._thought = any(isinstance(piece, ReasoningText) for piece in pieces)
         if not self._render.stream:
             if pieces:
-                self._said.add(pieces, self._take_logprobs())
+                self._said.add(pieces, self._pop_logprobs())
             return b""
         data = self._opening()
         for piece in pieces:
-            data += self._format.piece(piece, self._take_logprobs())
+            data += self._format.piece(piece, self._pop_logprobs())
         return data
 
     def _opening(self) -> bytes:
@@ -153,7 +153,7 @@ class Renderer:
         self._opened = True
         return self._format.first()
 
-    def _take_logprobs(self) -> list[dict[str, Any]] | None:
+    def _pop_logprobs(self) -> list[dict[str, Any]] | None:
         if self._render.logprobs is None:
             return None
         taken, self._logprobs = self._logprobs, []

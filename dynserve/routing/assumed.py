@@ -1,10 +1,10 @@
-"""What the router assumes about caches without having been told.
+"""The router's assumptions about caches that no KV event has confirmed.
 
-`Pending`: prompts on their way. Until a prompt is computed and its blocks are reported, the worker that computes it is
+`PendingPrompts` holds prompts that are being computed. Until a prompt's blocks are reported, the worker that computes it is
 where others with the same prefix should go. Kept at every `STRIDE`-th block, which makes it cheap and exact enough.
 
-`Assumed`: workers that send no events (`APPROX`). What was sent there is taken to be there, for a while and up to the
-worker's capacity, least recently used first out.
+`AssumedCaches` covers workers that send no events (`APPROX`). A prompt sent there is assumed to be cached there, for a
+while and up to the worker's capacity; the least recently used prompts are dropped first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynserve.routing.index import PrefixIndex
 STRIDE = 8  # blocks
 
 
-class Pending:
+class PendingPrompts:
     """Prompts that are being computed, by worker."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Pending:
                     found[worker] = at + 1
 
 
-class Assumed:
+class AssumedCaches:
     """Puts what was sent into the index, and takes it out again by time and capacity."""
 
     def __init__(self, index: PrefixIndex, ttl_s: float) -> None:

@@ -90,7 +90,7 @@ class PrefixIndex:
     def store(self, worker: str, hashes: Sequence[int]) -> None:
         slot = self._slots.get(worker)
         if slot is None:
-            slot = self._take_slot(worker)
+            slot = self._allocate_slot(worker)
         bit, live, holders, new = 1 << slot, self._live, self._holders, 0
         for hash_ in reversed(hashes):  # should the budget be reached, the end of a prompt goes before its beginning
             known = holders.get(hash_)
@@ -124,7 +124,7 @@ class PrefixIndex:
         """The worker holds nothing any more."""
         if worker in self._slots:
             self.drop(worker)
-            self._take_slot(worker)
+            self._allocate_slot(worker)
 
     def drop(self, worker: str) -> None:
         """The worker is gone."""
@@ -154,7 +154,7 @@ class PrefixIndex:
         assert sum(1 << slot for slot in self._workers) == self._live
         assert not self._live & self._given_up, "a slot is in use and given up"
 
-    def _take_slot(self, worker: str) -> int:
+    def _allocate_slot(self, worker: str) -> int:
         taken = self._live | self._given_up
         slot = (~taken & (taken + 1)).bit_length() - 1  # the lowest bit that is free
         self._slots[worker], self._workers[slot], self._counts[worker] = slot, worker, 0

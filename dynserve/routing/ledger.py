@@ -16,7 +16,7 @@ from dynserve.wire.events import Load, Share
 
 
 @dataclass(slots=True)
-class Sums:
+class OpenWork:
     """Open work on one worker."""
 
     prefill_tokens: int = 0  # to be computed; those expected in its cache are not counted
@@ -32,8 +32,8 @@ class Account:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
-    own: Sums = field(default_factory=Sums)
-    others: Sums = field(default_factory=Sums)
+    own: OpenWork = field(default_factory=OpenWork)
+    others: OpenWork = field(default_factory=OpenWork)
     begun_tokens: int = 0  # reported: computed already, of prompts that are not done
     unseen_tokens: int = 0  # reported: held by requests that no frontend accounts for
     held_tokens: int | None = None  # reported: in blocks that requests hold; a block that several share counts once
@@ -102,7 +102,7 @@ class Ledger:
     def __init__(self) -> None:
         self.listeners: list[Callable[[str], None]] = []
         self._accounts: dict[str, Account] = {}
-        self._shared: dict[str, dict[str, Sums]] = {}  # by frontend, by worker
+        self._shared: dict[str, dict[str, OpenWork]] = {}  # by frontend, by worker
 
     def account(self, worker: str) -> Account:
         found = self._accounts.get(worker)
@@ -134,21 +134,21 @@ class Ledger:
         """Another frontend's charges replace what it said before: of the workers it names, or of all."""
         known = self._shared.setdefault(frontend, {})
         if all_of_them:
-            self._take_back(known)
+            self._subtract(known)
             known.clear()
         for share in shares:
             if (before := known.pop(share.worker, None)) is not None:
-                self._take_back({share.worker: before})
+                self._subtract({share.worker: before})
             if share.requests:
-                sums = known[share.worker] = Sums(share.prefill_tokens, share.decode_tokens, share.requests)
+                sums = known[share.worker] = OpenWork(share.prefill_tokens, share.decode_tokens, share.requests)
                 if share.worker in self._accounts:
                     _add(self._accounts[share.worker], sums, 1)
 
     def forget(self, frontend: str) -> None:
         """Another frontend is gone, and its requests with it."""
-        self._take_back(self._shared.pop(frontend, {}))
+        self._subtract(self._shared.pop(frontend, {}))
 
-    def _take_back(self, shares: dict[str, Sums]) -> None:
+    def _subtract(self, shares: dict[str, OpenWork]) -> None:
         for worker, sums in shares.items():
             if worker in self._accounts:
                 _add(self._accounts[worker], sums, -1)
@@ -182,7 +182,7 @@ class Ledger:
             listener(worker)
 
 
-def _add(account: Account, sums: Sums, sign: int) -> None:
+def _add(account: Account, sums: OpenWork, sign: int) -> None:
     account.others.prefill_tokens += sign * sums.prefill_tokens
     account.others.decode_tokens += sign * sums.decode_tokens
     account.others.requests += sign * sums.requests

@@ -10,14 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from dynserve.config import RouterMode
 from dynserve.errors import BadRequest, ConfigError, NoWorker
-
-Phase = Literal["aggregated", "prefill", "decode"]
+from dynserve.wire.requests import Phase
 
 
 class IndexState(StrEnum):
@@ -41,7 +40,7 @@ class Candidate(msgspec.Struct, gc=False, array_like=True):
     index_age_s: float = 0.0  # since its cache was last heard of
 
 
-class Asked(NamedTuple):
+class PolicyInput(NamedTuple):
     """What a policy may know of the request."""
 
     phase: Phase
@@ -50,18 +49,18 @@ class Asked(NamedTuple):
     instances: tuple[str, ...] = ()  # header x-dynserve-instance
 
 
-class Choice(NamedTuple):
+class PolicyChoice(NamedTuple):
     candidate: Candidate
     costs: list[float]  # of all candidates, in their order; empty when the policy has none
 
 
 class Policy(Protocol):
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         """One of `candidates`, which has at least one. A policy that looks at `overlap` sets `uses_overlap = True`."""
         ...
 
 
-class Weights(NamedTuple):
+class KvWeights(NamedTuple):
     """The numbers of `Kv`. The defaults come from `benchmarks/replay.py --sweep`; the README has its table."""
 
     prefill: float = 1.0  # one block to prefill, in decode blocks
@@ -86,10 +85,10 @@ class Kv:
 
     uses_overlap = True
 
-    def __init__(self, weights: Weights = Weights(), rng: random.Random | None = None) -> None:  # noqa: B008
+    def __init__(self, weights: KvWeights = KvWeights(), rng: random.Random | None = None) -> None:  # noqa: B008
         self.weights, self._rng = weights, rng or random.Random()
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         weights, prompt = self.weights, asked.prompt_blocks
         if asked.phase == "decode":
             transfer = weights.transfer
@@ -102,12 +101,12 @@ class Kv:
             ]
             self._leave_out_herds(prompt, candidates, costs)
         if weights.temperature > 0:
-            return Choice(self._draw(candidates, costs), costs)
+            return PolicyChoice(self._draw(candidates, costs), costs)
         least = min(costs)
         if costs.count(least) == 1:
-            return Choice(candidates[costs.index(least)], costs)
+            return PolicyChoice(candidates[costs.index(least)], costs)
         best = [c for c, cost in zip(candidates, costs, strict=True) if cost == least]
-        return Choice(self._rng.choice(best), costs)
+        return PolicyChoice(self._rng.choice(best), costs)
 
     def _leave_out_herds(self, prompt: int, candidates: Sequence[Candidate], costs: list[float]) -> None:
         # prompt - overlap is never 0: one token is always computed
@@ -133,9 +132,9 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         self._turn += 1
-        return Choice(candidates[self._turn % len(candidates)], [])
+        return PolicyChoice(candidates[self._turn % len(candidates)], [])
 
 
 class Random:
@@ -144,8 +143,8 @@ class Random:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
-        return Choice(self._rng.choice(candidates), [])
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+        return PolicyChoice(self._rng.choice(candidates), [])
 
 
 class LeastLoaded:
@@ -156,11 +155,11 @@ class LeastLoaded:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         costs = [(c.waiting_prefill + c.decode_blocks) / c.ramp for c in candidates]
         least = min(costs)
         best = [c for c, cost in zip(candidates, costs, strict=True) if cost == least]
-        return Choice(self._rng.choice(best), costs)
+        return PolicyChoice(self._rng.choice(best), costs)
 
 
 class PowerOfTwo:
@@ -172,9 +171,9 @@ class PowerOfTwo:
         self._rng = rng or random.Random()
         self._least = LeastLoaded(self._rng)
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         two = self._rng.sample(candidates, min(2, len(candidates)))
-        return Choice(self._least.choose(asked, two).candidate, [])
+        return PolicyChoice(self._least.choose(asked, two).candidate, [])
 
 
 class Direct:
@@ -185,19 +184,19 @@ class Direct:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._least = LeastLoaded(rng)
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         if not asked.instances:
             raise BadRequest("router mode direct: name an instance in the header x-dynserve-instance")
         for candidate in candidates:
             if candidate.worker in asked.instances:
-                return Choice(candidate, [])
+                return PolicyChoice(candidate, [])
         role = "decode-" if asked.phase == "decode" else "prefill-"
         if asked.phase != "aggregated" and not any(name.startswith(role) for name in asked.instances):
             return self._least.choose(asked, candidates)
         raise NoWorker(f"no such instance here at the moment: {', '.join(asked.instances)}")
 
 
-def policy_maker(mode: RouterMode, own: str | None, weights: Weights, rng: random.Random) -> Callable[[], Policy]:
+def policy_maker(mode: RouterMode, own: str | None, weights: KvWeights, rng: random.Random) -> Callable[[], Policy]:
     """Makes policies, one for each pool of workers: of the user's class when `own` names one, else of the mode.
 
     Raises:

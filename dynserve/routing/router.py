@@ -13,13 +13,24 @@ from typing import NamedTuple
 
 from dynserve.config import RouterMode
 from dynserve.errors import NoWorker
-from dynserve.routing.assumed import Assumed, Pending
+from dynserve.routing.assumed import AssumedCaches, PendingPrompts
 from dynserve.routing.index import PrefixIndex
 from dynserve.routing.ledger import Account, Charge, Ledger
-from dynserve.routing.policy import Asked, Candidate, Choice, IndexState, Phase, Policy, Weights, policy_maker
+from dynserve.routing.policy import (
+    Candidate,
+    IndexState,
+    KvWeights,
+    Policy,
+    PolicyChoice,
+    PolicyInput,
+    policy_maker,
+)
 from dynserve.routing.sessions import Sessions
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
 from dynserve.wire.hashing import rolling_hashes
+from dynserve.wire.requests import Phase, num_tokens
+
+Overlaps = dict[str, int]  # worker -> leading blocks of a prompt that it holds, or will hold when it comes to it
 
 SLOWEST = 0.1  # part of its speed that a worker is trusted with in its first moment
 
@@ -29,7 +40,7 @@ class RouterOptions(NamedTuple):
 
     mode: RouterMode = "kv"
     policy: str | None = None  # package.module:Class, instead of a mode
-    weights: Weights = Weights()
+    weights: KvWeights = KvWeights()
     slow_start_s: float = 10.0
     session_ttl_s: float = 300.0
     assume_ttl_s: float = 120.0
@@ -41,7 +52,7 @@ class RouterOptions(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Target:
+class RoutingTarget:
     """A worker that requests can be placed on. `Router.join` makes it; its owner keeps `index` and `heard` up to date."""
 
     worker: str
@@ -57,10 +68,10 @@ class Target:
         self.capacity = self.num_blocks * self.block_size
 
 
-class Ask:
+class PlacementQuery:
     """One request as the router needs it. Its hashes are made once, when the first policy wants them."""
 
-    __slots__ = ("_hashes", "_size", "instances", "model", "overlaps", "prompt", "salt", "session")
+    __slots__ = ("_hashes", "_size", "instances", "model", "prompt", "salt", "session")
 
     def __init__(
         self, prompt: bytes, salt: str = "", *, model: str = "", session: str = "", instances: tuple[str, ...] = ()
@@ -68,11 +79,10 @@ class Ask:
         self.prompt, self.salt, self.model, self.session, self.instances = prompt, salt, model, session, instances
         self._hashes: list[int] = []
         self._size = 0
-        self.overlaps: dict[str, int] | None = None  # looked up by `local`, for the placement right after it
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt) // 4
+        return num_tokens(self.prompt)
 
     def hashes(self, block_size: int) -> list[int]:
         if self._size != block_size:
@@ -84,7 +94,7 @@ class Ask:
         return self.hashes(block_size)[: (self.tokens - 1) // block_size]
 
 
-class Reason(NamedTuple):
+class PlacementReason(NamedTuple):
     """All that a choice was made of."""
 
     phase: Phase
@@ -94,13 +104,18 @@ class Reason(NamedTuple):
     prompt_blocks: int
 
 
-class Placed:
+class Reservation:
     """One phase of a request on one worker. Must be closed when the phase has ended, however it ended."""
 
     __slots__ = ("_charge", "_hashes", "_pending", "cached_tokens", "reason", "worker")
 
     def __init__(
-        self, charge: Charge, cached_tokens: int | None, reason: Reason, pending: Pending, hashes: Sequence[int]
+        self,
+        charge: Charge,
+        cached_tokens: int | None,
+        reason: PlacementReason,
+        pending: PendingPrompts,
+        hashes: Sequence[int],
     ) -> None:
         self.worker, self.cached_tokens, self.reason = charge.worker, cached_tokens, reason
         self._charge, self._pending, self._hashes = charge, pending, hashes
@@ -132,10 +147,10 @@ class Router:
         self.index = PrefixIndex(options.index_bytes)
         self.ledger = Ledger()
         self.sessions = Sessions(options.session_ttl_s)
-        self.targets: dict[str, Target] = {}
+        self.targets: dict[str, RoutingTarget] = {}
         self._oldest = 0.0  # when the first of them joined
-        self.pending = Pending()
-        self._assumed = Assumed(self.index, options.assume_ttl_s)
+        self.pending = PendingPrompts()
+        self._assumed = AssumedCaches(self.index, options.assume_ttl_s)
 
     def policy(self, model: str, phase: Phase) -> Policy:
         found = self.policies.get((model, phase))
@@ -145,10 +160,10 @@ class Router:
 
     # workers
 
-    def join(self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True) -> Target:
+    def join(self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True) -> RoutingTarget:
         """From now on the worker can be placed on. `events`: it tells what its cache holds."""
         state = IndexState.DEGRADED if events else IndexState.APPROX
-        target = Target(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
+        target = RoutingTarget(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
         self.targets[worker] = target
         self._oldest = min(t.since for t in self.targets.values())
         return target
@@ -179,7 +194,7 @@ class Router:
 
     # requests
 
-    def has_room(self, target: Target, phase: Phase) -> bool:
+    def has_room(self, target: RoutingTarget, phase: Phase) -> bool:
         """Whether the worker is under the thresholds of this phase."""
         account = target.account
         if phase != "decode" and account.prefill_tokens > self.options.busy_prefill_tokens:
@@ -188,54 +203,66 @@ class Router:
             return True
         return account.full_tokens <= self.options.busy_kv_fraction * target.capacity
 
-    def local(self, ask: Ask, decoders: Sequence[Target], prefillers: Sequence[Target]) -> list[Target]:
-        """Decode workers that should prefill this prompt themselves, without a hand-off. None when the policy is blind to
-        caches, or `local_prefill_tokens` is 0.
+    def local(
+        self, query: PlacementQuery, decoders: Sequence[RoutingTarget], prefillers: Sequence[RoutingTarget]
+    ) -> tuple[list[RoutingTarget], Overlaps | None]:
+        """The decode workers that should prefill this prompt themselves, without a hand-off; and the overlaps that this was
+        decided by, for the `place` that follows. There are no such workers when the policy does not use overlaps, or
+        `local_prefill_tokens` is 0.
 
         Such a worker lacks so little of the prompt, and has so little such work open, that its answers hardly notice; and
         it would have the first token sooner than any prefill worker, even when the toll for disturbing its answers is
         added. All in tokens to compute.
         """
         limit, toll = self.options.local_prefill_tokens, self.options.local_prefill_toll
-        if not limit or not decoders or not _looks(self.policy(ask.model, "prefill")):
-            return []
-        size, tokens = decoders[0].block_size, ask.tokens
-        overlaps = ask.overlaps = self._overlaps(ask, size)
+        if not limit or not decoders or not uses_overlap(self.policy(query.model, "prefill")):
+            return [], None
+        size, tokens = decoders[0].block_size, query.tokens
+        overlaps = self._overlaps(query, size)
         if tokens - max(overlaps.values(), default=0) * size > limit:
-            return []
+            return [], overlaps
 
-        def delay(target: Target) -> int:
+        def delay(target: RoutingTarget) -> int:
             return target.account.prefill_tokens + tokens - overlaps.get(target.worker, 0) * size
 
         near = [t for t in decoders if delay(t) <= limit and self.has_room(t, "decode")]
         if near:
             most = min(map(delay, prefillers), default=limit + toll) - toll
             near = [t for t in near if delay(t) <= most]
-        return near
+        return near, overlaps
 
-    def place(self, ask: Ask, phase: Phase, targets: Sequence[Target], now: float, *, why: str = "") -> Placed:
-        """One phase on one of `targets`. `why` overrides what the record says of who chose.
+    def place(
+        self,
+        query: PlacementQuery,
+        phase: Phase,
+        targets: Sequence[RoutingTarget],
+        now: float,
+        *,
+        why: str = "",
+        overlaps: Overlaps | None = None,
+    ) -> Reservation:
+        """Reserves one phase on one of `targets`. `why` overrides the record's word on who chose; `overlaps` are those that
+        `local` has just found.
 
         Raises:
             NoWorker: there are no targets. A policy may raise errors of its own.
         """
         if not targets:
             raise NoWorker("no worker to place the request on")
-        policy = self.policy(ask.model, phase)
-        size, tokens = targets[0].block_size, ask.tokens
-        looks = _looks(policy)
-        if not looks:
+        policy = self.policy(query.model, phase)
+        size, tokens = targets[0].block_size, query.tokens
+        wants_overlap = uses_overlap(policy)
+        if not wants_overlap:
             overlaps = {}
         elif phase == "decode":
-            overlaps = self.index.overlap(ask.reusable(size))
+            overlaps = self.index.overlap(query.reusable(size))
         else:
-            overlaps = ask.overlaps if ask.overlaps is not None else self._overlaps(ask, size)
-            ask.overlaps = None
+            overlaps = self._overlaps(query, size) if overlaps is None else overlaps
         candidates = self._candidates(targets, phase, overlaps, now)
-        asked = Asked(phase, -(-tokens // size), ask.session, ask.instances)
+        policy_input = PolicyInput(phase, -(-tokens // size), query.session, query.instances)
         # a local prefill and a decode belong together: both end up where the session's cache is
         pool = "decode" if why else phase
-        choice, chosen_by = self._choose(policy, asked, candidates, f"{ask.model}/{pool}", now)
+        choice, chosen_by = self._choose(policy, policy_input, candidates, f"{query.model}/{pool}", now)
         worker = choice.candidate.worker
         cached = overlaps.get(worker, 0) * size
         charge = self.ledger.charge(
@@ -244,22 +271,22 @@ class Router:
             decode_tokens=tokens if phase != "prefill" else 0,
         )
         approx = self.targets[worker].index is IndexState.APPROX
-        if looks and approx:
-            self._assumed.sent(worker, ask.hashes(size), self.targets[worker].num_blocks, now)
-        reason = Reason(phase, why or chosen_by, candidates, choice.costs, asked.prompt_blocks)
-        if not looks or phase == "decode":
-            return Placed(charge, None, reason, self.pending, ())
-        return Placed(charge, cached, reason, self.pending, () if approx else ask.reusable(size))
+        if wants_overlap and approx:
+            self._assumed.sent(worker, query.hashes(size), self.targets[worker].num_blocks, now)
+        reason = PlacementReason(phase, why or chosen_by, candidates, choice.costs, policy_input.prompt_blocks)
+        if not wants_overlap or phase == "decode":
+            return Reservation(charge, None, reason, self.pending, ())
+        return Reservation(charge, cached, reason, self.pending, () if approx else query.reusable(size))
 
-    def _overlaps(self, ask: Ask, size: int) -> dict[str, int]:
+    def _overlaps(self, query: PlacementQuery, size: int) -> Overlaps:
         """Blocks of the prompt that each worker has, or will have computed when it comes to this one."""
-        hashes = ask.reusable(size)
+        hashes = query.reusable(size)
         found = self.index.overlap(hashes)
         self.pending.extend(found, hashes)
         return found
 
     def _candidates(
-        self, targets: Sequence[Target], phase: Phase, overlaps: dict[str, int], now: float
+        self, targets: Sequence[RoutingTarget], phase: Phase, overlaps: Overlaps, now: float
     ) -> list[Candidate]:
         """Those under their thresholds; all of them when none is. Runs for every worker of every placement."""
         options, size, get = self.options, targets[0].block_size, overlaps.get
@@ -288,17 +315,17 @@ class Router:
         return roomy or busy
 
     def _choose(
-        self, policy: Policy, asked: Asked, candidates: list[Candidate], pool: str, now: float
-    ) -> tuple[Choice, str]:
-        if not asked.session or asked.instances:
-            return policy.choose(asked, candidates), type(policy).__name__
-        known = self.sessions.worker(asked.session, pool, now)
+        self, policy: Policy, policy_input: PolicyInput, candidates: list[Candidate], pool: str, now: float
+    ) -> tuple[PolicyChoice, str]:
+        if not policy_input.session or policy_input.instances:
+            return policy.choose(policy_input, candidates), type(policy).__name__
+        known = self.sessions.worker(policy_input.session, pool, now)
         found = next((c for c in candidates if c.worker == known), None)
-        choice = Choice(found, []) if found is not None else policy.choose(asked, candidates)
-        self.sessions.went(asked.session, pool, choice.candidate.worker, now)
+        choice = PolicyChoice(found, []) if found is not None else policy.choose(policy_input, candidates)
+        self.sessions.went(policy_input.session, pool, choice.candidate.worker, now)
         return choice, "session" if found is not None else type(policy).__name__
 
 
-def _looks(policy: Policy) -> bool:
+def uses_overlap(policy: Policy) -> bool:
     """Whether the policy wants to know what is cached where. One that does not say so does not."""
     return getattr(policy, "uses_overlap", False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-MOST = 100_000  # sessions; the least recently used go first
+MAX_SESSIONS = 100_000  # sessions; the least recently used go first
 
 
 class Sessions:
     """`(session, pool)` to worker, with a time to live in seconds that each use renews."""
 
-    def __init__(self, ttl_s: float, most: int = MOST) -> None:
+    def __init__(self, ttl_s: float, most: int = MAX_SESSIONS) -> None:
         self._ttl_s, self._most = ttl_s, most
         self._workers: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
 

@@ -17,7 +17,7 @@ from dynserve.errors import ConfigError
 Fault = tuple[int, str]  # the status and the sentence of a refusal
 
 
-class Limits(NamedTuple):
+class HttpLimits(NamedTuple):
     """The bounds of a connection, before it is known what it wants and while it reads nothing.
 
     `hosts` are the names that a request's Host header may have, in lower case; an IP address is always accepted, because
@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
 
 def allowed_hosts(wanted: str | None, bound_to: str) -> frozenset[str] | None:
-    """The names of `Limits.hosts`, from a comma-separated list or `*`.
+    """The names of `HttpLimits.hosts`, from a comma-separated list or `*`.
 
     Without a list, a server that listens on loopback only answers to names of this machine: a web page whose own name
     was made to point at 127.0.0.1 (DNS rebinding) is refused. A server on another address answers to any name.
@@ -63,7 +63,7 @@ def fault_of(
     version: str,
     headers: Sequence[tuple[bytes, bytes]],
     *,
-    limits: Limits,
+    limits: HttpLimits,
     accepted: bytes | None,
 ) -> tuple[Fault | None, bytes | None]:
     """Why a head is refused, or None; and the Host header that is accepted from now on. `accepted` is the one that was

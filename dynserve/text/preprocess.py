@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from dynserve.dialects import reasoning
 from dynserve.errors import BadRequest, ContextTooLong, InternalError
 from dynserve.text.segments import Segments
-from dynserve.wire.requests import Sampling
+from dynserve.wire.requests import SamplingParams
 
 LIKELY_CHARACTERS = 8  # per token: a text that has fewer of them for each token of the context is just tokenised
 SLICE = 1 << 16  # characters of a longer text that are tokenised at a time, to see whether it can fit
@@ -48,7 +48,7 @@ class Preprocessor:
         self.template = _template_source(files, config)
         self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
         self._template = _environment().from_string(self.template) if self.template else None
-        self.opens_thoughts = self._opens_thoughts()
+        self.opens_reasoning = self._opens_reasoning()
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
     def chat(self, conversation: Conversation, most: int | None = None, owner: str = "") -> tuple[str, list[int]]:
@@ -92,7 +92,7 @@ class Preprocessor:
             raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
         return _unbroken(_before_mark(text) if conversation.continue_last else text)
 
-    def _opens_thoughts(self) -> bool:
+    def _opens_reasoning(self) -> bool:
         """Whether it is the template that begins thoughts, rather than the model."""
         probe = Conversation([{"role": "user", "content": "x"}], variables={"enable_thinking": True})
         try:
@@ -179,14 +179,14 @@ def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> s
     return str(source)
 
 
-def sampling_defaults(generation_config: Mapping[str, Any]) -> Sampling:
+def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
     """What a request without sampling fields gets: the model makers' recommendation; greedy when they say so."""
     known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
     if generation_config.get("do_sample") is False:
         found = {"temperature": 0.0}
     try:
-        return Sampling(**found)
+        return SamplingParams(**found)
     except TypeError as error:
         raise InternalError(f"generation_config.json: {error}") from error
 

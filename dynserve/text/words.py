@@ -23,12 +23,12 @@ from dynserve.text.detokenize import BYTE_ALPHABET, tokenizer_parts
 
 log = logging.getLogger(__name__)
 
-MOST_WORDS = 50_000
-LONGEST_WORD = 32  # characters of one that is remembered: all together are 40 MB at most
+MAX_WORDS = 50_000
+MAX_WORD = 32  # characters of one that is remembered: all together are 40 MB at most
 TOO_LONG = 400  # characters of a word in a long text: the library reads it without holding the interpreter
 AT_ONCE = 1_000  # words between two looks at who else wants the interpreter
-MOST_NEW = 100  # different ones of those, in a long text: with more the library is faster
-SHORT_TEXT, LONGEST_TEXT = 4_000, 64_000  # characters; a short one is tokenised on the event loop
+MAX_NEW = 100  # different ones of those, in a long text: with more the library is faster
+SHORT_TEXT, MAX_TEXT = 4_000, 64_000  # characters; a short one is tokenised on the event loop
 
 # what Unicode's classes have of ASCII, as it is written within brackets
 _CLASSES = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "N": "0-9", "Nd": "0-9"}
@@ -49,7 +49,7 @@ class Words:
 
     def encode(self, text: str) -> list[int] | None:
         """The ids of a text without special tokens; None for one that is the library's."""
-        if len(text) > LONGEST_TEXT or not text.isascii():
+        if len(text) > MAX_TEXT or not text.isascii():
             return None
         try:
             if len(text) < SHORT_TEXT:
@@ -66,7 +66,7 @@ class Words:
         while words := [match[0] for match in islice(matches, AT_ONCE)]:
             size += sum(map(len, words))
             new = set(words).difference(self._known)
-            if len(new) > MOST_NEW or any(len(word) > TOO_LONG for word in new):
+            if len(new) > MAX_NEW or any(len(word) > TOO_LONG for word in new):
                 return None
             ids += self._ids(words)
             time.sleep(0)  # in a thread of its own: the event loop goes first
@@ -87,8 +87,8 @@ class Words:
             ids = tuple(
                 token.id for token in self._model.tokenize("".join([BYTE_ALPHABET[ord(char)] for char in word]))
             )
-            if len(word) <= LONGEST_WORD:
-                if len(self._known) >= MOST_WORDS:
+            if len(word) <= MAX_WORD:
+                if len(self._known) >= MAX_WORDS:
                     self._forget()
                 self._known[word] = ids
         return ids
@@ -96,7 +96,7 @@ class Words:
     def _forget(self) -> None:
         """The oldest tenth: those of them that are common come back at once."""
         with contextlib.suppress(RuntimeError):  # another thread has added one meanwhile
-            for word in list(islice(self._known, max(1, MOST_WORDS // 10))):
+            for word in list(islice(self._known, max(1, MAX_WORDS // 10))):
                 self._known.pop(word, None)
 
 

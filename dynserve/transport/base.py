@@ -92,7 +92,7 @@ class Link(Protocol):
         ...
 
     def send_token(self, stream: int, token_id: int, data: bytes) -> None:
-        """A worker's most frequent message, one `Step` for all of a turn; as `send` otherwise."""
+        """A worker's most frequent message, one `StepTokens` for all of a turn; as `send` otherwise."""
         ...
 
     def close(self) -> None:

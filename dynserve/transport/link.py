@@ -41,7 +41,7 @@ log = LimitedLog(logging.getLogger(__name__))
 _length = struct.Struct("<I")
 
 
-class Framed:
+class FramedLink:
     """What a link is over any carrier: frames out once per turn, frames in, the heartbeat, the one end.
 
     A carrier sets `write` and `hang_up`, and calls `feed` and `ended`.
@@ -83,8 +83,8 @@ class Framed:
 
     def send_token(self, stream: int, token_id: int, data: bytes) -> None:
         step = self._outbox[-1] if self._outbox else None
-        if type(step) is not wire.Step:
-            step = wire.Step([], [], [])
+        if type(step) is not wire.StepTokens:
+            step = wire.StepTokens([], [], [])
             self.send(step)
         step.streams.append(stream)
         step.token_ids.append(token_id)
@@ -159,7 +159,7 @@ class Framed:
         self._beat_in()
 
 
-class TcpLink(Framed, asyncio.Protocol):
+class TcpLink(FramedLink, asyncio.Protocol):
     """One TCP connection as a link. `accept` and `settled` are given on the side that listens: the first makes the handler
     of a new connection, the second is called once the peer is no stranger any more, or is gone."""
 

@@ -28,7 +28,7 @@ from dynserve.transport.base import (
     Put,
     Registration,
 )
-from dynserve.transport.link import Framed
+from dynserve.transport.link import FramedLink
 
 
 class MemoryPlanes:
@@ -269,7 +269,7 @@ class MemoryLinks:
         return cast(Link, worker)
 
 
-class MemoryLink(Framed):
+class MemoryLink(FramedLink):
     """Half of a pair; frames cross as bytes, one turn of the loop later. `silence` makes it deaf and mute without closing
     it, like a machine that lost power."""
 

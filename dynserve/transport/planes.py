@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 
-from dynserve.config import Planes as PlanesConfig
+from dynserve.config import PlanesConfig
 from dynserve.errors import Unavailable, translate
 from dynserve.model_files import verified
 from dynserve.transport.base import Planes

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from dynserve.config import Role
 from dynserve.wire import decoded
 from dynserve.wire import log as limited
 from dynserve.wire.numbers import Count, Size, TokenId
@@ -29,7 +30,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     parity: dict[str, str] = {}  # how it understands text: stage -> digest (text/parity.py)
     tool_parser: str = ""  # how the model writes tool calls (dialects); empty: not at all
     reasoning_parser: str = ""  # how it marks its thoughts
-    guides: bool = False  # its answers can be made to follow a grammar
+    grammars: bool = False  # its answers can be made to follow a grammar
     pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
     embedding_size: Count = 0
     adapters: list[str] = []  # LoRA adapters: models by these names
@@ -45,7 +46,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
 class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     id: str
-    role: str  # prefill_and_decode, prefill, decode
+    role: Role
     epoch: Count
     host: str
     pid: Count

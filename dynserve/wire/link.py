@@ -1,8 +1,8 @@
 """The link between one worker and one frontend: what each side says.
 
-A frame is a msgpack array of messages: everything that one side had to say in one turn of its event loop. Messages are
-arrays with a small integer in front (msgspec's array-like tagged structs). The token path is `Step`, one for all sequences
-of an engine step; `Tokens` has what does not fit into its columns.
+A frame is a msgpack array of messages: all that one side sends in one turn of its event loop. Messages are arrays with a
+small integer in front (msgspec's array-like tagged structs). Most tokens travel in `StepTokens`, one message for all
+sequences of an engine step; `Tokens` carries those that do not fit into its columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from dynserve.wire.numbers import BlockHash, Count, Seconds, TokenId
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
-VERSION = 2  # of what follows; a field at a struct's end does not change it
+VERSION = 3  # of what follows; a field at a struct's end does not change it
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -50,7 +50,7 @@ class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
     logprobs: list[TokenLogprob] | None = None
 
 
-class Step(msgspec.Struct, array_like=True, tag=9, gc=False):
+class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
     """What an engine step mostly is: one token each of many streams, in three columns of one length. `data` is what the
     client reads for it, as in `Tokens`."""
 
@@ -142,7 +142,7 @@ class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
-FromWorker = Hello | Tokens | Step | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing
+FromWorker = Hello | Tokens | StepTokens | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing
 FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into

@@ -13,7 +13,7 @@ BlockHash = Annotated[int, Meta(ge=0)]  # 64 bits
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
 Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Logprob = Annotated[float, Meta(le=1e6)]  # minus infinity is the probability 0

@@ -14,24 +14,25 @@ from dynserve.wire.numbers import (
     BlockHash,
     Count,
     Factor,
+    Fraction,
     Logprob,
     Seconds,
-    Share,
     Shift,
     Temperature,
     TokenId,
 )
 
 Phase = Literal["aggregated", "prefill", "decode"]
+Pooling = Literal["mean", "last"]
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. `temperature` 0 is greedy; `seed` is always set, so any worker draws the same."""
 
     temperature: Temperature = 1.0
-    top_p: Share = 1.0
+    top_p: Fraction = 1.0
     top_k: Count = 0  # 0: all
-    min_p: Share = 0.0
+    min_p: Fraction = 0.0
     seed: Count = 0
     presence_penalty: Shift = 0.0
     frequency_penalty: Shift = 0.0
@@ -46,7 +47,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.temperature < 1e-5 or self.top_k == 1
 
 
-class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When the answer ends."""
 
     max_tokens: Count
@@ -57,7 +58,7 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     include_string: bool = False
 
 
-class Thought(msgspec.Struct, frozen=True, kw_only=True):
+class ReasoningTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids around what a model thinks before it answers; `open`: the prompt has begun a thought already."""
 
     begin: TokenId
@@ -65,7 +66,7 @@ class Thought(msgspec.Struct, frozen=True, kw_only=True):
     open: bool
 
 
-class Guide(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar that the answer follows, from behind the model's thought where it has one.
 
     `text` is a JSON schema, a regular expression, an EBNF grammar with the rule `root`, or a structural tag (xgrammar's
@@ -74,17 +75,17 @@ class Guide(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kind: Literal["json", "regex", "grammar", "structural_tag"]
     text: str
-    thought: Thought | None = None
+    reasoning: ReasoningTokens | None = None
 
 
-class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+class ReasoningParsing(msgspec.Struct, frozen=True, kw_only=True):
     """The parser that keeps thoughts out of the answer; `open`: the prompt ends within a thought."""
 
     parser: str
     open: bool = False
 
 
-class ToolUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ToolParsing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The parser that makes tool calls of text. `enforced`: a grammar holds the calls, so they may be shown as they grow.
     `named`: the client has chosen the tool itself."""
 
@@ -94,7 +95,7 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     named: bool = False
 
 
-class Render(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the client wants to see; the worker makes these bytes."""
 
     kind: Literal["chat", "completion", "response", "message", "embedding"]
@@ -109,8 +110,8 @@ class Render(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: Count = 0
     part: bool = False  # one of several choices: the frontend makes what is around them
     echo: bool = False  # the prompt's text first
-    reasoning: Reasoning | None = None
-    tools: ToolUse | None = None
+    reasoning: ReasoningParsing | None = None
+    tools: ToolParsing | None = None
     frame: str = ""  # JSON object: constant fields of a Responses answer
     dimensions: Count = 0  # of an embedding; 0: all
     base64: bool = False  # an embedding as base64 of little-endian float32
@@ -132,7 +133,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[TokenId, Logprob]] = []
 
 
-class Prior(msgspec.Struct, frozen=True, omit_defaults=True):
+class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """What earlier phases of the same request already gave to the client."""
 
     token_ids: list[TokenId]
@@ -157,30 +158,52 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     state: bytes
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """`prompt` holds token ids as little-endian u32: compact, and the very bytes that block hashes are made of."""
+class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One answer that is to be generated: its prompt, and how it is sampled, ended, constrained and rendered.
+
+    `prompt` holds token ids as little-endian u32: compact, and the very bytes that block hashes are made of.
+    """
+
+    prompt: bytes
+    sampling: SamplingParams
+    stop: StopConditions
+    render: RenderOptions
+    grammar: Grammar | None = None
+    pooling: Pooling | None = None  # the answer is an embedding of the prompt
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) % 4:
+            raise ValueError("the prompt is not made of 4-byte token ids")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt) // 4
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every position of the prompt has to be computed, so that nothing of it may come from a cache."""
+        return self.pooling is not None or self.sampling.prompt_logprobs
+
+
+class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """A `Generation` on its way to one worker, for one phase."""
 
     id: str
     stream: Count  # names the answer on the link to `reply_to`; never reused by a frontend
     reply_to: str
     model: str
     phase: Phase
-    prompt: bytes
-    sampling: Sampling
-    stop: Stop
-    render: Render
     timeout_s: Seconds
     cache_salt: str = ""
     adapter: str = ""  # name of a LoRA adapter; empty: the model itself
     priority: int = 0  # higher goes first, where the engine has a queue in order of priority
-    prior: Prior | None = None
+    prior: PriorOutput | None = None
     handoff: Handoff | None = None
-    guide: Guide | None = None
-    pool: Literal["mean", "last"] | None = None  # the answer is an embedding of the prompt
 
-    def __post_init__(self) -> None:
-        if len(self.prompt) % 4:
-            raise ValueError("the prompt is not made of 4-byte token ids")
+
+# The fields of a `Generation`, for the request that carries it to a worker.
+fields_of = msgspec.structs.asdict
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
@@ -215,6 +238,10 @@ decode_ack = msgspec.msgpack.Decoder(Ack).decode
 def pack_tokens(token_ids: list[int]) -> bytes:
     """Token ids as little-endian u32."""
     return array("I", token_ids).tobytes()
+
+
+def num_tokens(packed: bytes) -> int:
+    return len(packed) // 4
 
 
 def unpack_tokens(packed: bytes) -> list[int]:

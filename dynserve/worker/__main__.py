@@ -11,7 +11,7 @@ from pathlib import Path
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
 from dynserve.model_files import check_model_folder
-from dynserve.process import Stop, run_role, settle_memory
+from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.serving import bind, serving, url_of
 from dynserve.transport.planes import open_planes
 from dynserve.worker.serving import new_instance_id, serving_targets
@@ -21,9 +21,9 @@ from dynserve.worker.worker import Worker
 log = logging.getLogger("dynserve.worker")
 
 
-async def run(config: WorkerConfig, stop: Stop) -> None:
+async def run(config: WorkerConfig, stop: StopSignal) -> None:
     check_model_folder(Path(config.model_path))
-    instance_id = new_instance_id(config.disaggregation_mode)
+    instance_id = new_instance_id(config.role)
     workers: list[Worker] = []
     async with AsyncExitStack() as stack:
         sock = bind(config.system_host, config.system_port, "--system-port")

@@ -99,13 +99,13 @@ class Answer:
         self._end("finished")
 
     def _embedded(self, output: Output) -> None:
-        usage = Usage(len(self.request.prompt) // 4, 0, 0, output.queue_s, 0.0, output.prefill_s)
+        usage = Usage(self.request.num_tokens, 0, 0, output.queue_s, 0.0, output.prefill_s)
         item = embedding_item(self.request.render, output.embedding)
         self.link.send(Finished(self.request.stream, item, [], "stop", usage))
         self._end("finished")
 
     def _hand_off(self, output: Output, data: bytes) -> None:
-        counted = (len(self.request.prompt) // 4, len(output.token_ids), output.cached_tokens)
+        counted = (self.request.num_tokens, len(output.token_ids), output.cached_tokens)
         usage = Usage(*counted, output.queue_s, 0.0, output.prefill_s)
         self.link.send(
             Finished(self.request.stream, data, output.token_ids, "handoff", usage, output.handoff, output.logprobs)

@@ -12,7 +12,7 @@ MAX_PENDING = 10_000  # events; beyond that a snapshot is cheaper than the event
 MAX_BATCH = 2_000  # events per message: under NATS's megabyte unless prompts are enormous (then a snapshot heals it)
 
 
-class Journal:
+class KvJournal:
     """Numbers events from 1, mirrors what they add up to, and keeps what was not published yet."""
 
     def __init__(self, instance_id: str, epoch: int, wake: Callable[[], None]) -> None:
@@ -42,7 +42,7 @@ class Journal:
         """The last event that was taken."""
         return self._last_id - len(self._pending)
 
-    def take(self) -> KvEvents | None:
+    def next_batch(self) -> KvEvents | None:
         """What is to be published next, as one batch."""
         if not self._pending:
             return None

@@ -77,7 +77,7 @@ class Loopback:
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    messages = await self._messages.take()
+                    messages = await self._messages.receive()
             except TimeoutError:
                 return False
             for message in messages:

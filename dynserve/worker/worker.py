@@ -36,7 +36,7 @@ from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateReques
 from dynserve.worker import loopback
 from dynserve.worker.answer import Answer
 from dynserve.worker.card import answer_parsers, pooling
-from dynserve.worker.journal import Journal
+from dynserve.worker.journal import KvJournal
 from dynserve.worker.loopback import Loopback
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Worker:
         self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
         self._links: dict[str, Link] = {}
         self._new_events = asyncio.Event()
-        self._journal = Journal(instance_id, self.epoch, self._new_events.set)
+        self._journal = KvJournal(instance_id, self.epoch, self._new_events.set)
         if config.kv_events:
             executor.listen_kv(self._journal.add)
 
@@ -88,7 +88,7 @@ class Worker:
             parity=self._parity,
             tool_parser=self._tool_parser,
             reasoning_parser=self._reasoning_parser,
-            guides=limits.guides,
+            grammars=limits.grammars,
             pooling=pooling(self.config) if limits.embedding_size else "",
             embedding_size=limits.embedding_size,
             adapters=list(limits.adapters),
@@ -97,7 +97,7 @@ class Worker:
         )
         return WorkerInstance(
             id=self.id,
-            role=self.config.disaggregation_mode,
+            role=self.config.role,
             epoch=self.epoch,
             host=self.config.link_host,
             pid=os.getpid(),
@@ -107,7 +107,7 @@ class Worker:
 
     @property
     def subject(self) -> str:
-        return events.generate_subject(self.config.namespace, self.config.disaggregation_mode, self.id)
+        return events.generate_subject(self.config.namespace, self.config.role, self.id)
 
     @property
     def busy(self) -> bool:
@@ -231,17 +231,17 @@ class Worker:
 
     async def publish_events(self) -> None:
         config = self.config
-        subject = events.kv_subject(config.namespace, config.disaggregation_mode, self.id)
+        subject = events.kv_subject(config.namespace, config.role, self.id)
         while True:
             await self._new_events.wait()
             self._new_events.clear()
-            while (batch := self._journal.take()) is not None:
+            while (batch := self._journal.next_batch()) is not None:
                 await self._publish(subject, events.encode(batch))  # lost events are noticed by their ids
             await asyncio.sleep(EVENTS_EVERY)
 
     async def publish_load(self) -> None:
         config, loop = self.config, asyncio.get_running_loop()
-        subject = events.load_subject(config.namespace, config.disaggregation_mode, self.id)
+        subject = events.load_subject(config.namespace, config.role, self.id)
         said: events.Load | None = None
         due = 0.0
         while True:
@@ -277,9 +277,11 @@ class Worker:
             model=self.config.model_name,
             phase="aggregated",
             prompt=requests.pack_tokens([0]),
-            sampling=requests.Sampling(temperature=0.0),
-            stop=requests.Stop(max_tokens=2, ignore_eos=True),
-            render=requests.Render(kind="completion", response_id="warm-up", model=self.config.model_name, created=0),
+            sampling=requests.SamplingParams(temperature=0.0),
+            stop=requests.StopConditions(max_tokens=2, ignore_eos=True),
+            render=requests.RenderOptions(
+                kind="completion", response_id="warm-up", model=self.config.model_name, created=0
+            ),
             timeout_s=loopback.TIMEOUT,
             cache_salt="warm-up",
         )

@@ -16,7 +16,7 @@ from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.model_files import read_model_files
 from dynserve.text.preprocess import Conversation, Preprocessor, sampling_defaults
-from dynserve.wire.requests import Sampling, unpack_tokens
+from dynserve.wire.requests import SamplingParams, unpack_tokens
 
 PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "What is 3+4?"}]}
@@ -38,8 +38,8 @@ def completion(**fields: Any) -> CompletionRequest:
     return parsed(CompletionRequest, json.dumps({"model": "m"} | fields).encode())
 
 
-def sampling_of(asked: Any, defaults: Sampling) -> Sampling:
-    made: Sampling = asked.sampling(defaults, logprobs=None, prompt_logprobs=False, choice=0)
+def sampling_of(asked: Any, defaults: SamplingParams) -> SamplingParams:
+    made: SamplingParams = asked.sampling(defaults, logprobs=None, prompt_logprobs=False, choice=0)
     return made
 
 

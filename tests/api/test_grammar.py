@@ -10,13 +10,13 @@ import pytest
 from dynserve.api.chat import ChatRequest
 from dynserve.api.completions import CompletionRequest
 from dynserve.api.fields import parsed
-from dynserve.api.grammar import MAX_GRAMMAR, enforces_calls, guide_of
+from dynserve.api.grammar import MAX_GRAMMAR, enforces_calls, grammar_of
 from dynserve.config import TINY_MODEL
-from dynserve.dialects import TOOL_PARSERS, Arguments, Call, chain
+from dynserve.dialects import TOOL_PARSERS, CallArguments, CallStart, chain
 from dynserve.errors import BadRequest, Overloaded
-from dynserve.executors.torch.guides import MAX_THREADS, Guides
+from dynserve.executors.torch.grammars import MAX_THREADS, CompiledGrammars
 from dynserve.wire.discovery import Card
-from dynserve.wire.requests import Guide, ToolUse
+from dynserve.wire.requests import Grammar, ToolParsing
 from tests.conftest import until
 
 TOOLS: list[Any] = [
@@ -26,10 +26,10 @@ TOOLS: list[Any] = [
 ]  # fmt: skip
 
 
-def card(tool_parser: str = "hermes", *, guides: bool = True) -> Card:
+def card(tool_parser: str = "hermes", *, grammars: bool = True) -> Card:
     return Card(
         model="m", block_size=32, max_seq_len=8192, num_blocks=9, max_batch_size=9, eos_token_ids=[2],
-        tool_parser=tool_parser, guides=guides,
+        tool_parser=tool_parser, grammars=grammars,
     )  # fmt: skip
 
 
@@ -38,17 +38,17 @@ def chat(**fields: Any) -> ChatRequest:
     return parsed(ChatRequest, json.dumps(body).encode())
 
 
-def guide(tool_parser: str = "hermes", **fields: Any) -> Guide:
-    found = guide_of(chat(**fields), card(tool_parser))
+def grammar(tool_parser: str = "hermes", **fields: Any) -> Grammar:
+    found = grammar_of(chat(**fields), card(tool_parser))
     assert found is not None
     return found
 
 
-async def accepts(found: Guide, *texts: str) -> list[bool]:
+async def accepts(found: Grammar, *texts: str) -> list[bool]:
     """Whether each text is a whole sentence of the grammar, as the engine's compiler reads it."""
-    guides, out = Guides(Path(TINY_MODEL), 2048, [2]), []
+    grammars, out = CompiledGrammars(Path(TINY_MODEL), 2048, [2]), []
     for text in texts:
-        matcher = (await guides.matcher(found))._matcher
+        matcher = (await grammars.matcher(found))._matcher
         out.append(matcher.accept_string(text) and matcher.is_completed())
     return out
 
@@ -79,23 +79,26 @@ def written(style: str, *calls: str) -> str:
 @pytest.mark.parametrize("style", TOOL_PARSERS)
 async def test_required_calls_have_the_form_that_the_parser_reads(style: str) -> None:
     add, now, _ = WRITTEN[style]
-    found = guide(style, tools=TOOLS, tool_choice="required")
+    found = grammar(style, tools=TOOLS, tool_choice="required")
     one, two = written(style, add), written(style, now, add)
     assert await accepts(found, one, two, "Hello!", written(style)) == [True, True, False, False]
-    single = guide(style, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    single = grammar(style, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     assert await accepts(single, one, two) == [True, False]
-    named = guide(style, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}})
+    named = grammar(style, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}})
     assert await accepts(named, written(style, now), one) == [True, False]
-    parser = chain(ToolUse(parser=style, names=("add", "now", "find"), enforced=True), None)
+    parser = chain(ToolParsing(parser=style, names=("add", "now", "find"), enforced=True), None)
     assert parser is not None
     pieces = [*parser.push(two), *parser.finish()]
-    assert [p for p in pieces if isinstance(p, Call)] == [Call("now"), Call("add")]
-    assert json.loads("".join(p.text for p in pieces if isinstance(p, Arguments)).split("}", 1)[1]) == {"a": 1, "b": 2}
+    assert [p for p in pieces if isinstance(p, CallStart)] == [CallStart("now"), CallStart("add")]
+    assert json.loads("".join(p.text for p in pieces if isinstance(p, CallArguments)).split("}", 1)[1]) == {
+        "a": 1,
+        "b": 2,
+    }
 
 
 @pytest.mark.parametrize("style", [style for style in TOOL_PARSERS if enforces_calls(card(style))])
 async def test_a_free_answer_may_talk_but_not_call_wrongly(style: str) -> None:
-    found = guide(style, tools=TOOLS)
+    found = grammar(style, tools=TOOLS)
     call = written(style, WRITTEN[style][0])
     wrong = call.replace('"b"', '"c"')
     assert await accepts(found, "Hello! { } [", "Let me see. " + call, wrong) == [True, True, False]
@@ -104,7 +107,7 @@ async def test_a_free_answer_may_talk_but_not_call_wrongly(style: str) -> None:
 async def test_a_schema_and_tools_leave_the_choice_between_both() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    found = guide(tools=TOOLS, response_format=form)
+    found = grammar(tools=TOOLS, response_format=form)
     call = WRITTEN["hermes"][0]
     assert await accepts(found, '{"n": 3}', call, "Hello") == [True, True, False]
 
@@ -120,30 +123,30 @@ async def test_a_schema_and_tools_leave_the_choice_between_both() -> None:
     ],
 )
 async def test_each_way_to_ask_for_a_form_is_understood(fields: dict[str, Any], good: str, bad: str) -> None:
-    assert await accepts(guide(**fields), good, bad) == [True, False]
+    assert await accepts(grammar(**fields), good, bad) == [True, False]
     if "response_format" not in fields:
         asked = parsed(CompletionRequest, json.dumps({"model": "m", "prompt": "x"} | fields).encode())
-        assert guide_of(asked, card()) == guide(**fields)
+        assert grammar_of(asked, card()) == grammar(**fields)
 
 
 async def test_white_space_within_json_has_a_bound() -> None:
-    found = guide(guided_json={"type": "array", "items": {"type": "integer"}})
+    found = grammar(guided_json={"type": "array", "items": {"type": "integer"}})
     assert await accepts(found, "[\n    1,\n    2\n]", "[" + " " * 33 + "1]") == [True, False]
 
 
 def test_nothing_is_asked_of_answers_that_may_be_anything() -> None:
-    assert guide_of(chat(), card()) is None
-    assert guide_of(chat(response_format={"type": "text"}, tools=[]), card()) is None
-    assert guide_of(chat(tools=TOOLS, tool_choice="none"), card()) is None
-    assert guide_of(chat(tools=TOOLS), card("llama3_json")) is None  # a brace alone is no call yet
-    assert guide_of(chat(tools=TOOLS), card(guides=False)) is None
+    assert grammar_of(chat(), card()) is None
+    assert grammar_of(chat(response_format={"type": "text"}, tools=[]), card()) is None
+    assert grammar_of(chat(tools=TOOLS, tool_choice="none"), card()) is None
+    assert grammar_of(chat(tools=TOOLS), card("llama3_json")) is None  # a brace alone is no call yet
+    assert grammar_of(chat(tools=TOOLS), card(grammars=False)) is None
 
 
 @pytest.mark.parametrize(
     ("fields", "its", "message"),
     [
-        ({"guided_regex": "a"}, card(guides=False), "cannot hold an answer to a grammar"),
-        ({"tools": TOOLS, "tool_choice": "required"}, card(guides=False), "cannot hold an answer to a grammar"),
+        ({"guided_regex": "a"}, card(grammars=False), "cannot hold an answer to a grammar"),
+        ({"tools": TOOLS, "tool_choice": "required"}, card(grammars=False), "cannot hold an answer to a grammar"),
         ({"tools": TOOLS}, card(""), "does not call tools"),
         ({"guided_regex": "a" * (MAX_GRAMMAR + 1)}, card(), "may have 262,144 characters, not 262,145"),
         ({"tools": TOOLS, "guided_json": "{"}, card(), "guided_json is not JSON"),
@@ -151,56 +154,56 @@ def test_nothing_is_asked_of_answers_that_may_be_anything() -> None:
 )
 def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], its: Card, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
-        guide_of(chat(**fields), its)
+        grammar_of(chat(**fields), its)
 
 
 @pytest.mark.parametrize(
     "found",
     [
-        Guide(kind="json", text="{"),
-        Guide(kind="json", text='{"type": "object", "properties": 3}'),
-        Guide(kind="regex", text="(("),
-        Guide(kind="grammar", text="nothing"),
-        Guide(kind="structural_tag", text='{"type": "structural_tag", "format": {"type": "unheard"}}'),
-        Guide(kind="structural_tag", text="[1"),
+        Grammar(kind="json", text="{"),
+        Grammar(kind="json", text='{"type": "object", "properties": 3}'),
+        Grammar(kind="regex", text="(("),
+        Grammar(kind="grammar", text="nothing"),
+        Grammar(kind="structural_tag", text='{"type": "structural_tag", "format": {"type": "unheard"}}'),
+        Grammar(kind="structural_tag", text="[1"),
     ],
 )
-async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Guide) -> None:
-    guides = Guides(Path(TINY_MODEL), 2048, [2])
+async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Grammar) -> None:
+    grammars = CompiledGrammars(Path(TINY_MODEL), 2048, [2])
     with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
-        await guides.matcher(found)
-    await guides.matcher(Guide(kind="regex", text="a"))  # and the next is compiled as ever
+        await grammars.matcher(found)
+    await grammars.matcher(Grammar(kind="regex", text="a"))  # and the next is compiled as ever
 
 
 async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    guides, release = Guides(Path(TINY_MODEL), 2048, [2]), threading.Event()
-    compile_one = guides._compile_now
+    grammars, release = CompiledGrammars(Path(TINY_MODEL), 2048, [2]), threading.Event()
+    compile_one = grammars._compile_now
 
     def sometimes_for_ever(key: tuple[str, str]) -> Any:
         if "slow" in key[1]:
             release.wait(30)
         return compile_one(key)
 
-    monkeypatch.setattr(guides, "_compile_now", sometimes_for_ever)
-    monkeypatch.setattr("dynserve.executors.torch.guides.MOST_WAIT", 0.05)
-    known, slow = Guide(kind="regex", text="a"), [Guide(kind="regex", text=f"slow{i}") for i in range(MAX_THREADS)]
-    await guides.matcher(known)
+    monkeypatch.setattr(grammars, "_compile_now", sometimes_for_ever)
+    monkeypatch.setattr("dynserve.executors.torch.grammars.MAX_WAIT_S", 0.05)
+    known, slow = Grammar(kind="regex", text="a"), [Grammar(kind="regex", text=f"slow{i}") for i in range(MAX_THREADS)]
+    await grammars.matcher(known)
     for number, found in enumerate(slow):
-        await guides.matcher(Guide(kind="regex", text=f"quick{number}"))
+        await grammars.matcher(Grammar(kind="regex", text=f"quick{number}"))
         with monkeypatch.context() as hasty:
-            hasty.setattr("dynserve.executors.torch.guides.MOST_COMPILE", 0.05)
+            hasty.setattr("dynserve.executors.torch.grammars.MAX_COMPILE_S", 0.05)
             with pytest.raises(BadRequest, match="takes longer than"):
-                await guides.matcher(found)
+                await grammars.matcher(found)
         with pytest.raises(BadRequest, match="too long to compile"):  # nobody waits for it a second time
-            await guides.matcher(found)
-    await guides.matcher(known)
+            await grammars.matcher(found)
+    await grammars.matcher(known)
     with pytest.raises(Overloaded, match="other grammars"):
-        await guides.matcher(Guide(kind="regex", text="new"))
+        await grammars.matcher(Grammar(kind="regex", text="new"))
     release.set()
-    await until(lambda: not guides._threads.locked())
-    await guides.matcher(Guide(kind="regex", text="new"))
-    await until(lambda: not guides._slow)
-    await guides.matcher(slow[0])
+    await until(lambda: not grammars._threads.locked())
+    await grammars.matcher(Grammar(kind="regex", text="new"))
+    await until(lambda: not grammars._slow)
+    await grammars.matcher(slow[0])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pyte
 )
 async def test_arguments_are_an_object_whatever_their_schema_leaves_open(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    found = guide(tools=[tool], tool_choice="required")
+    found = grammar(tools=[tool], tool_choice="required")
     call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
     assert await accepts(found, call.format("{}"), call.format("null"), call.format("3")) == [True, False, False]
 
@@ -237,7 +240,7 @@ async def test_arguments_are_an_object_whatever_their_schema_leaves_open(paramet
 def test_tools_that_python_cannot_spell_are_refused_by_models_that_write_python(function: Any, message: str) -> None:
     for choice in ("auto", "required"):
         with pytest.raises(BadRequest, match=message):
-            guide_of(chat(tools=[{"type": "function", "function": function}], tool_choice=choice), card("pythonic"))
+            grammar_of(chat(tools=[{"type": "function", "function": function}], tool_choice=choice), card("pythonic"))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_tools_that_python_cannot_spell_are_refused_by_models_that_write_python(
 def test_odd_schemas_break_nothing(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     for style in TOOL_PARSERS:
-        guide_of(chat(tools=[tool], tool_choice="required"), card(style))
+        grammar_of(chat(tools=[tool], tool_choice="required"), card(style))
 
 
 def test_schemas_that_would_take_minutes_are_refused() -> None:
@@ -257,7 +260,7 @@ def test_schemas_that_would_take_minutes_are_refused() -> None:
     for schema, message in ((deep, "64 deep"), (wide, "4,000 values")):
         for form in (schema, json.dumps(schema)):
             with pytest.raises(BadRequest, match=message) as refused:
-                guide_of(chat(guided_json=form), card())
+                grammar_of(chat(guided_json=form), card())
             assert refused.value.param == "guided_json"
 
 
@@ -267,7 +270,7 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
         choice = {"type": "allowed_tools", "allowed_tools": allowed}
         asked = chat(tools=TOOLS, tool_choice=choice)
         assert [tool.function.name for tool in asked.callable_tools()] == ["now"]
-        found = guide(tools=TOOLS, tool_choice=choice)
+        found = grammar(tools=TOOLS, tool_choice=choice)
         add, now, _ = WRITTEN["hermes"]
         assert await accepts(found, now, add, "Hello") == [True, False, may_talk]
     with pytest.raises(BadRequest, match="names 'see'"):
@@ -281,6 +284,6 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
 
 
 async def test_texts_in_pythons_calls_have_only_escapes_that_python_knows() -> None:
-    found = guide("pythonic", tools=TOOLS, tool_choice="required")
+    found = grammar("pythonic", tools=TOOLS, tool_choice="required")
     whole = [f'[find(at="{text}")]' for text in ("plain / text", r"a\\b\n\"c\"", r"a\/b", r"a\qb")]
     assert await accepts(found, *whole) == [True, True, False, False]

@@ -186,8 +186,8 @@ async def test_claudes_sdk_stops_continues_thinks_and_calls(claude: anthropic.As
     begun: Any = [*says("Count from 1 to 9."), {"role": "assistant", "content": "1, 2, 3, 4, 5,"}]
     more = await claude.messages.create(model=target.model, max_tokens=60, messages=begun)
     assert more.content[0].text == " 6, 7, 8, 9"  # type: ignore[union-attr]
-    thought = await create("What is 3+4?", thinking={"type": "enabled", "budget_tokens": 1024})
-    assert [block.type for block in thought.content] == ["thinking", "text"] and thought.content[1].text == "7"
+    reasoning = await create("What is 3+4?", thinking={"type": "enabled", "budget_tokens": 1024})
+    assert [block.type for block in reasoning.content] == ["thinking", "text"] and reasoning.content[1].text == "7"
     called = await create("What is the weather in Paris?", tools=[CLAUDES])
     assert called.stop_reason == "tool_use" and called.content[0].input == {"city": "Paris"}
     history: Any = [

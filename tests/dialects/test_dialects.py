@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 
 from dynserve import config
 from dynserve import dialects as parsers
-from dynserve.dialects import Arguments, Call, Content, Piece, Thinking, chain, detect_reasoning, detect_tools
+from dynserve.dialects import (
+    CallArguments,
+    CallStart,
+    Content,
+    Piece,
+    ReasoningText,
+    chain,
+    detect_reasoning,
+    detect_tools,
+)
 from dynserve.dialects.reasoning import is_open
-from dynserve.wire.requests import Reasoning, ToolUse
+from dynserve.wire.requests import ReasoningParsing, ToolParsing
 
 NAMES = ("get_weather", "add")
 
@@ -30,7 +39,7 @@ def parse(parser: Any, text: str, sizes: list[int] | None = None) -> list[Piece]
 def merged(pieces: list[Piece]) -> list[Piece]:
     out: list[Piece] = []
     for piece in pieces:
-        if out and type(out[-1]) is type(piece) and not isinstance(piece, Call):
+        if out and type(out[-1]) is type(piece) and not isinstance(piece, CallStart):
             out[-1] = type(piece)(out[-1][0] + piece[0])
         else:
             out.append(piece)
@@ -38,13 +47,13 @@ def merged(pieces: list[Piece]) -> list[Piece]:
 
 
 def tools(style: str, *, enforced: bool = False) -> Any:
-    parser = chain(ToolUse(parser=style, names=NAMES, enforced=enforced), None)
+    parser = chain(ToolParsing(parser=style, names=NAMES, enforced=enforced), None)
     assert parser is not None
     return parser
 
 
-PARIS = [Call("get_weather"), Arguments('{"city": "Paris"}')]
-TWO = [*PARIS, Call("add"), Arguments('{"a": 1, "b": [2, "}"]}')]
+PARIS = [CallStart("get_weather"), CallArguments('{"city": "Paris"}')]
+TWO = [*PARIS, CallStart("add"), CallArguments('{"a": 1, "b": [2, "}"]}')]
 ADD = '{"a": 1, "b": [2, "}"]}'
 
 # style, text, pieces
@@ -140,15 +149,15 @@ def test_mixed_parts_of_calls_are_parsed_alike_in_any_cut(parts: list[str], size
 @pytest.mark.parametrize(
     ("style", "text", "expected"),
     [
-        ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', [Call("add"), Arguments("{}")]),
-        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "x\ny"}}</tool_call>', [Call("add"), Arguments('{"a": "x\\ny"}')]),
-        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "\\ud83d"}}</tool_call>', [Call("add"), Arguments('{"a": "\\ud83d"}')]),
-        ("deepseek_v31", '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": "x\ny"}<｜tool▁call▁end｜>', [Call("add"), Arguments('{"a": "x\\ny"}')]),
-        ("llama3_json", '{"name": "add", "parameters": {}}, {"name": "add", "parameters": {}}', [Call("add"), Arguments("{}")] * 2),
-        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}', [Call("add"), Arguments('{"a": 1}')]),
-        ("hermes", 'before <tool_call>{"name": "add", "arguments": {}}</tool_call> after', [Content("before"), Call("add"), Arguments("{}"), Content(" after")]),
-        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> <', [Call("add"), Arguments("{}")]),
-        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> x<', [Call("add"), Arguments("{}"), Content("x<")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', [CallStart("add"), CallArguments("{}")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "x\ny"}}</tool_call>', [CallStart("add"), CallArguments('{"a": "x\\ny"}')]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "\\ud83d"}}</tool_call>', [CallStart("add"), CallArguments('{"a": "\\ud83d"}')]),
+        ("deepseek_v31", '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": "x\ny"}<｜tool▁call▁end｜>', [CallStart("add"), CallArguments('{"a": "x\\ny"}')]),
+        ("llama3_json", '{"name": "add", "parameters": {}}, {"name": "add", "parameters": {}}', [CallStart("add"), CallArguments("{}")] * 2),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}', [CallStart("add"), CallArguments('{"a": 1}')]),
+        ("hermes", 'before <tool_call>{"name": "add", "arguments": {}}</tool_call> after', [Content("before"), CallStart("add"), CallArguments("{}"), Content(" after")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> <', [CallStart("add"), CallArguments("{}")]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {}}</tool_call> x<', [CallStart("add"), CallArguments("{}"), Content("x<")]),
     ],
 )  # fmt: skip
 @given(sizes=SIZES)
@@ -160,8 +169,8 @@ def test_what_models_write_almost_right_is_understood(
 
 def test_calls_that_a_grammar_holds_are_shown_as_they_grow() -> None:
     parser = tools("hermes", enforced=True)
-    assert parser.push('<tool_call>\n{"name": "add", "arguments": {"a"') == [Call("add"), Arguments('{"a"')]
-    assert parser.push(": 1") == [Arguments(": 1")]
+    assert parser.push('<tool_call>\n{"name": "add", "arguments": {"a"') == [CallStart("add"), CallArguments('{"a"')]
+    assert parser.push(": 1") == [CallArguments(": 1")]
     assert parser.finish() == []  # the answer was cut: what was shown stands
     parser = tools("hermes")
     assert parser.push('<tool_call>\n{"name": "add", "arguments": {"a"') == []
@@ -169,18 +178,18 @@ def test_calls_that_a_grammar_holds_are_shown_as_they_grow() -> None:
 
 def test_arguments_as_a_string_of_json_are_taken_apart() -> None:
     text = json.dumps({"name": "add", "arguments": '{"a": 1}'})
-    assert parse(tools("hermes"), f"<tool_call>{text}</tool_call>") == [Call("add"), Arguments('{"a": 1}')]
+    assert parse(tools("hermes"), f"<tool_call>{text}</tool_call>") == [CallStart("add"), CallArguments('{"a": 1}')]
 
 
 @pytest.mark.parametrize(
     ("open_", "text", "expected"),
     [
-        (False, "<think>\nHm, so.\n</think>\n\nYes.", [Thinking("Hm, so."), Content("Yes.")]),
-        (True, "Hm, so.\n</think>\n\nYes.", [Thinking("Hm, so."), Content("Yes.")]),
-        (True, "<think>Hm</think>Yes.", [Thinking("Hm"), Content("Yes.")]),
+        (False, "<think>\nHm, so.\n</think>\n\nYes.", [ReasoningText("Hm, so."), Content("Yes.")]),
+        (True, "Hm, so.\n</think>\n\nYes.", [ReasoningText("Hm, so."), Content("Yes.")]),
+        (True, "<think>Hm</think>Yes.", [ReasoningText("Hm"), Content("Yes.")]),
         (False, "Yes, <think> is a tag.", [Content("Yes, <think> is a tag.")]),
-        (True, "Hm, and then nothing", [Thinking("Hm, and then nothing")]),
-        (False, "<think>a < b </thin </think>", [Thinking("a < b </thin")]),
+        (True, "Hm, and then nothing", [ReasoningText("Hm, and then nothing")]),
+        (False, "<think>a < b </thin </think>", [ReasoningText("a < b </thin")]),
         (False, "<thi", [Content("<thi")]),
         (False, " \n", [Content(" \n")]),
         (False, "<think>\n\n</think>\n\nYes.", [Content("Yes.")]),
@@ -191,14 +200,14 @@ def test_arguments_as_a_string_of_json_are_taken_apart() -> None:
 def test_thoughts_are_kept_apart_however_their_text_is_cut(
     open_: bool, text: str, expected: list[Piece], sizes: list[int]
 ) -> None:
-    assert parse(chain(None, Reasoning(parser="qwen3", open=open_)), text, sizes) == expected
+    assert parse(chain(None, ReasoningParsing(parser="qwen3", open=open_)), text, sizes) == expected
 
 
 @given(sizes=SIZES)
 def test_calls_are_looked_for_behind_thoughts_only(sizes: list[int]) -> None:
-    both = chain(ToolUse(parser="hermes", names=NAMES), Reasoning(parser="qwen3"))
+    both = chain(ToolParsing(parser="hermes", names=NAMES), ReasoningParsing(parser="qwen3"))
     text = '<think>shall I <tool_call>?</think>\n<tool_call>{"name": "add", "arguments": {}}</tool_call>'
-    assert parse(both, text, sizes) == [Thinking("shall I <tool_call>?"), Call("add"), Arguments("{}")]
+    assert parse(both, text, sizes) == [ReasoningText("shall I <tool_call>?"), CallStart("add"), CallArguments("{}")]
 
 
 def test_a_prompt_tells_whether_a_thought_is_open() -> None:

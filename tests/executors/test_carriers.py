@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dynserve.errors import HandoffBroken, HandoffGone
-from dynserve.executors.carriers import Carrier, CarrierFailed, Talk
-from dynserve.executors.handoff import End, HandoffTable
+from dynserve.executors.carriers import Carrier, CarrierChannel, CarrierFailed
+from dynserve.executors.handoff import HandoffEnd, HandoffTable
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.nixl import PIECE_BYTES, PIECES, NixlCarrier, nixl_api
 from dynserve.executors.transceiver import TcpTransceiver, TcpTransceivers
@@ -82,10 +82,10 @@ class ByHand:
     def reaches(self, hello: bytes) -> bool:
         return hello == b"hand"
 
-    async def send(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         await talk.tell(bytes(blocks))
 
-    async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         theirs = await talk.hear()
         self.reading.set()
         await self.go.wait()
@@ -100,7 +100,7 @@ async def test_a_carrier_that_both_have_moves_the_blocks(sides: Make) -> None:
     decode.carrier.go.set()
     await decode.transceiver.fetch(prefill.offer([7, 5, 9]), [2, 3], skip=1)
     assert decode.content(2) == {105.0} and decode.content(3) == {109.0}
-    assert prefill.released == [1] and prefill.table.ended[End.DELIVERED] == 1
+    assert prefill.released == [1] and prefill.table.ended[HandoffEnd.DELIVERED] == 1
     assert decode.transceiver.carried == {"by-hand": 1}
 
 
@@ -161,7 +161,7 @@ async def test_blocks_read_after_their_hand_off_was_cancelled_are_not_used(sides
     decode.carrier.go.set()
     with pytest.raises(HandoffBroken):
         await fetching
-    assert prefill.table.ended[End.CANCELLED] == 1 and prefill.table.ended[End.DELIVERED] == 0
+    assert prefill.table.ended[HandoffEnd.CANCELLED] == 1 and prefill.table.ended[HandoffEnd.DELIVERED] == 0
 
 
 async def test_a_receiver_that_gives_up_leaves_the_hand_off_open(sides: Make) -> None:
@@ -182,7 +182,7 @@ async def test_a_receiver_that_gives_up_leaves_the_hand_off_open(sides: Make) ->
 
     while not await again():
         await asyncio.sleep(0)
-    assert decode.content(2) == {107.0} and prefill.table.ended[End.DELIVERED] == 1
+    assert decode.content(2) == {107.0} and prefill.table.ended[HandoffEnd.DELIVERED] == 1
 
 
 # NIXL

@@ -21,7 +21,7 @@ from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.model import ModelConfig
 from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.wire.events import KvEvent, Stored
-from dynserve.wire.requests import GenerateRequest, Prior, Sampling, Stop
+from dynserve.wire.requests import GenerateRequest, PriorOutput, SamplingParams, StopConditions
 from tests.conftest import make_request, until
 from tests.reference import Reference
 
@@ -107,7 +107,7 @@ async def test_prefill_and_decode_on_two_executors_equal_one(opened: Opener) -> 
         first, handed = outputs[0].token_ids, outputs[0]
         assert handed.reason == "handoff" and handed.handoff is not None and prefill.load().open_handoffs == 1
         rest, last = await answer(
-            decode, msgspec.structs.replace(request, phase="decode", prior=Prior(first), handoff=handed.handoff)
+            decode, msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first), handoff=handed.handoff)
         )
         assert first + rest == expected and last.reason == "length"
         prefill.handoff_done(ticket)
@@ -125,7 +125,9 @@ async def test_a_hand_off_that_fails_is_prefilled_locally_and_counted(opened: Op
     first, handed = await answer(prefill, msgspec.structs.replace(request, phase="prefill"))
     assert handed.handoff is not None
     wrong = msgspec.structs.replace(handed.handoff, **change)
-    rest, _ = await answer(decode, msgspec.structs.replace(request, phase="decode", prior=Prior(first), handoff=wrong))
+    rest, _ = await answer(
+        decode, msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first), handoff=wrong)
+    )
     assert first + rest == expected
     assert decode.counters()["kv_transfers_failed_total"] == 1
 
@@ -133,7 +135,9 @@ async def test_a_hand_off_that_fails_is_prefilled_locally_and_counted(opened: Op
 async def test_an_abort_frees_blocks_and_silences_the_sink(opened: Opener) -> None:
     executor = await opened(step_ms=1, speed=1)
     outputs: list[Output] = []
-    ticket = executor.submit(make_request([1, 2], stop=Stop(max_tokens=5000, ignore_eos=True)), outputs.append)
+    ticket = executor.submit(
+        make_request([1, 2], stop=StopConditions(max_tokens=5000, ignore_eos=True)), outputs.append
+    )
     await until(lambda: len(outputs) > 2)
     executor.abort(ticket)
     executor.abort(ticket)
@@ -163,7 +167,7 @@ async def test_kv_events_say_what_is_cached(opened: Opener) -> None:
 
 async def test_preemption_changes_no_answer(opened: Opener) -> None:
     roomy, tight = await opened(), await opened(num_blocks=10)
-    stop = Stop(max_tokens=60, ignore_eos=True)
+    stop = StopConditions(max_tokens=60, ignore_eos=True)
     requests = [make_request([300 + i] * 40, stop=stop) for i in range(6)]
     expected = [(await answer(roomy, request))[0] for request in requests]
     found = await asyncio.gather(*(answer(tight, request) for request in requests))
@@ -185,7 +189,7 @@ async def test_a_prompt_over_the_context_is_refused_at_once(opened: Opener) -> N
 @pytest.mark.parametrize("engine", [{}, {"max_num_tokens": 16}, {"max_num_tokens": 48, "max_batch_size": 3}])
 async def test_greedy_answers_are_those_of_hugging_face(torch_opened: Opener, engine: dict[str, Any]) -> None:
     executor = await torch_opened(**({"num_blocks": 1000} | engine))
-    stop = Stop(max_tokens=24, ignore_eos=True)
+    stop = StopConditions(max_tokens=24, ignore_eos=True)
     found = await asyncio.gather(*(answer(executor, make_request(case["prompt"], stop=stop)) for case in GOLDEN))
     assert [tokens for tokens, _ in found] == [case["answer"] for case in GOLDEN]
 
@@ -275,37 +279,39 @@ async def test_a_checkpoint_without_weights_is_refused(torch_opened: Opener, tmp
 
 async def test_a_seed_draws_the_same_on_one_worker_and_across_a_hand_off(torch_opened: Opener) -> None:
     prefill, decode, both = await torch_opened(), await torch_opened(), await torch_opened()
-    request = make_request([300, 301, 302], sampling=Sampling(temperature=1.5, top_p=0.95, top_k=50, seed=7))
+    request = make_request([300, 301, 302], sampling=SamplingParams(temperature=1.5, top_p=0.95, top_k=50, seed=7))
     expected, _ = await answer(both, request)
     first, handed = await answer(prefill, msgspec.structs.replace(request, phase="prefill"))
-    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first), handoff=handed.handoff)
+    decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first), handoff=handed.handoff)
     assert first + (await answer(decode, decoding))[0] == expected
-    other = msgspec.structs.replace(request, sampling=Sampling(temperature=1.5, seed=8))
+    other = msgspec.structs.replace(request, sampling=SamplingParams(temperature=1.5, seed=8))
     assert (await answer(both, other))[0] != expected
 
 
 async def test_bias_penalties_and_min_tokens_change_the_answer_as_they_should(torch_opened: Opener) -> None:
     executor = await torch_opened()
-    biased, _ = await answer(executor, make_request([300], sampling=Sampling(temperature=0.0, logit_bias={400: 100.0})))
+    biased, _ = await answer(
+        executor, make_request([300], sampling=SamplingParams(temperature=0.0, logit_bias={400: 100.0}))
+    )
     assert biased == [400] * 8
-    penalised = Sampling(temperature=0.0, logit_bias={400: 90.0, 401: 60.0}, presence_penalty=70.0)
+    penalised = SamplingParams(temperature=0.0, logit_bias={400: 90.0, 401: 60.0}, presence_penalty=70.0)
     assert (await answer(executor, make_request([300], sampling=penalised)))[0][:2] == [400, 401]
-    ends = Sampling(temperature=0.0, logit_bias={2: 100.0})
-    stop = Stop(max_tokens=8, min_tokens=5)
+    ends = SamplingParams(temperature=0.0, logit_bias={2: 100.0})
+    stop = StopConditions(max_tokens=8, min_tokens=5)
     tokens, last = await answer(executor, make_request([300], sampling=ends, stop=stop))
     assert (len(tokens), last.reason, last.stop_token) == (5, "stop", 2)
 
 
 async def test_stop_token_ids_end_the_answer(torch_opened: Opener) -> None:
-    sampling = Sampling(temperature=0.0, logit_bias={400: 100.0})
-    request = make_request([300], sampling=sampling, stop=Stop(max_tokens=8, token_ids=(400,)))
+    sampling = SamplingParams(temperature=0.0, logit_bias={400: 100.0})
+    request = make_request([300], sampling=sampling, stop=StopConditions(max_tokens=8, token_ids=(400,)))
     assert (await answer(await torch_opened(), request))[1].stop_token == 400
 
 
 async def test_logprobs_are_of_the_models_own_distribution(torch_opened: Opener) -> None:
     executor = await torch_opened()
     reference = torch.log_softmax(Reference(TINY_MODEL).logits([300, 301])[-1], -1)
-    request = make_request([300, 301], sampling=Sampling(temperature=0.0, logprobs=3))
+    request = make_request([300, 301], sampling=SamplingParams(temperature=0.0, logprobs=3))
     async for output in generate(executor, request):
         assert output.logprobs is not None
         (entry,) = output.logprobs
@@ -318,10 +324,10 @@ async def test_draws_follow_the_distribution() -> None:
     from dynserve.executors.torch.sampler import draw
 
     logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))
-    draws = [draw(logits, Sampling(seed=3), position) for position in range(4000)]
+    draws = [draw(logits, SamplingParams(seed=3), position) for position in range(4000)]
     assert [draws.count(i) / 4000 for i in range(3)] == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
-    assert draw(logits, Sampling(temperature=1e-38), 1) == 1  # the division overflows
-    assert Sampling(temperature=1e-40).greedy
-    assert {draw(logits, Sampling(seed=3, top_k=2), p) for p in range(200)} == {1, 2}
-    assert {draw(logits, Sampling(seed=3, top_p=0.5), p) for p in range(200)} == {1}
-    assert {draw(logits, Sampling(seed=3, min_p=0.4), p) for p in range(200)} == {1, 2}
+    assert draw(logits, SamplingParams(temperature=1e-38), 1) == 1  # the division overflows
+    assert SamplingParams(temperature=1e-40).greedy
+    assert {draw(logits, SamplingParams(seed=3, top_k=2), p) for p in range(200)} == {1, 2}
+    assert {draw(logits, SamplingParams(seed=3, top_p=0.5), p) for p in range(200)} == {1}
+    assert {draw(logits, SamplingParams(seed=3, min_p=0.4), p) for p in range(200)} == {1, 2}

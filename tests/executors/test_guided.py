@@ -18,13 +18,20 @@ from tokenizers import Tokenizer
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest
 from dynserve.executors.base import Output
-from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop, Thought
+from dynserve.wire.requests import (
+    GenerateRequest,
+    Grammar,
+    PriorOutput,
+    ReasoningTokens,
+    SamplingParams,
+    StopConditions,
+)
 from tests.conftest import make_request, until
 from tests.executors.test_executors import Opener, answer
 from tests.reference import Reference
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
-NUMBERS = Guide(kind="regex", text=r"[0-9]{40}")
+NUMBERS = Grammar(kind="regex", text=r"[0-9]{40}")
 PROMPT = list(range(300, 400))
 THINK, THOUGHT = TOKENIZER.token_to_id("<think>"), TOKENIZER.token_to_id("</think>")
 
@@ -35,9 +42,12 @@ async def opened() -> AsyncIterator[Opener]:
         yield Opener("torch", stack)
 
 
-def guided(guide: Guide, prompt: list[int] = PROMPT, **changes: Any) -> GenerateRequest:
-    fields: dict[str, Any] = {"sampling": Sampling(temperature=1.5, seed=4), "stop": Stop(max_tokens=300)}
-    return make_request(prompt, guide=guide, **(fields | changes))
+def guided(grammar: Grammar, prompt: list[int] = PROMPT, **changes: Any) -> GenerateRequest:
+    fields: dict[str, Any] = {
+        "sampling": SamplingParams(temperature=1.5, seed=4),
+        "stop": StopConditions(max_tokens=300),
+    }
+    return make_request(prompt, grammar=grammar, **(fields | changes))
 
 
 def text_of(tokens: list[int]) -> str:
@@ -50,7 +60,7 @@ async def test_a_grammar_holds_from_the_first_token_to_the_end(opened: Opener) -
     tokens, last = await answer(executor, guided(NUMBERS))
     assert len(text_of(tokens)) == 40 and text_of(tokens).isdigit() and last.reason == "stop"
     # neither is an end ignored nor put off where a grammar has its own
-    for stop in (Stop(max_tokens=300, ignore_eos=True), Stop(max_tokens=300, min_tokens=200)):
+    for stop in (StopConditions(max_tokens=300, ignore_eos=True), StopConditions(max_tokens=300, min_tokens=200)):
         again, last = await answer(executor, guided(NUMBERS, stop=stop))
         assert again == tokens and last.reason == "stop"
 
@@ -70,7 +80,7 @@ async def test_a_grammar_goes_on_behind_a_hand_off(opened: Opener) -> None:
     request = guided(NUMBERS)
     expected, _ = await answer(decode, request)
     first, handed = await answer(prefill, msgspec.structs.replace(request, phase="prefill"))
-    moved = msgspec.structs.replace(request, phase="decode", prior=Prior(first), handoff=handed.handoff)
+    moved = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first), handoff=handed.handoff)
     rest, last = await answer(decode, moved)
     assert first + rest == expected and last.reason == "stop"
 
@@ -78,11 +88,12 @@ async def test_a_grammar_goes_on_behind_a_hand_off(opened: Opener) -> None:
 @pytest.mark.parametrize("open_", [True, False])
 async def test_a_grammar_waits_for_a_thought_to_end(opened: Opener, open_: bool) -> None:
     executor = await opened()
-    guide = msgspec.structs.replace(NUMBERS, thought=Thought(begin=THINK, end=THOUGHT, open=open_))
+    grammar = msgspec.structs.replace(NUMBERS, reasoning=ReasoningTokens(begin=THINK, end=THOUGHT, open=open_))
     # the model is pushed into and out of its thought
     push = {THINK: 100.0} if not open_ else {THOUGHT: 100.0}
     tokens, _ = await answer(
-        executor, guided(guide, sampling=Sampling(temperature=0.0, logit_bias=push), stop=Stop(max_tokens=80))
+        executor,
+        guided(grammar, sampling=SamplingParams(temperature=0.0, logit_bias=push), stop=StopConditions(max_tokens=80)),
     )
     said = text_of(tokens)
     if open_:
@@ -94,17 +105,17 @@ async def test_a_grammar_waits_for_a_thought_to_end(opened: Opener, open_: bool)
 
 async def test_a_grammar_that_is_none_is_the_requests_last_word(opened: Opener) -> None:
     executor = await opened()
-    for guide in (Guide(kind="regex", text="(("), Guide(kind="json", text='{"type": "odd"}')):
+    for grammar in (Grammar(kind="regex", text="(("), Grammar(kind="json", text='{"type": "odd"}')):
         with pytest.raises(BadRequest, match="the grammar cannot be used"):
-            await answer(executor, guided(guide))
+            await answer(executor, guided(grammar))
     assert (await answer(executor, make_request(PROMPT)))[1].reason == "length"
 
 
 async def test_a_grammar_that_is_slow_to_follow_ends_its_own_request_only(opened: Opener) -> None:
     executor = await opened()
-    slow = Guide(kind="regex", text="(([a-z]{0,80}){0,80}){0,80}x")
+    slow = Grammar(kind="regex", text="(([a-z]{0,80}){0,80}){0,80}x")
     others = [
-        answer(executor, make_request([i, *PROMPT], id=f"r{i}", stop=Stop(max_tokens=60, ignore_eos=True)))
+        answer(executor, make_request([i, *PROMPT], id=f"r{i}", stop=StopConditions(max_tokens=60, ignore_eos=True)))
         for i in range(5, 9)
     ]
     async with asyncio.timeout(60):
@@ -119,7 +130,7 @@ async def test_an_abort_while_its_grammar_is_compiled_leaves_nothing(opened: Ope
     executor = await opened()
     told: list[Output] = []
     schema = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(300)}}
-    tickets = [executor.submit(guided(Guide(kind="json", text=json.dumps(schema))), told.append) for _ in range(3)]
+    tickets = [executor.submit(guided(Grammar(kind="json", text=json.dumps(schema))), told.append) for _ in range(3)]
     for ticket in tickets:
         executor.abort(ticket)
     await answer(executor, guided(NUMBERS))
@@ -133,7 +144,7 @@ async def test_prompts_have_the_log_probabilities_of_a_plain_forward_pass(
     executor = await opened(**engine)
     plain = torch.log_softmax(Reference(TINY_MODEL).logits(PROMPT), dim=-1)
     for _ in range(2):  # the second time all of it is in the cache, and must be computed all the same
-        request = make_request(PROMPT, sampling=Sampling(temperature=0.0, logprobs=2, prompt_logprobs=True), stop=Stop(max_tokens=3, ignore_eos=True))  # fmt: skip
+        request = make_request(PROMPT, sampling=SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=True), stop=StopConditions(max_tokens=3, ignore_eos=True))  # fmt: skip
         outputs = [output async for output in _outputs(executor, request)]
         entries = outputs[0].logprobs or []
         assert [entry.token_id for entry in entries[:100]] == PROMPT and len(entries) == 101
@@ -144,7 +155,9 @@ async def test_prompts_have_the_log_probabilities_of_a_plain_forward_pass(
 
 
 async def test_a_prompt_can_be_scored_without_an_answer(opened: Opener) -> None:
-    request = make_request(PROMPT, sampling=Sampling(logprobs=0, prompt_logprobs=True), stop=Stop(max_tokens=0))
+    request = make_request(
+        PROMPT, sampling=SamplingParams(logprobs=0, prompt_logprobs=True), stop=StopConditions(max_tokens=0)
+    )
     tokens, last = await answer(await opened(), request)
     assert tokens == [] and last.reason == "length" and len(last.logprobs or ()) == 100
 
@@ -158,7 +171,7 @@ async def test_embeddings_are_pooled_states_of_a_plain_forward_pass(
     states = Reference(TINY_MODEL).states(PROMPT)
     pooled = states.mean(dim=0) if pool == "mean" else states[-1]
     expected = (pooled / pooled.norm()).tolist()
-    requests = [make_request(PROMPT, pool=pool, id=f"r{i}") for i in range(6)]
+    requests = [make_request(PROMPT, pooling=pool, id=f"r{i}") for i in range(6)]
     for _, last in await asyncio.gather(*(answer(executor, request) for request in requests)):
         vector = array("f", last.embedding)
         assert last.reason == "stop" and list(vector) == pytest.approx(expected, abs=1e-4)
@@ -169,7 +182,7 @@ async def test_embeddings_are_pooled_states_of_a_plain_forward_pass(
 async def test_the_simulated_executor_makes_neither_grammars_nor_embeddings() -> None:
     async with AsyncExitStack() as stack:
         executor = await Opener("simulated", stack)()
-        for request in (guided(NUMBERS), make_request(PROMPT, pool="mean")):
+        for request in (guided(NUMBERS), make_request(PROMPT, pooling="mean")):
             with pytest.raises(BadRequest):
                 executor.submit(request, lambda _: None)
 

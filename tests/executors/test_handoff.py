@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from dynserve.errors import HandoffBroken, HandoffError, HandoffGone, HandoffMismatch
-from dynserve.executors.handoff import End, HandoffTable
+from dynserve.executors.handoff import HandoffEnd, HandoffTable
 from dynserve.executors.transceiver import HostBlocks, MemoryTransceivers, TcpTransceivers, Transceiver
 from dynserve.wire.requests import GenerateRequest, Handoff
 from tests.conftest import make_request, until
@@ -63,7 +63,7 @@ async def test_the_blocks_arrive_and_the_owner_frees_its_own(sides: Any) -> None
     assert bytes(decode.store.view(0)) == bytes(prefill.store.view(4))
     assert bytes(decode.store.view(7)) == bytes(prefill.store.view(5))
     await until(lambda: prefill.released == [1])
-    assert prefill.table.ended == {End.DELIVERED: 1} and len(prefill.table) == 0
+    assert prefill.table.ended == {HandoffEnd.DELIVERED: 1} and len(prefill.table) == 0
 
 
 async def test_blocks_that_the_decode_worker_has_are_not_sent(sides: Any) -> None:
@@ -125,14 +125,14 @@ async def test_a_cancelled_hand_off_cannot_be_fetched(sides: Any) -> None:
     assert not prefill.table.cancel(1)
     with pytest.raises(HandoffGone):
         await decode.transceiver.fetch(handoff, [0], 0)
-    assert prefill.released == [1] and prefill.table.ended == {End.CANCELLED: 1}
+    assert prefill.released == [1] and prefill.table.ended == {HandoffEnd.CANCELLED: 1}
 
 
 async def test_a_hand_off_that_nobody_fetches_expires(sides: Any) -> None:
     prefill = await sides("p", 1, ttl=0.05)
     prefill.offer([4])
     await until(lambda: prefill.released == [1])
-    assert prefill.table.ended == {End.EXPIRED: 1}
+    assert prefill.table.ended == {HandoffEnd.EXPIRED: 1}
 
 
 async def test_an_owner_that_is_gone_is_a_broken_hand_off() -> None:
@@ -152,7 +152,7 @@ async def test_while_it_is_sent_a_cancel_waits_for_the_sending_to_stop() -> None
         with prefill.table.sending(handoff.id, handoff.request_id, handoff.sequence_hash, lambda: stopped.append(1)):
             assert prefill.table.cancel(1)
             assert stopped == [1] and prefill.released == []
-        assert prefill.released == [1] and prefill.table.ended == {End.CANCELLED: 1}
+        assert prefill.released == [1] and prefill.table.ended == {HandoffEnd.CANCELLED: 1}
 
 
 async def test_a_peer_that_talks_nonsense_loses_its_connection_only() -> None:

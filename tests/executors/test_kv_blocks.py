@@ -13,7 +13,7 @@ from dynserve.wire.events import Removed, Stored
 
 def test_sealed_blocks_are_found_again_after_release() -> None:
     blocks = BlockManager(4, 2)
-    held = blocks.take(2)
+    held = blocks.allocate(2)
     blocks.seal(held, 0, [10, 11])
     blocks.release(held)
     assert blocks.free == 4
@@ -23,18 +23,18 @@ def test_sealed_blocks_are_found_again_after_release() -> None:
 
 def test_eviction_takes_the_tail_of_the_oldest_prefix_first() -> None:
     blocks = BlockManager(3, 2)
-    held = blocks.take(3)
+    held = blocks.allocate(3)
     blocks.seal(held, 0, [1, 2, 3])
     blocks.release(held)
     blocks.drain_events()
-    blocks.take(1)
+    blocks.allocate(1)
     assert blocks.overlap([1, 2, 3]) == 2
     assert blocks.drain_events() == [Removed([3])]
 
 
 def test_events_name_the_parent_of_a_chain() -> None:
     blocks = BlockManager(4, 2)
-    held = blocks.take(3)
+    held = blocks.allocate(3)
     blocks.seal(held, 0, [1])
     blocks.seal(held, 1, [2, 3])
     assert blocks.drain_events() == [Stored(None, [1]), Stored(1, [2, 3])]
@@ -42,7 +42,7 @@ def test_events_name_the_parent_of_a_chain() -> None:
 
 def test_a_second_copy_of_a_block_gives_way_to_the_first_and_what_follows_it_is_named() -> None:
     blocks = BlockManager(6, 2)
-    first, second = blocks.take(2), blocks.take(3)
+    first, second = blocks.allocate(2), blocks.allocate(3)
     blocks.seal(first, 0, [1, 2])
     blocks.drain_events()
     blocks.seal(second, 0, [1, 2, 3])
@@ -56,7 +56,7 @@ def test_a_second_copy_of_a_block_gives_way_to_the_first_and_what_follows_it_is_
 
 def test_after_a_clear_nothing_is_named_that_could_not_be_reached() -> None:
     blocks = BlockManager(4, 2)
-    held = blocks.take(2)
+    held = blocks.allocate(2)
     blocks.seal(held, 0, [1])
     blocks.clear()
     blocks.seal(held, 1, [2])
@@ -67,17 +67,17 @@ def test_after_a_clear_nothing_is_named_that_could_not_be_reached() -> None:
 
 def test_can_take_counts_blocks_that_reuse_would_wake() -> None:
     blocks = BlockManager(2, 2)
-    held = blocks.take(1)
+    held = blocks.allocate(1)
     blocks.seal(held, 0, [1])
     blocks.release(held)
-    assert blocks.can_take(2)
-    assert not blocks.can_take(2, reusing=[1])
-    assert blocks.can_take(1, reusing=[1])
+    assert blocks.can_allocate(2)
+    assert not blocks.can_allocate(2, reusing=[1])
+    assert blocks.can_allocate(1, reusing=[1])
 
 
 def test_releasing_twice_is_an_error() -> None:
     blocks = BlockManager(2, 2)
-    held = blocks.take(1)
+    held = blocks.allocate(1)
     blocks.release(held)
     with pytest.raises(RuntimeError, match="more often"):
         blocks.release(held)
@@ -85,7 +85,7 @@ def test_releasing_twice_is_an_error() -> None:
 
 def test_without_reuse_nothing_is_kept() -> None:
     blocks = BlockManager(2, 2, reuse=False)
-    held = blocks.take(1)
+    held = blocks.allocate(1)
     blocks.seal(held, 0, [1])
     assert blocks.overlap([1]) == 0
 
@@ -104,10 +104,10 @@ class Machine(RuleBasedStateMachine):
         hashes = list(accumulate(path, lambda hash_, way: 2 * hash_ + way, initial=1))  # each names all before it
         reused = hashes[: self.blocks.overlap(hashes)]
         need = len(hashes) - len(reused) + extra
-        if not self.blocks.can_take(need, reused):
+        if not self.blocks.can_allocate(need, reused):
             return
         held = self.blocks.acquire(reused)
-        fresh = self.blocks.take(need)
+        fresh = self.blocks.allocate(need)
         new = hashes[len(reused) :]
         blocks = held + fresh
         self.blocks.seal(blocks, len(held), new)
@@ -119,10 +119,10 @@ class Machine(RuleBasedStateMachine):
         hashes = list(accumulate(path, lambda hash_, way: 2 * hash_ + way, initial=1))
         reused = hashes[: self.blocks.overlap(hashes)]
         need = 2 * (len(hashes) - len(reused))
-        if not self.blocks.can_take(need, reused):
+        if not self.blocks.can_allocate(need, reused):
             return
         both = [self.blocks.acquire(reused) for _ in range(2)]
-        both = [held + self.blocks.take(need // 2) for held in both]
+        both = [held + self.blocks.allocate(need // 2) for held in both]
         for held in both:
             self.blocks.seal(held, len(reused), hashes[len(reused) :])
             self.held.append(held)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dynserve.executors.kv_blocks import BlockManager
-from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice, State
-from dynserve.wire.requests import Stop
+from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, SequenceState, Slice
+from dynserve.wire.requests import StopConditions
 from tests.conftest import make_request
 
 
@@ -18,7 +18,7 @@ def scheduler(num_blocks: int = 16, *, batch: int = 4, tokens: int = 64, chunked
 
 
 def sequence(ticket: int, length: int, answer: int = 4, phase: str = "aggregated", base: int = 0) -> Sequence:
-    request = make_request([base + i for i in range(length)], stop=Stop(max_tokens=answer), phase=phase)
+    request = make_request([base + i for i in range(length)], stop=StopConditions(max_tokens=answer), phase=phase)
     return Sequence(ticket, request, 4, frozenset({999}), 0.0)
 
 
@@ -102,12 +102,12 @@ def test_prefill_keeps_its_blocks_until_the_hand_off_has_ended() -> None:
     assert s.blocks.free == 16
 
 
-@pytest.mark.parametrize("state", [State.WAITING, State.RUNNING, State.HELD])
-def test_an_abort_frees_everything_in_every_state(state: State) -> None:
+@pytest.mark.parametrize("state", [SequenceState.WAITING, SequenceState.RUNNING, SequenceState.HELD])
+def test_an_abort_frees_everything_in_every_state(state: SequenceState) -> None:
     s = scheduler()
-    one = sequence(1, 10, phase="prefill" if state is State.HELD else "aggregated")
+    one = sequence(1, 10, phase="prefill" if state is SequenceState.HELD else "aggregated")
     s.add(one)
-    if state is not State.WAITING:
+    if state is not SequenceState.WAITING:
         step(s)
     assert one.state is state
     s.abort(one)
@@ -131,7 +131,7 @@ def test_random_work_ends_with_every_block_free(seed: int) -> None:
             s.release_held(held)
         if live and r.random() < 0.2:
             one = live.pop(r.randrange(len(live)))
-            if one.state is not State.DONE:
+            if one.state is not SequenceState.DONE:
                 s.abort(one)
                 ended += 1
         s.check()
@@ -161,7 +161,7 @@ def test_a_step_ahead_decodes_behind_the_token_that_is_not_known_yet() -> None:
 
 def test_what_a_step_ahead_computed_of_an_ended_sequence_is_left_out() -> None:
     scheduler = Scheduler(BlockManager(20, 4), max_batch_size=4, max_num_tokens=64, max_seq_len=64, chunked=True)
-    stop = Stop(max_tokens=8, token_ids=(99,))
+    stop = StopConditions(max_tokens=8, token_ids=(99,))
     work = begun(scheduler, [1, 2, 3, 4], [5], stop=stop)
     ahead = scheduler.ahead(work)
     scheduler.commit(work, [[Sampled(99)], [Sampled(7)]])
@@ -184,7 +184,7 @@ def test_no_step_is_begun_ahead_where_something_has_to_be_decided() -> None:
     newcomer.add(Sequence(9, make_request([2]), 4, frozenset(), 0.0))
     assert newcomer.ahead(work) == []  # somebody can be let in
     last = made()
-    assert last.ahead(begun(last, [1], stop=Stop(max_tokens=1))) == []  # it ends, whatever the token is
+    assert last.ahead(begun(last, [1], stop=StopConditions(max_tokens=1))) == []  # it ends, whatever the token is
     prefill = made()
     assert prefill.ahead(begun(prefill, [1], phase="prefill")) == []
     full = made(num_blocks=1)

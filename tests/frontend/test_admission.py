@@ -6,7 +6,7 @@ import pytest
 
 from dynserve import clock
 from dynserve.errors import Cancelled, Overloaded
-from dynserve.frontend.admission import Queue, Waiting
+from dynserve.frontend.admission import Queue, QueuedRequest
 from tests.conftest import left_to_the_collector
 
 
@@ -27,7 +27,7 @@ class Pool:
         assert self.slots >= 0, "more were let in than there was room for"
         await asyncio.sleep(seconds)
         self.slots += 1
-        self.queue.look()
+        self.queue.recheck()
 
 
 def test_requests_go_straight_through_while_there_is_room() -> None:
@@ -141,7 +141,7 @@ async def test_who_leaves_the_queue_leaves_nothing_to_the_garbage_collector() ->
         except Cancelled:
             del waiting
 
-    with left_to_the_collector(Waiting, Cancelled) as left:
+    with left_to_the_collector(QueuedRequest, Cancelled) as left:
         for _ in range(3):
             await asyncio.create_task(request())
         await asyncio.sleep(0)

@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from dynserve import Cluster
-from dynserve.frontend.app import Direct
-from dynserve.frontend.pipeline import Prompt, Run
+from dynserve.frontend.app import GenerationApp
+from dynserve.frontend.pipeline import InferenceRequest, Run
 from dynserve.frontend.reply import Reply
 from dynserve.frontend.response import TokenResponse
 from dynserve.server.serving import bind, serving
-from dynserve.wire.link import HandoffDeclined, Step
+from dynserve.wire.link import HandoffDeclined, StepTokens
 from dynserve.wire.requests import Busy
 from tests.conftest import MODEL, left_to_the_collector, until
 
@@ -47,7 +47,7 @@ async def test_an_answer_is_the_same_by_either_way(path: str, body: Any, headers
     """Ids and times aside."""
     async with simulated() as c:
         apps = c.apps[0]
-        assert isinstance(apps.served, Direct)
+        assert isinstance(apps.served, GenerationApp)
         found = []
         for app in (apps.app, apps.served):
             transport = httpx.ASGITransport(app)
@@ -125,14 +125,14 @@ async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: p
     from dynserve.streams import Channel
 
     taken = 0
-    take = Channel.take
+    receive = Channel.receive
 
     async def counted(self: Any) -> Any:
         nonlocal taken
         taken += 1
-        return await take(self)
+        return await receive(self)
 
-    monkeypatch.setattr(Channel, "take", counted)
+    monkeypatch.setattr(Channel, "receive", counted)
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "stream": True}
     async with simulated(engine={"step_ms": 1}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
@@ -194,7 +194,7 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(
                 body["temperature"] = 9
             else:
                 body["max_tokens"] = 20 if end == "finished" else 1500
-            with left_to_the_collector(Run, Reply, Prompt, TokenResponse) as left:
+            with left_to_the_collector(Run, Reply, InferenceRequest, TokenResponse) as left:
                 for _ in range(5):
                     await one_that(end, c, port, body)
                 await until(lambda: not any(peer.replies for peer in c.frontend.fleet.peers.values()))
@@ -243,18 +243,18 @@ async def test_frames_that_came_together_are_written_together() -> None:
             reply.write = lambda data, stream=reply.stream: written.append(b"%d:%b" % (stream, data)) is None  # type: ignore[misc]
         assert peer.link is not None
         steps = [
-            Step([901, 902, 77], [1, 2, 3], [b"a", b"", b"-"]),
-            Step([902, 901], [4, 5], [b"b", b"c"]),
+            StepTokens([901, 902, 77], [1, 2, 3], [b"a", b"", b"-"]),
+            StepTokens([902, 901], [4, 5], [b"b", b"c"]),
             HandoffDeclined(902),
-            Step([901], [6], [b"d"]),
+            StepTokens([901], [6], [b"d"]),
         ]
         fleet.received(peer.link, list(steps))
         assert written == [b"901:ac", b"902:b", b"901:d"]
         assert [reply.tokens for reply in replies] == [[1, 5, 6], [2, 4]] and replies[1].handoff_declined
         replies[0].write = lambda data: False  # it is behind now: what comes waits for its reader
-        fleet.received(peer.link, [Step([901], [7], [b"e"])])
-        fleet.received(peer.link, [Step([901], [8], [b"f"])])
+        fleet.received(peer.link, [StepTokens([901], [7], [b"e"])])
+        fleet.received(peer.link, [StepTokens([901], [8], [b"f"])])
         assert replies[0].write is None
-        assert [record.data for record in await replies[0].channel.take()] == [b"e", b"f"]  # type: ignore[union-attr]
+        assert [record.data for record in await replies[0].channel.receive()] == [b"e", b"f"]  # type: ignore[union-attr]
         for reply in replies:
             reply.close()

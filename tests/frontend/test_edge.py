@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynserve.cluster import Cluster
-from dynserve.frontend.edge import warning_of
+from dynserve.frontend.edge import unknown_fields_header
 from dynserve.frontend.keys import digest_of
 from tests.conftest import MODEL, until
 
@@ -139,12 +139,12 @@ async def test_a_cache_key_is_a_session() -> None:
 
 
 def test_unknown_fields_are_named_in_a_header_of_plain_characters() -> None:
-    assert warning_of([]) == []
+    assert unknown_fields_header([]) == []
     assert (
-        warning_of(["a", "b\r\nset-cookie: x", "ü" * 200])[0][1]
+        unknown_fields_header(["a", "b\r\nset-cookie: x", "ü" * 200])[0][1]
         == f"ignored unknown fields: a, b??set-cookie:?x, {'?' * 64}"
     )
-    assert warning_of([f"f{i}" for i in range(20)])[0][1].endswith("and 12 more")
+    assert unknown_fields_header([f"f{i}" for i in range(20)])[0][1].endswith("and 12 more")
 
 
 async def test_a_fault_of_ours_is_told_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ async def test_a_fault_of_ours_is_told_like_any_other(monkeypatch: pytest.Monkey
         raise RuntimeError("secret details")
 
     async with cluster(cors_origins="*") as c, c.client() as client:
-        monkeypatch.setattr("dynserve.frontend.app.order_chat", fault)
+        monkeypatch.setattr("dynserve.frontend.edge.normalize", fault)
         answer = await client.post("/v1/chat/completions", json=ASK, headers={"origin": "https://a.example"})
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
         assert "secret" not in answer.text and answer.headers["access-control-allow-origin"] == "*"

@@ -103,21 +103,21 @@ def test_what_was_computed_is_not_given_back_when_the_request_fails(keys: Path) 
     with gate.enter(bearer(SECRET)) as visit:
         visit.charge(50)
     visit = gate.enter(bearer(OTHER))
-    assert visit.tokens_a_minute is None and visit.headers() == []
+    assert visit.tokens_per_minute is None and visit.headers() == []
     gate.clock.now += 60  # type: ignore[attr-defined]
     visit = gate.enter(bearer(SECRET))
-    assert visit.tokens_a_minute == 100
+    assert visit.tokens_per_minute == 100
 
 
 def test_concurrency_counts_the_answers_of_a_request(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
     visit = gate.enter(bearer(SECRET))
-    assert visit.take_slots(64) == 2
+    assert visit.acquire_slots(64) == 2
     with pytest.raises(RateLimited, match="2 answers being made"):
         gate.enter(bearer(SECRET))
     visit.close()
-    assert gate.enter(bearer(SECRET)).take_slots(1) == 1
-    assert gate.enter(bearer(OTHER)).take_slots(64) == 64
+    assert gate.enter(bearer(SECRET)).acquire_slots(1) == 1
+    assert gate.enter(bearer(OTHER)).acquire_slots(64) == 64
 
 
 def test_keys_share_cached_prompts_only_within_a_group(tmp_path: Path) -> None:

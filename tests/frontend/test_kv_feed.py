@@ -7,7 +7,7 @@ from dynserve.routing.policy import IndexState
 from dynserve.routing.router import Router
 from dynserve.wire.events import KvEvent, KvEvents, Removed, Stored
 from dynserve.wire.link import Snapshot
-from dynserve.worker.journal import Journal
+from dynserve.worker.journal import KvJournal
 
 
 class World:
@@ -21,7 +21,7 @@ class World:
 
     def start(self, epoch: int) -> None:
         self.epoch = epoch
-        self.journal = Journal("w", epoch, lambda: None)
+        self.journal = KvJournal("w", epoch, lambda: None)
 
     def ask(self, worker: str, request: int) -> None:
         self.asked += 1
@@ -29,7 +29,7 @@ class World:
 
     def say(self, *events: KvEvent) -> KvEvents:
         self.journal.add(list(events))
-        batch = self.journal.take()
+        batch = self.journal.next_batch()
         assert batch is not None
         return batch
 
@@ -96,7 +96,7 @@ def test_a_worker_that_left_is_forgotten() -> None:
     world = World()
     world.say(Stored(None, [1]))
     world.join()
-    world.feeds.left("w")
+    world.feeds.departed("w")
     assert world.known() == set() and not world.feeds.exact("w")
 
 
@@ -183,10 +183,10 @@ def test_an_index_out_of_room_is_degraded_and_made_whole_when_there_is_room() ->
     world.join()
     target = world.router.join("w", 32, 100, 0.0)
     world.feeds.events(world.say(Stored(None, list(range(100)))))
-    world.feeds.look()
+    world.feeds.resync_degraded()
     assert not world.feeds.exact("w") and target.index is IndexState.DEGRADED
     world.feeds.events(world.say(Removed(list(range(80)))))
-    world.feeds.look()
+    world.feeds.resync_degraded()
     world.snapshot()
     assert world.feeds.exact("w") and world.known() == set(range(80, 100))
 
@@ -196,7 +196,7 @@ def test_a_long_journal_is_published_in_pieces_that_follow_one_another() -> None
     world.join()
     world.journal.add([Stored(None, [i % 100]) for i in range(5_000)])
     batches = []
-    while (batch := world.journal.take()) is not None:
+    while (batch := world.journal.next_batch()) is not None:
         batches.append(batch)
     assert len(batches) > 1
     for batch in batches:

@@ -11,7 +11,15 @@ from tokenizers import Tokenizer
 from dynserve.config import TINY_MODEL
 from dynserve.render.renderer import Renderer
 from dynserve.text.detokenize import Vocabulary
-from dynserve.wire.requests import Prior, Reasoning, Render, Stop, TokenLogprob, ToolUse, pack_tokens
+from dynserve.wire.requests import (
+    PriorOutput,
+    ReasoningParsing,
+    RenderOptions,
+    StopConditions,
+    TokenLogprob,
+    ToolParsing,
+    pack_tokens,
+)
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
@@ -27,14 +35,14 @@ ANSWERS = {
     "line ends": "one\u2028two\u0085three\u2029four",
 }
 KINDS: list[Any] = ["chat", "response", "message"]
-RULES = Stop(max_tokens=99)
+RULES = StopConditions(max_tokens=99)
 PROMPT = pack_tokens([300] * 5)
 
 
-def spec(kind: Any, *, stream: bool, enforced: bool = True, **changes: Any) -> Render:
-    return Render(
+def spec(kind: Any, *, stream: bool, enforced: bool = True, **changes: Any) -> RenderOptions:
+    return RenderOptions(
         kind=kind, response_id="resp_1", model="m", created=1, stream=stream, usage=True,
-        tools=ToolUse(parser="hermes", names=("add",), enforced=enforced), reasoning=Reasoning(parser="qwen3"), **changes,
+        tools=ToolParsing(parser="hermes", names=("add",), enforced=enforced), reasoning=ReasoningParsing(parser="qwen3"), **changes,
     )  # fmt: skip
 
 
@@ -43,7 +51,9 @@ def tokens_of(text: str) -> list[int]:
     return ids
 
 
-def rendered(render: Render, text: str, reason: str = "stop", stop: Stop = RULES) -> tuple[list[bytes], Any]:
+def rendered(
+    render: RenderOptions, text: str, reason: str = "stop", stop: StopConditions = RULES
+) -> tuple[list[bytes], Any]:
     renderer = Renderer(render, stop, PROMPT, VOCABULARY)
     parts = []
     for id_ in tokens_of(text):
@@ -126,7 +136,7 @@ def test_a_replayed_renderer_goes_on_to_the_byte(kind: str, answer: str, stream:
     parts, usage = rendered(render, ANSWERS[answer])
     for cut in range(1, len(ids)):
         renderer = Renderer(render, RULES, PROMPT, VOCABULARY)
-        renderer.replay(Prior(ids[:cut], [TokenLogprob(id_, -1.0) for id_ in ids[:cut]]))
+        renderer.replay(PriorOutput(ids[:cut], [TokenLogprob(id_, -1.0) for id_ in ids[:cut]]))
         rest = [renderer.push([id_], [TokenLogprob(id_, -1.0)]) for id_ in ids[cut:]]
         last, usage_again = renderer.finish("stop")
         assert [*rest, last] == parts[cut:] and usage_again == usage
@@ -134,7 +144,7 @@ def test_a_replayed_renderer_goes_on_to_the_byte(kind: str, answer: str, stream:
 
 def test_an_echo_with_log_probabilities_is_replayed() -> None:
     ids = tokens_of("one two three")
-    render = Render(kind="completion", response_id="c", model="m", created=1, logprobs=1, echo=True)
+    render = RenderOptions(kind="completion", response_id="c", model="m", created=1, logprobs=1, echo=True)
     prompt = tokens_of("zero")
     entries = [TokenLogprob(id_, -1.0, [(5, -0.5)]) for id_ in [*prompt, *ids]]
     first = Renderer(render, RULES, pack_tokens(prompt), VOCABULARY)
@@ -142,7 +152,7 @@ def test_an_echo_with_log_probabilities_is_replayed() -> None:
     for at, id_ in enumerate(ids[1:], len(prompt) + 1):
         first.push([id_], entries[at : at + 1])
     second = Renderer(render, RULES, pack_tokens(prompt), VOCABULARY)
-    second.replay(Prior(ids[:2], entries[: len(prompt) + 2]))
+    second.replay(PriorOutput(ids[:2], entries[: len(prompt) + 2]))
     for at, id_ in enumerate(ids[2:], len(prompt) + 2):
         second.push([id_], entries[at : at + 1])
     body = first.finish("stop")[0]
@@ -157,8 +167,8 @@ def test_an_echo_with_log_probabilities_is_replayed() -> None:
 
 def test_thoughts_are_counted_and_calls_are_not_thoughts() -> None:
     _, usage = rendered(spec("chat", stream=False), ANSWERS["all"])
-    thought = len(tokens_of("<think>\nHm.\n</think>"))
-    assert thought - 1 <= usage.reasoning_tokens <= thought
+    reasoning = len(tokens_of("<think>\nHm.\n</think>"))
+    assert reasoning - 1 <= usage.reasoning_tokens <= reasoning
     assert usage.completion_tokens == len(tokens_of(ANSWERS["all"]))
     _, usage = rendered(spec("chat", stream=False), ANSWERS["calls"])
     assert usage.reasoning_tokens == 0
@@ -166,16 +176,16 @@ def test_thoughts_are_counted_and_calls_are_not_thoughts() -> None:
 
 def test_a_named_tool_ends_with_stop_and_others_with_tool_calls() -> None:
     for named, expected in ((True, "stop"), (False, "tool_calls")):
-        tools = ToolUse(parser="hermes", names=("add",), named=named)
-        render = Render(kind="chat", response_id="c", model="m", created=1, tools=tools)
+        tools = ToolParsing(parser="hermes", names=("add",), named=named)
+        render = RenderOptions(kind="chat", response_id="c", model="m", created=1, tools=tools)
         body = json.loads(rendered(render, CALL)[0][-1])
         assert body["choices"][0]["finish_reason"] == expected
     assert json.loads(rendered(render, CALL, "length")[0][-1])["choices"][0]["finish_reason"] == "length"
 
 
 def test_mistrals_calls_have_ids_of_nine_characters() -> None:
-    tools = ToolUse(parser="mistral", names=("add",))
-    render = Render(kind="chat", response_id="c", model="m", created=1, tools=tools)
+    tools = ToolParsing(parser="mistral", names=("add",))
+    render = RenderOptions(kind="chat", response_id="c", model="m", created=1, tools=tools)
     message = json.loads(rendered(render, '[TOOL_CALLS][{"name": "add", "arguments": {}}]')[0][-1])["choices"][0][
         "message"
     ]
@@ -183,8 +193,8 @@ def test_mistrals_calls_have_ids_of_nine_characters() -> None:
 
 
 def test_the_stop_string_that_ended_a_message_is_named() -> None:
-    stop = Stop(max_tokens=9, strings=("nothing", " two"))
-    render = Render(kind="message", response_id="c", model="m", created=1)
+    stop = StopConditions(max_tokens=9, strings=("nothing", " two"))
+    render = RenderOptions(kind="message", response_id="c", model="m", created=1)
     body = json.loads(rendered(render, "one two three", stop=stop)[0][-1])
     assert (body["stop_reason"], body["stop_sequence"], body["content"][0]["text"]) == ("stop_sequence", " two", "one")
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dynserve.config import TINY_MODEL
 from dynserve.render.renderer import Renderer, StopStrings
 from dynserve.text.detokenize import Vocabulary, Windowed
-from dynserve.wire.requests import Prior, Render, Stop, TokenLogprob, pack_tokens
+from dynserve.wire.requests import PriorOutput, RenderOptions, StopConditions, TokenLogprob, pack_tokens
 
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
@@ -27,8 +27,8 @@ TEXTS = [
 ]
 
 
-def render(kind: str = "chat", **changes: Any) -> Render:
-    return Render(kind=kind, response_id="id", model="m", created=1, **changes)  # type: ignore[arg-type]
+def render(kind: str = "chat", **changes: Any) -> RenderOptions:
+    return RenderOptions(kind=kind, response_id="id", model="m", created=1, **changes)  # type: ignore[arg-type]
 
 
 def prompt(tokens: int) -> bytes:
@@ -52,7 +52,9 @@ def test_any_tokens_pushed_one_by_one_give_the_tokenizers_own_text(token_ids: li
 
 @given(st.lists(st.integers(0, 2047), max_size=40), st.sampled_from(["chat", "completion", "message", "response"]))
 def test_the_short_way_of_a_token_gives_the_same_bytes_as_the_long_one(token_ids: list[int], kind: str) -> None:
-    short, long = (Renderer(render(kind, stream=True), Stop(max_tokens=99), prompt(2), VOCABULARY) for _ in range(2))
+    short, long = (
+        Renderer(render(kind, stream=True), StopConditions(max_tokens=99), prompt(2), VOCABULARY) for _ in range(2)
+    )
     long._around = None
     for token_id in token_ids:
         assert short.push([token_id], None) == long.push([token_id], None)
@@ -85,7 +87,7 @@ def test_a_stop_string_can_be_kept() -> None:
 
 
 def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done() -> None:
-    renderer = Renderer(render(stream=True, usage=True), Stop(max_tokens=9), prompt(5), VOCABULARY)
+    renderer = Renderer(render(stream=True, usage=True), StopConditions(max_tokens=9), prompt(5), VOCABULARY)
     data = b"".join(renderer.push([id_], None) for id_ in TOKENIZER.encode("Hello there").ids)
     last, usage = renderer.finish("stop", 2)
     chunks = events(data + last)
@@ -101,20 +103,20 @@ def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done() -> N
 @pytest.mark.parametrize("text", ["Hello there world", *TEXTS])
 def test_a_replayed_renderer_continues_to_the_byte(kind: str, stop: tuple[str, ...], text: str) -> None:
     ids = TOKENIZER.encode(text).ids
-    rules, spec = Stop(max_tokens=99, strings=stop), render(kind, stream=True, logprobs=0)
+    rules, spec = StopConditions(max_tokens=99, strings=stop), render(kind, stream=True, logprobs=0)
     probs = [TokenLogprob(id_, -1.0) for id_ in ids]
     whole = Renderer(spec, rules, prompt(3), VOCABULARY)
     parts = [whole.push([id_], [p]) for id_, p in zip(ids, probs, strict=True)]
     end, _ = whole.finish("stop")
     for cut in range(1, len(ids)):
         second = Renderer(spec, rules, prompt(3), VOCABULARY)
-        second.replay(Prior(ids[:cut], probs[:cut]))
+        second.replay(PriorOutput(ids[:cut], probs[:cut]))
         rest = [second.push([id_], [p]) for id_, p in zip(ids[cut:], probs[cut:], strict=True)]
         assert parts[cut:] == rest and second.finish("stop")[0] == end
 
 
 def test_a_unary_body_is_one_object() -> None:
-    renderer = Renderer(render("completion", logprobs=1), Stop(max_tokens=9), prompt(5), VOCABULARY)
+    renderer = Renderer(render("completion", logprobs=1), StopConditions(max_tokens=9), prompt(5), VOCABULARY)
     ids = TOKENIZER.encode("one two").ids
     for id_ in ids:
         assert renderer.push([id_], [TokenLogprob(id_, -0.5, [(id_, -0.5)])]) == b""
@@ -126,11 +128,11 @@ def test_a_unary_body_is_one_object() -> None:
 
 def test_special_tokens_are_shown_only_when_asked_for() -> None:
     for skip, expected in ((True, ""), (False, "<|im_end|>")):
-        renderer = Renderer(render(skip_special_tokens=skip), Stop(max_tokens=9), prompt(1), VOCABULARY)
+        renderer = Renderer(render(skip_special_tokens=skip), StopConditions(max_tokens=9), prompt(1), VOCABULARY)
         renderer.push([2], None)
         assert json.loads(renderer.finish("stop")[0])["choices"][0]["message"]["content"] == expected
 
 
 def test_render_survives_the_wire() -> None:
     spec = render(stream=True, logprobs=3)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=Render) == spec
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=RenderOptions) == spec

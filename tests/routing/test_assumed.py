@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import random
 
-from dynserve.routing.assumed import STRIDE, Assumed, Pending
+from dynserve.routing.assumed import STRIDE, AssumedCaches, PendingPrompts
 from dynserve.routing.index import PrefixIndex
 
 
 def test_pending_prompts_raise_overlaps_to_whole_strides() -> None:
-    pending = Pending()
+    pending = PendingPrompts()
     pending.add("a", list(range(3 * STRIDE + 2)))
     found = {"b": 1}
     pending.extend(found, list(range(100)))
@@ -20,7 +20,7 @@ def test_pending_prompts_raise_overlaps_to_whole_strides() -> None:
 
 def test_pending_prompts_are_counted_and_leave_nothing() -> None:
     r = random.Random(1)
-    pending, open_ = Pending(), list[tuple[str, list[int]]]()
+    pending, open_ = PendingPrompts(), list[tuple[str, list[int]]]()
     for _ in range(500):
         if r.random() < 0.5 or not open_:
             open_.append((r.choice("ab"), list(range(r.randrange(60)))))
@@ -38,7 +38,7 @@ def test_pending_prompts_are_counted_and_leave_nothing() -> None:
 
 def test_what_was_sent_is_forgotten_by_time_and_by_capacity_tail_first() -> None:
     index = PrefixIndex()
-    assumed = Assumed(index, 10.0)
+    assumed = AssumedCaches(index, 10.0)
     assumed.sent("w", list(range(8)), 10, 0.0)
     assumed.sent("w", list(range(100, 105)), 10, 5.0)  # three too many: the tail of the older prompt goes
     assert index.overlap(list(range(8))) == {"w": 5}

@@ -8,18 +8,18 @@ import pytest
 
 from dynserve.errors import BadRequest, ConfigError, NoWorker
 from dynserve.routing.policy import (
-    Asked,
     Candidate,
-    Choice,
     Direct,
     Kv,
+    KvWeights,
     LeastLoaded,
+    PolicyChoice,
+    PolicyInput,
     PowerOfTwo,
-    Weights,
     policy_maker,
 )
 
-PREFILL, DECODE = Asked("prefill", 100), Asked("decode", 100)
+PREFILL, DECODE = PolicyInput("prefill", 100), PolicyInput("decode", 100)
 
 
 def candidate(worker: str, overlap: int = 0, waiting: float = 0, decode: float = 0, **more: float) -> Candidate:
@@ -29,8 +29,8 @@ def candidate(worker: str, overlap: int = 0, waiting: float = 0, decode: float =
 class TakesTheLast:
     """A policy as a user would bring it."""
 
-    def choose(self, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
-        return Choice(candidates[-1], [])
+    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+        return PolicyChoice(candidates[-1], [])
 
 
 class NeedsArguments:
@@ -40,21 +40,21 @@ class NeedsArguments:
 
 def test_kv_weighs_what_must_be_computed_against_what_waits() -> None:
     cached, idle = candidate("cached", overlap=80, waiting=50), candidate("idle")
-    assert Kv(Weights(overlap=1.0)).choose(PREFILL, [cached, idle]).candidate is cached
+    assert Kv(KvWeights(overlap=1.0)).choose(PREFILL, [cached, idle]).candidate is cached
     busier = candidate("cached", overlap=80, waiting=95)
-    assert Kv(Weights(overlap=1.0)).choose(PREFILL, [busier, idle]).candidate is idle
-    assert Kv(Weights(overlap=2.0)).choose(PREFILL, [busier, idle]).candidate is busier
+    assert Kv(KvWeights(overlap=1.0)).choose(PREFILL, [busier, idle]).candidate is idle
+    assert Kv(KvWeights(overlap=2.0)).choose(PREFILL, [busier, idle]).candidate is busier
 
 
 def test_kv_takes_the_decode_worker_with_the_least_to_do_and_to_move() -> None:
-    policy = Kv(Weights(transfer=0.1))
+    policy = Kv(KvWeights(transfer=0.1))
     assert policy.choose(DECODE, [candidate("a", decode=50), candidate("b", decode=49)]).candidate.worker == "b"
     has_it = candidate("a", overlap=100, decode=50)
     assert policy.choose(DECODE, [has_it, candidate("b", decode=49)]).candidate is has_it
 
 
 def test_a_burst_that_shares_a_prefix_does_not_stay_on_one_worker() -> None:
-    policy, waiting = Kv(Weights(overlap=8.0, herd=2.0)), dict.fromkeys("abcd", 0.0)
+    policy, waiting = Kv(KvWeights(overlap=8.0, herd=2.0)), dict.fromkeys("abcd", 0.0)
     placed: Counter[str] = Counter()
     has_it = {"a"}
     for _ in range(400):  # 98 of 100 blocks shared; nothing is finished meanwhile
@@ -64,7 +64,7 @@ def test_a_burst_that_shares_a_prefix_does_not_stay_on_one_worker() -> None:
         has_it.add(worker)
         placed[worker] += 1
     assert has_it == set("abcd") and max(placed.values()) < 200
-    without, waiting, has_it = Kv(Weights(overlap=8.0, herd=1e9)), dict.fromkeys("abcd", 0.0), {"a"}
+    without, waiting, has_it = Kv(KvWeights(overlap=8.0, herd=1e9)), dict.fromkeys("abcd", 0.0), {"a"}
     for _ in range(400):
         candidates = [candidate(w, overlap=98 if w in has_it else 0, waiting=waiting[w]) for w in "abcd"]
         waiting[without.choose(PREFILL, candidates).candidate.worker] += 2
@@ -89,7 +89,7 @@ def test_ties_do_not_always_go_to_the_same_worker() -> None:
 
 
 def test_temperature_draws_cheaper_workers_more_often() -> None:
-    policy = Kv(Weights(temperature=0.5), random.Random(1))
+    policy = Kv(KvWeights(temperature=0.5), random.Random(1))
     candidates = [candidate("cheap", overlap=50), candidate("dear")]
     drawn = Counter(policy.choose(PREFILL, candidates).candidate.worker for _ in range(500))
     assert drawn["cheap"] > drawn["dear"] > 20
@@ -106,17 +106,17 @@ def test_power_of_two_never_takes_the_busiest() -> None:
 def test_direct_goes_where_it_is_told_and_says_what_is_wrong() -> None:
     policy = Direct(random.Random(1))
     candidates = [candidate("prefill-1", waiting=9), candidate("prefill-2")]
-    asked = Asked("prefill", 1, "", ("prefill-1",))
+    asked = PolicyInput("prefill", 1, "", ("prefill-1",))
     assert policy.choose(asked, candidates).candidate.worker == "prefill-1"
     assert policy.choose(asked._replace(phase="decode"), [candidate("decode-1")]).candidate.worker == "decode-1"
     with pytest.raises(BadRequest, match="x-dynserve-instance"):
-        policy.choose(Asked("prefill", 1), candidates)
+        policy.choose(PolicyInput("prefill", 1), candidates)
     with pytest.raises(NoWorker, match="prefill-9"):
-        policy.choose(Asked("prefill", 1, "", ("prefill-9",)), candidates)
+        policy.choose(PolicyInput("prefill", 1, "", ("prefill-9",)), candidates)
 
 
 def test_a_policy_of_ones_own_is_a_plain_class() -> None:
-    policy = policy_maker("kv", "tests.routing.test_policy:TakesTheLast", Weights(), random.Random(1))()
+    policy = policy_maker("kv", "tests.routing.test_policy:TakesTheLast", KvWeights(), random.Random(1))()
     assert policy.choose(PREFILL, [candidate("a"), candidate("b")]).candidate.worker == "b"
 
 
@@ -132,4 +132,4 @@ def test_a_policy_of_ones_own_is_a_plain_class() -> None:
 )
 def test_a_wrong_policy_name_says_what_is_wrong(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        policy_maker("kv", name, Weights(), random.Random(1))
+        policy_maker("kv", name, KvWeights(), random.Random(1))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dynserve.errors import NoWorker
-from dynserve.routing.policy import IndexState, Weights
-from dynserve.routing.router import Ask, Placed, Router, RouterOptions
+from dynserve.routing.policy import IndexState, KvWeights
+from dynserve.routing.router import PlacementQuery, Reservation, Router, RouterOptions
 from dynserve.wire.events import Cleared, Load, Removed, Stored
 from dynserve.wire.hashing import next_hash, rolling_hashes
 from dynserve.wire.requests import pack_tokens
@@ -23,8 +23,8 @@ def make_router(workers: str = "ab", **options: Any) -> Router:
     return router
 
 
-def place(router: Router, prompt: bytes = PROMPT, phase: Any = "prefill", now: float = 0.0, **ask: Any) -> Placed:
-    return router.place(Ask(prompt, **ask), phase, list(router.targets.values()), now)
+def place(router: Router, prompt: bytes = PROMPT, phase: Any = "prefill", now: float = 0.0, **ask: Any) -> Reservation:
+    return router.place(PlacementQuery(prompt, **ask), phase, list(router.targets.values()), now)
 
 
 def test_hashes_are_those_of_the_published_vector() -> None:
@@ -89,7 +89,7 @@ def test_a_placement_is_given_back_whole_however_it_ends() -> None:
 
 
 def test_prompts_on_their_way_attract_those_that_share_their_prefix() -> None:
-    router = make_router(weights=Weights(overlap=8.0, herd=10.0))
+    router = make_router(weights=KvWeights(overlap=8.0, herd=10.0))
     shared = list(range(1024))
     first = place(router, pack_tokens([*shared, 1]))
     second = place(router, pack_tokens([*shared, 2]))
@@ -113,7 +113,7 @@ def test_round_robin_takes_turns() -> None:
 
 def test_without_workers_placement_says_so() -> None:
     with pytest.raises(NoWorker):
-        make_router("").place(Ask(PROMPT), "prefill", [], 0.0)
+        make_router("").place(PlacementQuery(PROMPT), "prefill", [], 0.0)
 
 
 def test_a_session_goes_where_it_went_until_it_is_forgotten() -> None:
@@ -155,17 +155,17 @@ def test_a_worker_without_events_is_assumed_to_have_what_it_was_sent_for_a_while
 def test_a_short_remainder_is_prefilled_on_a_decode_worker_that_has_the_rest() -> None:
     router = make_router("abp", local_prefill_tokens=64, local_prefill_toll=16)
     a, b, prefill = router.targets.values()
-    ask = Ask(PROMPT)
-    assert router.local(ask, [a, b], [prefill]) == []
+    ask = PlacementQuery(PROMPT)
+    assert router.local(ask, [a, b], [prefill])[0] == []
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32)[:3])])
-    assert router.local(ask, [a, b], [prefill]) == [b]
+    assert router.local(ask, [a, b], [prefill])[0] == [b]
     router.ledger.charge("b", prefill_tokens=40)  # with these it would be over 64 at once
-    assert router.local(ask, [a, b], [prefill]) == []
+    assert router.local(ask, [a, b], [prefill])[0] == []
     for other in (make_router("b", local_prefill_tokens=0), make_router("b", mode="least-loaded")):
         other.apply("b", [Stored(None, rolling_hashes(PROMPT, 32)[:3])])
         busy = other.join("p", 32, 1000, -1000.0)
         other.ledger.charge("p", prefill_tokens=10_000)
-        assert other.local(ask, [other.targets["b"]], [busy]) == []
+        assert other.local(ask, [other.targets["b"]], [busy])[0] == []
 
 
 def test_a_prefill_worker_that_is_nearly_as_quick_keeps_the_prompt() -> None:
@@ -174,9 +174,9 @@ def test_a_prefill_worker_that_is_nearly_as_quick_keeps_the_prompt() -> None:
     hashes = rolling_hashes(PROMPT, 32)
     router.apply("b", [Stored(None, hashes[:3])])
     router.apply("p", [Stored(None, hashes[:3])])
-    assert router.local(Ask(PROMPT), [decode], [prefill]) == []
+    assert router.local(PlacementQuery(PROMPT), [decode], [prefill])[0] == []
     router.ledger.charge("p", prefill_tokens=17)
-    assert router.local(Ask(PROMPT), [decode], [prefill]) == [decode]
+    assert router.local(PlacementQuery(PROMPT), [decode], [prefill])[0] == [decode]
 
 
 def test_a_fresh_worker_takes_its_share_slowly() -> None:
@@ -201,7 +201,7 @@ def test_each_model_and_pool_has_a_policy_of_its_own() -> None:
     seen: dict[str, set[str]] = {"x": set(), "y": set()}
     for _ in range(4):
         for model, targets in pools.items():
-            seen[model].add(router.place(Ask(PROMPT, model=model), "aggregated", targets, 0.0).worker)
+            seen[model].add(router.place(PlacementQuery(PROMPT, model=model), "aggregated", targets, 0.0).worker)
     assert seen == {"x": {"x0", "x1"}, "y": {"y0", "y1"}}
 
 
@@ -209,7 +209,7 @@ def test_sessions_of_different_models_do_not_mix() -> None:
     router = make_router("", mode="random")
     pools = {m: [router.join(f"{m}{i}", 32, 1000, -1000.0) for i in range(8)] for m in ("x", "y")}
     placed = [
-        (model, router.place(Ask(PROMPT, model=model, session="s"), "prefill", targets, 0.0).worker)
+        (model, router.place(PlacementQuery(PROMPT, model=model, session="s"), "prefill", targets, 0.0).worker)
         for _ in range(5)
         for model, targets in pools.items()
     ]
@@ -218,7 +218,7 @@ def test_sessions_of_different_models_do_not_mix() -> None:
 
 def test_a_session_that_was_prefilled_locally_is_decoded_there_later() -> None:
     router = make_router("abcdefgh", mode="random")
-    targets, ask = list(router.targets.values()), Ask(PROMPT, session="s")
+    targets, ask = list(router.targets.values()), PlacementQuery(PROMPT, session="s")
     local = router.place(ask, "aggregated", targets, 0.0, why="local prefill").worker
     assert {router.place(ask, "decode", targets, 1.0).worker for _ in range(5)} == {local}
 

@@ -11,8 +11,8 @@ import h11
 import uvicorn
 from uvicorn.server import ServerState
 
-from dynserve.server.heads import HOST, Limits
-from dynserve.server.serving import _Protocol
+from dynserve.server.heads import HOST, HttpLimits
+from dynserve.server.protocol import BoundedProtocol
 
 
 class Seen(NamedTuple):
@@ -72,8 +72,8 @@ class Harness:
         self._refused = False
         harness = self
 
-        class Watched(_Protocol):
-            limits = Limits()
+        class Watched(BoundedProtocol):
+            limits = HttpLimits()
 
             def _refuse(self, status: int, message: str) -> None:
                 harness._refused = True

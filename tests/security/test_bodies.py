@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from dynserve.api.body_bounds import MAX_ESCAPES, MAX_FIELD, BodyBounds, _count_ids
 from dynserve.api.chat import ChatRequest
 from dynserve.api.fields import parsed
-from dynserve.api.grammar import guide_of
+from dynserve.api.grammar import grammar_of
 from dynserve.cluster import Cluster
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, BodyTooLarge, ContextTooLong
-from dynserve.executors.base import Limits, _any_beyond, check_request
+from dynserve.executors.base import ExecutorLimits, _any_beyond, check_request
 from dynserve.model_files import read_model_files
 from dynserve.text.preprocess import SLICE, Preprocessor
 from dynserve.text.segments import any_of
 from dynserve.wire.discovery import Card
-from dynserve.wire.requests import Prior, pack_tokens
+from dynserve.wire.requests import PriorOutput, pack_tokens
 from tests.conftest import MODEL, make_request
 
 PREPROCESSOR = Preprocessor(read_model_files(TINY_MODEL))
@@ -111,11 +111,11 @@ def test_json_within_json_is_bounded_too() -> None:
     for schema in ("[" * 300_000, '{"enum": [' + "1," * 20_000 + "1]}"):
         asked = parsed(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "guided_json": schema}).encode())  # fmt: skip
         with pytest.raises(BodyTooLarge, match="guided_json"):
-            guide_of(asked, card)
+            grammar_of(asked, card)
 
 
 CARD_WITH_GUIDES = Card(
-    model="m", block_size=32, max_seq_len=100, num_blocks=4, max_batch_size=2, eos_token_ids=[], guides=True
+    model="m", block_size=32, max_seq_len=100, num_blocks=4, max_batch_size=2, eos_token_ids=[], grammars=True
 )
 
 
@@ -166,14 +166,14 @@ def test_a_text_that_cannot_fit_is_not_tokenised_whole() -> None:
     assert len(PREPROCESSOR.tokenize("a " * (SLICE * 2), most=SLICE * 2)) > SLICE  # what may fit is tokenised
 
 
-LIMITS = Limits(block_size=32, num_blocks=8, max_seq_len=256, max_batch_size=4, vocab_size=100)
+LIMITS = ExecutorLimits(block_size=32, num_blocks=8, max_seq_len=256, max_batch_size=4, vocab_size=100)
 
 
 def test_ids_that_the_model_has_no_row_for_are_refused_by_every_executor() -> None:
     check_request(make_request([0, 99]), LIMITS, None)
-    check_request(make_request([5], prior=Prior([99])), LIMITS, None)
-    check_request(make_request([5], prior=Prior([])), LIMITS, None)
-    for request in (make_request([0, 100]), make_request([2**32 - 1, 5]), make_request([5], prior=Prior([100]))):
+    check_request(make_request([5], prior=PriorOutput([99])), LIMITS, None)
+    check_request(make_request([5], prior=PriorOutput([])), LIMITS, None)
+    for request in (make_request([0, 100]), make_request([2**32 - 1, 5]), make_request([5], prior=PriorOutput([100]))):
         with pytest.raises(BadRequest, match="is not one of this model's 0 to 99"):
             check_request(request, LIMITS, None)
 

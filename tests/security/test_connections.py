@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from dynserve.cluster import Cluster
-from dynserve.frontend.bodies import Bodies
-from dynserve.server.heads import Limits
-from dynserve.server.serving import SMALL_BODY, bind, serving
+from dynserve.frontend.bodies import RequestBodies
+from dynserve.server.heads import HttpLimits
+from dynserve.server.serving import bind, serving
+from dynserve.server.shortcuts import SMALL_BODY
 from tests.conftest import MODEL, until
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -24,7 +25,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
 async def served(engine: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[tuple[int, Cluster]]:
     async with Cluster(aggregated=1, executor="simulated", engine=engine or {"speed": 0}, options=options) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
-        async with serving(cluster.apps[0].served, sock, Limits()):
+        async with serving(cluster.apps[0].served, sock, HttpLimits()):
             yield sock.getsockname()[1], cluster
 
 
@@ -81,7 +82,7 @@ async def test_the_budget_is_whole_again_when_nobody_is_left() -> None:
         await until(lambda: bodies.used == 0)
 
 
-def _bodies_of(cluster: Cluster) -> Bodies:
+def _bodies_of(cluster: Cluster) -> RequestBodies:
     bodies = cluster.apps[0].served._edge.bodies  # type: ignore[attr-defined]
-    assert isinstance(bodies, Bodies)
+    assert isinstance(bodies, RequestBodies)
     return bodies

@@ -17,7 +17,7 @@ from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.torch.sampler import Adjustments
 from dynserve.render.renderer import StopStrings
-from dynserve.wire.requests import Sampling, Stop
+from dynserve.wire.requests import SamplingParams, StopConditions
 from tests.conftest import make_request
 
 VOCAB = 50
@@ -59,19 +59,23 @@ def plainly(raw: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(logit_bias={3: 2.5, 7: -1.0, 900: 1.0}),
-        Sampling(repetition_penalty=1.3),
-        Sampling(presence_penalty=0.7),
-        Sampling(frequency_penalty=-0.4),
-        Sampling(logit_bias={4: 1.0}, repetition_penalty=0.8, presence_penalty=0.2, frequency_penalty=0.3),
+        SamplingParams(logit_bias={3: 2.5, 7: -1.0, 900: 1.0}),
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(presence_penalty=0.7),
+        SamplingParams(frequency_penalty=-0.4),
+        SamplingParams(logit_bias={4: 1.0}, repetition_penalty=0.8, presence_penalty=0.2, frequency_penalty=0.3),
     ],
 )
 @pytest.mark.parametrize("burst", [1, 3])
-def test_bias_and_penalties_are_those_of_their_definitions_for_every_token(sampling: Sampling, burst: int) -> None:
+def test_bias_and_penalties_are_those_of_their_definitions_for_every_token(
+    sampling: SamplingParams, burst: int
+) -> None:
     """Kept from token to token, also where several come at once, and behind tokens of an earlier phase."""
     rng = random.Random(4)
     prompt = [rng.randrange(VOCAB) for _ in range(20)]
-    request = make_request(prompt, sampling=sampling, stop=Stop(max_tokens=99, min_tokens=5, token_ids=(9, 999)))
+    request = make_request(
+        prompt, sampling=sampling, stop=StopConditions(max_tokens=99, min_tokens=5, token_ids=(9, 999))
+    )
     sequence = Sequence(1, request, 32, frozenset({2}), 0.0)
     adjustments = Adjustments(sequence, VOCAB, torch.device("cpu"))
     for step in range(12):

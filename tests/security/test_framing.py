@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dynserve.errors import ConfigError
-from dynserve.server.heads import Limits, allowed_hosts
-from dynserve.server.serving import MAX_PIPELINED, bind, serving
+from dynserve.server.heads import HttpLimits, allowed_hosts
+from dynserve.server.protocol import MAX_PIPELINED
+from dynserve.server.serving import bind, serving
 from tests.security.streams import Generator, Harness, Seen, differs, read_by_h11
 
 # `make differential` reads 100,000
@@ -22,7 +23,7 @@ HOST = b"Host: localhost\r\n"
 
 @pytest.fixture(autouse=True)
 def _short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynserve.server.serving.DRAIN", 0.1)
+    monkeypatch.setattr("dynserve.server.protocol.DRAIN", 0.1)
 
 
 async def test_generated_streams_are_read_as_h11_reads_them() -> None:
@@ -178,7 +179,7 @@ async def test_nothing_is_said_behind_an_answer_to_a_body_that_broke_off() -> No
         await send({"type": "http.response.body", "body": b""})
 
     sock = bind("127.0.0.1", 0, "--http-port")
-    async with serving(app, sock, Limits()):
+    async with serving(app, sock, HttpLimits()):
         reader, writer = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1])
         writer.write(b"POST /a HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
         answer = await reader.readuntil(b"\r\n\r\n")
@@ -200,7 +201,7 @@ async def taking_its_time() -> AsyncIterator[int]:
         await send({"type": "http.response.body", "body": b""})
 
     sock = bind("127.0.0.1", 0, "--http-port")
-    async with serving(app, sock, Limits(hosts=allowed_hosts(None, "127.0.0.1"))):
+    async with serving(app, sock, HttpLimits(hosts=allowed_hosts(None, "127.0.0.1"))):
         yield sock.getsockname()[1]
 
 

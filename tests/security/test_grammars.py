@@ -16,18 +16,18 @@ import pytest
 
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, Overloaded
-from dynserve.executors.torch import guides as module
+from dynserve.executors.torch import grammars as module
 from dynserve.executors.torch.grammar_weight import HEAVY as HEAVIEST
 from dynserve.executors.torch.grammar_weight import MAX_TEXT, weight
-from dynserve.executors.torch.guides import Guides, _Kept
-from dynserve.wire.requests import Guide
+from dynserve.executors.torch.grammars import CompiledGrammars, _GrammarCache
+from dynserve.wire.requests import Grammar
 from tests.conftest import until
 
-HEAVY = Guide(kind="regex", text="[a-z]?[b-y]?" * 300)  # most of a minute
+HEAVY = Grammar(kind="regex", text="[a-z]?[b-y]?" * 300)  # most of a minute
 
 
-def guides() -> Guides:
-    return Guides(Path(TINY_MODEL), 2048, [2])
+def grammars() -> CompiledGrammars:
+    return CompiledGrammars(Path(TINY_MODEL), 2048, [2])
 
 
 async def compiling() -> psutil.Process:
@@ -47,11 +47,11 @@ async def compiling() -> psutil.Process:
 
 
 async def test_light_grammars_do_not_wait_for_heavy_ones() -> None:
-    ours = guides()
-    heavy = [asyncio.create_task(ours.matcher(Guide(kind="regex", text=HEAVY.text + "z" * i))) for i in range(6)]
+    ours = grammars()
+    heavy = [asyncio.create_task(ours.matcher(Grammar(kind="regex", text=HEAVY.text + "z" * i))) for i in range(6)]
     await compiling()
     for number in range(5):
-        await ours.matcher(Guide(kind="json", text=json.dumps({"type": "object", "title": str(number)})))
+        await ours.matcher(Grammar(kind="json", text=json.dumps({"type": "object", "title": str(number)})))
     assert not any(task.done() for task in heavy)
     for task in heavy:
         task.cancel()
@@ -59,8 +59,8 @@ async def test_light_grammars_do_not_wait_for_heavy_ones() -> None:
 
 
 async def test_a_grammar_that_is_given_up_is_not_compiled_any_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_COMPILE", 0.5)
-    ours = guides()
+    monkeypatch.setattr(module, "MAX_COMPILE_S", 0.5)
+    ours = grammars()
     asked = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
     with pytest.raises(BadRequest, match="takes longer than"):
@@ -71,7 +71,7 @@ async def test_a_grammar_that_is_given_up_is_not_compiled_any_further(monkeypatc
 
 
 async def test_an_abandoned_request_ends_the_process_that_compiles_for_it() -> None:
-    ours = guides()
+    ours = grammars()
     asked = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
     asked.cancel()
@@ -90,7 +90,7 @@ async def test_a_request_given_up_while_its_process_starts_leaves_none(monkeypat
         return processes[0]
 
     monkeypatch.setattr(module, "_spawn", slowly)
-    ours = guides()
+    ours = grammars()
     asked = asyncio.create_task(ours.matcher(HEAVY))
     await asyncio.sleep(0.05)
     asked.cancel()
@@ -101,7 +101,7 @@ async def test_a_request_given_up_while_its_process_starts_leaves_none(monkeypat
 
 
 async def test_a_process_that_dies_of_a_grammar_is_the_requests_fault() -> None:
-    ours = guides()
+    ours = grammars()
     asked = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
     while process.memory_info().rss < 50 << 20:
@@ -113,20 +113,20 @@ async def test_a_process_that_dies_of_a_grammar_is_the_requests_fault() -> None:
 
 async def test_what_a_process_compiles_is_followed_like_what_a_thread_does() -> None:
     schema: dict[str, Any] = {"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": 30}
-    guide = Guide(kind="json", text=json.dumps(schema))
-    ours = guides()
-    assert weight(guide.kind, guide.text) > ours._most_light
-    matcher = (await ours.matcher(guide))._matcher
+    grammar = Grammar(kind="json", text=json.dumps(schema))
+    ours = grammars()
+    assert weight(grammar.kind, grammar.text) > ours._most_light
+    matcher = (await ours.matcher(grammar))._matcher
     assert matcher.accept_string('["') and not matcher.accept_string("x" * 61) and matcher.accept_string('x"]')
     with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
-        await ours.matcher(Guide(kind="regex", text="((" + "[a-z]{0,900}b{0,900}"))
+        await ours.matcher(Grammar(kind="regex", text="((" + "[a-z]{0,900}b{0,900}"))
 
 
 def test_compiled_grammars_are_kept_up_to_so_many_bytes() -> None:
     class Compiled:
         memory_size_bytes = 300
 
-    kept = _Kept(1000)
+    kept = _GrammarCache(1000)
     keys = [("json", f"{n}") for n in range(5)]
     for key in keys[:3]:
         kept.add(key, Compiled())  # type: ignore[arg-type]
@@ -173,10 +173,10 @@ def test_what_takes_long_is_known_beforehand(kind: str, grammar: Any, least: flo
 
 
 async def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, compiled = guides(), []
+    ours, compiled = grammars(), []
     compile_one = ours._compile_now
     monkeypatch.setattr(ours, "_compile_now", lambda key: compiled.append(key) or compile_one(key))
-    wanted = Guide(kind="json", text=json.dumps(SCHEMA))
+    wanted = Grammar(kind="json", text=json.dumps(SCHEMA))
     await asyncio.gather(*(ours.matcher(wanted) for _ in range(20)))
     assert len(compiled) == 1 and not ours._pending
     leaving = [asyncio.create_task(ours.matcher(HEAVY)) for _ in range(3)]
@@ -191,11 +191,11 @@ async def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(monkeypatch:
 
 
 async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, release = guides(), threading.Event()
+    ours, release = grammars(), threading.Event()
     compile_one = ours._compile_now
     monkeypatch.setattr(ours, "_compile_now", lambda key: release.wait(10) and compile_one(key))
-    monkeypatch.setattr(module, "MOST_COMPILE", 0.1)
-    wanted = Guide(kind="regex", text="[0-9]+")
+    monkeypatch.setattr(module, "MAX_COMPILE_S", 0.1)
+    wanted = Grammar(kind="regex", text="[0-9]+")
     with pytest.raises(BadRequest, match="takes longer than"):
         await ours.matcher(wanted)
     with pytest.raises(BadRequest, match="too long to compile"):
@@ -208,7 +208,7 @@ async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeyp
 def test_slow_masks_of_all_answers_share_a_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    held_up = module.HeldUp()
+    held_up = module.MaskBudget()
     assert [held_up.add(0.04) for _ in range(3)] == [True, True, False]
     now[0] += 1.0
     assert held_up.add(0.04) and not held_up.add(0.06)
@@ -217,7 +217,7 @@ def test_slow_masks_of_all_answers_share_a_little_time(monkeypatch: pytest.Monke
 
 
 async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = guides()
+    ours = grammars()
 
     def no_thread(*args: Any) -> Any:
         raise RuntimeError("can't start new thread")
@@ -226,13 +226,13 @@ async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytes
         context.setattr(module, "detached", no_thread)
         for _ in range(5):
             with pytest.raises(RuntimeError):
-                await ours.matcher(Guide(kind="regex", text="a"))
-    await ours.matcher(Guide(kind="regex", text="a"))
+                await ours.matcher(Grammar(kind="regex", text="a"))
+    await ours.matcher(Grammar(kind="regex", text="a"))
 
 
 async def test_a_machine_that_is_too_busy_is_not_the_grammars_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_START", 0.001)
-    ours = guides()
+    monkeypatch.setattr(module, "MAX_START_S", 0.001)
+    ours = grammars()
     for _ in range(2):
         with pytest.raises(Overloaded, match="too busy to compile"):
             await ours.matcher(HEAVY)

@@ -19,7 +19,7 @@ import pytest
 from dynserve.config import host_port, redacted
 from dynserve.errors import ConfigError, HandoffMismatch, Unavailable
 from dynserve.executors.handoff import HandoffTable
-from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, _decode_reply, _Fetch
+from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, _decode_reply, _FetchRequest
 from dynserve.frontend.group import _without_planes
 from dynserve.tasks import persist
 from dynserve.transport import link as link_module
@@ -229,7 +229,7 @@ class Store(HostBlocks):
         return memoryview(bytearray(8))
 
 
-async def ask(address: str, fetch: _Fetch) -> Any:
+async def ask(address: str, fetch: _FetchRequest) -> Any:
     host, port = host_port(address, "kv", 0)
     reader, writer = await asyncio.open_connection(host, port)
     payload = msgspec.msgpack.encode(fetch)
@@ -251,9 +251,9 @@ async def test_a_stranger_at_the_kv_port_learns_nothing_of_the_memory() -> None:
         address = address_of(transceiver)
         handoff = table.open(1, make_request([1, 2]), [0], 8, b"")
         for fetch in (
-            _Fetch(1, "x", 1, "guess", 0, 1),
-            _Fetch(handoff.id, "x", 1, "guess", 0, 1),
-            _Fetch(handoff.id, handoff.request_id, handoff.sequence_hash, "guess", 0, 1),
+            _FetchRequest(1, "x", 1, "guess", 0, 1),
+            _FetchRequest(handoff.id, "x", 1, "guess", 0, 1),
+            _FetchRequest(handoff.id, handoff.request_id, handoff.sequence_hash, "guess", 0, 1),
         ):
             reply = await ask(address, fetch)
             assert reply.code and "secret" not in reply.message, reply
@@ -280,7 +280,7 @@ async def test_the_kv_port_survives_having_no_file_descriptors(caplog: pytest.Lo
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
             first.close()
             second.close()
-        assert (await ask(address, _Fetch(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
+        assert (await ask(address, _FetchRequest(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
 
 
 async def test_strangers_at_the_kv_port_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ async def test_strangers_at_the_kv_port_make_room(monkeypatch: pytest.MonkeyPatc
     async with TcpTransceivers().open(table, Store(), "127.0.0.1") as transceiver:
         address = address_of(transceiver)
         writers = await connected(address, 20, b"\x01")
-        assert (await ask(address, _Fetch(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
+        assert (await ask(address, _FetchRequest(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
         await until(lambda: len(transceiver._strangers) <= 5)  # type: ignore[attr-defined]
         for writer in writers:
             writer.close()

@@ -18,20 +18,21 @@ from uvicorn.server import ServerState
 
 from dynserve.cluster import Cluster
 from dynserve.errors import ConfigError
-from dynserve.server.heads import Limits
-from dynserve.server.serving import Tls, _Protocol, bind, check_tls, serving
+from dynserve.server.heads import HttpLimits
+from dynserve.server.protocol import BoundedProtocol
+from dynserve.server.serving import Tls, bind, check_tls, serving
 from tests.conftest import MODEL, until
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 
 
 @asynccontextmanager
-async def served(limits: Limits | None = None, **options: Any) -> AsyncIterator[tuple[int, Cluster]]:
+async def served(limits: HttpLimits | None = None, **options: Any) -> AsyncIterator[tuple[int, Cluster]]:
     """A frontend on a real socket, with a simulated worker behind it."""
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}, options=options) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
-        async with serving(cluster.apps[0].served, sock, limits or Limits()):
+        async with serving(cluster.apps[0].served, sock, limits or HttpLimits()):
             yield port, cluster
 
 
@@ -54,7 +55,7 @@ def error_of(answer: bytes) -> tuple[int, str]:
 
 
 async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
-    async with served(Limits(header_bytes=2000)) as (port, _):
+    async with served(HttpLimits(header_bytes=2000)) as (port, _):
         start = b"GET /live HTTP/1.1\r\nhost: localhost\r\n"
         whole = await raw(port, start + b"a: " + b"x" * 3000 + b"\r\n\r\n")
         assert error_of(whole) == (431, "the request's headers are too large")
@@ -68,7 +69,7 @@ async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
 
 async def test_a_large_body_in_one_piece_with_its_headers_is_no_large_header() -> None:
     async with (
-        served(Limits(header_bytes=2000)) as (port, _),
+        served(HttpLimits(header_bytes=2000)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         for _ in range(5):
@@ -77,14 +78,14 @@ async def test_a_large_body_in_one_piece_with_its_headers_is_no_large_header() -
 
 
 async def test_headers_that_do_not_come_are_not_waited_for() -> None:
-    async with served(Limits(header_s=0.2)) as (port, _):
+    async with served(HttpLimits(header_s=0.2)) as (port, _):
         assert error_of(await raw(port, b"GET /live HTTP/1.1\r\nhost:"))[0] == 408
         assert error_of(await raw(port))[0] == 408
 
 
 async def test_trailers_have_a_bound_and_are_never_kept() -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
-    async with served(Limits(header_bytes=2000)) as (port, _):
+    async with served(HttpLimits(header_bytes=2000)) as (port, _):
         for trailers in ([b"a: b\r\n" * 100] * 40, [b"a: ", *[b"x" * 500] * 40]):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head)
@@ -98,12 +99,12 @@ async def test_trailers_have_a_bound_and_are_never_kept() -> None:
 
 
 async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynserve.server.serving.DRAIN", 0.2)
+    monkeypatch.setattr("dynserve.server.protocol.DRAIN", 0.2)
     start = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
-    async with served(Limits(header_s=0.3)) as (port, _):
+    async with served(HttpLimits(header_s=0.3)) as (port, _):
         answer = await raw(port, start, b"x", pause=0.05)
         assert answer.startswith(b"HTTP/1.1 404")  # and then the end
-        monkeypatch.setattr("dynserve.server.serving.DRAIN", 5.0)
+        monkeypatch.setattr("dynserve.server.protocol.DRAIN", 5.0)
         rest = b"x" * 1000 + b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         assert (await raw(port, start, rest, pause=0.05)).count(b"HTTP/1.1") == 2
 
@@ -112,7 +113,7 @@ async def test_requests_one_behind_the_other_are_all_answered() -> None:
     body = b"x" * 3000
     post = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 3000\r\n\r\n"
     get = b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
-    async with served(Limits(header_bytes=2000)) as (port, _):
+    async with served(HttpLimits(header_bytes=2000)) as (port, _):
         answer = await raw(port, post[:20], post[20:] + body + get[:20], get[20:], pause=0.02)
         assert answer.count(b"HTTP/1.1 ") == 2 and b"HTTP/1.1 200" in answer
         plain = post.replace(b"POST", b"GET").replace(b"content-length: 3000\r\n", b"")
@@ -147,7 +148,7 @@ async def test_a_body_that_breaks_off_in_nonsense_is_told_so() -> None:
 
 async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
     ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    async with served(Limits(write_s=0.3)) as (port, _):
+    async with served(HttpLimits(write_s=0.3)) as (port, _):
         sock = socket.create_connection(("127.0.0.1", port))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
@@ -165,7 +166,7 @@ async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
 
 
 async def test_an_empty_line_does_not_hold_a_connection() -> None:
-    async with served(Limits(header_s=0.3)) as (port, _):
+    async with served(HttpLimits(header_s=0.3)) as (port, _):
         answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\r\n", pause=0.05)
         assert answer.startswith(b"HTTP/1.1 200") and b"408" in answer
 
@@ -215,7 +216,7 @@ async def test_a_client_that_does_not_read_loses_its_connection(caplog: pytest.L
 
 async def test_a_connection_that_is_kept_alive_is_no_slow_request() -> None:
     async with (
-        served(Limits(header_s=0.2)) as (port, _),
+        served(HttpLimits(header_s=0.2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         for _ in range(3):
@@ -343,7 +344,7 @@ async def test_an_answer_without_a_body_is_complete_before_anything_else_is_writ
 
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", proxy_headers=False)
     config.load()
-    protocol = _Protocol(config, ServerState(), {})
+    protocol = BoundedProtocol(config, ServerState(), {})
     protocol.connection_made(Noted())
     protocol.data_received(method.encode() + b" /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
     await until(lambda: at_the_end)
@@ -389,7 +390,7 @@ async def test_whoever_wraps_the_application_sees_all_that_is_sent() -> None:
 async def test_an_answer_at_once_comes_behind_the_word_that_the_body_may_be_sent() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        assert scope["dynserve.whole"](send, 200, [(b"content-length", b"2")], b"ok")
+        assert scope["dynserve"].respond(send, 200, [(b"content-length", b"2")], b"ok")
 
     sock = bind("127.0.0.1", 0, "--http-port")
     port = sock.getsockname()[1]

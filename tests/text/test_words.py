@@ -11,7 +11,7 @@ from dynserve.config import TINY_MODEL
 from dynserve.model_files import read_model_files
 from dynserve.text.preprocess import Preprocessor
 from dynserve.text.segments import Segments
-from dynserve.text.words import LONGEST_TEXT, MOST_WORDS, SHORT_TEXT, TOO_LONG, Words, words_of
+from dynserve.text.words import MAX_TEXT, MAX_WORDS, SHORT_TEXT, TOO_LONG, Words, words_of
 from dynserve.text.words import _in_ascii as in_ascii
 
 SOURCE = (TINY_MODEL / "tokenizer.json").read_text()
@@ -70,7 +70,7 @@ def test_a_long_text_of_new_words_is_left_to_the_library_and_so_is_a_very_long_o
     assert words.encode(" ".join(f"w{number}x" for number in range(2000))) is not None
     letters = [chr(97 + number // 676) + chr(97 + number // 26 % 26) + chr(97 + number % 26) for number in range(3000)]
     assert words.encode(" ".join(letters)) is None
-    assert words.encode("a " * (LONGEST_TEXT // 2 + 1)) is None
+    assert words.encode("a " * (MAX_TEXT // 2 + 1)) is None
 
 
 def test_other_tokenizers_are_left_to_the_library() -> None:
@@ -182,8 +182,8 @@ def test_a_pattern_that_leaves_gaps_is_left_to_the_library() -> None:
 
 
 def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MOST_WORDS > 10_000
-    monkeypatch.setattr("dynserve.text.words.MOST_WORDS", 10)
+    assert MAX_WORDS > 10_000
+    monkeypatch.setattr("dynserve.text.words.MAX_WORDS", 10)
     words = words_of(TOKENIZERS[0])
     assert words is not None
     for number in range(100):

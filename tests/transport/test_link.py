@@ -12,7 +12,7 @@ from dynserve.transport import link as link_module
 from dynserve.transport.base import Link, Links
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.memory import MemoryLink, MemoryLinks
-from dynserve.wire.link import Cancel, FrontendPing, HandoffDeclined, Hello, Step, Tokens, WorkerPing
+from dynserve.wire.link import Cancel, FrontendPing, HandoffDeclined, Hello, StepTokens, Tokens, WorkerPing
 from tests.conftest import until
 
 
@@ -78,8 +78,12 @@ async def test_tokens_of_one_turn_are_one_message_and_nothing_is_overtaken(links
         await until(lambda: len(frontend.bursts) == 1)
         link.send_token(1, 12, b"e")
         await until(lambda: len(frontend.bursts) == 2)
-        first = [Step([1, 2], [10, 20], [b"a", b""]), HandoffDeclined(3), Step([3, 1], [30, 11], [b"c", b"d"])]
-        assert frontend.bursts == [first, [Step([1], [12], [b"e"])]]
+        first = [
+            StepTokens([1, 2], [10, 20], [b"a", b""]),
+            HandoffDeclined(3),
+            StepTokens([3, 1], [30, 11], [b"c", b"d"]),
+        ]
+        assert frontend.bursts == [first, [StepTokens([1], [12], [b"e"])]]
         link.close()
         link.send_token(1, 13, b"f")
         link.send_token(1, 14, b"g")

@@ -35,8 +35,8 @@ def from_worker(r: random.Random, streams: list[int]) -> Any:
         [
             link.Hello(r.choice(["w", "prefill-x", ""]), r.randrange(3)),
             link.Tokens(stream, b"data: {}", [1, 2, 2**31], [TokenLogprob(1, float("nan"), [(2, -1.0)])]),
-            link.Step([stream, 2**62, stream], [5, 6, 7], [b"data: {}", b"", b""]),
-            link.Step([stream], [5, 6], []),
+            link.StepTokens([stream, 2**62, stream], [5, 6, 7], [b"data: {}", b"", b""]),
+            link.StepTokens([stream], [5, 6], []),
             link.Finished(stream, b"", [5], r.choice(["stop", "handoff", ""]), usage),
             link.Failed(stream, r.choice(["internal_error", "no_such_code", "cancelled"]), "x"),
             link.SubmitReply(stream, r.choice([Accepted(), Busy(3)])),

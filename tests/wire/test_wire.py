@@ -25,7 +25,7 @@ def test_link_frames_decode_to_what_was_sent(token_ids: list[int], data: bytes, 
     )
     sent = [
         link.Tokens(stream, data, token_ids, [requests.TokenLogprob(1, -0.5, [(2, -1.0)])]),
-        link.Step([stream] * len(token_ids), token_ids, [data] * len(token_ids)),
+        link.StepTokens([stream] * len(token_ids), token_ids, [data] * len(token_ids)),
         link.Finished(stream, data, token_ids, "stop", link.Usage(1, 2, 3), handoff),
         link.Failed(stream, "code", "text"),
         link.SubmitReply(stream, requests.Busy(3)),
@@ -70,9 +70,9 @@ def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes
 
 REQUEST = make_request(
     [1, 2, 3],
-    prior=requests.Prior([4], [requests.TokenLogprob(4, -1.0)], 2),
-    guide=requests.Guide(kind="json", text="{}", thought=requests.Thought(begin=1, end=2, open=True)),
-    pool="mean",
+    prior=requests.PriorOutput([4], [requests.TokenLogprob(4, -1.0)], 2),
+    grammar=requests.Grammar(kind="json", text="{}", reasoning=requests.ReasoningTokens(begin=1, end=2, open=True)),
+    pooling="mean",
 )
 VALID = [
     requests.encode(REQUEST),
@@ -108,7 +108,9 @@ def test_a_prompt_of_half_a_token_is_refused() -> None:
 
 
 def test_a_request_survives_the_wire() -> None:
-    request = make_request([1, 2, 3], prior=requests.Prior([4], [requests.TokenLogprob(4, -1.0)], 2), cache_salt="s")
+    request = make_request(
+        [1, 2, 3], prior=requests.PriorOutput([4], [requests.TokenLogprob(4, -1.0)], 2), cache_salt="s"
+    )
     assert requests.decode_request(requests.encode(request)) == request
 
 

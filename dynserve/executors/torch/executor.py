@@ -22,10 +22,10 @@ from dynserve.executors.engine_args import engine_args
 from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import Scheduler
 from dynserve.executors.torch.attention import KvCache
-from dynserve.executors.torch.guides import Guides, warm_up
-from dynserve.executors.torch.loading import Target, load
+from dynserve.executors.torch.grammars import CompiledGrammars, warm_up
+from dynserve.executors.torch.loading import ComputeTarget, load
 from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
-from dynserve.executors.torch.stepping import Runner, Step
+from dynserve.executors.torch.stepping import DeviceStep, Runner
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.model_files import eos_token_ids
 from dynserve.tasks import task_group
@@ -46,7 +46,7 @@ async def open_executor(
     Raises:
         ConfigError: the folder, the model or an engine option is not usable.
     """
-    target = Target.choose(config.device, config.dtype)
+    target = ComputeTarget.choose(config.device, config.dtype)
     args = engine_args(config, target.defaults)
     folder = Path(config.model_path)
     model, cache, runner = await asyncio.to_thread(load, folder, args, target)
@@ -60,10 +60,10 @@ async def open_executor(
         max_seq_len=min(args.max_seq_len or limit, limit, cache.num_blocks * args.kv_cache_config.tokens_per_block),
         chunked=args.enable_chunked_prefill,
     )
-    stepper = Stepper(runner)
+    stepper = StepThread(runner)
     eos = eos_token_ids(folder)
-    guides = Guides(folder, model.config.vocab_size, eos)
-    guided = bool(eos) and guides_installed()
+    grammars = CompiledGrammars(folder, model.config.vocab_size, eos)
+    has_grammars = bool(eos) and grammars_installed()
     engine = Engine(
         scheduler,
         cache,
@@ -73,7 +73,7 @@ async def open_executor(
         handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
         wake=stepper.wake.set,
         chunked=args.enable_chunked_prefill,
-        guides=guides if guided else None,
+        grammars=grammars if has_grammars else None,
         embedding_size=model.config.hidden_size,
         pairing={"KV cache": cache.layout.partition(":")[2]},
     )
@@ -86,11 +86,11 @@ async def open_executor(
         if runner.overlaps:  # tokens must not wait for 5 ms until the event loop lets go of the interpreter, or gets it
             sys.setswitchinterval(SWITCH_INTERVAL)
         stepper.start(engine)
-        if guided and runner.overlaps:
-            await guides.prepare(after=0)  # later it would hold up steps that take half a millisecond
+        if has_grammars and runner.overlaps:
+            await grammars.prepare(after=0)  # later it would hold up steps that take half a millisecond
             await asyncio.to_thread(warm_up, model.config.vocab_size, model.device)
-        elif guided:
-            tasks.create_task(guides.prepare())
+        elif has_grammars:
+            tasks.create_task(grammars.prepare())
         try:
             yield engine
         finally:
@@ -124,17 +124,17 @@ def carriers_for(backend: str, cache: KvCache, runner: Runner, worker: str) -> l
     return carriers
 
 
-def guides_installed() -> bool:
+def grammars_installed() -> bool:
     return find_spec("xgrammar") is not None
 
 
-class Stepper:
+class StepThread:
     """The thread that computes. One step: plan, compute, draw, book, and one call into the event loop. Where the device
     computes by itself, the next step is begun before the last one's tokens are read, if there is nothing to decide."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._begun: Step | None = None
+        self._begun: DeviceStep | None = None
         self.wake = threading.Event()
         self._stopping = False
         self._ahead = threading.Semaphore(STEPS_AHEAD)
@@ -172,7 +172,7 @@ class Stepper:
             self._begun = self._runner.begin(more, step)
         self._hand_over(engine, engine.book(step.work, step.result()))
 
-    def _plan(self, engine: Engine) -> Step | None:
+    def _plan(self, engine: Engine) -> DeviceStep | None:
         self.wake.clear()
         work = engine.plan()
         if fetches := engine.fetches():

@@ -17,7 +17,7 @@ from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import EngineArgs
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing
-from dynserve.executors.torch.cuda.forward import MOST_KEYS, Forward
+from dynserve.executors.torch.cuda.forward import MAX_KEYS, Forward
 from dynserve.executors.torch.cuda.kernels import Kernels, KernelsFailed, Shape, unfit
 from dynserve.executors.torch.cuda.peer import PeerCarrier
 from dynserve.executors.torch.cuda.runner import CudaRunner
@@ -34,14 +34,14 @@ GPU_RESERVE = 1 << 30  # bytes for what libraries allocate themselves: cuBLAS, C
 OLDEST_CARD = (8, 0)  # compute capability that has bfloat16
 
 
-class Target(NamedTuple):
+class ComputeTarget(NamedTuple):
     """Where and in which type a model is computed."""
 
     device: torch.device
     dtype: torch.dtype
 
     @staticmethod
-    def choose(device: str, dtype: DtypeName) -> Target:
+    def choose(device: str, dtype: DtypeName) -> ComputeTarget:
         """Raises ConfigError where a GPU is asked for and cannot be used."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ class Target(NamedTuple):
             # CPUs compute bfloat16 slowly; float32 also makes every batch size agree on greedy tokens
             dtype = "bfloat16" if name == "cuda" else "float32"
         chosen = torch.device(name, int(number or 0)) if name == "cuda" else torch.device(name)
-        return Target(chosen, getattr(torch, dtype))
+        return ComputeTarget(chosen, getattr(torch, dtype))
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class Target(NamedTuple):
         return GPU_DEFAULTS if self.device.type == "cuda" else {}
 
 
-def load(folder: Path, args: EngineArgs, target: Target) -> tuple[Transformer, KvCache, Runner]:
+def load(folder: Path, args: EngineArgs, target: ComputeTarget) -> tuple[Transformer, KvCache, Runner]:
     """Blocks for as long as it takes to read the weights, and on a GPU to compile and to capture graphs.
 
     Raises:
@@ -94,7 +94,7 @@ def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Tr
     fraction = args.kv_cache_config.free_gpu_memory_fraction or GPU_FRACTION
     most = int((free - reserve) * fraction) // _block_bytes(model, size)
     if most < -(-args.max_num_tokens // size):
-        raise ConfigError(_too_small(model.config, Target(model.device, model.dtype)))
+        raise ConfigError(_too_small(model.config, ComputeTarget(model.device, model.dtype)))
     cache = _cache(folder, model, args, most)
     shape = Shape.of(model.config, size)
     if (reason := _no_kernels(model)) is None:
@@ -163,11 +163,11 @@ def _working_memory(config: ModelConfig, args: EngineArgs) -> int:
     logits = 4 * args.max_batch_size * config.vocab_size
     attention = 4 * rows * config.num_heads * config.head_dim
     longest = min(args.max_seq_len or config.max_position, config.max_position)
-    keys = 2 * 4 * max(MOST_KEYS, longest) * config.num_kv_heads * config.head_dim  # out of the cache, and in order
+    keys = 2 * 4 * max(MAX_KEYS, longest) * config.num_kv_heads * config.head_dim  # out of the cache, and in order
     return activations + logits + attention + keys
 
 
-def _too_small(config: ModelConfig, target: Target) -> str:
+def _too_small(config: ModelConfig, target: ComputeTarget) -> str:
     if target.device.type != "cuda":
         return "there is not enough memory for this model"
     free, total = torch.cuda.mem_get_info()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dynserve.errors import ConfigError
-from dynserve.executors.carriers import CarrierFailed, Talk, finished
+from dynserve.executors.carriers import CarrierChannel, CarrierFailed, finished
 from dynserve.executors.torch.attention import KvCache
 from dynserve.wire import MALFORMED
 
@@ -84,7 +84,7 @@ class NixlCarrier:
     def reaches(self, hello: bytes) -> bool:
         return hello == self.name.encode()
 
-    async def send(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         lent: deque[int] = deque()
         self._enter()
         try:
@@ -101,7 +101,7 @@ class NixlCarrier:
         finally:
             self._outgoing.give_back(*lent)
 
-    async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         self._enter()
         try:
             await self._receive(blocks, talk)
@@ -111,7 +111,7 @@ class NixlCarrier:
                 self._cache.stream.wait_event(self._stream.record_event())
             raise
 
-    async def _receive(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def _receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         scattered: list[Callable[[], bool]] = []
         for at in range(0, len(blocks), self._blocks):
             some = blocks[at : at + self._blocks]
@@ -142,7 +142,7 @@ class NixlCarrier:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    async def _taken(self, talk: Talk, lent: deque[int]) -> None:
+    async def _taken(self, talk: CarrierChannel, lent: deque[int]) -> None:
         if await talk.hear() != GOT:
             raise EOFError("the receiver of KV blocks talks nonsense")
         self._outgoing.give_back(lent.popleft())

@@ -22,7 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from dynserve.errors import BadRequest
 from dynserve.executors.scheduler import Sampled, Sequence
-from dynserve.wire.requests import Sampling, TokenLogprob, finite
+from dynserve.wire.requests import SamplingParams, TokenLogprob, finite
 
 _pair = struct.Struct("<QQ").pack
 
@@ -162,7 +162,7 @@ class Adjustments:
         self._noted += 1
 
 
-def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+def draw(logits: Tensor, sampling: SamplingParams, position: int) -> int:
     """Top-k, then top-p of what that leaves, then min-p, all after the temperature; then one of the rest."""
     logits = logits.cpu()
     if sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0:
@@ -176,7 +176,7 @@ def draw(logits: Tensor, sampling: Sampling, position: int) -> int:
     return token if np.isfinite(scores[token]) else int(logits.argmax())
 
 
-def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
+def _kept(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Which tokens can be drawn, `[vocab]`. The likeliest always can."""
     ranked, ids = torch.sort(logits, descending=True, stable=True)
     if sampling.top_k > 0:

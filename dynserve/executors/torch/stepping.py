@@ -12,10 +12,10 @@ from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.kernels import Launcher
 from dynserve.executors.torch.model import Transformer
 from dynserve.executors.torch.sampler import sample
-from dynserve.executors.torch.whole import look_at
+from dynserve.executors.torch.whole import observe_prompt
 
 
-class Step(Protocol):
+class DeviceStep(Protocol):
     """A step that was begun."""
 
     @property
@@ -41,7 +41,7 @@ class Runner(Protocol):
         """Called once by the thread that steps."""
         ...
 
-    def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
+    def begin(self, work: Sequence[Slice], before: DeviceStep | None) -> DeviceStep:
         """With `before`, a step of this runner whose result is not known yet: slices whose token it draws continue it."""
         ...
 
@@ -60,11 +60,11 @@ class PlainRunner:
             torch.cuda.set_device(self._model.device)
             torch.cuda.set_stream(self._cache.stream)
 
-    def begin(self, work: Sequence[Slice], before: Step | None) -> Step:
+    def begin(self, work: Sequence[Slice], before: DeviceStep | None) -> DeviceStep:
         layout, owners = self._cache.lay_out(work)
         hidden = self._model.forward(self._cache, layout)
         for i, first in layout.whole:
-            look_at(self._model, hidden[first : first + work[i].size], work[i])
+            observe_prompt(self._model, hidden[first : first + work[i].size], work[i])
         sampled: list[list[Sampled]] = [[] for _ in work]
         logits = self._model.logits(hidden[layout.sampling])
         for owner, new in zip(owners, sample(logits, [work[i].sequence for i in owners]), strict=True):

@@ -14,13 +14,13 @@ ROWS = 256  # positions whose logits are there at once
 
 
 @torch.inference_mode()
-def look_at(model: Transformer, hidden: Tensor, work: Slice) -> None:
+def observe_prompt(model: Transformer, hidden: Tensor, work: Slice) -> None:
     """Takes from a slice's hidden states (`[size, hidden]`) what its sequence wants to know of them."""
     sequence = work.sequence
-    if sequence.request.pool == "mean":
+    if sequence.request.pooling == "mean":
         total = model.normed(hidden).sum(dim=0, dtype=torch.float32)
         sequence.pooled = total if sequence.pooled is None else sequence.pooled + total
-    elif sequence.request.pool == "last":
+    elif sequence.request.pooling == "last":
         sequence.pooled = model.normed(hidden[-1:])[0].float()
     else:
         _score(model, hidden, work)

@@ -34,7 +34,7 @@ CANARY_SALT = "dynserve-canary"
 MIN_GLOBAL_ID = 1 << 40  # smaller ones are the engine's own
 
 
-class Target(Executor, Protocol):
+class RankExecutor(Executor, Protocol):
     """The executor of one rank, as the engine sees it."""
 
     stats: Stats
@@ -66,12 +66,12 @@ class TrtllmEngine:
         self.tells_kv: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
         self._streams = KvStreams(self.block_size, self.ranks) if self.tells_kv else None
         self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die, tasks)
-        self._pump = Pump(llm, self._streams, self._told)
+        self._pump = Pump(llm, self._streams, self._on_stats)
         self.heard, self.alive = self._watch.heard, self._watch.alive
         self._watching: list[asyncio.Task[None]] = []
         self.closing = False
         self._canaries = count(1)
-        self.targets: Sequence[Target] = ()
+        self.targets: Sequence[RankExecutor] = ()
 
     @property
     def guessed_blocks(self) -> int:
@@ -101,7 +101,7 @@ class TrtllmEngine:
             raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
         self._watch.heard()
         self._watch.start()
-        watching = (self._watch.beat(), self._watch.look(), self._watch.ask_health())
+        watching = (self._watch.beat(), self._watch.poll(), self._watch.ask_health())
         self._watching = [self.tasks.create_task(one) for one in watching]
 
     async def close(self) -> None:
@@ -169,7 +169,7 @@ class TrtllmEngine:
         stream = self._streams.ranks[rank]
         return stream.gaps, stream.orphans
 
-    def _told(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+    def _on_stats(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
         self._watch.heard()
         for rank, found in events.items():
             self.targets[rank].kv_changed(found)
@@ -177,7 +177,7 @@ class TrtllmEngine:
         for row in rows:
             rank = row.get("attentionDpRank") or 0
             if rank < len(self.targets):
-                self.targets[rank].stats.take(row, now)
+                self.targets[rank].stats.update(row, now)
                 self.total_blocks = self.targets[rank].stats.total_blocks
 
 

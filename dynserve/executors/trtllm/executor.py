@@ -29,8 +29,8 @@ from dynserve.errors import (
     Unavailable,
     WorkerLost,
 )
-from dynserve.executors.base import Executor, KvListener, Limits, Output, Sink, check_request
-from dynserve.executors.handoff import End, HandoffTable, belongs
+from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
+from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
 from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
@@ -67,9 +67,9 @@ class _Call:
         "timer",
     )
 
-    def __init__(self, request: GenerateRequest, sink: Sink, began: float) -> None:
+    def __init__(self, request: GenerateRequest, sink: OutputSink, began: float) -> None:
         self.request, self.began = request, began
-        self.sink: Sink | None = sink  # None: nobody listens any more
+        self.sink: OutputSink | None = sink  # None: nobody listens any more
         self.known = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client had
         self.made = self.known  # and those that it has
         self.context = self.local = self.answered = False
@@ -89,10 +89,10 @@ class TrtllmExecutor:
         args, folder = engine.llm.args, Path(config.model_path)
         vocab_size, context = model_limits(folder)
         self._eos = tuple(eos_token_ids(folder))
-        thinks, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
-        self._terms = Terms(engine.api, self._eos, vocab_size, thinks, _adapters(config), within)
+        knows_reasoning, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
+        self._terms = Terms(engine.api, self._eos, vocab_size, knows_reasoning, _adapters(config), within)
         self._max_seq_len: int = args.max_seq_len or context
-        self._guides = args.guided_decoding_backend is not None
+        self._grammars = args.guided_decoding_backend is not None
         self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size)
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
         self._handoffs = HandoffTable(instance_id, (timeout_ms or opts.TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
@@ -105,11 +105,11 @@ class TrtllmExecutor:
         self._kv_listener: KvListener | None = None
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ExecutorLimits:
         engine, args = self._engine, self._engine.llm.args
         blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
-        return Limits(
-            engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._guides,
+        return ExecutorLimits(
+            engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._grammars,
             adapters=tuple(self._terms.adapters), kv_events=engine.tells_kv, pairing=engine.pairing if
             engine.disaggregates else {}, single_use_handoffs=True,
         )  # fmt: skip
@@ -148,14 +148,14 @@ class TrtllmExecutor:
 
     # requests in
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> int:
+    def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
         check_request(request, self.limits, None if request.phase == "decode" else self._most_at_once())
         if request.phase == "prefill" and not self._engine.disaggregates:
             raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
         ticket, call = next(self._tickets), _Call(request, sink, self._loop.time())
-        params = self._take_over(request) if request.phase == "decode" else None
+        params = self._adopt_handoff(request) if request.phase == "decode" else None
         if params is not None and request.handoff is not None:
             self._start(ticket, call, params)
             limit = request.handoff.ttl_s + TRANSFER_GRACE
@@ -199,7 +199,7 @@ class TrtllmExecutor:
         args = self._engine.llm.args
         return None if args.enable_chunked_prefill else args.max_num_tokens
 
-    def _take_over(self, request: GenerateRequest) -> Any:
+    def _adopt_handoff(self, request: GenerateRequest) -> Any:
         """The context phase's params; None where they are of no use, and the prompt is computed here."""
         handoff, engine = request.handoff, self._engine
         try:
@@ -227,7 +227,7 @@ class TrtllmExecutor:
         prior = request.prior.token_ids if request.prior is not None else []
         # what the client has is behind the prompt now, unless the engine says it again: after a transfer; or because a
         # grammar must see the answer from its beginning, and then what it says is compared
-        again = bool(prior) and (not call.local or request.guide is not None)
+        again = bool(prior) and (not call.local or request.grammar is not None)
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
         most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
@@ -348,12 +348,12 @@ class TrtllmExecutor:
         packed = state.pack(params, call.id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.id)
         self._contexts[ticket] = call
-        self._held_tokens += len(request.prompt) // 4
+        self._held_tokens += request.num_tokens
 
-    def _handoff_ended(self, ticket: int, how: End) -> None:
+    def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
         call = self._contexts.pop(ticket)
-        self._held_tokens -= len(call.request.prompt) // 4
-        if how is not End.DELIVERED:
+        self._held_tokens -= call.request.num_tokens
+        if how is not HandoffEnd.DELIVERED:
             self._engine.abort(call.result)  # there is no other way to have the engine give up its blocks
 
     # what goes wrong
@@ -373,7 +373,7 @@ class TrtllmExecutor:
         if call.request.phase == "decode" and not call.local and not self._has_given(call):
             self._compute_here(ticket, call, HandoffBroken(str(error)))
             return
-        if call.request.guide is not None and not call.answered:
+        if call.request.grammar is not None and not call.answered:
             self._fail(ticket, call, BadRequest(str(error), param="response_format"))
         else:
             self._fail(ticket, call, InternalError(f"the engine failed the request: {error}"))

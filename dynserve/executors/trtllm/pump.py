@@ -20,20 +20,20 @@ log = logging.getLogger(__name__)
 
 EVERY = 0.01  # seconds between looks at the events
 STATS_EVERY = 5  # looks at the events per look at the statistics
-MOST_AT_ONCE = 512  # events that are translated in one go
-MOST_AHEAD = 8  # batches that may wait for the event loop
+MAX_AT_ONCE = 512  # events that are translated in one go
+MAX_AHEAD = 8  # batches that may wait for the event loop
 SAY_EVERY = 30.0  # seconds between complaints
 
-Told = Callable[[dict[int, list[KvEvent]], list[Mapping[str, Any]]], None]
+OnStats = Callable[[dict[int, list[KvEvent]], list[Mapping[str, Any]]], None]
 
 
 class Pump:
-    """`told` is called on the loop, with translated events by rank and statistics as they came."""
+    """`on_stats` is called on the loop, with translated events by rank and statistics as they came."""
 
-    def __init__(self, llm: Any, streams: KvStreams | None, told: Told) -> None:
-        self._llm, self._streams, self._told = llm, streams, told
+    def __init__(self, llm: Any, streams: KvStreams | None, on_stats: OnStats) -> None:
+        self._llm, self._streams, self._on_stats = llm, streams, on_stats
         self._loop = asyncio.get_running_loop()
-        self._ahead = threading.Semaphore(MOST_AHEAD)
+        self._ahead = threading.Semaphore(MAX_AHEAD)
         self._stopping = threading.Event()
         self._said = float("-inf")
         self._thread = threading.Thread(target=self._run, name="trtllm-pump", daemon=True)
@@ -52,7 +52,7 @@ class Pump:
         count = 0
         while not self._stopping.is_set():
             if self._streams is not None:
-                while len(events := await self._read("get_kv_cache_events_async")) == MOST_AT_ONCE:
+                while len(events := await self._read("get_kv_cache_events_async")) == MAX_AT_ONCE:
                     self._tell(self._streams.translate(events), [])
                 if events and (found := self._streams.translate(events)):
                     self._tell(found, [])
@@ -67,7 +67,7 @@ class Pump:
         try:
             async for row in getattr(self._llm, getter)(0):
                 rows.append(row)
-                if len(rows) == MOST_AT_ONCE:
+                if len(rows) == MAX_AT_ONCE:
                     break
         except (asyncio.QueueEmpty, TimeoutError, IndexError):
             pass
@@ -83,11 +83,11 @@ class Pump:
             if self._stopping.is_set():
                 return
         try:
-            self._loop.call_soon_threadsafe(self._take, events, rows)
+            self._loop.call_soon_threadsafe(self._deliver, events, rows)
         except RuntimeError:  # the loop is closed
             self._stopping.set()
 
-    def _take(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+    def _deliver(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
         self._ahead.release()
         if not self._stopping.is_set():
-            self._told(events, rows)
+            self._on_stats(events, rows)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dynserve.errors import BadRequest, Unavailable
 from dynserve.executors.trtllm.api import Api
-from dynserve.wire.requests import GenerateRequest, Guide, unpack_tokens
+from dynserve.wire.requests import GenerateRequest, Grammar, unpack_tokens
 
 DEFAULT_PRIORITY = 0.5  # TensorRT-LLM's
 
@@ -25,7 +25,7 @@ class Terms(NamedTuple):
     api: Api
     eos: tuple[int, ...]
     vocab_size: int
-    thinks: bool  # the engine knows where a thought ends, so that a grammar can begin behind it
+    knows_reasoning: bool  # the engine knows where a thought ends, so that a grammar can begin behind it
     adapters: Mapping[str, Adapter]
     rank: int | None  # of attention data parallelism
 
@@ -61,7 +61,7 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         # 0 would give none of them; a decode request has no states of its prompt
         "prompt_logprobs": max(1, sampling.logprobs or 0) if wants_prompt(request) else None,
         "embedding_bias": _bias(sampling.logit_bias, terms.vocab_size) if sampling.logit_bias else None,
-        "guided_decoding": _guided(request.guide, terms) if request.guide is not None else None,
+        "guided_decoding": _grammar_params(request.grammar, terms) if request.grammar is not None else None,
     }
     keywords |= {name: value for name, value in optional.items() if value is not None}
     return terms.api.sampling(**keywords)
@@ -115,7 +115,7 @@ def priority_of(priority: int) -> float:
 def ends_of(request: GenerateRequest, eos: tuple[int, ...]) -> tuple[int, list[int]]:
     """What ends an answer: the engine has one end of turn (-1: none), a model's others are stop tokens."""
     stop = request.stop
-    if (stop.ignore_eos and request.guide is None) or not eos:
+    if (stop.ignore_eos and request.grammar is None) or not eos:
         return -1, list(stop.token_ids)
     return eos[0], [*eos[1:], *(token for token in stop.token_ids if token not in eos)]
 
@@ -130,11 +130,11 @@ def _bias(biases: dict[int, float], vocab_size: int) -> Any:
     return tensor
 
 
-def _guided(guide: Guide, terms: Terms) -> Any:
-    if guide.thought is not None and not terms.thinks:
+def _grammar_params(grammar: Grammar, terms: Terms) -> Any:
+    if grammar.reasoning is not None and not terms.knows_reasoning:
         raise BadRequest(
             "this model thinks first, and its engine does not know where a thought ends: set reasoning_parser in "
             "the engine options to hold answers to a grammar",
             param="response_format",
         )
-    return terms.api.guided(**{guide.kind: guide.text})
+    return terms.api.guided(**{grammar.kind: grammar.text})

@@ -32,14 +32,14 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     ctx_info_endpoint: Any = None  # text, or texts; the engine's own
 
 
-class _State(msgspec.Struct, frozen=True, kw_only=True):
+class _HandoffState(msgspec.Struct, frozen=True, kw_only=True):
     pairing: dict[str, str]
     plain: _Plain
     logprobs: list[list[tuple[int, float, int | None]]] | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_State).decode
+_decode = msgspec.msgpack.Decoder(_HandoffState).decode
 _NOT_OURS: dict[type[BaseException], Any] = dict.fromkeys(MALFORMED, HandoffMismatch)
 
 
@@ -49,7 +49,7 @@ def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
     plain = _Plain(**(found | {"disagg_request_id": id_}))
     entries = params.first_gen_log_probs
     logprobs = [[(token, e.logprob, e.rank) for token, e in entry.items()] for entry in entries] if entries else None
-    return _encode(_State(pairing=dict(pairing), plain=plain, logprobs=logprobs))
+    return _encode(_HandoffState(pairing=dict(pairing), plain=plain, logprobs=logprobs))
 
 
 def unpack(state: bytes, pairing: Mapping[str, str], api: Api, known: Sequence[TokenLogprob] = ()) -> Any:

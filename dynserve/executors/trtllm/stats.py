@@ -31,7 +31,7 @@ class Stats:
         self._cache: Mapping[str, Any] = {}
         self._at = float("-inf")
 
-    def take(self, row: Mapping[str, Any], now: float) -> None:
+    def update(self, row: Mapping[str, Any], now: float) -> None:
         """Every key may be missing: the set differs between versions."""
         self._row, self._at = row, now
         self._cache = row.get("kvCacheStats") or {}

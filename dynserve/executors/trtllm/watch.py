@@ -23,7 +23,7 @@ from dynserve.tasks import OwnedTasks, detached
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.25  # seconds
+POLL_EVERY = 0.25  # seconds
 HEALTH_EVERY = 5.0  # seconds between calls of the engine's own check, which may block
 HEALTH_TIMEOUT = 5.0
 LEAST_STANDSTILL = 3.0  # seconds of a loop that does not turn before it is taken for blocked
@@ -56,10 +56,10 @@ class Watch:
     def stop(self) -> None:
         self._stopped.set()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Until it is dead."""
         while True:
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_EVERY)
             if (why := self._fatal()) is not None:
                 self._dead(why)
                 return
@@ -71,7 +71,7 @@ class Watch:
         """Tells the thread that the loop turns."""
         while True:
             self._beat = time.monotonic()
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_EVERY)
 
     async def alive(self) -> bool:
         """Whether the engine still works, asked by somebody who has met an error. Those who ask at once share the
@@ -90,7 +90,7 @@ class Watch:
             asked = asked or detached(self._llm._check_health)
             done, _ = await asyncio.wait([asked], timeout=HEALTH_TIMEOUT)
             if not done:
-                continue  # it waits for a dead process, or a busy one: `look` finds out
+                continue  # it waits for a dead process, or a busy one: `poll` finds out
             if (error := asked.exception()) is not None:
                 log.warning("the engine's own health check cannot be used: %s: %s", type(error).__name__, error)
                 return
@@ -105,7 +105,7 @@ class Watch:
 
     def _watch_loop(self) -> None:
         limit = max(self._stall_s, LEAST_STANDSTILL)
-        while not self._stopped.wait(LOOK_EVERY):
+        while not self._stopped.wait(POLL_EVERY):
             if time.monotonic() - self._beat > limit:
                 # no handler runs any more, and no clean-up: to leave is all that is left
                 print(

@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, ReasoningText
 from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import Render, TokenLogprob
+from dynserve.wire.requests import RenderOptions, TokenLogprob
 
 Logprobs = list[dict[str, Any]] | None
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
-class End:
+class AnswerEnd:
     """How an answer ended. `reason` is `stop` or `length`; `stop_string` is the one that ended it."""
 
     __slots__ = ("reason", "stop_string", "usage")
@@ -40,17 +40,17 @@ class Format(Protocol):
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes: ...
 
-    def last(self, end: End, logprobs: Logprobs) -> bytes: ...
+    def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes: ...
 
-    def body(self, said: Said, end: End) -> bytes: ...
+    def body(self, said: Transcript, end: AnswerEnd) -> bytes: ...
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]: ...
 
 
-class Said:
+class Transcript:
     """All of an answer so far, in order; `parts` are pieces with the log-probabilities of their tokens."""
 
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.parts: list[tuple[Piece, Logprobs]] = []
         self.rest: Logprobs = None  # log-probabilities of tokens behind the last piece
@@ -61,15 +61,15 @@ class Said:
 
     @property
     def thoughts(self) -> str:
-        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Thinking)])
+        return "".join([piece.text for piece, _ in self.parts if isinstance(piece, ReasoningText)])
 
     @property
-    def calls(self) -> list[SaidCall]:
-        found: list[SaidCall] = []
+    def calls(self) -> list[TranscriptCall]:
+        found: list[TranscriptCall] = []
         for piece, _ in self.parts:
-            if isinstance(piece, Call):
-                found.append(SaidCall(call_id(self._render, len(found)), piece.name))
-            elif isinstance(piece, Arguments):
+            if isinstance(piece, CallStart):
+                found.append(TranscriptCall(call_id(self._render, len(found)), piece.name))
+            elif isinstance(piece, CallArguments):
                 found[-1].parts.append(piece.text)
         return found
 
@@ -86,7 +86,7 @@ class Said:
             logprobs = None
 
 
-class SaidCall:
+class TranscriptCall:
     def __init__(self, id_: str, name: str) -> None:
         self.id, self.name = id_, name
         self.parts: list[str] = []
@@ -96,7 +96,7 @@ class SaidCall:
         return "".join(self.parts)
 
 
-def call_id(render: Render, number: int) -> str:
+def call_id(render: RenderOptions, number: int) -> str:
     """The same on every worker that renders this answer. Mistral's templates take ids of nine characters only."""
     name = hashlib.sha256(f"{render.response_id}/{render.index}/{number}".encode()).hexdigest()
     if render.tools is not None and render.tools.parser.startswith("mistral"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, Thinking
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, ReasoningText
 from dynserve.render.formats.base import (
     LEAST_LOGPROB,
-    End,
+    AnswerEnd,
     Logprobs,
-    Said,
+    Transcript,
     call_id,
     logprob_object,
     usage_object,
@@ -18,7 +18,7 @@ from dynserve.render.formats.base import (
 from dynserve.sse import one_line, to_json
 from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import Render, TokenLogprob
+from dynserve.wire.requests import RenderOptions, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
 OBJECTS = {
@@ -28,7 +28,7 @@ OBJECTS = {
 }
 
 
-def chunk_head(render: Render) -> bytes:
+def chunk_head(render: RenderOptions) -> bytes:
     """Of every chunk, up to its choices."""
     return (
         b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":['
@@ -36,11 +36,11 @@ def chunk_head(render: Render) -> bytes:
     )  # fmt: skip
 
 
-def usage_chunk(render: Render, usage: Usage) -> bytes:
+def usage_chunk(render: RenderOptions, usage: Usage) -> bytes:
     return chunk_head(render) + b'],"usage":' + to_json(usage_object(usage)) + b"}\n\n"
 
 
-def body_of(render: Render, choices: Sequence[bytes], usage: Usage) -> bytes:
+def body_of(render: RenderOptions, choices: Sequence[bytes], usage: Usage) -> bytes:
     """The whole answer, of choices that are JSON already."""
     return b'{"id":%b,"object":"%b","created":%d,"model":%b,"choices":[%b],"usage":%b}' % (
         to_json(render.response_id), OBJECTS[render.kind][0].encode(), render.created, to_json(render.model),
@@ -56,7 +56,7 @@ def reindexed(choice: bytes, old: int, new: int) -> bytes:
 class _Choices:
     """What chat and completion answers share."""
 
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.usage = Usage(0, 0, 0)
         self._choice = chunk_head(render) + b'{"index":%d,' % render.index
@@ -68,18 +68,18 @@ class _Choices:
             usage = b',"usage":' + to_json(usage_object(self.usage))
         return b',"finish_reason":' + finish + b"}]" + usage + b"}\n\n"
 
-    def _after(self, end: End) -> bytes:
+    def _after(self, end: AnswerEnd) -> bytes:
         """What follows the last chunk of the last choice."""
         if self._render.part:
             return b""
         return (usage_chunk(self._render, end.usage) if self._render.usage else b"") + DONE
 
-    def _whole(self, choice: dict[str, Any], end: End) -> bytes:
+    def _whole(self, choice: dict[str, Any], end: AnswerEnd) -> bytes:
         return to_json(choice) if self._render.part else body_of(self._render, [to_json(choice)], end.usage)
 
 
 class ChatFormat(_Choices):
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderOptions) -> None:
         super().__init__(render)
         self._calls = -1
 
@@ -98,23 +98,23 @@ class ChatFormat(_Choices):
         match piece:
             case Content(text):
                 return self.content(text, logprobs)
-            case Thinking(text):
+            case ReasoningText(text):
                 return self._delta(b'"reasoning_content":' + to_json(text), logprobs)
-            case Call(name):
+            case CallStart(name):
                 self._calls += 1
                 id_ = call_id(self._render, self._calls)
                 function = {"name": name, "arguments": ""}
                 call: dict[str, Any] = {"index": self._calls, "id": id_, "type": "function", "function": function}
-            case Arguments(text):
+            case CallArguments(text):
                 call = {"index": self._calls, "function": {"arguments": text}}
         return self._delta(b'"tool_calls":[' + to_json(call) + b"]", logprobs)
 
-    def last(self, end: End, logprobs: Logprobs) -> bytes:
+    def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         reason = to_json(self._reason(end, self._calls >= 0))
         entries = one_line(to_json({"content": logprobs})) if logprobs else b"null"
         return self._choice + b'"delta":{},"logprobs":' + entries + self._end(reason) + self._after(end)
 
-    def body(self, said: Said, end: End) -> bytes:
+    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
         calls, logprobs = said.calls, said.logprobs
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         if said.thoughts:
@@ -139,14 +139,14 @@ class ChatFormat(_Choices):
         entries = b"null" if logprobs is None else one_line(to_json({"content": logprobs}))
         return self._choice + b'"delta":{' + one_line(delta) + b'},"logprobs":' + entries + self._end()
 
-    def _reason(self, end: End, called: bool) -> str:
+    def _reason(self, end: AnswerEnd, called: bool) -> str:
         """As OpenAI: a call that the client asked for by name ends with `stop`."""
         tools = self._render.tools
         return "tool_calls" if called and end.reason == "stop" and tools and not tools.named else end.reason
 
 
 class CompletionFormat(_Choices):
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderOptions) -> None:
         super().__init__(render)
         self._text = self._choice + b'"text":'
         self._offset = 0
@@ -167,11 +167,11 @@ class CompletionFormat(_Choices):
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
         return self.content(piece[0], logprobs)  # only ever content: completions have no parsers
 
-    def last(self, end: End, logprobs: Logprobs) -> bytes:
+    def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         entries = one_line(to_json(self._columns(logprobs))) if logprobs else b"null"
         return self._text + b'"","logprobs":' + entries + self._end(to_json(end.reason)) + self._after(end)
 
-    def body(self, said: Said, end: End) -> bytes:
+    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
         logprobs = said.logprobs
         columns = None if logprobs is None else self._columns(logprobs)
         choice = {

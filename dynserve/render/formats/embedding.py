@@ -7,10 +7,10 @@ import math
 from array import array
 
 from dynserve.sse import to_json
-from dynserve.wire.requests import Render
+from dynserve.wire.requests import RenderOptions
 
 
-def embedding_item(render: Render, vector: bytes) -> bytes:
+def embedding_item(render: RenderOptions, vector: bytes) -> bytes:
     """`vector` is float32 of length 1; a cut one is brought back to length 1, as OpenAI does."""
     values = array("f", vector)
     if 0 < render.dimensions < len(values):

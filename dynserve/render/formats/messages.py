@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, Thinking
-from dynserve.render.formats.base import End, Logprobs, Said, call_id
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, ReasoningText
+from dynserve.render.formats.base import AnswerEnd, Logprobs, Transcript, call_id
 from dynserve.sse import event, to_json
 from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import Render, TokenLogprob
+from dynserve.wire.requests import RenderOptions, TokenLogprob
 
 
 class MessageFormat:
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.usage = Usage(0, 0, 0)
         self._block = -1  # the one that is open
@@ -38,37 +38,37 @@ class MessageFormat:
         match piece:
             case Content(text):
                 return self.content(text, logprobs)
-            case Thinking(text):
+            case ReasoningText(text):
                 block = {"type": "thinking", "thinking": "", "signature": ""}
                 begin = b"" if self._kind == "thinking" else self._open("thinking", block)
                 return begin + self._delta({"type": "thinking_delta", "thinking": text})
-            case Call(name):
+            case CallStart(name):
                 id_ = call_id(self._render, self._calls)
                 self._calls += 1
                 return self._open("tool_use", {"type": "tool_use", "id": id_, "name": name, "input": {}})
-            case Arguments(text):
+            case CallArguments(text):
                 return self._delta({"type": "input_json_delta", "partial_json": text})
 
-    def last(self, end: End, logprobs: Logprobs) -> bytes:
+    def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         reason, string = _stop(end, bool(self._calls))
         delta = {"stop_reason": reason, "stop_sequence": string}
         data = to_json({"type": "message_delta", "delta": delta, "usage": _usage(end.usage)})
         return self._close() + event("message_delta", data) + event("message_stop", b'{"type":"message_stop"}')
 
-    def body(self, said: Said, end: End) -> bytes:
+    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
         blocks: list[dict[str, Any]] = []
         for piece, _ in said.parts:
             match piece:
                 case Content(text):
-                    _last(blocks, "text", text=[])["text"].append(text)
-                case Thinking(text):
-                    _last(blocks, "thinking", thinking=[], signature="")["thinking"].append(text)
-                case Call(name):
+                    _last(blocks, {"type": "text", "text": []})["text"].append(text)
+                case ReasoningText(text):
+                    _last(blocks, {"type": "thinking", "thinking": [], "signature": ""})["thinking"].append(text)
+                case CallStart(name):
                     blocks.append(
                         {"type": "tool_use", "id": call_id(self._render, self._calls), "name": name, "input": []}
                     )
                     self._calls += 1
-                case Arguments(text):
+                case CallArguments(text):
                     blocks[-1]["input"].append(text)
         content = [whole for block in blocks if (whole := _whole(block)) is not None]
         return to_json(self._message(content, *_stop(end, bool(self._calls))) | {"usage": _usage(end.usage)})
@@ -104,7 +104,7 @@ class MessageFormat:
         return event("content_block_stop", to_json({"type": "content_block_stop", "index": self._block}))
 
 
-def _stop(end: End, called: bool) -> tuple[str, str | None]:
+def _stop(end: AnswerEnd, called: bool) -> tuple[str, str | None]:
     if end.reason == "length":
         return "max_tokens", None
     if end.stop_string is not None:
@@ -122,10 +122,10 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _last(blocks: list[dict[str, Any]], kind: str, **fields: Any) -> dict[str, Any]:
-    """The last block, or a new one where that is of another kind."""
-    if not blocks or blocks[-1]["type"] != kind:
-        blocks.append({"type": kind} | fields)
+def _last(blocks: list[dict[str, Any]], empty: dict[str, Any]) -> dict[str, Any]:
+    """The last block; or `empty`, appended, where that is of another type."""
+    if not blocks or blocks[-1]["type"] != empty["type"]:
+        blocks.append(empty)
     return blocks[-1]
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from dynserve.dialects.base import Arguments, Call, Content, Piece, Thinking
-from dynserve.render.formats.base import End, Logprobs, Said, call_id, logprob_object
+from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, ReasoningText
+from dynserve.render.formats.base import AnswerEnd, Logprobs, Transcript, call_id, logprob_object
 from dynserve.sse import event, to_json
 from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import Render, TokenLogprob
+from dynserve.wire.requests import RenderOptions, TokenLogprob
 
 
-class ResponseFormat:
-    def __init__(self, render: Render) -> None:
+class ResponsesFormat:
+    def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.usage = Usage(0, 0, 0)
         self._frame: dict[str, Any] = msgspec.json.decode(render.frame) if render.frame else {}
@@ -48,26 +48,26 @@ class ResponseFormat:
         match piece:
             case Content(text):
                 return self.content(text, logprobs)
-            case Thinking(text):
+            case ReasoningText(text):
                 begin = b"" if self._kind == "reasoning" else self._open("reasoning")
                 self._text.append(text)
                 return begin + self._event(
                     "response.reasoning_text.delta", **self._place(), content_index=0, delta=text
                 )
-            case Call(name):
+            case CallStart(name):
                 closed = self._close("completed")
                 self._call = (call_id(self._render, self._calls), name)
                 self._calls += 1
                 return closed + self._open("function_call")
-            case Arguments(text):
+            case CallArguments(text):
                 self._text.append(text)
                 return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
 
-    def last(self, end: End, logprobs: Logprobs) -> bytes:
+    def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         status, closed = self._end(end)
         return closed + self._event(f"response.{status}", response=self._response(status, self._output, end.usage))
 
-    def body(self, said: Said, end: End) -> bytes:
+    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
         for piece, logprobs in said.parts:
             self.piece(piece, logprobs)
         return to_json(self._response(self._end(end)[0], self._output, end.usage))
@@ -75,7 +75,7 @@ class ResponseFormat:
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         return logprob_object(entry, vocabulary, self._render.logprobs or 0)
 
-    def _end(self, end: End) -> tuple[str, bytes]:
+    def _end(self, end: AnswerEnd) -> tuple[str, bytes]:
         """The answer's status, and the events of its last item's end."""
         status = "incomplete" if end.reason == "length" else "completed"
         closed = self._close(status)

@@ -22,7 +22,7 @@ from dynserve.executors.torch.cuda.kernels import Shape
 from dynserve.executors.torch.cuda.runner import CudaRunner, CudaStep
 from dynserve.executors.torch.model import ModelConfig, Transformer
 from dynserve.executors.torch.sampler import sample
-from dynserve.wire.requests import Sampling, Stop
+from dynserve.wire.requests import SamplingParams, StopConditions
 from tests.conftest import make_request
 from tests.executors.torch.emulated import Emulated
 from tests.reference import Reference
@@ -155,7 +155,11 @@ def test_every_step_computes_the_logits_of_a_plain_forward_pass(emulation: Emula
         seen.add(len(rows))
 
     for length, new in ((1, 8), (5, 3), (23, 4), (17, 7), (70, 2), (9, 3)):
-        emulation.add(prompt_of(length), stop=Stop(max_tokens=new, ignore_eos=True), sampling=Sampling(temperature=0.0))
+        emulation.add(
+            prompt_of(length),
+            stop=StopConditions(max_tokens=new, ignore_eos=True),
+            sampling=SamplingParams(temperature=0.0),
+        )
     emulation.run(check, overlap=False)
     assert {1, 2, 4, 5} <= seen
     launched = {name.split("<")[0] for name in emulation.emulated.launched}
@@ -178,8 +182,8 @@ def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch:
             expected = emulation.reference.logits(slice_.sequence.tokens[: slice_.start + slice_.size])[-1]
             errors.append(error_of(emulation.runner._forward.logits[row], expected))
 
-    greedy, stop = Sampling(temperature=0.0), Stop(max_tokens=2, ignore_eos=True)
-    emulation.add([*shared, 1], sampling=greedy, stop=Stop(max_tokens=1, ignore_eos=True))
+    greedy, stop = SamplingParams(temperature=0.0), StopConditions(max_tokens=2, ignore_eos=True)
+    emulation.add([*shared, 1], sampling=greedy, stop=StopConditions(max_tokens=1, ignore_eos=True))
     emulation.run(check, overlap=False)
     for prompt in (prompt_of(380), [*shared, *prompt_of(going_on)], prompt_of(2), [*shared, 7], prompt_of(130)):
         emulation.add(prompt, sampling=greedy, stop=stop)
@@ -191,8 +195,8 @@ def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch:
 def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path, library: Path) -> None:
     """One row's keys are looked at by several blocks; the last one adds up."""
     emulation = Emulation(make_checkpoint(tmp_path / "model", "llama"), library, max_rows=600)
-    stop = Stop(max_tokens=3, ignore_eos=True)
-    sequence = emulation.add(prompt_of(530), sampling=Sampling(temperature=0.0), stop=stop)
+    stop = StopConditions(max_tokens=3, ignore_eos=True)
+    sequence = emulation.add(prompt_of(530), sampling=SamplingParams(temperature=0.0), stop=stop)
     checked = []
 
     def check(step: CudaStep) -> None:
@@ -204,10 +208,10 @@ def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path, library: 
 
 
 def test_a_step_begun_ahead_continues_with_the_token_that_is_not_known_yet(llama: Emulation) -> None:
-    emulation, stop = llama, Stop(max_tokens=9, ignore_eos=True)
+    emulation, stop = llama, StopConditions(max_tokens=9, ignore_eos=True)
     sampling = [
-        Sampling(temperature=0.0), Sampling(temperature=0.9, seed=3),
-        Sampling(temperature=1.2, seed=4, presence_penalty=1.5, repetition_penalty=1.3, logit_bias={5: 3.0}),
+        SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, seed=3),
+        SamplingParams(temperature=1.2, seed=4, presence_penalty=1.5, repetition_penalty=1.3, logit_bias={5: 3.0}),
     ]  # fmt: skip
     found = []
     for overlap in (False, True):
@@ -219,12 +223,18 @@ def test_a_step_begun_ahead_continues_with_the_token_that_is_not_known_yet(llama
 
 
 def test_what_ends_unexpectedly_was_computed_once_too_often_and_nothing_comes_of_it(llama: Emulation) -> None:
-    probe = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, ignore_eos=True))
+    probe = llama.add(
+        prompt_of(6), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=9, ignore_eos=True)
+    )
     llama.run()
     end = probe.tokens[9]
     first = probe.tokens.index(end, 6)
-    stopped = llama.add(prompt_of(6), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, token_ids=(end,)))
-    other = llama.add(prompt_of(9), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=9, ignore_eos=True))
+    stopped = llama.add(
+        prompt_of(6), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=9, token_ids=(end,))
+    )
+    other = llama.add(
+        prompt_of(9), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=9, ignore_eos=True)
+    )
     llama.run()
     assert stopped.tokens == probe.tokens[:first] and len(other.tokens) == 18
     assert llama.scheduler.blocks.free == llama.scheduler.blocks.num_blocks
@@ -239,7 +249,7 @@ class Draws:
     def __init__(self, emulation: Emulation) -> None:
         self._emulation = emulation
 
-    def device(self, logits: torch.Tensor, sampling: list[Sampling], prompts: list[list[int]]) -> list[int]:
+    def device(self, logits: torch.Tensor, sampling: list[SamplingParams], prompts: list[list[int]]) -> list[int]:
         runner = self._emulation.runner
         sequences = [
             Sequence(i, make_request(prompt, sampling=s), BLOCK, frozenset(), 0.0)
@@ -252,7 +262,7 @@ class Draws:
             return [s.token_id for s in runner._drawing.draw(sequences, unknown).read()]
 
     @staticmethod
-    def host(logits: torch.Tensor, sampling: list[Sampling], prompts: list[list[int]]) -> list[int]:
+    def host(logits: torch.Tensor, sampling: list[SamplingParams], prompts: list[list[int]]) -> list[int]:
         sequences = [
             Sequence(i, make_request(prompt, sampling=s), BLOCK, frozenset(), 0.0)
             for i, (prompt, s) in enumerate(zip(prompts, sampling, strict=True))
@@ -266,10 +276,10 @@ def draws(llama: Emulation) -> Draws:
 
 
 FIELDS = [
-    Sampling(temperature=0.0), Sampling(temperature=1.0, seed=1), Sampling(temperature=0.7, seed=2, top_k=5),
-    Sampling(temperature=1.0, seed=3, top_p=0.5), Sampling(temperature=1.3, seed=4, min_p=0.1),
-    Sampling(temperature=0.9, seed=5, top_k=40, top_p=0.8, min_p=0.02), Sampling(temperature=2.0, seed=6, top_p=0.99),
-    Sampling(temperature=0.8, seed=7, top_k=VOCAB + 5),
+    SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0.7, seed=2, top_k=5),
+    SamplingParams(temperature=1.0, seed=3, top_p=0.5), SamplingParams(temperature=1.3, seed=4, min_p=0.1),
+    SamplingParams(temperature=0.9, seed=5, top_k=40, top_p=0.8, min_p=0.02), SamplingParams(temperature=2.0, seed=6, top_p=0.99),
+    SamplingParams(temperature=0.8, seed=7, top_k=VOCAB + 5),
 ]  # fmt: skip
 
 
@@ -286,7 +296,7 @@ def test_equal_logits_are_cut_alike(draws: Draws) -> None:
     """Among equals the smaller token comes first: the cut goes through the middle of them."""
     logits = torch.zeros(8, VOCAB)
     logits[:, 100:110] = 1.0
-    fields = [Sampling(temperature=1.0, seed=seed, top_k=13) for seed in range(8)]
+    fields = [SamplingParams(temperature=1.0, seed=seed, top_k=13) for seed in range(8)]
     for length in range(1, 7):
         prompts = [prompt_of(length)] * 8
         found = draws.device(logits, fields, prompts)
@@ -306,7 +316,7 @@ def test_draws_of_the_device_follow_the_distribution(draws: Draws) -> None:
     logits = torch.full((8, VOCAB), float("-inf"))
     logits[:, 3:6] = torch.log(torch.tensor([0.1, 0.6, 0.3]))
     found = np.array([
-        draws.device(logits, [Sampling(seed=seed * 8 + i) for i in range(8)], [[1]] * 8) for seed in range(30)
+        draws.device(logits, [SamplingParams(seed=seed * 8 + i) for i in range(8)], [[1]] * 8) for seed in range(30)
     ])  # fmt: skip
     assert [float((found == token).mean()) for token in (3, 4, 5)] == pytest.approx([0.1, 0.6, 0.3], abs=0.1)
 
@@ -320,16 +330,22 @@ def test_a_grammar_holds_beside_rows_without_one(llama: Emulation) -> None:
             logits.fill_(float("-inf"))
             logits[42] = kept
 
-    guided = llama.add(prompt_of(4), sampling=Sampling(temperature=1.0), stop=Stop(max_tokens=6, ignore_eos=True))
+    guided = llama.add(
+        prompt_of(4), sampling=SamplingParams(temperature=1.0), stop=StopConditions(max_tokens=6, ignore_eos=True)
+    )
     guided.matcher = Only()
-    free = llama.add(prompt_of(4), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=6, ignore_eos=True))
+    free = llama.add(
+        prompt_of(4), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=6, ignore_eos=True)
+    )
     llama.run()
     assert guided.tokens[4:] == [42] * 6 and free.tokens[4:] != [42] * 6
 
 
 def test_log_probabilities_are_those_of_the_model(llama: Emulation) -> None:
     sequence = llama.add(
-        prompt_of(8), sampling=Sampling(temperature=0.0, logprobs=3, logit_bias={7: 50.0}), stop=Stop(max_tokens=1)
+        prompt_of(8),
+        sampling=SamplingParams(temperature=0.0, logprobs=3, logit_bias={7: 50.0}),
+        stop=StopConditions(max_tokens=1),
     )
     step = llama.runner.begin(llama.scheduler.schedule(0.0), None)
     ((sampled,),) = step.result()
@@ -340,21 +356,25 @@ def test_log_probabilities_are_those_of_the_model(llama: Emulation) -> None:
 
 
 def test_a_preempted_sequence_gets_its_new_blocks(llama: Emulation) -> None:
-    sequence = llama.add(prompt_of(50), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=4, ignore_eos=True))
+    sequence = llama.add(
+        prompt_of(50), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=4, ignore_eos=True)
+    )
     step = llama.runner.begin(llama.scheduler.schedule(0.0), None)
     llama.scheduler.commit(step.work, step.result())
     llama.scheduler.blocks.clear()
     llama.scheduler._preempt(sequence)
-    llama.scheduler.blocks.release(llama.scheduler.blocks.take(3)[::-1])  # the next ones come in another order
+    llama.scheduler.blocks.release(llama.scheduler.blocks.allocate(3)[::-1])  # the next ones come in another order
     llama.run()
-    again = llama.add(prompt_of(50), sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=4, ignore_eos=True))
+    again = llama.add(
+        prompt_of(50), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=4, ignore_eos=True)
+    )
     llama.run()
     assert again.tokens == sequence.tokens
 
 
 def test_slots_of_what_has_ended_are_given_to_others(llama: Emulation) -> None:
     for i in range(40):  # more than there are slots
-        llama.add([i + 1], sampling=Sampling(temperature=0.0), stop=Stop(max_tokens=2, ignore_eos=True))
+        llama.add([i + 1], sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=2, ignore_eos=True))
     llama.run()
     work: list[Slice] = llama.scheduler.schedule(0.0)
     assert work == []

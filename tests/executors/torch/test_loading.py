@@ -12,7 +12,7 @@ from dynserve.errors import ConfigError
 from dynserve.executors.base import open_executor
 from dynserve.executors.engine_args import engine_args
 from dynserve.executors.torch.cuda.kernels import Product, Shape, unfit
-from dynserve.executors.torch.loading import Target
+from dynserve.executors.torch.loading import ComputeTarget
 from dynserve.executors.torch.model import ModelConfig
 from dynserve.local.gpus import gpus
 from dynserve.local.up import spread
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 
 
 def test_without_a_gpu_auto_is_the_cpu_in_float32() -> None:
-    assert Target.choose("auto", "auto") == (torch.device("cpu"), torch.float32)
-    assert Target.choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    assert Target.choose("auto", "auto").defaults == {}
+    assert ComputeTarget.choose("auto", "auto") == (torch.device("cpu"), torch.float32)
+    assert ComputeTarget.choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    assert ComputeTarget.choose("auto", "auto").defaults == {}
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--device cuda:1: "):
-        Target.choose("cuda:1", "auto")
+        ComputeTarget.choose("cuda:1", "auto")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "cuda:1000", ""])

@@ -11,7 +11,7 @@ import pytest
 from dynserve.errors import HandoffMismatch, InternalError, TimedOut
 from dynserve.executors.base import Output
 from dynserve.executors.trtllm.answer import UNLIKELY, Cursor, entry_of, note_costs, prompt_entries, read_context
-from dynserve.wire.requests import Prior, Sampling, Stop, TokenLogprob, pack_tokens
+from dynserve.wire.requests import PriorOutput, SamplingParams, StopConditions, TokenLogprob, pack_tokens
 from tests.conftest import make_request
 
 EOS = 2
@@ -87,9 +87,9 @@ def test_other_tokens_than_the_client_has_are_a_failed_hand_off() -> None:
 
 
 def test_logprobs_keep_in_step_with_tokens_behind_known_ones() -> None:
-    sampling = Sampling(temperature=0.0, logprobs=1)
+    sampling = SamplingParams(temperature=0.0, logprobs=1)
     result = Growing().grow(10, 11, logprobs=[{10: Logprob(-1.0)}, {11: Logprob(-2.0), 12: Logprob(-0.5)}])
-    reader = Cursor(make_request([5], sampling=sampling, prior=Prior([10])), (), (10,))
+    reader = Cursor(make_request([5], sampling=sampling, prior=PriorOutput([10])), (), (10,))
     found = reader.read(result)
     assert found is not None and found.logprobs == [TokenLogprob(11, -2.0, [(12, -0.5)])]
 
@@ -103,7 +103,7 @@ def test_other_ends_are_failures(reason: str, error: type[Exception]) -> None:
 
 
 def test_an_answer_of_no_tokens_ends_with_the_one_that_an_engine_computes() -> None:
-    found = cursor(stop=Stop(max_tokens=0)).read(Growing().grow(10))
+    found = cursor(stop=StopConditions(max_tokens=0)).read(Growing().grow(10))
     assert found is not None and (found.token_ids, found.reason) == ([], "length")
 
 

@@ -89,12 +89,10 @@ async def test_an_adapter_is_a_model_of_its_own_to_clients(tmp_path: Path) -> No
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"bias": {"444": 1000.0}}')
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
-        await c.add_worker(
-            "prefill_and_decode", override_engine_args=json.dumps(ENGINE), lora_adapters=f"french={adapter}"
-        )
+        await c.add_worker("aggregated", override_engine_args=json.dumps(ENGINE), lora_adapters=f"french={adapter}")
         fleet = c.frontend.fleet
-        await until(lambda: len(fleet.targets("french", "prefill_and_decode")) == 1)
-        assert len(fleet.targets(MODEL, "prefill_and_decode")) == 2
+        await until(lambda: len(fleet.targets("french", "aggregated")) == 1)
+        assert len(fleet.targets(MODEL, "aggregated")) == 2
         models = (await client.get("/v1/models")).json()["data"]
         assert [(m["id"], m.get("parent")) for m in models] == [(MODEL, None), ("french", MODEL)]
         body = {"prompt": list(range(300, 370)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}

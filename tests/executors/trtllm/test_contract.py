@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from dynserve.errors import Unavailable
-from dynserve.wire.requests import Guide, Sampling, Stop
+from dynserve.wire.requests import Grammar, SamplingParams, StopConditions
 from tests.conftest import DOUBLES, make_request, until
-from tests.executors.trtllm.test_executor import LONG, Opener, Sink, asked, handed_over, prompt
+from tests.executors.trtllm.test_executor import LONG, Opener, OutputSink, asked, handed_over, prompt
 
 CONTRACT: dict[str, Any] = json.loads((DOUBLES / "contract.json").read_text())
 OURS = "dynserve.executors.trtllm"
@@ -172,22 +172,22 @@ async def everything(tmp_path: Path, version: str) -> None:
         config = {"lora_adapters": f"french={adapter}"}
         prefill, decode = await opened(config=config), await opened(config=config)
         samplings = [
-            Sampling(temperature=0.7, top_p=0.9, top_k=5, min_p=0.01, seed=3, logprobs=2, presence_penalty=0.5),
-            Sampling(temperature=0.0, frequency_penalty=0.1, repetition_penalty=1.1, logit_bias={5: 1.0}),
+            SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.01, seed=3, logprobs=2, presence_penalty=0.5),
+            SamplingParams(temperature=0.0, frequency_penalty=0.1, repetition_penalty=1.1, logit_bias={5: 1.0}),
         ]
         for sampling in samplings:
-            stop = Stop(max_tokens=6, min_tokens=2, token_ids=(9,))
+            stop = StopConditions(max_tokens=6, min_tokens=2, token_ids=(9,))
             request = make_request(prompt(), sampling=sampling, stop=stop, adapter="french", cache_salt="s", priority=3)
             await handed_over(prefill, decode, request)
-        whole = Sampling(temperature=0.0, logprobs=1, prompt_logprobs=True)
+        whole = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True)
         await asked(decode, make_request(prompt(), sampling=whole))
-        for guide in (
-            Guide(kind="regex", text="[a-z]+"),
-            Guide(kind="json", text="{}"),
-            Guide(kind="grammar", text='root ::= "a"'),
+        for grammar in (
+            Grammar(kind="regex", text="[a-z]+"),
+            Grammar(kind="json", text="{}"),
+            Grammar(kind="grammar", text='root ::= "a"'),
         ):
-            await asked(decode, make_request(prompt(), guide=guide))
-        ticket = decode.submit(make_request(prompt(), stop=LONG), sink := Sink())
+            await asked(decode, make_request(prompt(), grammar=grammar))
+        ticket = decode.submit(make_request(prompt(), stop=LONG), sink := OutputSink())
         await until(lambda: bool(sink.outputs))
         decode.abort(ticket)
         await until(lambda: decode.describe()["engine"] == "idle")
@@ -195,7 +195,7 @@ async def everything(tmp_path: Path, version: str) -> None:
         prefill.abort(ticket)
         await until(lambda: decode.counters()["engine_iterations_total"] > 0)
         with pytest.raises(Unavailable):
-            decode.submit(make_request(prompt(), adapter="nobody"), Sink())
+            decode.submit(make_request(prompt(), adapter="nobody"), OutputSink())
         parallel = await opened(config={"tensor_parallel_size": 2}, enable_attention_dp=True)
         await asked(parallel.targets[1], make_request(prompt()))
         assert await decode._engine.alive()

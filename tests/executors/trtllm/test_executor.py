@@ -22,11 +22,11 @@ from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.executors.trtllm.request import priority_of
 from dynserve.wire.events import Cleared, KvEvent
 from dynserve.wire.hashing import adapter_salt, rolling_hashes
-from dynserve.wire.requests import GenerateRequest, Guide, Prior, Sampling, Stop, unpack_tokens
+from dynserve.wire.requests import GenerateRequest, Grammar, PriorOutput, SamplingParams, StopConditions, unpack_tokens
 from tests.conftest import make_request, until
 from tests.executors.trtllm.test_kv_events import applied
 
-LONG = Stop(max_tokens=2000, ignore_eos=True)
+LONG = StopConditions(max_tokens=2000, ignore_eos=True)
 TRANSCEIVER = {"backend": "NIXL"}
 
 
@@ -57,7 +57,7 @@ async def either(request: pytest.FixtureRequest, trtllm_double: None, monkeypatc
         yield Opener(stack)
 
 
-class Sink:
+class OutputSink:
     """Everything that one request was given."""
 
     def __init__(self) -> None:
@@ -79,18 +79,18 @@ class Sink:
         return bool(self.outputs) and (self.outputs[-1].reason is not None or self.outputs[-1].error is not None)
 
 
-async def asked(executor: Any, request: GenerateRequest) -> tuple[Sink, int]:
-    sink = Sink()
+async def asked(executor: Any, request: GenerateRequest) -> tuple[OutputSink, int]:
+    sink = OutputSink()
     ticket = executor.submit(request, sink)
     await until(lambda: sink.ended)
     return sink, ticket
 
 
-async def handed_over(prefill: Any, decode: Any, request: GenerateRequest) -> tuple[Sink, Sink]:
+async def handed_over(prefill: Any, decode: Any, request: GenerateRequest) -> tuple[OutputSink, OutputSink]:
     first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
     last = first.outputs[-1]
     assert last.reason == "handoff", last
-    prior = Prior(first.tokens, first.logprobs)
+    prior = PriorOutput(first.tokens, first.logprobs)
     rest, _ = await asked(decode, msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff))
     prefill.handoff_done(ticket)
     return first, rest
@@ -106,10 +106,13 @@ def prompt(length: int = 70, first: int = 300) -> list[int]:
 
 
 CHANGES: list[dict[str, Any]] = [
-    {"sampling": Sampling(temperature=0.0, logprobs=2)},
-    {"sampling": Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=7)},
-    {"sampling": Sampling(temperature=0.0, logit_bias={400: 100.0}), "stop": Stop(max_tokens=3, token_ids=(401,))},
-    {"guide": Guide(kind="regex", text="[0-9]{6}")},
+    {"sampling": SamplingParams(temperature=0.0, logprobs=2)},
+    {"sampling": SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=7)},
+    {
+        "sampling": SamplingParams(temperature=0.0, logit_bias={400: 100.0}),
+        "stop": StopConditions(max_tokens=3, token_ids=(401,)),
+    },
+    {"guide": Grammar(kind="regex", text="[0-9]{6}")},
     {"cache_salt": "tenant"},
 ]
 
@@ -143,11 +146,13 @@ async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
     config = json.loads((TINY_MODEL / "config.json").read_text())
     ends = json.loads((TINY_MODEL / "generation_config.json").read_text()).get("eos_token_id", config["eos_token_id"])
     eos = ends[0] if isinstance(ends, list) else ends
-    bias = Sampling(temperature=0.0, logit_bias={eos: 1000.0})
-    at_once, _ = await asked(prefill, make_request(prompt(), phase="prefill", sampling=bias, stop=Stop(max_tokens=9)))
+    bias = SamplingParams(temperature=0.0, logit_bias={eos: 1000.0})
+    at_once, _ = await asked(
+        prefill, make_request(prompt(), phase="prefill", sampling=bias, stop=StopConditions(max_tokens=9))
+    )
     assert (at_once.tokens, at_once.outputs[-1].reason, at_once.outputs[-1].stop_token) == ([], "stop", eos)
     assert prefill.load().open_handoffs == 0
-    stop = Stop(max_tokens=9, min_tokens=3)
+    stop = StopConditions(max_tokens=9, min_tokens=3)
     _, rest = await handed_over(prefill, decode, make_request(prompt(), sampling=bias, stop=stop))
     assert (len(rest.tokens), rest.outputs[-1].reason) == (2, "stop")
 
@@ -155,7 +160,7 @@ async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
 async def test_one_token_and_none_need_no_hand_off(opened: Opener) -> None:
     prefill = await opened()
     for most in (0, 1):
-        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill", stop=Stop(max_tokens=most)))
+        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill", stop=StopConditions(max_tokens=most)))
         assert (len(sink.tokens), sink.outputs[-1].reason) == (most, "length")
     assert prefill.load().open_handoffs == 0
 
@@ -163,16 +168,16 @@ async def test_one_token_and_none_need_no_hand_off(opened: Opener) -> None:
 async def test_a_prompts_own_probabilities_come_first_and_nothing_of_it_from_the_cache(either: Opener) -> None:
     executor = await either()
     await asked(executor, make_request(prompt()))
-    sampling = Sampling(temperature=0.0, logprobs=1, prompt_logprobs=True)
+    sampling = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True)
     for _ in range(2):
-        sink, _ = await asked(executor, make_request(prompt(), sampling=sampling, stop=Stop(max_tokens=2)))
+        sink, _ = await asked(executor, make_request(prompt(), sampling=sampling, stop=StopConditions(max_tokens=2)))
         assert [e.token_id for e in sink.logprobs] == prompt() + sink.tokens
         assert sink.outputs[-1].cached_tokens == 0
 
 
 async def test_an_adapter_that_only_others_have_is_not_the_requests_fault(opened: Opener) -> None:
     with pytest.raises(Unavailable, match="no adapter 'nobody'"):
-        (await opened()).submit(make_request(prompt(), adapter="nobody"), Sink())
+        (await opened()).submit(make_request(prompt(), adapter="nobody"), OutputSink())
 
 
 async def test_a_result_that_cannot_be_read_costs_only_its_request(
@@ -203,9 +208,9 @@ async def test_a_long_prompt_is_taken_over_by_a_worker_that_could_not_prefill_it
     request = make_request(prompt(90))
     first, rest = await handed_over(prefill, decode, request)
     assert len(first.tokens + rest.tokens) == 8
-    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=None)
+    decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=None)
     with pytest.raises(Unavailable, match="too long to be prefilled here"):
-        decode.submit(decoding, Sink())
+        decode.submit(decoding, OutputSink())
 
 
 async def test_an_abort_that_waits_is_given_up_without_an_abort(
@@ -219,9 +224,9 @@ async def test_an_abort_that_waits_is_given_up_without_an_abort(
     monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
     decode._engine.llm._executor.submit = lambda *_: None  # no response will ever come
     decoding = msgspec.structs.replace(
-        request, phase="decode", prior=Prior(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.1)
+        request, phase="decode", prior=PriorOutput(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.1)
     )
-    decode.abort(decode.submit(decoding, Sink()))
+    decode.abort(decode.submit(decoding, OutputSink()))
     del decode._engine.llm._executor.submit
     await until(lambda: decode.load().running == 0)
     sink, _ = await asked(decode, make_request(prompt()))
@@ -233,7 +238,7 @@ async def test_a_hand_off_that_was_not_taken_says_so(opened: Opener) -> None:
     request = make_request(prompt())
     first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = msgspec.structs.replace(first.outputs[-1].handoff, sequence_hash=1)
-    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=handoff)
+    decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=handoff)
     sink, _ = await asked(decode, decoding)
     assert [output.handoff_declined for output in sink.outputs] == [True] + [False] * (len(sink.outputs) - 1)
     first, rest = await handed_over(prefill, decode, msgspec.structs.replace(request, id="next"))
@@ -254,11 +259,13 @@ async def test_an_engine_that_does_not_count_the_first_token_gives_no_token_too_
     for interval in (1, 4):
         monkeypatch.setattr(module, "sampling_of", make)
         prefill, decode = await opened(), await opened(stream_interval=interval)
-        request = make_request(prompt(), id=f"r{interval}", stop=Stop(max_tokens=7, ignore_eos=True))
+        request = make_request(prompt(), id=f"r{interval}", stop=StopConditions(max_tokens=7, ignore_eos=True))
         first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
         monkeypatch.setattr(module, "sampling_of", one_more)
         last = first.outputs[-1]
-        decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=last.handoff)
+        decoding = msgspec.structs.replace(
+            request, phase="decode", prior=PriorOutput(first.tokens), handoff=last.handoff
+        )
         rest, _ = await asked(decode, decoding)
         assert (len(rest.tokens), rest.outputs[-1].reason) == (6, "length")
 
@@ -268,8 +275,8 @@ async def test_a_client_who_leaves_a_decode_worker_early_does_not_bring_the_engi
     request = make_request(prompt(), stop=LONG)
     first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = first.outputs[-1].handoff
-    sink = Sink()
-    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=handoff)
+    sink = OutputSink()
+    decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=handoff)
     decode.abort(decode.submit(decoding, sink))  # before a first response; the double's engine would crash
     assert decode.load().running == 1, "it is still in the engine"
     await until(lambda: decode.load().running == 0)
@@ -295,17 +302,19 @@ async def test_a_hand_off_that_nobody_takes_expires(opened: Opener) -> None:
     await until(lambda: really_free() == [200])
 
 
-@pytest.mark.parametrize("guide", [None, Guide(kind="regex", text="[0-9]{6}")])
-async def test_a_transfer_that_fails_in_the_engine_is_computed_here_once(opened: Opener, guide: Guide | None) -> None:
+@pytest.mark.parametrize("guide", [None, Grammar(kind="regex", text="[0-9]{6}")])
+async def test_a_transfer_that_fails_in_the_engine_is_computed_here_once(
+    opened: Opener, grammar: Grammar | None
+) -> None:
     prefill, decode = await opened(), await opened()
-    request = make_request(prompt(), guide=guide)
+    request = make_request(prompt(), grammar=grammar)
     whole, _ = await asked(decode, msgspec.structs.replace(request, cache_salt=""))
     request = msgspec.structs.replace(request, id="second")
     first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
     prefill.abort(ticket)  # the blocks are gone when the decode worker comes for them
     await until(lambda: really_free() == [200, 200])
     last = first.outputs[-1]
-    decoding = msgspec.structs.replace(request, phase="decode", prior=Prior(first.tokens), handoff=last.handoff)
+    decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=last.handoff)
     rest, _ = await asked(decode, decoding)
     assert first.tokens + rest.tokens == whole.tokens
     assert decode.counters()["kv_transfers_failed_total"] == 1
@@ -324,9 +333,9 @@ async def test_a_transfer_that_does_not_come_in_time_is_computed_here(
     monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
     monkeypatch.setattr(module, "ABORT_TIMEOUT", 0.2)
     decode._engine.llm._executor.submit = lambda *_: None  # the engine never hears of it
-    sink = Sink()
+    sink = OutputSink()
     decoding = msgspec.structs.replace(
-        request, phase="decode", prior=Prior(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.05)
+        request, phase="decode", prior=PriorOutput(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.05)
     )
     decode.submit(decoding, sink)
     del decode._engine.llm._executor.submit
@@ -384,7 +393,9 @@ async def test_an_overflow_of_events_is_noticed_and_healed_by_what_comes_later(o
     executor = await opened(kv_cache_config={"max_tokens": 6400, "event_buffer_max_size": 2})
     found: list[KvEvent] = []
     executor.listen_kv(found.extend)
-    requests = [make_request(prompt(128, 300 + i), stop=Stop(max_tokens=40, ignore_eos=True)) for i in range(30)]
+    requests = [
+        make_request(prompt(128, 300 + i), stop=StopConditions(max_tokens=40, ignore_eos=True)) for i in range(30)
+    ]
     await asyncio.gather(*(asked(executor, request) for request in requests))
     await until(lambda: executor.counters()["kv_event_gaps_total"] > 0)
     assert any(isinstance(event, Cleared) for event in found)
@@ -399,7 +410,7 @@ async def test_an_idle_engine_is_idle_and_not_unknown(opened: Opener) -> None:
     assert executor.describe()["engine"] == "idle"
     load = executor.load()
     assert (load.running, load.waiting, load.free_blocks, load.total_blocks) == (0, 0, 200, 200)
-    sink = Sink()
+    sink = OutputSink()
     ticket = executor.submit(make_request(prompt(), stop=LONG), sink)
     await until(lambda: executor.describe()["engine"] == "busy" and executor.load().free_blocks < 200)
     executor.abort(ticket)
@@ -419,7 +430,7 @@ async def test_a_size_that_cannot_be_asked_for_is_read_from_a_row(
 
 async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(opened: Opener) -> None:
     executor = await opened()
-    sinks = [Sink(), Sink()]
+    sinks = [OutputSink(), OutputSink()]
     for sink in sinks:
         executor.submit(make_request(prompt(), stop=LONG), sink)
     await until(lambda: all(sink.outputs for sink in sinks))
@@ -429,14 +440,14 @@ async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(o
     with pytest.raises(EngineDied, match="MPI worker rank 0 exited unexpectedly"):
         await executor.failed
     with pytest.raises(Unavailable):
-        executor.submit(make_request(prompt()), Sink())
+        executor.submit(make_request(prompt()), OutputSink())
     assert executor.describe()["engine"] == "dead"
 
 
 async def test_a_clean_end_is_not_taken_for_a_death(trtllm_double: None, caplog: Any) -> None:
     async with AsyncExitStack() as stack:
         executor = await Opener(stack)()
-        executor.submit(make_request(prompt(), stop=LONG), Sink())
+        executor.submit(make_request(prompt(), stop=LONG), OutputSink())
         await asked(executor, make_request(prompt(), phase="prefill"))
     assert "dead" not in caplog.text and "failed" not in caplog.text
 
@@ -454,7 +465,7 @@ async def test_an_engine_that_is_silent_even_to_a_canary_is_given_up(opened: Ope
     await asyncio.sleep(1.0)
     assert not executor.failed.done(), "canaries keep an idle engine alive"
     executor._engine.llm._executor.submit = lambda *_: None
-    sink = Sink()
+    sink = OutputSink()
     executor.submit(make_request(prompt()), sink)
     await until(lambda: sink.ended)
     assert isinstance(sink.outputs[-1].error, WorkerLost)
@@ -474,9 +485,9 @@ async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": Sampling(logit_bias={99999: 1.0})}, "token 99999 is not one of 0 to 2047"),
-        ({"guide": Guide(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
-        ({"pool": "mean"}, "no embeddings"),
+        ({"sampling": SamplingParams(logit_bias={99999: 1.0})}, "token 99999 is not one of 0 to 2047"),
+        ({"guide": Grammar(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
+        ({"pooling": "mean"}, "no embeddings"),
     ],
 )
 async def test_what_cannot_run_is_the_requests_fault(opened: Opener, changes: dict[str, Any], message: str) -> None:
@@ -489,20 +500,20 @@ async def test_what_cannot_run_is_the_requests_fault(opened: Opener, changes: di
 
 
 async def test_a_grammar_behind_a_thought_needs_the_engines_own_parser(opened: Opener) -> None:
-    thought = {"begin": 5, "end": 6, "open": False}
-    guide = msgspec.convert({"kind": "regex", "text": "[0-9]+", "thought": thought}, Guide)
+    reasoning = {"begin": 5, "end": 6, "open": False}
+    grammar = msgspec.convert({"kind": "regex", "text": "[0-9]+", "thought": reasoning}, Grammar)
     with pytest.raises(BadRequest, match="reasoning_parser"):
-        (await opened()).submit(make_request(prompt(), guide=guide), Sink())
+        (await opened()).submit(make_request(prompt(), grammar=grammar), OutputSink())
     executor = await opened(reasoning_parser="qwen3")
-    sink, _ = await asked(executor, make_request(prompt(), guide=guide))
+    sink, _ = await asked(executor, make_request(prompt(), grammar=grammar))
     assert sink.outputs[-1].error is None
 
 
 async def test_without_a_grammar_backend_guides_are_refused(opened: Opener) -> None:
     executor = await opened(guided_decoding_backend=None)
-    assert not executor.limits.guides
+    assert not executor.limits.grammars
     with pytest.raises(BadRequest, match="grammar"):
-        executor.submit(make_request(prompt(), guide=Guide(kind="regex", text="a")), Sink())
+        executor.submit(make_request(prompt(), grammar=Grammar(kind="regex", text="a")), OutputSink())
 
 
 async def test_an_adapter_answers_differently_and_shares_no_blocks(opened: Opener, tmp_path: Path) -> None:
@@ -589,7 +600,7 @@ async def test_without_the_package_it_is_said_how_to_get_it() -> None:
 
 async def test_a_step_of_several_tokens_and_a_slow_reader_lose_nothing(opened: Opener) -> None:
     executor = await opened(stream_interval=5)
-    request = make_request(prompt(), stop=Stop(max_tokens=23, ignore_eos=True))
+    request = make_request(prompt(), stop=StopConditions(max_tokens=23, ignore_eos=True))
     sink, _ = await asked(executor, request)
     assert [len(output.token_ids) for output in sink.outputs] == [5, 5, 5, 5, 3]
     plain, _ = await asked(await opened(), request)

@@ -35,7 +35,7 @@ FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS doe
 SHORT = 512  # keys of a row up to which one block looks at all of them
 MOST_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
 LONG = 2048  # tokens of a prompt from which cuDNN's attention is faster than FlashAttention 2 (H100: 60 us against 72)
-MOST_KEYS = 65_536  # that are copied out of the cache at once, for prompts that go on; a longer one's are copied alone
+MAX_KEYS = 65_536  # that are copied out of the cache at once, for prompts that go on; a longer one's are copied alone
 MOST_SPLITS = 32  # parts that the keys of a longer row are cut into
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import msgspec
 import torch
 
-from dynserve.executors.carriers import CarrierFailed, Talk, finished
+from dynserve.executors.carriers import CarrierChannel, CarrierFailed, finished
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.kernels import Launcher, checked
 from dynserve.wire import MALFORMED
@@ -59,11 +59,11 @@ class PeerCarrier:
     def reaches(self, hello: bytes) -> bool:
         return bool(hello) and hello == self._machine
 
-    async def send(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         offer = _Offer(self._handle, self._offset, self._cache.num_blocks, list(blocks))
         await talk.tell(msgspec.msgpack.encode(offer))
 
-    async def receive(self, blocks: Sequence[int], talk: Talk) -> None:
+    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
         try:
             offer = msgspec.msgpack.decode(await talk.hear(), type=_Offer)
         except MALFORMED as error:

@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynserve.executors.scheduler import Sampled, Slice, State
+from dynserve.executors.scheduler import Sampled, SequenceState, Slice
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
-from dynserve.executors.torch.cuda.forward import FEW, MOST_BESIDE, MOST_KEYS, SHORT, Forward, GoingOn, Prompts
+from dynserve.executors.torch.cuda.forward import FEW, MAX_KEYS, MOST_BESIDE, SHORT, Forward, GoingOn, Prompts
 from dynserve.executors.torch.cuda.kernels import Launcher, Shape
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Transformer
-from dynserve.executors.torch.stepping import Step
-from dynserve.executors.torch.whole import look_at
+from dynserve.executors.torch.stepping import DeviceStep
+from dynserve.executors.torch.whole import observe_prompt
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class CudaRunner:
             torch.cuda.set_device(self._device)
 
     @torch.inference_mode()
-    def begin(self, work: Sequence[Slice], before: Step | None) -> CudaStep:
+    def begin(self, work: Sequence[Slice], before: DeviceStep | None) -> CudaStep:
         rows_before = before.row_of if isinstance(before, CudaStep) else {}
         with self._on_stream():
             total = sum(s.size for s in work)
@@ -237,7 +237,7 @@ class CudaRunner:
         first = 0
         for slice_ in work:
             if _looked_at(slice_):
-                look_at(self._model, self._forward.x[first : first + slice_.size], slice_)
+                observe_prompt(self._model, self._forward.x[first : first + slice_.size], slice_)
             first += slice_.size
 
     def _on_stream(self) -> AbstractContextManager[Any]:
@@ -312,7 +312,7 @@ class CudaRunner:
         slot = self._slots.get(id(sequence))
         if slot is None:
             if not self._free:
-                for key in [key for key, s in self._slots.items() if s.sequence.state is not State.RUNNING]:
+                for key in [key for key, s in self._slots.items() if s.sequence.state is not SequenceState.RUNNING]:
                     self._free.append(self._slots.pop(key).number)
             slot = self._slots[id(sequence)] = _Slot(self._free.pop(), sequence)
         return slot
@@ -338,7 +338,7 @@ class CudaRunner:
         for slice_ in work:
             if slice_.size > 1 and slice_.start > 0:
                 end = slice_.start + slice_.size
-                if not groups or keys + end > MOST_KEYS:
+                if not groups or keys + end > MAX_KEYS:
                     groups.append([])
                     keys = 0
                 groups[-1].append(slice_)

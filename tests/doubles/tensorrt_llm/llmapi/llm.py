@@ -15,16 +15,18 @@ from typing import Any
 
 from dynserve.wire.requests import (
     GenerateRequest,
-    Guide,
+    Grammar,
     Handoff,
-    Prior,
-    Render,
-    Sampling,
-    Stop,
-    Thought,
+    PriorOutput,
+    ReasoningTokens,
+    RenderOptions,
+    StopConditions,
     TokenLogprob,
     pack_tokens,
 )  # fmt: skip
+from dynserve.wire.requests import (
+    SamplingParams as OurSampling,
+)
 
 from .. import _messages as m
 from .._contract import CONTRACT, OLD, here
@@ -265,7 +267,7 @@ class _Call:
                 _token_logprob(t, e)
                 for t, e in zip(disagg.first_gen_tokens, disagg.first_gen_log_probs or [], strict=False)
             ]
-            prior = Prior(list(disagg.first_gen_tokens), entries)
+            prior = PriorOutput(list(disagg.first_gen_tokens), entries)
         lora = self.lora.lora_name if self.lora is not None else ""
         salt = json.dumps([lora, self.salt]) if lora else self.salt
         name = str(disagg.disagg_request_id) if phase != "aggregated" else f"local-{number}"
@@ -278,22 +280,22 @@ class _Call:
         request = GenerateRequest(
             id=name, stream=number, reply_to="", model="", phase=phase, prompt=pack_tokens(self.prompt),
             sampling=self._sampling(lora), timeout_s=1e9, cache_salt=salt, prior=prior, handoff=handoff,
-            stop=Stop(
+            stop=StopConditions(
                 max_tokens=most, min_tokens=params.min_tokens or 0, ignore_eos=True,
                 token_ids=(*stops, *((end,) if end >= 0 else ())),
             ),
-            render=Render(kind="completion", response_id="", model="", created=0), guide=self._guide(args),
+            render=RenderOptions(kind="completion", response_id="", model="", created=0), guide=self._guide(args),
         )  # fmt: skip
         return m.Submit(number, request, rank, self.salt, lora, self.streaming, end, params.return_perf_metrics)
 
-    def _sampling(self, lora: str) -> Sampling:
+    def _sampling(self, lora: str) -> OurSampling:
         params = self.params
         bias = params.embedding_bias
         biases = {} if bias is None else {int(at): float(bias[at]) for at in bias.nonzero()[:, 0]}
         if self.lora is not None:
             biases |= _adapter(self.lora)
         prompt = bool(params.prompt_logprobs)  # 0 gives none
-        return Sampling(
+        return OurSampling(
             temperature=0.0 if params._greedy else 1.0 if params.temperature is None else params.temperature,
             top_p=1.0 if params.top_p is None else params.top_p,
             top_k=params.top_k or 0,
@@ -307,17 +309,17 @@ class _Call:
             prompt_logprobs=prompt,
         )
 
-    def _guide(self, args: Any) -> Guide | None:
+    def _guide(self, args: Any) -> Grammar | None:
         guided = self.params.guided_decoding
         if guided is None:
             return None
         for kind in ("json", "regex", "grammar", "structural_tag"):
             if (text := getattr(guided, kind)) is not None:
                 text = text if isinstance(text, str) else json.dumps(text)
-                return Guide(kind=kind, text=text, thought=self._thought(args))  # type: ignore[arg-type]
-        return Guide(kind="json", text='{"type": "object"}') if guided.json_object else None
+                return Grammar(kind=kind, text=text, thought=self._thought(args))  # type: ignore[arg-type]
+        return Grammar(kind="json", text='{"type": "object"}') if guided.json_object else None
 
-    def _thought(self, args: Any) -> Thought | None:
+    def _thought(self, args: Any) -> ReasoningTokens | None:
         if args.reasoning_parser is None:
             return None
         tokens = {
@@ -325,7 +327,7 @@ class _Call:
         }
         begin, end = tokens["<think>"], tokens["</think>"]
         last = [token for token in self.prompt if token in (begin, end)][-1:]
-        return Thought(begin=begin, end=end, open=last == [begin])
+        return ReasoningTokens(begin=begin, end=end, open=last == [begin])
 
 
 def _handoff(disagg: Any, prompt: list[int]) -> Handoff:

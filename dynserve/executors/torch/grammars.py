@@ -39,7 +39,7 @@ from dynserve.executors.torch.grammar_compiler import (
 )
 from dynserve.executors.torch.grammar_weight import weight
 from dynserve.tasks import detached
-from dynserve.wire.requests import Guide, Thought
+from dynserve.wire.requests import Grammar, ReasoningTokens
 
 if TYPE_CHECKING:
     import xgrammar
@@ -50,15 +50,15 @@ LIGHT_WORK, MIN_LIGHT, MAX_LIGHT = 8_000_000, 32.0, 512.0
 MAX_WAITING = 256  # grammars
 MAX_THREADS = 2
 MAX_PROCESSES = 2
-MOST_WAIT, MOST_COMPILE = 10.0, 30.0  # seconds
-MOST_START = 30.0  # seconds until a process can begin to compile
+MAX_WAIT_S, MAX_COMPILE_S = 10.0, 30.0  # seconds
+MAX_START_S = 30.0  # seconds until a process can begin to compile
 PREPARE_AFTER = 5.0  # seconds from the start
 END_TIMEOUT = 2.0  # seconds that the end of one is waited for
 MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars that are remembered for having taken too long, and for how many seconds
 # seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
-MOST_AT_ONCE, MOST_SPENT, MOST_PER_TOKEN = 0.05, 1.0, 0.005
+MAX_MASK_S, MAX_SPENT_S, MAX_PER_TOKEN_S = 0.05, 1.0, 0.005
 # seconds that the masks of all answers together may hold up the steps: a mask of up to SLOW_MASK is usual, and not counted
-SLOW_MASK, MOST_HELD_UP, HELD_UP_PER_S = 0.01, 0.1, 0.1
+SLOW_MASK, MAX_HELD_UP_S, HELD_UP_PER_S = 0.01, 0.1, 0.1
 
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 _Key = tuple[str, str]  # kind and text
 
 
-class Guides:
+class CompiledGrammars:
     """Compiled grammars of one model, by their text. xgrammar is imported with the first one."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
@@ -75,10 +75,10 @@ class Guides:
         self._threads = asyncio.Semaphore(MAX_THREADS)  # held as long as a thread is at work, waited for or not
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._waiting = 0
-        self._kept = _Kept(CACHE_BYTES)
-        self._pending: dict[_Key, _Pending] = {}
+        self._kept = _GrammarCache(CACHE_BYTES)
+        self._pending: dict[_Key, _Compilation] = {}
         self._slow: OrderedDict[_Key, float] = OrderedDict()  # those that took too long, and when
-        self._held_up = HeldUp()
+        self._held_up = MaskBudget()
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
@@ -91,26 +91,26 @@ class Guides:
         except Exception as error:  # whoever sends a grammar is told
             log.warning("grammars cannot be compiled here: %r", error)
 
-    async def matcher(self, guide: Guide) -> Matcher:
+    async def matcher(self, grammar: Grammar) -> Matcher:
         """What one answer follows the grammar with.
 
         Raises:
             BadRequest: the grammar is none, or takes too long or too much memory to compile.
             Overloaded: too many wait for theirs.
         """
-        key = (guide.kind, guide.text)
+        key = (grammar.kind, grammar.text)
         compiled = self._kept.get(key) or await self._shared(key)
         import xgrammar  # a second's work, done by the thread that compiled
 
         eos = list(self._vocabulary.eos)
         matcher = xgrammar.GrammarMatcher(compiled)
-        return Matcher(matcher, self._vocabulary.vocab_size, eos, guide.thought, self._held_up)
+        return Matcher(matcher, self._vocabulary.vocab_size, eos, grammar.reasoning, self._held_up)
 
     async def _shared(self, key: _Key) -> xgrammar.CompiledGrammar:
         """One compilation for all that wait for the same grammar; it ends when nobody does any more."""
         pending = self._pending.get(key)
         if pending is None:
-            pending = self._pending[key] = _Pending(asyncio.create_task(self._compile(key)))
+            pending = self._pending[key] = _Compilation(asyncio.create_task(self._compile(key)))
             pending.task.add_done_callback(partial(self._ended, key))
         pending.waiting += 1
         try:
@@ -139,7 +139,7 @@ class Guides:
         lane = self._threads if light else self._processes
         self._waiting += 1
         try:
-            async with asyncio.timeout(MOST_WAIT):
+            async with asyncio.timeout(MAX_WAIT_S):
                 await lane.acquire()
         except TimeoutError:
             raise Overloaded("other grammars take long to compile; try again later") from None
@@ -151,7 +151,7 @@ class Guides:
             self._slow[key] = time.monotonic()
             if len(self._slow) > MAX_SLOW:
                 self._slow.popitem(last=False)
-            message = f"this grammar takes longer than {MOST_COMPILE:.0f} s to compile"
+            message = f"this grammar takes longer than {MAX_COMPILE_S:.0f} s to compile"
             raise BadRequest(message, param=PARAMS[key[0]]) from None
 
     def _refuse_slow(self, key: _Key) -> None:
@@ -171,7 +171,7 @@ class Guides:
             self._threads.release()
             raise
         done.add_done_callback(partial(self._thread_ended, key))
-        async with asyncio.timeout(MOST_COMPILE):
+        async with asyncio.timeout(MAX_COMPILE_S):
             return self._checked(key, await asyncio.shield(done))
 
     def _thread_ended(self, key: _Key, done: asyncio.Future[xgrammar.CompiledGrammar]) -> None:
@@ -217,14 +217,14 @@ class Guides:
             return self._compiler
 
 
-class _Pending:
+class _Compilation:
     """A compilation, and how many wait for it."""
 
     def __init__(self, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
         self.task, self.waiting = task, 0
 
 
-class _Kept:
+class _GrammarCache:
     """Compiled grammars, those that were used last, up to so many bytes together."""
 
     def __init__(self, most: int) -> None:
@@ -259,13 +259,13 @@ async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes
         raise
     try:
         try:
-            async with asyncio.timeout(MOST_START):
+            async with asyncio.timeout(MAX_START_S):
                 ready = await detached(_first_byte, process)
         except TimeoutError:
             raise Overloaded("this machine is too busy to compile a grammar; try again later") from None
         if ready != READY:
             raise InternalError("the process that compiles grammars did not start")
-        async with asyncio.timeout(MOST_COMPILE):
+        async with asyncio.timeout(MAX_COMPILE_S):
             return await detached(_talk, process, json.dumps(key).encode())
     finally:
         process.kill()
@@ -306,7 +306,7 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-class HeldUp:
+class MaskBudget:
     """The time by which slow masks have held up everybody's steps lately, and which is forgiven steadily."""
 
     def __init__(self) -> None:
@@ -317,7 +317,7 @@ class HeldUp:
         now = time.monotonic()
         self._seconds = max(0.0, self._seconds - (now - self._at) * HELD_UP_PER_S) + seconds
         self._at = now
-        return self._seconds <= MOST_HELD_UP
+        return self._seconds <= MAX_HELD_UP_S
 
 
 class Matcher:
@@ -331,19 +331,19 @@ class Matcher:
         matcher: xgrammar.GrammarMatcher,
         vocab_size: int,
         eos: list[int],
-        thought: Thought | None,
-        held_up: HeldUp,
+        reasoning: ReasoningTokens | None,
+        held_up: MaskBudget,
     ) -> None:
         import xgrammar
 
-        self._matcher, self._vocab_size, self._eos, self._thought = matcher, vocab_size, eos, thought
+        self._matcher, self._vocab_size, self._eos, self._reasoning = matcher, vocab_size, eos, reasoning
         self._held_up = held_up
         self._apply = xgrammar.apply_token_bitmask_inplace
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._ends_there: Tensor | None = None  # end tokens, where the logits are
         self._seen = 0
         self._spent = 0.0  # seconds
-        self._thinking = thought is not None and thought.open
+        self._in_reasoning = reasoning is not None and reasoning.open
 
     def mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
         """Sets the logits (`[vocab]`) of all tokens that may not come after `tokens` to minus infinity.
@@ -356,25 +356,25 @@ class Matcher:
         spent = time.thread_time() - began
         self._spent += spent
         crowded = spent > SLOW_MASK and not self._held_up.add(spent)
-        if crowded or spent > MOST_AT_ONCE or self._spent > MOST_SPENT + MOST_PER_TOKEN * self._seen:
+        if crowded or spent > MAX_MASK_S or self._spent > MAX_SPENT_S + MAX_PER_TOKEN_S * self._seen:
             raise BadRequest("this grammar takes too long to follow; simplify what repeats within it")
 
     def _mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
         for token in tokens[prompt_len + self._seen :]:
-            self._take(token)
-        if self._thinking:
+            self._accept(token)
+        if self._in_reasoning:
             # an answer of nothing but a thought would escape the grammar
             logits.index_fill_(0, self._ends(logits), float("-inf"))
             return
         if self._matcher.is_terminated():
             self._only_the_end(logits)
             return
-        before = logits.clone() if not self._seen and self._thought is not None else None
+        before = logits.clone() if not self._seen and self._reasoning is not None else None
         forbids = self._matcher.fill_next_token_bitmask(self._bitmask)
         if forbids:
             self._forbid(logits)
-        if before is not None and self._thought is not None:  # it may think first, or begin to answer at once
-            logits[self._thought.begin] = before[self._thought.begin]
+        if before is not None and self._reasoning is not None:  # it may think first, or begin to answer at once
+            logits[self._reasoning.begin] = before[self._reasoning.begin]
         if forbids and self._dead_end(logits, before is not None):
             self._only_the_end(logits)
 
@@ -387,19 +387,19 @@ class Matcher:
             self._bitmask = self._bitmask.pin_memory()
         forbid_on_gpu(logits, self._bitmask[0])
 
-    def _dead_end(self, logits: Tensor, may_think: bool) -> bool:
+    def _dead_end(self, logits: Tensor, may_reason: bool) -> bool:
         """Whether nothing that the vocabulary can spell goes on from here."""
         if logits.is_cuda:  # which is not waited for
-            return not may_think and not bool(self._bitmask.any())
+            return not may_reason and not bool(self._bitmask.any())
         return not bool(torch.isfinite(logits).any())
 
-    def _take(self, token: int) -> None:
-        thought = self._thought
+    def _accept(self, token: int) -> None:
+        reasoning = self._reasoning
         first, self._seen = not self._seen, self._seen + 1
-        if thought is not None and first and token == thought.begin:
-            self._thinking = True
-        elif self._thinking and thought is not None:
-            self._thinking = token != thought.end
+        if reasoning is not None and first and token == reasoning.begin:
+            self._in_reasoning = True
+        elif self._in_reasoning and reasoning is not None:
+            self._in_reasoning = token != reasoning.end
         elif not self._matcher.is_terminated():
             self._matcher.accept_token(token)
 

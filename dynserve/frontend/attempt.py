@@ -1,0 +1,103 @@
+"""`Attempt`: one phase of a request on one worker, from its reservation to its last record."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from dynserve.errors import ClusterError, NoAck, TimedOut, WorkerLost
+from dynserve.frontend.decisions import PlacementRecord
+from dynserve.frontend.reply import Record, Reply
+from dynserve.routing.router import Reservation
+from dynserve.server.exchange import ChunkWriter
+from dynserve.wire.link import Finished
+from dynserve.wire.requests import Handoff, Phase, PriorOutput
+
+# Takes a burst of records, in order. Returns a function that writes further bytes to the client past it, if there is one.
+RecordSink = Callable[[list[Record]], Awaitable[ChunkWriter | None]]
+
+
+class TryAnother(Exception):
+    """A worker has not begun a phase, so that another one may take it.
+
+    `handoff_intact`: whether the hand-off that the phase was to go on from can be given to another worker. One that can be
+    used only once cannot, when this worker may have begun to fetch it.
+    """
+
+    def __init__(self, worker: str, cause: ClusterError, *, handoff_intact: bool) -> None:
+        super().__init__(worker, cause)
+        self.worker, self.cause, self.handoff_intact = worker, cause, handoff_intact
+
+
+class PhaseInput(NamedTuple):
+    """The input of one phase, whichever worker runs it."""
+
+    phase: Phase
+    role: str  # of the workers that may run it
+    prior: PriorOutput | None = None
+    handoff: Handoff | None = None
+    prefill: Reply | None = None  # the stream that left the hand-off
+    reason: str = ""  # of the placement, where it is not the policy's
+
+
+class Attempt:
+    """One phase on one worker. It ends in one of these ways:
+
+    the last record        the phase is complete
+    `TryAnother`           the worker refused, was silent, or was lost before its first record
+    `ClusterError`         the worker was lost after its first record, or the request's time is up
+    `CallerError`          no worker would take the request
+    """
+
+    def __init__(self, phase: PhaseInput, reservation: Reservation, record: PlacementRecord, reply: Reply) -> None:
+        self._phase, self._reservation, self._record = phase, reservation, record
+        self.reply = reply
+        self.begun = False  # the first record is there: another worker could not take over
+
+    async def deliver(self, sink: RecordSink) -> Finished:
+        """Gives the worker's records to `sink`, and returns the last of them."""
+        reply = self.reply
+        while burst := await reply.channel.receive():
+            if not self.begun:
+                self._begin()
+            last = burst[-1]
+            if isinstance(last, Finished):
+                # the load is given back before anyone else is woken
+                self._reservation.close()
+                self._record.usage = last.usage
+                await sink(burst)
+                return last
+            writer = await sink(burst)
+            if reply.write is None and reply.channel.empty:
+                reply.write = writer
+        raise WorkerLost(f"worker {reply.peer.id} ended the stream without a last record")
+
+    def failed(self, error: ClusterError) -> ClusterError | TryAnother:
+        """The error to raise after `error`: itself, or `TryAnother` where another worker may still take the phase."""
+        self._record.failure = error.code
+        if self.begun or (isinstance(error, TimedOut) and not isinstance(error, NoAck)):
+            return error
+        instance = self.reply.peer.instance
+        fetched = not self.reply.refused and instance is not None and instance.card.single_use_handoffs
+        return TryAnother(self.reply.peer.id, error.with_traceback(None), handoff_intact=not fetched)
+
+    def release(self) -> None:
+        """Gives the reserved load back. Safe to repeat."""
+        self._reservation.close()
+
+    def close(self) -> None:
+        """Ends the stream at the worker, with a hand-off that it left. Safe to repeat."""
+        self.reply.close()
+        self._reservation.close()
+
+    def _begin(self) -> None:
+        """The first record is there: the prompt is computed, and the hand-off was fetched or never will be."""
+        self.begun = True
+        self._reservation.prefilled()
+        prefill = self._phase.prefill
+        if prefill is None:
+            return
+        if self.reply.handoff_declined:
+            prefill.close()
+        else:
+            prefill.handoff_done()

@@ -1,0 +1,127 @@
+"""The models that workers serve: their tokenizers and templates, and which workers fit a model and each other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dynserve.errors import Unavailable
+from dynserve.frontend.reply import Peer
+from dynserve.tasks import Backoff, OwnedTasks
+from dynserve.text.parity import difference, parity
+from dynserve.text.preprocess import Preprocessor
+from dynserve.transport.base import FetchFile
+from dynserve.wire.discovery import Card, WorkerInstance, unlike
+
+log = logging.getLogger(__name__)
+
+_HANDING_OVER = ("prefill", "decode")
+
+
+@dataclass(slots=True)
+class Model:
+    """A model that is served, as its first worker described it."""
+
+    card: Card
+    preprocessor: Preprocessor
+    parity: dict[str, str]  # this frontend's own digests of the probe conversations
+
+
+class Models:
+    """Models by name. The first worker of a model defines its block size and files; later ones have to be like it.
+
+    A model is `load`ed once: tokenizer and template come from any of its workers that answers. `on_loaded(name)` is called
+    when it is there.
+    """
+
+    def __init__(self, fetch_file: FetchFile, tasks: OwnedTasks, on_loaded: Callable[[str], None]) -> None:
+        self._fetch_file, self._tasks, self._on_loaded = fetch_file, tasks, on_loaded
+        self.by_name: dict[str, Model] = {}
+        self._loading: set[str] = set()
+
+    def load(self, name: str, workers: Callable[[], Sequence[WorkerInstance]]) -> None:
+        """Begins to load a model, unless that is under way. `workers()` are those that serve it now."""
+        if name not in self._loading:
+            self._loading.add(name)
+            self._tasks.create_task(self._load(name, workers))
+
+    def forget(self, name: str) -> None:
+        """The model's last worker is gone: the next one may bring another template."""
+        self.by_name.pop(name, None)
+
+    def mismatch(self, card: Card) -> str | None:
+        """Why a worker with this card is not one of the loaded model's, as a sentence about the worker."""
+        model = self.by_name[card.model]
+        if (found := difference(card.parity, model.parity)) is not None:
+            return found
+        if card.files != model.card.files:
+            return f"its {_differing(card.files, model.card.files)} differs from that of the model's other workers"
+        return None
+
+    async def _load(self, name: str, workers: Callable[[], Sequence[WorkerInstance]]) -> None:
+        backoff = Backoff(0.05, 2.0)
+        try:
+            while name not in self.by_name:
+                candidates = workers()
+                if not candidates:
+                    return
+                for instance in candidates:
+                    if (model := await self._try(name, instance)) is not None:
+                        self.by_name[name] = model
+                        break
+                else:
+                    await asyncio.sleep(backoff.next())
+        finally:
+            self._loading.discard(name)
+        log.info("model %s is known", name)
+        self._on_loaded(name)
+
+    async def _try(self, name: str, instance: WorkerInstance) -> Model | None:
+        card = instance.card
+        try:
+            files = {file: await self._fetch_file(instance.system_url, digest) for file, digest in card.files.items()}
+            preprocessor = await asyncio.to_thread(Preprocessor, files)
+        except Unavailable as error:
+            log.warning("model %s: %s", name, error)
+            return None
+        except Exception as error:
+            log.error("model %s: its tokenizer or template cannot be used: %s", name, error)
+            return None
+        return Model(card, preprocessor, await asyncio.to_thread(parity, preprocessor, card.block_size))
+
+
+def unpaired(peer: Peer, others: Iterable[Peer]) -> str | None:
+    """Why a worker cannot hand KV caches over to the workers that are routed to, or take them over from those; None when
+    it can, or is alone. Hand-offs need workers of one kind, and the kind that is complete already decides."""
+    ours = peer.instance
+    if ours is None or not ours.card.pairing or ours.role not in _HANDING_OVER:
+        return None
+    known = [other for other in others if other is not peer]
+    for other in known:
+        theirs = other.instance
+        if theirs is None or not other.usable or theirs.role not in _HANDING_OVER:
+            continue
+        if theirs.card.model != ours.card.model or not _complete(theirs.card, known):
+            continue
+        if found := unlike(ours.card.pairing, theirs.card.pairing, "this worker", other.id):
+            return f"it cannot hand over KV caches here: {found}"
+    return None
+
+
+def _complete(card: Card, peers: Iterable[Peer]) -> bool:
+    """Whether workers of this kind are there for both phases: the last of a kind that is leaving keeps nobody out."""
+    roles = {
+        peer.instance.role
+        for peer in peers
+        if peer.usable
+        and peer.instance is not None
+        and (peer.instance.card.model, peer.instance.card.pairing) == (card.model, card.pairing)
+    }
+    return bool(card.pairing) and roles >= set(_HANDING_OVER)
+
+
+def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Names of the files that are not the same."""
+    return ", ".join(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))

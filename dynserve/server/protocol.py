@@ -1,0 +1,338 @@
+"""`BoundedProtocol`: uvicorn's HTTP protocol with bounds in size, number and time around bodies, and errors as JSON.
+
+What a connection reads, and what moves it on:
+
+    IDLE ──first byte of a request──▶ HEADERS ──complete──▶ BODY ──complete──▶ IDLE
+                                        │  ▲                  │
+               they offer another protocol │                  └──answered by the connection's last response──▶ DRAINING
+                                        ▼  │ declined
+                                      UPGRADE                 DRAINING ──complete, or in DRAIN seconds──▶ closed
+
+    any ──the connection has sent its last request──▶ IGNORING
+
+One timer watches over all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body that
+nobody wants any more. Bodies that are wanted have the application's bounds.
+
+Reading is paused only while the body of the request that is being answered arrives faster than it is taken: a connection
+that is not read from cannot tell that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum, auto
+from http import HTTPStatus
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from dynserve.errors import BadRequest, error_object
+from dynserve.server.heads import Fault, HttpLimits, fault_of
+from dynserve.server.shortcuts import DirectExchange, ResponseTransport
+
+DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
+MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
+MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of those
+MAX_HEADERS = 256  # of a request, and as many trailers
+MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
+
+
+class Reading(Enum):
+    """The part of a request that a connection reads next."""
+
+    IDLE = auto()
+    HEADERS = auto()
+    UPGRADE = auto()  # headers are complete and offer another protocol, which is about to be declined
+    BODY = auto()
+    DRAINING = auto()  # the rest of a body that nobody wants; the connection ends behind it
+    IGNORING = auto()  # nothing any more: what still comes is dropped
+
+
+class _NoMoreRequests(Exception):
+    """Ends the parsing of a connection from within one of the parser's callbacks."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    limits = HttpLimits()
+    _reading = Reading.IDLE
+    _size = 0  # of headers or trailers that arrive in several packets
+    _progressed = False  # this packet had something else in it than more headers or trailers
+    _ignored = 0  # bytes that came while IGNORING
+    _accepted_host: bytes | None = None  # the Host header that was checked last
+    _answering: RequestResponseCycle | None = None
+    _pipelined_body = 0  # bytes of the bodies of requests that wait behind the one that is being answered
+    _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watchers: list[Callable[[], None]] = []
+        self._start_timer(self.limits.header_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self.resume_writing()
+        answering, self._answering = self._answering, None
+        if answering is not None and not answering.response_complete:  # uvicorn looks at the newest request only
+            answering.disconnected = True
+            answering.message_event.set()
+        super().connection_lost(exc)
+        self.pipeline.clear()
+        self.cycle = None  # type: ignore[assignment]  # which knows this connection: a reference cycle
+        watchers, self._watchers = self._watchers, []
+        for callback in watchers:
+            callback()
+
+    def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
+        if self.transport.is_closing():
+            self.loop.call_soon(callback)
+            return lambda: None
+        self._watchers.append(callback)
+
+        def unwatch() -> None:
+            if callback in self._watchers:
+                self._watchers.remove(callback)
+
+        return unwatch
+
+    # reading
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._reading is Reading.IGNORING:
+            self._ignored += len(data)
+            if self._ignored > MAX_IGNORED:
+                self.transport.abort()
+            return
+        before, self._progressed = self._reading, False
+        self._parse(data)
+        # all of it was headers, or (where a body has come to an end) trailers
+        if self._reading is before and before in _GROWING and not self._progressed:
+            with suppress(_NoMoreRequests):
+                self._grow(len(data))
+        # headers that are not complete; or an empty line, say, that ended uvicorn's wait for a next request
+        between = self._reading is Reading.IDLE and self._answered and self.timeout_keep_alive_task is None
+        if (self._reading is Reading.HEADERS or between) and self._timer is None:
+            self._start_timer(self.limits.header_s)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    if self.transport.is_closing():
+                        return
+                    self._decline_upgrade()
+        except httptools.HttpParserError:
+            self._refuse(400, "this is not a valid HTTP request")
+
+    def _decline_upgrade(self) -> None:
+        """Goes on as if no other protocol had been offered, as RFC 9110, section 7.8 allows. Some clients always offer
+        HTTP/2 (Java's, curl --http2). The parser ends a request with such headers behind them, so a new one begins
+        with the same headers without the offer, and then gets the body."""
+        head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.parser.get_http_version()}\r\n".encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += (name, b": ", value, b"\r\n")
+        head.append(b"\r\n")
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(b"".join(head))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._reading, self._progressed, self._size = Reading.HEADERS, True, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._reading is not Reading.HEADERS:  # a trailer, which nobody asks for
+            self._grow(len(name) + len(value) + self.limits.header_bytes // MAX_HEADERS)
+        elif len(self.headers) < MAX_HEADERS:
+            super().on_header(name, value)
+        else:
+            self._refuse(431, f"the request has more than {MAX_HEADERS} headers")
+            raise _NoMoreRequests
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self.scope["method"] = self.parser.get_method().decode("ascii")
+            self._reading = Reading.UPGRADE
+            return
+        if (fault := self._fault()) is not None:
+            self._refuse(*fault)
+            raise _NoMoreRequests
+        self._stop_timer()
+        if self.transport.is_closing():
+            raise _NoMoreRequests
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._end_with(self.pipeline[0][0])
+            raise _NoMoreRequests
+        super().on_headers_complete()  # which raises an error for a target that cannot be parsed
+        self._reading, self._size = Reading.BODY, 0
+        if self.pipeline:
+            self.flow.resume_reading()  # or nobody would notice that the client has left
+        else:
+            self._answering = self.cycle
+        if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
+            self.cycle.keep_alive = False
+        self.cycle.transport = ResponseTransport(  # type: ignore[assignment]
+            self.transport, self._close_when_read, self.loop, without_body=self.scope["method"] == "HEAD"
+        )
+        self.scope["dynserve"] = DirectExchange(self.scope, self.cycle, self)  # type: ignore[typeddict-unknown-key]
+
+    def _fault(self) -> Fault | None:
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        fault, self._accepted_host = fault_of(
+            method, self.url, version, self.headers, limits=self.limits, accepted=self._accepted_host
+        )
+        return fault
+
+    def on_body(self, body: bytes) -> None:
+        self._progressed, self._size = True, 0
+        if self.cycle is None or self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._pipelined_body += len(body)
+            if self._pipelined_body > MAX_PIPELINED_BODY:
+                self._drop_newest()
+                raise _NoMoreRequests
+        super().on_body(body)
+        if self.pipeline:
+            self.flow.resume_reading()
+
+    def on_message_complete(self) -> None:
+        if self._reading is Reading.UPGRADE:
+            return
+        draining = self._reading is Reading.DRAINING
+        self._reading = Reading.IDLE
+        self._stop_timer()
+        if self.cycle is not None and not self.transport.is_closing():
+            super().on_message_complete()
+            # a large body paused the reading, and it is not asked for again once all of it is there
+            self.flow.resume_reading()
+            if draining:
+                self.transport.close()
+
+    # the connection's end
+
+    def _end_with(self, cycle: RequestResponseCycle) -> None:
+        """The answer to `cycle` is the connection's last. A client that sends many requests before it has read an answer
+        has to expect that the connection ends before all of them are answered."""
+        cycle.keep_alive = False
+        self.cycle, self._reading = cycle, Reading.IGNORING
+        self._stop_timer()
+
+    def _drop_newest(self) -> None:
+        """The request whose body is arriving is given up; the connection ends with the answer to the one before it."""
+        self.pipeline.popleft()
+        before = self.pipeline[0][0] if self.pipeline else self._answering
+        assert before is not None  # a request only waits while another one is being answered
+        self._end_with(before)
+
+    def _close_when_read(self) -> None:
+        """The last response was written. A client that is still sending would not read it if the connection closed now."""
+        if self.pipeline or self.transport.is_closing():
+            self.transport.close()
+        elif self._reading is Reading.IGNORING:
+            self._start_timer(DRAIN)
+        elif self._in_body:
+            self._reading = Reading.DRAINING
+            self._start_timer(DRAIN)
+        else:
+            self.transport.close()
+
+    def on_response_complete(self) -> None:
+        newest = not self.pipeline  # whose body `_reading` is about
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
+        if self._answering is not None:  # it does not wait any more, and nobody has taken anything of its body yet
+            self._pipelined_body = max(0, self._pipelined_body - len(self._answering.body))
+        super().on_response_complete()
+        if newest and self._in_body and not self.transport.is_closing():
+            self._start_timer(DRAIN)  # who is still sending may read the answer first
+
+    # writing
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.limits.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    # bounds
+
+    @property
+    def _answered(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _in_body(self) -> bool:
+        return self._reading in (Reading.BODY, Reading.DRAINING)
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self.limits.header_bytes:
+            self._refuse(431, "the request's headers are too large")
+            raise _NoMoreRequests
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._timed_out)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        if self._reading in (Reading.DRAINING, Reading.IGNORING):
+            self.transport.close()
+        elif not self._answered:  # the next request is not complete while this one is being answered
+            self._start_timer(self.limits.header_s)
+        elif self._in_body:
+            self.transport.close()
+        else:
+            self._refuse(408, "the request did not arrive in time")
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is not a valid HTTP request")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Refuses what is arriving, and ends the connection; not in the middle of a response. Complete requests before the
+        one that is refused are still answered."""
+        if self.transport.is_closing() or self._reading is Reading.IGNORING:
+            return
+        if self._in_body and self.pipeline:
+            self._drop_newest()
+        elif self._in_body and self._answered:
+            self.transport.close()
+        elif not self._in_body and not self._answered:
+            self._end_with(self.cycle)
+        else:
+            self._close_with(status, message)
+
+    def _close_with(self, status: int, message: str) -> None:
+        if self._answered or not (self.cycle.response_started or self.pipeline):
+            body = json.dumps(error_object(BadRequest(message))).encode()
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        if not self._answered:
+            self.cycle.disconnected = True  # nothing more is written
+            self.cycle.message_event.set()
+        self.transport.close()
+
+
+_GROWING = (Reading.HEADERS, Reading.BODY, Reading.DRAINING)
