@@ -1,8 +1,12 @@
-"""`Engine`: an `Executor` made of a scheduler, a way to compute a step, and a transceiver.
+"""The engine of the torch and simulated executors: a scheduler, a way to compute a step, and a transceiver.
 
-Two sides meet here. The *loop side* (submit, abort, deliver, transfers) runs on the event loop. The *step side* (plan,
-book) runs wherever the driver runs it: in the torch executor's thread, or on the same loop for the simulated one. The
-loop side hands commands over in a deque; the step side hands a whole step back in one call of `deliver`.
+It has two sides, which only meet in a deque and a callback:
+
+    EngineSteps    decides on steps and books them, wherever steps are computed: in the torch executor's thread, or on the
+                   event loop for the simulated one
+    Engine         the `Executor`, on the event loop: requests in, outputs out, transfers
+
+`Engine` posts commands to `EngineSteps`; whoever computes steps hands a whole step back in one call of `Engine.deliver`.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -29,10 +34,12 @@ from dynserve.errors import (
     Unavailable,
 )
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
-from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
+from dynserve.executors.engine_args import EngineArgs
+from dynserve.executors.handoff import HandoffTable, belongs
+from dynserve.executors.kv_blocks import BlockManager
 from dynserve.executors.scheduler import BlockFetch, Sampled, Scheduler, Sequence, SequenceState, Slice
-from dynserve.executors.transceiver import BlockStore, Transceiver
-from dynserve.tasks import OwnedTasks
+from dynserve.executors.transceiver import BlockStore, Transceiver, Transceivers
+from dynserve.tasks import OwnedTasks, task_group
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest, Grammar, Handoff
 
@@ -45,7 +52,7 @@ class Grammars(Protocol):
     """Compiles grammars for one model's vocabulary."""
 
     async def matcher(self, grammar: Grammar) -> Any:
-        """What the driver follows the grammar with. Raises BadRequest for a guide that is none."""
+        """The matcher by which steps follow the grammar in one answer. Raises BadRequest for an invalid grammar."""
         ...
 
 
@@ -54,65 +61,104 @@ class StepResult(NamedTuple):
     events: list[KvEvent]
 
 
+class EngineSteps:
+    """The side of an engine that computes steps. `post` may be called from any thread, and `load` read from any; all other
+    calls come from the one thread that computes."""
+
+    def __init__(self, scheduler: Scheduler, wake: Callable[[], None]) -> None:
+        self._scheduler, self._wake = scheduler, wake
+        loop = asyncio.get_running_loop()
+        # uvloop's time has milliseconds only, and steps take less
+        self.clock = time.monotonic if isinstance(loop, uvloop.Loop) else loop.time
+        self._commands: deque[Callable[[], None]] = deque()
+        blocks = scheduler.blocks
+        self.load = Load(0, 0, blocks.num_blocks, blocks.num_blocks, 0)
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Has the command carried out before the next step is decided on."""
+        self._commands.append(command)
+        self._wake()
+
+    @property
+    def has_commands(self) -> bool:
+        return bool(self._commands)
+
+    def plan(self) -> list[Slice]:
+        """Carries out the commands, and decides on the next step."""
+        while self._commands:
+            self._commands.popleft()()
+        work = self._scheduler.schedule(self.clock())
+        self._note_load()
+        return work
+
+    def ahead(self, work: Seq[Slice]) -> list[Slice]:
+        """The step after `work`, which is not booked yet, where nothing has to be decided for it; else none."""
+        return [] if self._commands else self._scheduler.ahead(work)
+
+    def fetches(self) -> list[BlockFetch]:
+        """Transfers that the plan decided on. `Engine.start` them before the step: they go on while it computes."""
+        return self._scheduler.drain_fetches()
+
+    def max_steps(self, work: list[Slice], limit: int) -> int:
+        return self._scheduler.max_steps(work, limit)
+
+    def book(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]]) -> StepResult:
+        outputs = self._scheduler.commit(work, sampled, self.clock())
+        self._note_load()
+        return StepResult(outputs, self._scheduler.blocks.drain_events())
+
+    def _note_load(self) -> None:
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        running = len(scheduler.running) + len(scheduler.fetching)
+        waiting = len(scheduler.waiting)
+        self.load = Load(running, waiting, blocks.free, blocks.num_blocks, 0, scheduler.begun_tokens)
+
+
+class EngineModel(NamedTuple):
+    """The properties of a model that its engine needs."""
+
+    vocab_size: int
+    eos: frozenset[int]
+    embedding_size: int = 0  # 0: it makes no embeddings
+    pairing: Mapping[str, str] = {}  # see `ExecutorLimits`
+
+
 class Engine:
-    """The loop side is the `Executor`; `plan` and `book` are the driver's."""
+    """The side of an engine on the event loop, an `Executor`. All calls come from the loop."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        store: BlockStore,
-        *,
-        instance_id: str,
-        vocab_size: int,
-        eos: frozenset[int],
-        handoff_ttl_s: float,
-        wake: Callable[[], None],
-        chunked: bool = True,
-        grammars: Grammars | None = None,
-        embedding_size: int = 0,
-        pairing: Mapping[str, str] | None = None,
-    ) -> None:
-        self._grammars = grammars
-        self._scheduler, self._store, self._eos, self._wake = scheduler, store, eos, wake
-        self._loop = asyncio.get_running_loop()
-        # uvloop's time has milliseconds only, and steps take less
-        self._clock = time.monotonic if isinstance(self._loop, uvloop.Loop) else self._loop.time
+        self, scheduler: Scheduler, steps: EngineSteps, model: EngineModel, handoffs: HandoffTable,
+        transceiver: Transceiver, block_bytes: int, tasks: OwnedTasks, grammars: Grammars | None, *, chunked: bool,
+    ) -> None:  # fmt: skip
+        self._scheduler, self._steps, self._eos = scheduler, steps, model.eos
+        self._transceiver, self._block_bytes, self._tasks, self._grammars = transceiver, block_bytes, tasks, grammars
+        self.handoffs = handoffs
         blocks = scheduler.blocks
         self.limits = ExecutorLimits(
-            blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, vocab_size,
-            grammars is not None, embedding_size, pairing=pairing or {},
+            blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, model.vocab_size,
+            grammars is not None, model.embedding_size, pairing=model.pairing,
         )  # fmt: skip
-        self.failed: asyncio.Future[None] = self._loop.create_future()
-        self.handoffs = HandoffTable(instance_id, handoff_ttl_s, self._release)
-        self._chunked = chunked
+        self._max_prompt = None if chunked else scheduler.max_num_tokens
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tickets = count(1)
-        self._commands: deque[Callable[[], None]] = deque()
         self._live: dict[int, tuple[Sequence, OutputSink]] = {}
         self._fetches: dict[int, asyncio.Task[HandoffError | None]] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}
         self._kv_listener: KvListener | None = None
-        self._load = Load(0, 0, blocks.num_blocks, blocks.num_blocks, 0)
         self._transfers: Counter[str] = Counter()
-        self._transceiver: Transceiver | None = None
-        self._tasks: OwnedTasks | None = None
 
-    def connect(self, transceiver: Transceiver, tasks: OwnedTasks) -> None:
-        """Who moves blocks, and who owns the tasks that do."""
-        self._transceiver, self._tasks = transceiver, tasks
-
-    # the loop side
+    # requests in
 
     def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
-        check_request(request, self.limits, None if self._chunked else self._scheduler.max_num_tokens)
+        check_request(request, self.limits, self._max_prompt)
         ticket = next(self._tickets)
-        sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._clock())
+        sequence = Sequence(ticket, request, self.limits.block_size, self._eos, self._steps.clock())
         self._live[ticket] = (sequence, sink)
         if request.grammar is None:
-            self._post(partial(self._scheduler.add, sequence))
+            self._steps.post(partial(self._scheduler.add, sequence))
         else:
-            assert self._tasks is not None
             task = self._tasks.create_task(self._add_with_grammar(sequence, request.grammar))
             self._compiling[ticket] = task
             task.add_done_callback(lambda _: self._compiling.pop(ticket, None))
@@ -125,23 +171,49 @@ class Engine:
             return
         if (compiling := self._compiling.get(ticket)) is not None:
             compiling.cancel()  # nobody waits for its grammar any more
-        self._post(partial(self._abort_sequence, live[0]))
+        self._steps.post(partial(self._abort_sequence, live[0]))
         if (task := self._fetches.get(ticket)) is not None:
             task.cancel()
 
     def handoff_done(self, ticket: int) -> None:
         self.handoffs.cancel(ticket)  # one that was delivered is closed already; this one was not needed
 
+    def _abort_sequence(self, sequence: Sequence) -> None:
+        if sequence.state is not SequenceState.DONE:
+            self._scheduler.abort(sequence)
+
+    async def _add_with_grammar(self, sequence: Sequence, grammar: Grammar) -> None:
+        """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
+        raised would take its owner with it."""
+        assert self._grammars is not None  # or the request would have been refused
+        failure: DynserveError | None = None
+        try:
+            async with asyncio.timeout(GRAMMAR_TIMEOUT):
+                sequence.matcher = await self._grammars.matcher(grammar)
+        except DynserveError as error:
+            failure = error
+        except TimeoutError:
+            failure = TimedOut(f"the grammar was not compiled within {GRAMMAR_TIMEOUT:.0f} s")
+        except Exception as error:
+            log.exception("request %s: its grammar could not be compiled", sequence.request.id)
+            failure = InternalError(f"compiling the grammar failed: {type(error).__name__}")
+        if failure is None:
+            if sequence.ticket in self._live:
+                self._steps.post(partial(self._scheduler.add, sequence))
+        elif (live := self._live.pop(sequence.ticket, None)) is not None:
+            live[1](Output([], error=failure))
+
+    # its state
+
     @property
     def targets(self) -> Seq[Executor]:
         return (self,)
 
     def describe(self) -> Mapping[str, str]:
-        carriers = [] if self._transceiver is None else self._transceiver.carriers
-        return {"kv_transfer": ", ".join(carriers)} if carriers else {}
+        return {"kv_transfer": ", ".join(self._transceiver.carriers)}
 
     def load(self) -> Load:
-        load = self._load
+        load = self._steps.load
         return Load(
             load.running, load.waiting, load.free_blocks, load.total_blocks, len(self.handoffs), load.begun_tokens
         )
@@ -155,6 +227,8 @@ class Engine:
 
     def listen_kv(self, listener: KvListener) -> None:
         self._kv_listener = listener
+
+    # steps out
 
     def start(self, fetches: list[BlockFetch]) -> None:
         """Begins the transfers that a plan decided on."""
@@ -180,7 +254,7 @@ class Engine:
                 self.abort(sequence.ticket)
 
     def fail(self, error: BaseException) -> None:
-        """The engine is dead: everyone who waits is told, and nothing new is taken."""
+        """The engine is dead: every open request fails, and no new one is accepted."""
         if self.failed.done():
             return
         log.error("the engine died", exc_info=error)
@@ -190,102 +264,32 @@ class Engine:
         for _, sink in live.values():
             sink(Output([], error=InternalError("the engine died")))
 
-    # the step side
-
-    def plan(self) -> list[Slice]:
-        """Carries out what the loop side asked for, and decides on the next step."""
-        while self._commands:
-            self._commands.popleft()()
-        work = self._scheduler.schedule(self._clock())
-        self._note_load()
-        return work
-
-    def ahead(self, work: Seq[Slice]) -> list[Slice]:
-        """The step after one that is not booked yet, where nothing has to be decided for it; else none."""
-        return [] if self._commands else self._scheduler.ahead(work)
-
-    def fetches(self) -> list[BlockFetch]:
-        """Transfers that the plan decided on. `start` them before the step: they go on while it computes."""
-        return self._scheduler.drain_fetches()
-
-    def max_steps(self, work: list[Slice], most: int) -> int:
-        return self._scheduler.max_steps(work, most)
-
-    def book(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]]) -> StepResult:
-        outputs = self._scheduler.commit(work, sampled, self._clock())
-        self._note_load()
-        return StepResult(outputs, self._scheduler.blocks.drain_events())
-
-    @property
-    def has_commands(self) -> bool:
-        return bool(self._commands)
-
-    def _note_load(self) -> None:
-        scheduler, blocks = self._scheduler, self._scheduler.blocks
-        running = len(scheduler.running) + len(scheduler.fetching)
-        waiting = len(scheduler.waiting)
-        self._load = Load(running, waiting, blocks.free, blocks.num_blocks, 0, scheduler.begun_tokens)
-
-    def _abort_sequence(self, sequence: Sequence) -> None:
-        if sequence.state is not SequenceState.DONE:
-            self._scheduler.abort(sequence)
-
-    # helpers of the loop side
-
-    async def _add_with_grammar(self, sequence: Sequence, grammar: Grammar) -> None:
-        """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
-        raised would take its owner with it."""
-        assert self._grammars is not None
-        failure: DynserveError | None = None
-        try:
-            async with asyncio.timeout(GRAMMAR_TIMEOUT):
-                sequence.matcher = await self._grammars.matcher(grammar)
-        except DynserveError as error:
-            failure = error
-        except TimeoutError:
-            failure = TimedOut(f"the grammar was not compiled within {GRAMMAR_TIMEOUT:.0f} s")
-        except Exception as error:
-            log.exception("request %s: its grammar could not be compiled", sequence.request.id)
-            failure = InternalError(f"compiling the grammar failed: {type(error).__name__}")
-        if failure is None:
-            if sequence.ticket in self._live:
-                self._post(partial(self._scheduler.add, sequence))
-        elif (live := self._live.pop(sequence.ticket, None)) is not None:
-            live[1](Output([], error=failure))
-
-    def _post(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        self._wake()
-
-    def _release(self, ticket: int, how: HandoffEnd) -> None:
-        self._post(partial(self._scheduler.release_held, ticket))
+    # hand-offs
 
     def _open_handoff(self, sequence: Sequence) -> Handoff:
-        assert self._transceiver is not None
         blocks = sequence.blocks
         return self.handoffs.open(
             sequence.ticket,
             sequence.request,
             blocks[: -(-sequence.prompt_len // self.limits.block_size)],
-            len(blocks) * self._store.block_bytes,
+            len(blocks) * self._block_bytes,
             self._transceiver.state(),
         )
 
     def _start_fetch(self, fetch: BlockFetch) -> None:
-        assert self._tasks is not None
         ticket = fetch.sequence.ticket
         if ticket not in self._live:  # aborted before it began
-            self._post(partial(self._scheduler.fetched, fetch.sequence, 0.0, ok=False))
+            self._steps.post(partial(self._scheduler.fetched, fetch.sequence, 0.0, ok=False))
             return
         task = self._tasks.create_task(self._fetch(fetch))
         self._fetches[ticket] = task
         # a task that is cancelled before its first step never runs its own clean-up
-        task.add_done_callback(partial(self._fetch_ended, fetch, self._clock()))
+        task.add_done_callback(partial(self._fetch_ended, fetch, self._steps.clock()))
 
     async def _fetch(self, fetch: BlockFetch) -> HandoffError | None:
-        """What went wrong, as a value: a task that raised would take its owner with it."""
+        """Fetches the blocks. An error is returned, not raised: a task that raised would take its owner with it."""
         request, handoff = fetch.sequence.request, fetch.sequence.request.handoff
-        assert handoff is not None and self._transceiver is not None
+        assert handoff is not None
         if not belongs(handoff, request):
             return HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
         try:
@@ -307,4 +311,40 @@ class Engine:
         if error is not None:
             log.warning("request %s: %s; prefilling here instead", fetch.sequence.request.id, error)
         ok = not task.cancelled() and error is None
-        self._post(partial(self._scheduler.fetched, fetch.sequence, self._clock() - began, ok=ok))
+        self._steps.post(partial(self._scheduler.fetched, fetch.sequence, self._steps.clock() - began, ok=ok))
+
+
+def make_scheduler(args: EngineArgs, num_blocks: int, max_seq_len: int) -> Scheduler:
+    """The scheduler that the engine options ask for; a sequence is never longer than the cache."""
+    size = args.kv_cache_config.tokens_per_block
+    return Scheduler(
+        BlockManager(num_blocks, size, reuse=args.kv_cache_config.enable_block_reuse),
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=min(max_seq_len, num_blocks * size),
+        chunked=args.enable_chunked_prefill,
+    )
+
+
+@asynccontextmanager
+async def open_engine(
+    args: EngineArgs, scheduler: Scheduler, steps: EngineSteps, model: EngineModel, store: BlockStore,
+    transceivers: Transceivers, *, instance_id: str, host: str, grammars: Grammars | None = None,
+) -> AsyncIterator[tuple[Engine, OwnedTasks]]:  # fmt: skip
+    """Puts an engine together; its tasks end with the block. Open hand-offs are cancelled then."""
+
+    def release(ticket: int, how: object) -> None:
+        steps.post(partial(scheduler.release_held, ticket))
+
+    handoffs = HandoffTable(instance_id, args.cache_transceiver_config.kv_transfer_timeout_ms / 1000, release)
+    async with transceivers.open(handoffs, store, host) as transceiver, task_group() as tasks:
+        try:
+            yield (
+                Engine(
+                    scheduler, steps, model, handoffs, transceiver, store.block_bytes, tasks, grammars,
+                    chunked=args.enable_chunked_prefill,
+                ),
+                tasks,
+            )  # fmt: skip
+        finally:
+            handoffs.cancel_all()

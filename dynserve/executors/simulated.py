@@ -20,13 +20,12 @@ from pathlib import Path
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import Executor
-from dynserve.executors.engine import Engine
+from dynserve.executors.engine import Engine, EngineModel, EngineSteps, make_scheduler, open_engine
 from dynserve.executors.engine_args import EngineArgs, engine_args
-from dynserve.executors.kv_blocks import BlockManager
-from dynserve.executors.scheduler import Sampled, Scheduler, Sequence, Slice
-from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, Transceiver, Transceivers
+from dynserve.executors.handoff import HandoffTable
+from dynserve.executors.scheduler import Sampled, Sequence, Slice
+from dynserve.executors.transceiver import BlockStore, HostBlocks, TcpTransceivers, Transceiver, Transceivers
 from dynserve.model_files import eos_token_ids, model_limits
-from dynserve.tasks import task_group
 from dynserve.wire.hashing import sequence_hash
 from dynserve.wire.requests import Handoff, TokenLogprob
 
@@ -49,46 +48,39 @@ async def open_executor(
     size = args.kv_cache_config.tokens_per_block
     max_tokens = args.kv_cache_config.max_tokens
     num_blocks = args.num_blocks or (-(-max_tokens // size) if max_tokens else NUM_BLOCKS)
-    scheduler = Scheduler(
-        BlockManager(num_blocks, size, reuse=args.kv_cache_config.enable_block_reuse),
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
-        max_seq_len=min(args.max_seq_len or context, num_blocks * size),
-        chunked=args.enable_chunked_prefill,
-    )
-    store = EmptyBlocks(f"simulated:{size}", args.bytes_per_token * size)
     eos = frozenset(eos_token_ids(folder))
     stepper = SimulatedStepper(args, vocab_size, eos)
-    engine = Engine(
-        scheduler,
-        store,
-        instance_id=instance_id,
-        vocab_size=vocab_size,
-        eos=eos,
-        handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
-        wake=stepper.wake.set,
-        chunked=args.enable_chunked_prefill,
-    )
-    async with (
-        (transceivers or TcpTransceivers()).open(engine.handoffs, store, config.link_host) as transceiver,
-        task_group() as tasks,
-    ):
-        engine.connect(TimedTransceiver(transceiver, args), tasks)
-        tasks.create_task(stepper.run(engine))
-        try:
-            yield engine
-        finally:
-            engine.handoffs.cancel_all()
+    scheduler = make_scheduler(args, num_blocks, args.max_seq_len or context)
+    steps = EngineSteps(scheduler, stepper.wake.set)
+    opening = open_engine(
+        args, scheduler, steps, EngineModel(vocab_size, eos), EmptyBlocks(f"simulated:{size}", args.bytes_per_token * size),
+        TimedTransceivers(transceivers or TcpTransceivers(), args), instance_id=instance_id, host=config.link_host,
+    )  # fmt: skip
+    async with opening as (engine, tasks):
+        tasks.create_task(stepper.run(steps, engine))
+        yield engine
 
 
 class EmptyBlocks(HostBlocks):
-    """A block store without bytes. `block_bytes` is what a block would weigh, for records and times."""
+    """A block store without bytes. `block_bytes` is the size that a block would have, for records and times."""
 
     def __init__(self, layout: str, block_bytes: int) -> None:
         self.layout, self.block_bytes = layout, block_bytes
 
     def view(self, block: int) -> memoryview:
         return memoryview(bytearray())
+
+
+class TimedTransceivers:
+    """Opens the transceivers of `inner`, slowed down."""
+
+    def __init__(self, inner: Transceivers, args: EngineArgs) -> None:
+        self._inner, self._args = inner, args
+
+    @asynccontextmanager
+    async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
+        async with self._inner.open(table, store, host) as transceiver:
+            yield TimedTransceiver(transceiver, self._args)
 
 
 class TimedTransceiver:
@@ -122,16 +114,16 @@ class SimulatedStepper:
         self._end = min(eos, default=0)
         self.wake = asyncio.Event()
 
-    async def run(self, engine: Engine) -> None:
+    async def run(self, steps: EngineSteps, engine: Engine) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
             self.wake.clear()
-            work = engine.plan()
-            engine.start(engine.fetches())
+            work = steps.plan()
+            engine.start(steps.fetches())
             if not work:
-                engine.deliver(engine.book(work, []))
-                if engine.has_commands:
+                engine.deliver(steps.book(work, []))
+                if steps.has_commands:
                     await asyncio.sleep(0)
                 else:
                     await self.wake.wait()
@@ -139,13 +131,13 @@ class SimulatedStepper:
                 continue
             # a step ends when it would have ended, however long this process takes to book it
             began, seconds = max(due, loop.time() - self._args.step_ms / 1000), self.seconds(work)
-            steps = self._steps(engine, work) if seconds else 1
-            if steps > 1:
-                steps = await self._until_woken(began, seconds, steps)
-            due = began + steps * seconds
+            count = self._max_steps(steps, work) if seconds else 1
+            if count > 1:
+                count = await self._until_woken(began, seconds, count)
+            due = began + count * seconds
             await asyncio.sleep(max(0.0, due - loop.time()))
-            tokens = [self._tokens(s.sequence, steps) if s.samples else [] for s in work]
-            engine.deliver(engine.book(work, tokens))
+            tokens = [self._tokens(s.sequence, count) if s.samples else [] for s in work]
+            engine.deliver(steps.book(work, tokens))
 
     def seconds(self, work: list[Slice]) -> float:
         args = self._args
@@ -157,17 +149,17 @@ class SimulatedStepper:
         micros += len(decoding) * args.decode_us_per_sequence + sum(decoding) / 1000 * args.decode_us_per_ktoken
         return micros / 1e6 / args.speed
 
-    def _steps(self, engine: Engine, work: list[Slice]) -> int:
-        """How many steps can be taken at once: as long as all only decode, none ends, and there are blocks."""
-        most = self._args.leap
+    def _max_steps(self, steps: EngineSteps, work: list[Slice]) -> int:
+        """How many steps can be computed at once: as long as all only decode, none ends, and there are blocks."""
+        limit = self._args.leap
         for slice_ in work:
             request = slice_.sequence.request
             if slice_.size > 1 or request.phase == "prefill" or request.stop.strings or request.stop.token_ids:
                 return 1
             if request.sampling.logprobs is not None:
                 return 1
-            most = min(most, self._until_end(slice_.sequence))
-        return engine.max_steps(work, most)
+            limit = min(limit, self._until_end(slice_.sequence))
+        return steps.max_steps(work, limit)
 
     async def _until_woken(self, began: float, seconds: float, steps: int) -> int:
         """Steps that are done, or begun, when somebody wants something of the engine; at most `steps`."""
@@ -182,8 +174,8 @@ class SimulatedStepper:
     def _until_end(self, sequence: Sequence) -> int:
         """Steps up to and with the one that ends the sequence, context length aside."""
         stop, position = sequence.request.stop, sequence.generated
-        left = stop.max_tokens - position
-        return left if stop.ignore_eos else min(left, self._answer_length(sequence) - position + 1)
+        remaining = stop.max_tokens - position
+        return remaining if stop.ignore_eos else min(remaining, self._answer_length(sequence) - position + 1)
 
     def _answer_length(self, sequence: Sequence) -> int:
         """16 to 127 tokens, by the prompt's own hash; then comes the end of the turn."""

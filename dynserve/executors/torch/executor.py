@@ -17,10 +17,8 @@ from dynserve.config import WorkerConfig
 from dynserve.errors import ConfigError
 from dynserve.executors.base import Executor
 from dynserve.executors.carriers import Carrier
-from dynserve.executors.engine import Engine, StepResult
+from dynserve.executors.engine import Engine, EngineModel, EngineSteps, StepResult, make_scheduler, open_engine
 from dynserve.executors.engine_args import engine_args
-from dynserve.executors.kv_blocks import BlockManager
-from dynserve.executors.scheduler import Scheduler
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.grammars import CompiledGrammars, warm_up
 from dynserve.executors.torch.loading import ComputeTarget, load
@@ -28,7 +26,6 @@ from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import DeviceStep, Runner
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.model_files import eos_token_ids
-from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)
 
@@ -50,51 +47,33 @@ async def open_executor(
     args = engine_args(config, target.defaults)
     folder = Path(config.model_path)
     model, cache, runner = await asyncio.to_thread(load, folder, args, target)
-    limit = model.config.max_position
-    scheduler = Scheduler(
-        BlockManager(
-            cache.num_blocks, args.kv_cache_config.tokens_per_block, reuse=args.kv_cache_config.enable_block_reuse
-        ),
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
-        max_seq_len=min(args.max_seq_len or limit, limit, cache.num_blocks * args.kv_cache_config.tokens_per_block),
-        chunked=args.enable_chunked_prefill,
-    )
-    stepper = StepThread(runner)
     eos = eos_token_ids(folder)
-    grammars = CompiledGrammars(folder, model.config.vocab_size, eos)
-    has_grammars = bool(eos) and grammars_installed()
-    engine = Engine(
-        scheduler,
-        cache,
-        instance_id=instance_id,
-        vocab_size=model.config.vocab_size,
-        eos=frozenset(eos),
-        handoff_ttl_s=args.cache_transceiver_config.kv_transfer_timeout_ms / 1000,
-        wake=stepper.wake.set,
-        chunked=args.enable_chunked_prefill,
-        grammars=grammars if has_grammars else None,
-        embedding_size=model.config.hidden_size,
-        pairing={"KV cache": cache.layout.partition(":")[2]},
-    )
+    grammars = None
+    if eos and grammars_installed():
+        grammars = CompiledGrammars(folder, model.config.vocab_size, eos)
     carriers = await asyncio.to_thread(carriers_for, args.cache_transceiver_config.backend, cache, runner, instance_id)
-    async with (
-        (transceivers or TcpTransceivers(carriers)).open(engine.handoffs, cache, config.link_host) as transceiver,
-        task_group() as tasks,
-    ):
-        engine.connect(transceiver, tasks)
+    limit = model.config.max_position
+    scheduler = make_scheduler(args, cache.num_blocks, min(args.max_seq_len or limit, limit))
+    stepper = StepThread(runner)
+    steps = EngineSteps(scheduler, stepper.wake.set)
+    pairing = {"KV cache": cache.layout.partition(":")[2]}
+    opening = open_engine(
+        args, scheduler, steps, EngineModel(model.config.vocab_size, frozenset(eos), model.config.hidden_size, pairing),
+        cache, transceivers or TcpTransceivers(carriers), instance_id=instance_id, host=config.link_host,
+        grammars=grammars,
+    )  # fmt: skip
+    async with opening as (engine, tasks):
         if runner.overlaps:  # tokens must not wait for 5 ms until the event loop lets go of the interpreter, or gets it
             sys.setswitchinterval(SWITCH_INTERVAL)
-        stepper.start(engine)
-        if has_grammars and runner.overlaps:
+        stepper.start(steps, engine)
+        if grammars is not None and runner.overlaps:
             await grammars.prepare(after=0)  # later it would hold up steps that take half a millisecond
             await asyncio.to_thread(warm_up, model.config.vocab_size, model.device)
-        elif has_grammars:
+        elif grammars is not None:
             tasks.create_task(grammars.prepare())
         try:
             yield engine
         finally:
-            engine.handoffs.cancel_all()
             await stepper.stop()
 
 
@@ -141,8 +120,9 @@ class StepThread:
         self._loop = asyncio.get_running_loop()
         self._thread: threading.Thread | None = None
 
-    def start(self, engine: Engine) -> None:
-        self._thread = threading.Thread(target=self._run, args=(engine,), name="torch-step", daemon=True)
+    def start(self, steps: EngineSteps, engine: Engine) -> None:
+        """`steps` is called in the thread, `engine` on the event loop only."""
+        self._thread = threading.Thread(target=self._run, args=(steps, engine), name="torch-step", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -152,44 +132,44 @@ class StepThread:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_TIMEOUT)
 
-    def _run(self, engine: Engine) -> None:
+    def _run(self, steps: EngineSteps, engine: Engine) -> None:
         try:
             self._runner.enter()
             while not self._stopping:
-                self._step(engine)
+                self._step(steps, engine)
         except BaseException as error:
-            self._tell(engine.fail, error)
+            self._call_in_loop(engine.fail, error)
 
-    def _step(self, engine: Engine) -> None:
-        step = self._begun or self._plan(engine)
+    def _step(self, steps: EngineSteps, engine: Engine) -> None:
+        step = self._begun or self._plan(steps, engine)
         self._begun = None
         if step is None:
-            self._hand_over(engine, engine.book([], []))
-            if not engine.has_commands:
+            self._hand_over(engine, steps.book([], []))
+            if not steps.has_commands:
                 self.wake.wait()
             return
-        if self._runner.overlaps and (more := engine.ahead(step.work)):
+        if self._runner.overlaps and (more := steps.ahead(step.work)):
             self._begun = self._runner.begin(more, step)
-        self._hand_over(engine, engine.book(step.work, step.result()))
+        self._hand_over(engine, steps.book(step.work, step.result()))
 
-    def _plan(self, engine: Engine) -> DeviceStep | None:
+    def _plan(self, steps: EngineSteps, engine: Engine) -> DeviceStep | None:
         self.wake.clear()
-        work = engine.plan()
-        if fetches := engine.fetches():
-            self._tell(engine.start, fetches)
+        work = steps.plan()
+        if fetches := steps.fetches():
+            self._call_in_loop(engine.start, fetches)
         return self._runner.begin(work, None) if work else None
 
     def _hand_over(self, engine: Engine, result: StepResult) -> None:
         if result.outputs or result.events:
             # the loop may be behind, but not by more than this: results must not pile up
             self._ahead.acquire()
-            self._tell(self._deliver, engine, result)
+            self._call_in_loop(self._deliver, engine, result)
 
     def _deliver(self, engine: Engine, result: StepResult) -> None:
         self._ahead.release()
         engine.deliver(result)
 
-    def _tell(self, call: Callable[..., None], *args: Any) -> None:
+    def _call_in_loop(self, call: Callable[..., None], *args: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *args)
         except RuntimeError:  # the loop was closed under us: the process is ending

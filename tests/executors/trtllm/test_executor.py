@@ -112,7 +112,7 @@ CHANGES: list[dict[str, Any]] = [
         "sampling": SamplingParams(temperature=0.0, logit_bias={400: 100.0}),
         "stop": StopConditions(max_tokens=3, token_ids=(401,)),
     },
-    {"guide": Grammar(kind="regex", text="[0-9]{6}")},
+    {"grammar": Grammar(kind="regex", text="[0-9]{6}")},
     {"cache_salt": "tenant"},
 ]
 
@@ -302,7 +302,7 @@ async def test_a_hand_off_that_nobody_takes_expires(opened: Opener) -> None:
     await until(lambda: really_free() == [200])
 
 
-@pytest.mark.parametrize("guide", [None, Grammar(kind="regex", text="[0-9]{6}")])
+@pytest.mark.parametrize("grammar", [None, Grammar(kind="regex", text="[0-9]{6}")])
 async def test_a_transfer_that_fails_in_the_engine_is_computed_here_once(
     opened: Opener, grammar: Grammar | None
 ) -> None:
@@ -486,7 +486,7 @@ async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytes
     ("changes", "message"),
     [
         ({"sampling": SamplingParams(logit_bias={99999: 1.0})}, "token 99999 is not one of 0 to 2047"),
-        ({"guide": Grammar(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
+        ({"grammar": Grammar(kind="json", text='{"type": "wrong"}')}, "wrong|schema"),
         ({"pooling": "mean"}, "no embeddings"),
     ],
 )
@@ -501,7 +501,7 @@ async def test_what_cannot_run_is_the_requests_fault(opened: Opener, changes: di
 
 async def test_a_grammar_behind_a_thought_needs_the_engines_own_parser(opened: Opener) -> None:
     reasoning = {"begin": 5, "end": 6, "open": False}
-    grammar = msgspec.convert({"kind": "regex", "text": "[0-9]+", "thought": reasoning}, Grammar)
+    grammar = msgspec.convert({"kind": "regex", "text": "[0-9]+", "reasoning": reasoning}, Grammar)
     with pytest.raises(BadRequest, match="reasoning_parser"):
         (await opened()).submit(make_request(prompt(), grammar=grammar), OutputSink())
     executor = await opened(reasoning_parser="qwen3")

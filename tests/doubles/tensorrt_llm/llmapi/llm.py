@@ -284,7 +284,7 @@ class _Call:
                 max_tokens=most, min_tokens=params.min_tokens or 0, ignore_eos=True,
                 token_ids=(*stops, *((end,) if end >= 0 else ())),
             ),
-            render=RenderOptions(kind="completion", response_id="", model="", created=0), guide=self._guide(args),
+            render=RenderOptions(kind="completion", response_id="", model="", created=0), grammar=self._grammar(args),
         )  # fmt: skip
         return m.Submit(number, request, rank, self.salt, lora, self.streaming, end, params.return_perf_metrics)
 
@@ -309,17 +309,17 @@ class _Call:
             prompt_logprobs=prompt,
         )
 
-    def _guide(self, args: Any) -> Grammar | None:
+    def _grammar(self, args: Any) -> Grammar | None:
         guided = self.params.guided_decoding
         if guided is None:
             return None
         for kind in ("json", "regex", "grammar", "structural_tag"):
             if (text := getattr(guided, kind)) is not None:
                 text = text if isinstance(text, str) else json.dumps(text)
-                return Grammar(kind=kind, text=text, thought=self._thought(args))  # type: ignore[arg-type]
+                return Grammar(kind=kind, text=text, reasoning=self._reasoning(args))  # type: ignore[arg-type]
         return Grammar(kind="json", text='{"type": "object"}') if guided.json_object else None
 
-    def _thought(self, args: Any) -> ReasoningTokens | None:
+    def _reasoning(self, args: Any) -> ReasoningTokens | None:
         if args.reasoning_parser is None:
             return None
         tokens = {
