@@ -19,9 +19,9 @@ from pathlib import Path
 from budget import COLLECT, collected
 
 HERE = Path(__file__).parent
-USUAL = ("startup", "router", "plane", "frontends", "trtllm", "preprocess", "shared_prompts")
+USUAL = ("startup", "router", "plane", "frontends", "trtllm", "preprocess", "shared_prompts", "limit")
 LONG = ("vs_peers", "soak")
-NO_QUICK = ("startup", "instructions")
+NO_QUICK = ("startup", "instructions", "limit")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One supervised process: its log lines with a prefix, its restarts with back-off, its end."""
+"""Supervised processes: their log lines with a prefix, their restarts with back-off, their end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from dynserve.errors import ConfigError
+from dynserve.errors import ConfigError, InternalError
 from dynserve.tasks import Backoff, OwnedTasks
 
 TERMINATE_TIMEOUT = 35.0  # seconds between SIGTERM and SIGKILL: more than a worker's drain_timeout_s
@@ -26,6 +26,13 @@ class ChildSpec(NamedTuple):
     name: str
     command: list[str]
     environment: Mapping[str, str] = {}
+
+
+class Group(NamedTuple):
+    """Children that are stopped together. `restart`: one that dies is started again."""
+
+    specs: Sequence[ChildSpec]
+    restart: bool = True
 
 
 class Child:
@@ -118,12 +125,40 @@ class Child:
             print(f"{self.name:>{self._width}} | {line}", file=sys.stderr, flush=True)
 
 
-def misconfigured(child: Child, code: int) -> ConfigError | None:
-    """What a supervisor ends with where a child found its configuration wrong. One that has run before has a good one: what
-    it says now will pass (its port is not free yet, say), and is no reason to end the others."""
-    if code != 2 or child.starts > 1:
-        return None
-    return ConfigError(f"{child.name} could not start; its last lines above say why")
+class Supervisor:
+    """Groups of children that run together: started in the order of the groups, stopped in reverse.
+
+    `broken` gets the error with which the whole ends: a child found its configuration wrong, or one that is not started
+    again died.
+    """
+
+    def __init__(self, groups: Sequence[Group], tasks: OwnedTasks) -> None:
+        width = max(len(spec.name) for group in groups for spec in group.specs)
+        self.groups = [
+            [Child(spec, restart=group.restart, died=self._died, width=width, tasks=tasks) for spec in group.specs]
+            for group in groups
+        ]
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        for group in self.groups:
+            for child in group:
+                await child.start()
+
+    async def stop(self) -> None:
+        for group in reversed(self.groups):
+            await asyncio.gather(*(child.stop() for child in group))
+
+    def _died(self, child: Child, code: int) -> None:
+        if self.broken.done():
+            return
+        # a child that has run before has a good configuration: what it says now will pass (its port is not free yet, say)
+        if code == ConfigError.exit_code and child.starts == 1:
+            self.broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+        elif not child.restarts:
+            self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
+        if self.broken.done():
+            self.broken.exception()  # whoever waits for it sees it; nobody needs to
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

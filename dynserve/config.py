@@ -15,12 +15,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Meta
 
 from dynserve.errors import ConfigError
 
@@ -35,7 +37,7 @@ RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-tw
 LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
 
-# Names only: what they parse is in dialects, which a test holds equal to these.
+# The names of the parsers in dialects/, for which a test looks there.
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
@@ -67,8 +69,21 @@ _ANYWHERE = {"0.0.0.0", "::"}
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
 
 
+Positive = Annotated[int, Meta(gt=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[int, Meta(ge=0)]
+NotNegativeFloat = Annotated[float, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
 def option(default: Any, help: str, env: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "env": env})
+
+
+def option_of(cls: type[DataclassInstance], name: str) -> Any:
+    """The same option as that of another role."""
+    other = cls.__dataclass_fields__[name]
+    return field(default=other.default, metadata=other.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,60 +102,62 @@ class PlanesConfig:
 @dataclass(frozen=True, kw_only=True)
 class FrontendConfig(PlanesConfig):
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
-    http_port: int = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
-    workers: int = option(
+    http_port: Port = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
+    workers: Positive = option(
         1, "processes that serve the port together; link and system ports count up from theirs", "DYN_FRONTEND_WORKERS"
     )
     reuse_port: bool = option(
         False, "other frontends of this user may listen on the port as well, as those of --workers do", "DYN_REUSE_PORT"
     )
-    link_port: int = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
+    link_port: Port = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
     system_host: str = option("127.0.0.1", "address of --system-port", "DYN_SYSTEM_HOST")
-    system_port: int = option(
+    system_port: Port = option(
         0, "port of /health, /metrics and /v1/requests/*/why of this process alone; 0: none", "DYN_SYSTEM_PORT"
     )
     router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
     router_policy: str | None = option(None, "a policy of your own, package.module:Class", "DYN_ROUTER_POLICY")
-    router_prefill_weight: float = option(
+    router_prefill_weight: NotNegativeFloat = option(
         1.0, "kv: one prompt block to prefill, in decode blocks", "DYN_ROUTER_PREFILL_WEIGHT"
     )
-    router_overlap_weight: float = option(
+    router_overlap_weight: NotNegativeFloat = option(
         8.0, "kv: one block to compute anew, in blocks that only wait to be computed", "DYN_ROUTER_OVERLAP_WEIGHT"
     )
-    router_transfer_weight: float = option(
+    router_transfer_weight: NotNegativeFloat = option(
         0.1, "kv: one block to move to a decode worker, in decode blocks", "DYN_ROUTER_TRANSFER_WEIGHT"
     )
-    router_herd_factor: float = option(
+    router_herd_factor: Annotated[float, Meta(ge=1)] = option(
         4.0, "kv: a cache attracts until its wait is so many times the shortest", "DYN_ROUTER_HERD_FACTOR"
     )
-    router_temperature: float = option(
+    router_temperature: NotNegativeFloat = option(
         0.0, "kv: 0 takes the cheapest worker, more draws cheaper ones more often", "DYN_ROUTER_TEMPERATURE"
     )
-    router_slow_start_s: float = option(10.0, "a fresh worker's share grows for so long", "DYN_ROUTER_SLOW_START_S")
-    router_session_ttl_s: float = option(
+    router_slow_start_s: NotNegativeFloat = option(
+        10.0, "a fresh worker's share grows for so long", "DYN_ROUTER_SLOW_START_S"
+    )
+    router_session_ttl_s: PositiveFloat = option(
         300.0, "how long x-dynserve-session keeps to its workers unused", "DYN_ROUTER_SESSION_TTL_S"
     )
-    router_assume_ttl_s: float = option(
+    router_assume_ttl_s: PositiveFloat = option(
         120.0, "how long a prompt is assumed cached by a worker without KV events", "DYN_ROUTER_ASSUME_TTL_S"
     )
-    router_index_bytes: int = option(1 << 30, "most memory of the prefix index", "DYN_ROUTER_INDEX_BYTES")
-    local_prefill_tokens: int = option(
+    router_index_bytes: Positive = option(1 << 30, "most memory of the prefix index", "DYN_ROUTER_INDEX_BYTES")
+    local_prefill_tokens: NotNegative = option(
         1024, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
     )
-    local_prefill_toll: int = option(
+    local_prefill_toll: NotNegative = option(
         1024, "tokens that a prefill worker may take longer and still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
     )
-    busy_prefill_tokens: int = option(
+    busy_prefill_tokens: Positive = option(
         1 << 20, "a worker is over its threshold with more tokens waiting", "DYN_BUSY_PREFILL_TOKENS"
     )
-    busy_kv_fraction: float = option(
+    busy_kv_fraction: PositiveFloat = option(
         1.0, "or when its answers take more than this part of its KV blocks", "DYN_BUSY_KV_FRACTION"
     )
-    max_queued: int = option(
+    max_queued: NotNegative = option(
         1024, "requests per model that wait while all workers are over their thresholds", "DYN_MAX_QUEUED"
     )
-    max_queued_s: float = option(30.0, "and how long each of them", "DYN_MAX_QUEUED_S")
-    request_timeout_s: float = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
+    max_queued_s: PositiveFloat = option(30.0, "and how long each of them", "DYN_MAX_QUEUED_S")
+    request_timeout_s: PositiveFloat = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
     strict_fields: bool = option(
         False, "refuse requests with unknown fields instead of ignoring them", "DYN_STRICT_FIELDS"
     )
@@ -156,44 +173,32 @@ class FrontendConfig(PlanesConfig):
     cors_origins: str | None = option(
         None, "web pages that may call this server, as https://a.example,https://b.example or *", "DYN_CORS_ORIGINS"
     )
-    max_body_bytes: int = option(8 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
+    max_body_bytes: Positive = option(8 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
     max_bodies_bytes: int = option(
         256 << 20, "of all requests together, while they arrive and are prepared; the slowest is given up",
         "DYN_MAX_BODIES_BYTES",
     )  # fmt: skip
-    max_body_values: int = option(
+    max_body_values: Positive = option(
         32_000, "numbers, texts, objects and lists in one body, token ids apart", "DYN_MAX_BODY_VALUES"
     )
-    max_prompt_ids: int = option(300_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
-    max_header_bytes: int = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
-    max_requests: int = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
-    receive_timeout_s: float = option(
+    max_prompt_ids: Positive = option(300_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
+    max_header_bytes: Positive = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
+    max_requests: Positive = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
+    receive_timeout_s: PositiveFloat = option(
         60.0, "a request whose headers or body take longer to arrive is dropped", "DYN_RECEIVE_TIMEOUT_S"
     )
-    tokenizer_threads: int = option(2, "threads that render and tokenise long prompts", "DYN_TOKENIZER_THREADS")
-    max_stream_bytes: int = option(
+    tokenizer_threads: Positive = option(2, "threads that render and tokenise long prompts", "DYN_TOKENIZER_THREADS")
+    max_stream_bytes: Positive = option(
         4 << 20, "bytes that may wait for a slow client before its request is cut", "DYN_MAX_STREAM_BYTES"
     )
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "request_timeout_s", "max_stream_bytes", "router_index_bytes", "router_session_ttl_s",
-            "router_assume_ttl_s", "busy_prefill_tokens", "busy_kv_fraction", "max_queued_s", "max_body_bytes",
-            "max_body_values", "max_prompt_ids",
-            "max_header_bytes", "max_requests", "receive_timeout_s", "tokenizer_threads", "workers",
-        )  # fmt: skip
-        _not_negative(
-            self, "router_prefill_weight", "router_overlap_weight", "router_transfer_weight", "router_temperature",
-            "router_slow_start_s", "local_prefill_tokens", "local_prefill_toll", "max_queued",
-        )  # fmt: skip
+        _check_bounds(self)
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
             )
-        if self.router_herd_factor < 1:
-            raise ConfigError(f"--router-herd-factor must be 1 or more, not {self.router_herd_factor}")
         _tls(self)
-        _ports(self, "http_port", "link_port", "system_port")
         for name in ("link_port", "system_port"):
             if (first := getattr(self, name)) and first + self.workers > 65536:
                 raise ConfigError(f"{_flag(name)}: there are no {self.workers} ports from {first} on")
@@ -209,17 +214,17 @@ class WorkerConfig(PlanesConfig):
     )
     executor: ExecutorName = option("torch", "torch, simulated or trtllm", "DYN_EXECUTOR")
     system_host: str = option("127.0.0.1", "address of /health, /live, /metrics and model files", "DYN_SYSTEM_HOST")
-    system_port: int = option(0, "its port; 0 takes a free one", "DYN_SYSTEM_PORT")
-    max_seq_len: int | None = option(None, "longest prompt + answer, in tokens; default: the model's")
-    max_batch_size: int | None = option(None, "sequences in one step")
-    max_num_tokens: int | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
-    kv_block_size: int | None = option(None, "tokens per KV block; default 32")
+    system_port: Port = option(0, "its port; 0 takes a free one", "DYN_SYSTEM_PORT")
+    max_seq_len: Positive | None = option(None, "longest prompt + answer, in tokens; default: the model's")
+    max_batch_size: Positive | None = option(None, "sequences in one step")
+    max_num_tokens: Positive | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
+    kv_block_size: Positive | None = option(None, "tokens per KV block; default 32")
     free_gpu_memory_fraction: float | None = option(None, "part of the free memory that the KV cache takes")
     device: str = option("auto", "torch: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "DYN_DEVICE")
     dtype: DtypeName = option("auto", "torch: auto, float32 or bfloat16; auto is float32 on a CPU", "DYN_DTYPE")
-    tensor_parallel_size: int = option(1, "GPUs per layer (trtllm)")
-    pipeline_parallel_size: int = option(1, "stages of layers (trtllm)")
-    max_queue: int = option(
+    tensor_parallel_size: Positive = option(1, "GPUs per layer (trtllm)")
+    pipeline_parallel_size: Positive = option(1, "stages of layers (trtllm)")
+    max_queue: Positive = option(
         1024, "requests a worker accepts beyond the running ones before it says busy", "DYN_MAX_QUEUE"
     )
     extra_engine_args: str | None = option(None, "YAML file with engine options")
@@ -231,7 +236,7 @@ class WorkerConfig(PlanesConfig):
     reasoning_parser: str = option(
         "auto", "how it marks its thoughts: auto, none, " + ", ".join(REASONING_PARSERS), "DYN_REASONING_PARSER"
     )
-    engine_stall_s: float = option(
+    engine_stall_s: PositiveFloat = option(
         60.0, "trtllm: an engine that is silent for so long, and then for as long to a request of our own, is dead",
         "DYN_ENGINE_STALL_S",
     )  # fmt: skip
@@ -239,19 +244,17 @@ class WorkerConfig(PlanesConfig):
         None, "trtllm: LoRA adapters, as name=folder,name=folder; clients ask for them as models", "DYN_LORA_ADAPTERS"
     )
     pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
-    drain_timeout_s: float = option(30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S")
+    drain_timeout_s: PositiveFloat = option(
+        30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S"
+    )
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "max_seq_len", "max_batch_size", "max_num_tokens", "kv_block_size", "max_queue",
-            "tensor_parallel_size", "pipeline_parallel_size", "drain_timeout_s", "engine_stall_s",
-        )  # fmt: skip
+        _check_bounds(self)
         if self.adapters and self.executor != "trtllm":
             raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} has none")
         _device(self)
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
-        _ports(self, "system_port")
 
     @property
     def role(self) -> Role:
@@ -279,37 +282,32 @@ class WorkerConfig(PlanesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig:
-    """`dynserve up`: a whole cluster on this machine."""
+    """`dynserve up`: a whole cluster on this machine. Options of the frontend and the workers are handed to those."""
 
-    model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
-    served_model_name: str | None = option(None, "name that clients use; default: the folder's name", "DYN_MODEL_NAME")
+    model_path: str = option_of(WorkerConfig, "model_path")
+    served_model_name: str | None = option_of(WorkerConfig, "served_model_name")
     prefill: int = option(2, "prefill workers")
     decode: int = option(2, "decode workers")
     aggregated: int = option(0, "workers that do both")
-    http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
-    http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")
-    router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
-    api_keys_file: str | None = option(
-        None, "clients need a key of this file, which `dynserve key` writes", "DYN_API_KEYS_FILE"
-    )
-    tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
-    tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
-    allowed_hosts: str | None = option(
-        None, "names that clients may use in Host; handed to the frontend", "DYN_ALLOWED_HOSTS"
-    )
-    executor: ExecutorName = option("torch", "torch, simulated or trtllm; handed to the workers", "DYN_EXECUTOR")
-    extra_engine_args: str | None = option(None, "YAML file with engine options; handed to the workers")
-    override_engine_args: str | None = option(None, "JSON object with engine options; handed to the workers")
+    http_host: str = option_of(FrontendConfig, "http_host")
+    http_port: Port = option_of(FrontendConfig, "http_port")
+    router_mode: RouterMode = option_of(FrontendConfig, "router_mode")
+    api_keys_file: str | None = option_of(FrontendConfig, "api_keys_file")
+    tls_certificate: str | None = option_of(FrontendConfig, "tls_certificate")
+    tls_key: str | None = option_of(FrontendConfig, "tls_key")
+    allowed_hosts: str | None = option_of(FrontendConfig, "allowed_hosts")
+    executor: ExecutorName = option_of(WorkerConfig, "executor")
+    extra_engine_args: str | None = option_of(WorkerConfig, "extra_engine_args")
+    override_engine_args: str | None = option_of(WorkerConfig, "override_engine_args")
     device: str = option("auto", "auto, cpu or cuda: auto gives each worker a GPU, where there are any", "DYN_DEVICE")
     nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
     etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
-    namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
-    start_timeout_s: float = option(300.0, "give up when the cluster is not ready by then")
-    log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
+    namespace: str = option_of(PlanesConfig, "namespace")
+    start_timeout_s: PositiveFloat = option(300.0, "give up when the cluster is not ready by then")
+    log_level: LogLevel = option_of(PlanesConfig, "log_level")
 
     def __post_init__(self) -> None:
-        _positive(self, "start_timeout_s")
-        _ports(self, "http_port")
+        _check_bounds(self)
         _tls(self)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda")
@@ -453,17 +451,33 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value!r} does not fit: {str(error).lower()}") from error
 
 
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
+def _check_bounds(config: DataclassInstance) -> None:
+    """Raises ConfigError for a value beyond the bounds of its option."""
+    for name, bounds in _bounds_of(type(config)).items():
         value = getattr(config, name)
-        if value is not None and not value > 0:  # not a number is not, either
-            raise ConfigError(f"{_flag(name)} must be greater than 0, not {value}")
+        if value is not None and (wrong := _beyond(value, bounds)):
+            raise ConfigError(f"{_flag(name)} {wrong}")
 
 
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{_flag(name)} cannot be negative: {getattr(config, name)}")
+@cache
+def _bounds_of(cls: type) -> dict[str, Meta]:
+    found = {}
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        for part in (kind, *get_args(kind)):  # the second for `X | None`
+            if get_origin(part) is Annotated:
+                found[name] = part.__metadata__[0]
+    return found
+
+
+def _beyond(value: float, bounds: Meta) -> str:
+    """What is wrong with the value; empty when it is within. All comparisons with NaN are false."""
+    if bounds.gt is not None and not value > bounds.gt:
+        return f"must be greater than {bounds.gt}, not {value}"
+    if bounds.le is not None and not (bounds.ge or 0) <= value <= bounds.le:
+        return f"must be between {bounds.ge} and {bounds.le}, not {value}"
+    if bounds.ge is not None and not value >= bounds.ge:
+        return f"cannot be negative: {value}" if bounds.ge == 0 else f"must be {bounds.ge} or more, not {value}"
+    return ""
 
 
 def _tls(config: Any) -> None:
@@ -495,12 +509,6 @@ def _device(config: WorkerConfig) -> None:
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-
-
-def _ports(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 65535:
-            raise ConfigError(f"{_flag(name)} must be between 0 and 65535, not {getattr(config, name)}")
 
 
 def exit_with(error: ConfigError) -> NoReturn:

@@ -142,22 +142,46 @@ def detached(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     return done
 
 
-async def persist(
-    attempt: Callable[[], Awaitable[T]], *, retry_on: type[BaseException], waiting_for: str, say_every: float = 5.0
-) -> T:
-    """Tries until it works, and says every few seconds what is being waited for and since when."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    said = -say_every
-    backoff = Backoff()
+class Outage:
+    """The time during which something does not work. `wait` waits between attempts, and logs what is waited for: at once
+    the first time, then every `report_every` seconds."""
+
+    def __init__(self, what: str, purpose: str = "", *, max_wait_s: float = 2.0, report_every: float = 5.0) -> None:
+        self._what, self._purpose, self._report_every = what, purpose and f" {purpose}", report_every
+        self._backoff = Backoff(0.1, max_wait_s)
+        self._began: float | None = None
+        self._reported = float("-inf")
+
+    async def wait(self, error: Exception) -> None:
+        """Call it after each attempt that failed with `error`."""
+        now = asyncio.get_running_loop().time()
+        if self._began is None:
+            self._began, self._reported = now, float("-inf")
+        if now - self._reported >= self._report_every:
+            self._reported, seconds = now, now - self._began
+            reason = str(error).split("; last error")[0][:200]  # gRPC repeats itself behind that
+            log.warning("waiting for %s%s (%.0f s so far): %s", self._what, self._purpose, seconds, reason)
+        await asyncio.sleep(self._backoff.next())
+
+    def over(self) -> None:
+        """Call it after an attempt that worked."""
+        if self._began is not None:
+            log.warning("%s answers", self._what)
+        self._began = None
+        self._backoff.reset()
+
+
+async def persist(attempt: Callable[[], Awaitable[T]], *, retry_on: type[Exception], waiting_for: str) -> T:
+    """Attempts until one works, and logs what is waited for."""
+    outage = Outage(waiting_for)
     while True:
         try:
-            return await attempt()
+            result = await attempt()
         except retry_on as error:
-            if loop.time() - began - said >= say_every:
-                said = loop.time() - began
-                log.warning("waiting for %s (%.0f s so far): %s", waiting_for, said, error)
-            await asyncio.sleep(backoff.next())
+            await outage.wait(error)
+        else:
+            outage.over()
+            return result
 
 
 async def within(seconds: float, coro: Awaitable[T], what: str) -> T | None:

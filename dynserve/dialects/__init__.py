@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dynserve.config import REASONING_PARSERS, TOOL_PARSERS
 from dynserve.dialects import reasoning
 from dynserve.dialects.base import CallArguments, CallStart, Content, Parser, Piece, ReasoningText
 from dynserve.dialects.pythonic import PythonicCalls
@@ -24,9 +25,6 @@ __all__ = [
     "chain",
     "markers",
 ]
-
-TOOL_PARSERS = (*STYLES, "pythonic")
-REASONING_PARSERS = tuple(reasoning.NAMES)
 
 # What a chat template writes tells how its model answers; the first that is found counts.
 _TOOLS_BY_TEMPLATE = {

@@ -6,13 +6,12 @@ parent serves nothing: it holds the port, starts the others, starts again those 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import sys
 from collections.abc import Sequence
 
-from dynserve.child import Child, ChildSpec, misconfigured
+from dynserve.child import ChildSpec, Group, Supervisor
 from dynserve.config import FrontendConfig
 from dynserve.process import StopSignal
 from dynserve.server.serving import bind, url_of
@@ -28,28 +27,18 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
         ConfigError: the port is taken, or a child says that its configuration is wrong.
     """
     with _hold(config) as held:
-        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def died(child: Child, code: int) -> None:
-            if (error := misconfigured(child, code)) is not None and not broken.done():
-                broken.set_exception(error)
-
+        port = held.getsockname()[1]
+        planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
+        specs = [ChildSpec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)]
         async with task_group() as tasks:
-            port = held.getsockname()[1]
-            planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
-            specs = [
-                ChildSpec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)
-            ]
-            width = max(len(spec.name) for spec in specs)
-            children = [Child(spec, restart=True, died=died, width=width, tasks=tasks) for spec in specs]
+            supervisor = Supervisor([Group(specs)], tasks)
             try:
-                for child in children:
-                    await child.start()
-                log.info("%d frontends start at %s", len(children), url_of(held, "https" if config.tls_key else "http"))
-                await stop.wait(broken)
+                await supervisor.start()
+                log.info("%d frontends start at %s", len(specs), url_of(held, "https" if config.tls_key else "http"))
+                await stop.wait(supervisor.broken)
                 log.info("stopping")
             finally:
-                await asyncio.gather(*(child.stop() for child in children))
+                await supervisor.stop()
 
 
 def _hold(config: FrontendConfig) -> socket.socket:

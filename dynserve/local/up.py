@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from dynserve.child import Child, ChildSpec, misconfigured
+from dynserve.child import ChildSpec, Group, Supervisor
 from dynserve.config import UpConfig, WorkerConfig, exit_with, load, redacted
-from dynserve.errors import ConfigError, InternalError
+from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.keys import check_keys
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
@@ -137,21 +137,19 @@ def spread(device: str, gpus: int, workers: int) -> list[list[str]]:
 class _LocalCluster:
     def __init__(self, config: UpConfig, plan: LaunchPlan, tasks: OwnedTasks) -> None:
         self._config, self._plan = config, plan
-        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        width = max(len(s.name) for s in [*plan.servers, plan.frontend, *plan.workers])
-        make = partial(Child, width=width, tasks=tasks)
         # a server that dies takes its data with it; a worker or frontend is just started again
-        self._servers = [make(spec, restart=False, died=self._died) for spec in plan.servers]
-        self._frontend = make(plan.frontend, restart=True, died=self._died)
-        self._workers = [make(spec, restart=True, died=self._died) for spec in plan.workers]
+        self._supervisor = Supervisor(
+            [Group(plan.servers, restart=False), Group([plan.frontend]), Group(plan.workers)], tasks
+        )
+        self.broken = self._supervisor.broken
+        self._servers, (self._frontend,), self._workers = self._supervisor.groups
         self._began = time.monotonic()
         self._url = f"{'https' if config.tls_key else 'http'}://{config.http_host}:{config.http_port}"
         self._instances: list[dict[str, Any]] = []
 
     async def start(self) -> None:
         """Returns when every worker can be routed to."""
-        for child in [*self._servers, self._frontend, *self._workers]:
-            await child.start()
+        await self._supervisor.start()
         said, last = 0.0, ""
         # its own child: whoever else the certificate convinces is not asked
         async with httpx.AsyncClient(trust_env=False, timeout=1.0, verify=False) as client:
@@ -185,9 +183,8 @@ class _LocalCluster:
         print("Ctrl-C stops everything.", flush=True)
 
     async def stop(self) -> None:
-        """Workers first, so that the frontend can tell its clients; servers last."""
-        for group in (self._workers, [self._frontend], self._servers):
-            await asyncio.gather(*(child.stop() for child in group))
+        """Workers first, so that the frontend can answer its clients; servers last."""
+        await self._supervisor.stop()
 
     async def _missing(self, client: httpx.AsyncClient) -> str:
         """What is not there yet, in words; empty when all is."""
@@ -198,16 +195,6 @@ class _LocalCluster:
         self._instances = health["instances"]
         pids = {instance["pid"] for instance in self._instances if instance["state"] == "ready"}
         return ", ".join(child.name for child in self._workers if child.pid not in pids)
-
-    def _died(self, child: Child, code: int) -> None:
-        if self.broken.done():
-            return
-        if (error := misconfigured(child, code)) is not None:
-            self.broken.set_exception(error)
-        elif not child.restarts:
-            self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
-        if self.broken.done():
-            self.broken.exception()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from aetcd.rtypes import EventKind
 from dynserve.config import host_port, redacted
 from dynserve.errors import Unavailable, translate
 from dynserve.log_limit import LimitedLog
-from dynserve.tasks import Backoff, running, within
+from dynserve.tasks import Outage, running, within
 from dynserve.transport.base import Change, Deleted, Put, Registration
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class EtcdRegistry:
             yield
 
     async def _keep(self, key: str, value: bytes, registration: Registration) -> None:
-        outage = _Outage(self._url, f"to register {key.rsplit('/', 2)[-2]}")
+        outage = _outage(self._url, f"to register {key.rsplit('/', 2)[-2]}")
         while True:
             try:
                 async with self.client() as client:
@@ -106,8 +106,7 @@ class _Watch:
         self._registry, self._prefix, self._on_change = registry, prefix, on_change
         self._known: dict[str, bytes] = {}
         self._doubtful: dict[str, float] = {}  # key -> loop time when it goes unless it shows up
-        self._outage = _Outage(registry._url, "to discover the others")
-        self._read_once = False
+        self._outage = _outage(registry._url, "to discover the others")
 
     async def run(self) -> None:
         while True:
@@ -171,33 +170,5 @@ def _name(key: bytes) -> str:
     return key.decode("utf-8", "backslashreplace")
 
 
-class _Outage:
-    """Waits between attempts, and says what for: at once the first time, then every few seconds."""
-
-    SAY_EVERY = 5.0
-
-    def __init__(self, url: str, purpose: str) -> None:
-        self._url, self._purpose = url, purpose
-        self._began: float | None = None
-        self._said = 0.0
-        self._backoff = Backoff(0.1, 1.0)
-
-    async def wait(self, error: Exception) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._began is None:
-            self._began, self._said = now, now - self.SAY_EVERY
-        if now - self._said >= self.SAY_EVERY:
-            self._said = now
-            since = now - self._began
-            log.warning("waiting for etcd at %s %s (%.0f s so far): %s", self._url, self._purpose, since, _short(error))
-        await asyncio.sleep(self._backoff.next())
-
-    def over(self) -> None:
-        if self._began is not None:
-            log.warning("etcd at %s answers", self._url)
-        self._began = None
-        self._backoff.reset()
-
-
-def _short(error: Exception) -> str:
-    return str(error).split("; last error")[0][:200]
+def _outage(url: str, purpose: str) -> Outage:
+    return Outage(f"etcd at {url}", purpose, max_wait_s=1.0)

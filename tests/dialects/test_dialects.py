@@ -246,6 +246,6 @@ def test_a_template_tells_how_its_model_thinks() -> None:
 
 
 def test_the_flags_know_the_parsers_that_there_are() -> None:
-    assert set(config.TOOL_PARSERS) == set(parsers.TOOL_PARSERS)
-    assert set(config.REASONING_PARSERS) == set(parsers.REASONING_PARSERS)
+    assert set(config.TOOL_PARSERS) == {*parsers.STYLES, "pythonic"}
+    assert set(config.REASONING_PARSERS) == set(parsers.reasoning.NAMES)
     assert "auto" in get_args(get_type_hints(config.WorkerConfig)["pooling"])

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,38 +48,68 @@ TRANSFER_GRACE = 5.0  # seconds beyond the engine's own time limit of a transfer
 ABORT_TIMEOUT = 30.0  # seconds that an aborted request may take to end
 
 
-class _Call:
-    """One request in the engine."""
+class Kind(Enum):
+    """How the engine computes a request."""
+
+    CONTEXT = auto()  # the prompt and one token, which leave a hand-off
+    GENERATION = auto()  # from a hand-off on
+    WHOLE = auto()  # prompt and answer
+
+
+class Progress(Enum):
+    """How far the engine is with a request.
+
+        SUBMITTED ──first response──▶ ANSWERING ──last response, or abort──▶ ENDED
+            └──abort──▶ ABANDONED ──first response, which is aborted──▶ ENDED
+
+    Only a GENERATION is ABANDONED: to abort one before its first response can bring the engine down. Others are aborted at
+    once.
+    """
+
+    SUBMITTED = auto()
+    ANSWERING = auto()
+    ABANDONED = auto()
+    ENDED = auto()
+
+
+class _EngineRequest:
+    """One request in the engine. `sink` is None when nobody waits for its output any more."""
 
     __slots__ = (
-        "answered",
-        "began",
-        "context",
-        "cursor",
-        "handoff_declined",
-        "id",
-        "known",
-        "local",
-        "made",
-        "request",
-        "result",
-        "sink",
-        "task",
+        "began", "cursor", "generated", "handoff_id", "kind", "known", "progress", "request", "result", "sink", "task",
         "timer",
-    )
+    )  # fmt: skip
 
-    def __init__(self, request: GenerateRequest, sink: OutputSink, began: float) -> None:
-        self.request, self.began = request, began
-        self.sink: OutputSink | None = sink  # None: nobody listens any more
+    def __init__(self, request: GenerateRequest, kind: Kind, sink: OutputSink, began: float) -> None:
+        self.request, self.kind, self.began = request, kind, began
+        self.sink: OutputSink | None = sink
+        self.progress = Progress.SUBMITTED
         self.known = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client had
-        self.made = self.known  # and those that it has
-        self.context = self.local = self.answered = False
-        self.handoff_declined = False  # its hand-off was not taken
-        self.id = 0  # of the hand-off that a context phase leaves
+        self.generated = self.known  # and those that it has
+        self.handoff_id = 0  # of the hand-off that a context phase leaves
         self.result: Any = None
         self.cursor: Cursor
         self.task: asyncio.Task[None]
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def declines_handoff(self) -> bool:
+        """Whether the prompt is computed here although a prefill worker has computed it."""
+        return self.request.phase == "decode" and self.kind is Kind.WHOLE
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the client has got anything of this worker."""
+        return self.generated > self.known
+
+    @property
+    def can_abort(self) -> bool:
+        return self.kind is not Kind.GENERATION or self.progress in (Progress.ANSWERING, Progress.ENDED)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class TrtllmExecutor:
@@ -96,10 +127,10 @@ class TrtllmExecutor:
         self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size)
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
         self._handoffs = HandoffTable(instance_id, (timeout_ms or opts.TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
-        self._contexts: dict[int, _Call] = {}  # those that left an open hand-off
+        self._contexts: dict[int, _EngineRequest] = {}  # those that left an open hand-off
         self._held_tokens = 0  # of their prompts
         self._tickets = count(1)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _EngineRequest] = {}
         self._inside = 0  # in the engine, listened to or not
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
@@ -154,27 +185,27 @@ class TrtllmExecutor:
         check_request(request, self.limits, None if request.phase == "decode" else self._most_at_once())
         if request.phase == "prefill" and not self._engine.disaggregates:
             raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
-        ticket, call = next(self._tickets), _Call(request, sink, self._loop.time())
+        ticket, began = next(self._tickets), self._loop.time()
         params = self._adopt_handoff(request) if request.phase == "decode" else None
         if params is not None and request.handoff is not None:
+            call = _EngineRequest(request, Kind.GENERATION, sink, began)
             self._start(ticket, call, params)
             limit = request.handoff.ttl_s + TRANSFER_GRACE
             call.timer = self._loop.call_later(limit, self._transfer_overdue, ticket, call, limit)
         elif request.phase == "prefill" and request.stop.max_tokens > 1:
-            call.context = True
+            call = _EngineRequest(request, Kind.CONTEXT, sink, began)
             context = self._params(state.CONTEXT)
-            call.id = context.disagg_request_id
+            call.handoff_id = context.disagg_request_id
             self._start(ticket, call, context)
         else:
-            call.local, call.handoff_declined = True, request.phase == "decode"
-            self._start(ticket, call, self._params(state.BOTH))
+            self._start(ticket, _EngineRequest(request, Kind.WHOLE, sink, began), self._params(state.BOTH))
         return ticket
 
     def abort(self, ticket: int) -> None:
         if self._handoffs.cancel(ticket):
             return
         if (call := self._calls.pop(ticket, None)) is not None:
-            self._let_go(call)
+            self._abandon(call)
 
     def handoff_done(self, ticket: int) -> None:
         self._handoffs.deliver(ticket)
@@ -183,7 +214,7 @@ class TrtllmExecutor:
         """Nothing is lost that another worker could not compute again."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            self._stop_timer(call)
+            call.stop_timer()
             sink, call.sink = call.sink, None
             if sink is not None:
                 sink(Output([], error=WorkerLost("the worker's engine died")))
@@ -221,32 +252,32 @@ class TrtllmExecutor:
             return None
         return self._engine.api.disaggregated(request_type=kind, disagg_request_id=next(self._engine.ids))
 
-    def _start(self, ticket: int, call: _Call, params: Any) -> None:
+    def _start(self, ticket: int, call: _EngineRequest, params: Any) -> None:
         """Into the engine. Raises CallerError for what it refuses, ClusterError when it is dead."""
         request = call.request
         prior = request.prior.token_ids if request.prior is not None else []
         # what the client has is behind the prompt now, unless the engine says it again: after a transfer; or because a
         # grammar must see the answer from its beginning, and then what it says is compared
-        again = bool(prior) and (not call.local or request.grammar is not None)
+        again = bool(prior) and (call.kind is not Kind.WHOLE or request.grammar is not None)
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
         most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
-        if call.handoff_declined and len(prompt) > (self._most_at_once() or len(prompt)):
+        if call.declines_handoff and len(prompt) > (self._most_at_once() or len(prompt)):
             raise Unavailable("the hand-off was not taken, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
         least = max(0, request.stop.min_tokens - done)
-        call.result = self._generate(prompt, params, call, 1 if call.context else most, least)
+        call.result = self._generate(prompt, params, call, 1 if call.kind is Kind.CONTEXT else most, least)
         self._calls[ticket] = call
         self._inside += 1
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
-    def _generate(self, prompt: list[int], params: Any, call: _Call, most: int, least: int) -> Any:
+    def _generate(self, prompt: list[int], params: Any, call: _EngineRequest, most: int, least: int) -> Any:
         engine, request = self._engine, call.request
         try:
             sampling = sampling_of(request, self._terms, max_tokens=most, min_tokens=least)
             keywords = keywords_of(request, self._terms, params)
-            return engine.llm.generate_async(prompt, sampling, streaming=not call.context, **keywords)
+            return engine.llm.generate_async(prompt, sampling, streaming=call.kind is not Kind.CONTEXT, **keywords)
         except DynserveError:
             raise
         except (engine.api.request_error, ValueError, NotImplementedError) as error:
@@ -259,19 +290,19 @@ class TrtllmExecutor:
 
     # answers out
 
-    async def _consume(self, ticket: int, call: _Call) -> None:
+    async def _consume(self, ticket: int, call: _EngineRequest) -> None:
         """A request's results, to their end. What goes wrong is the request's last word: a task that raised would take its
         owner with it."""
         engine, result, heard = self._engine, call.result, self._engine.heard
         try:
             async for _ in result:
                 heard()
-                if not call.answered:
+                if call.progress in (Progress.SUBMITTED, Progress.ABANDONED):
                     self._answered(call)
                 if call.sink is not None:
                     self._give(ticket, call)
         except asyncio.CancelledError:
-            if self._may_abort(call):
+            if call.can_abort:
                 engine.abort(result)
             raise
         except engine.api.request_error as error:
@@ -280,28 +311,29 @@ class TrtllmExecutor:
             await self._engine_failed(ticket, call, error)
         finally:
             self._inside -= 1
-            self._stop_timer(call)
+            call.stop_timer()
 
-    def _answered(self, call: _Call) -> None:
-        call.answered = True
-        if call.sink is None:
-            self._engine.abort(call.result)  # it was asked for before it was safe
+    def _answered(self, call: _EngineRequest) -> None:
+        if call.progress is Progress.ABANDONED:
+            call.progress = Progress.ENDED
+            self._engine.abort(call.result)
             return
-        self._stop_timer(call)
-        if call.request.phase == "decode" and not call.local:
+        call.progress = Progress.ANSWERING
+        call.stop_timer()
+        if call.kind is Kind.GENERATION:
             self._transfers["done"] += 1
 
-    def _give(self, ticket: int, call: _Call) -> None:
+    def _give(self, ticket: int, call: _EngineRequest) -> None:
         sink = call.sink
         try:
             output = self._output(ticket, call)
         except HandoffMismatch as error:
-            self._let_go_of(ticket, call)
+            self._stop_computing(ticket, call)
             self._compute_here(ticket, call, error)
             return
         except Exception as error:  # a result that cannot be read is a fault of ours, and of this request only
             log.exception("request %s: its result cannot be read", call.request.id)
-            self._let_go_of(ticket, call)
+            self._stop_computing(ticket, call)
             self._fail(ticket, call, InternalError(f"the engine's result cannot be read: {type(error).__name__}"))
             return
         if output is None or sink is None:
@@ -315,38 +347,38 @@ class TrtllmExecutor:
             log.exception("request %s: its output could not be delivered", call.request.id)
             self.abort(ticket)
 
-    def _output(self, ticket: int, call: _Call) -> Output | None:
+    def _output(self, ticket: int, call: _EngineRequest) -> Output | None:
         """What is new, as it goes to the client."""
-        output = read_context(call.result, call.cursor) if call.context else call.cursor.read(call.result)
+        output = read_context(call.result, call.cursor) if call.kind is Kind.CONTEXT else call.cursor.read(call.result)
         if output is None:
             return None
-        first = not self._has_given(call)
+        first = not call.has_output
         if output.reason != "handoff" and output.error is None:
-            over = call.made + len(output.token_ids) - call.request.stop.max_tokens
+            over = call.generated + len(output.token_ids) - call.request.stop.max_tokens
             if over > 0 or (over == 0 and output.reason is None):
                 self._end_here(ticket, call, output, over)
         if first or output.reason is not None:
             note_costs(output, call.result, self._loop.time() - call.began)
-        output.handoff_declined = first and call.handoff_declined
-        call.made += len(output.token_ids)
+        output.handoff_declined = first and call.declines_handoff
+        call.generated += len(output.token_ids)
         if output.reason == "handoff":
             self._hand_over(ticket, call, output)
         return output
 
-    def _end_here(self, ticket: int, call: _Call, output: Output, over: int) -> None:
+    def _end_here(self, ticket: int, call: _EngineRequest, output: Output, over: int) -> None:
         """The engine may not count the token of the context phase: the answer ends where it was to end."""
         if over:
             del output.token_ids[-over:]
             if output.logprobs is not None:
                 del output.logprobs[-over:]
         output.reason = "length"
-        self._let_go_of(ticket, call)
+        self._stop_computing(ticket, call)
 
-    def _hand_over(self, ticket: int, call: _Call, output: Output) -> None:
+    def _hand_over(self, ticket: int, call: _EngineRequest, output: Output) -> None:
         params = call.result.outputs[0].disaggregated_params
         request = call.request
-        packed = state.pack(params, call.id, self._engine.pairing, self._engine.api)
-        output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.id)
+        packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
+        output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
         self._contexts[ticket] = call
         self._held_tokens += request.num_tokens
 
@@ -358,7 +390,7 @@ class TrtllmExecutor:
 
     # what goes wrong
 
-    async def _engine_failed(self, ticket: int, call: _Call, error: Exception) -> None:
+    async def _engine_failed(self, ticket: int, call: _EngineRequest, error: Exception) -> None:
         """An error that says nothing of whose fault it is. A dead engine has said so, or gives no token any more: then all
         of its requests may go elsewhere. Otherwise this one would bring down one worker after the other."""
         engine = self._engine
@@ -369,38 +401,37 @@ class TrtllmExecutor:
         log.error("request %s: its result ended with %s: %s", call.request.id, type(error).__name__, error)
         self._fail(ticket, call, InternalError(f"the engine's result ended with an error: {type(error).__name__}"))
 
-    def _request_failed(self, ticket: int, call: _Call, error: Exception) -> None:
-        if call.request.phase == "decode" and not call.local and not self._has_given(call):
+    def _request_failed(self, ticket: int, call: _EngineRequest, error: Exception) -> None:
+        if call.kind is Kind.GENERATION and not call.has_output:
             self._compute_here(ticket, call, HandoffBroken(str(error)))
             return
-        if call.request.grammar is not None and not call.answered:
+        if call.request.grammar is not None and call.progress is Progress.SUBMITTED:
             self._fail(ticket, call, BadRequest(str(error), param="response_format"))
         else:
             self._fail(ticket, call, InternalError(f"the engine failed the request: {error}"))
 
-    def _transfer_overdue(self, ticket: int, call: _Call, seconds: float) -> None:
+    def _transfer_overdue(self, ticket: int, call: _EngineRequest, seconds: float) -> None:
         if self._calls.get(ticket) is call:
-            self._let_go(call, keep_sink=True)
+            self._abandon(call, keep_sink=True)
             self._compute_here(ticket, call, HandoffBroken(f"nothing came within {seconds:.0f} s"))
 
-    def _compute_here(self, ticket: int, call: _Call, error: HandoffError) -> None:
+    def _compute_here(self, ticket: int, call: _EngineRequest, error: HandoffError) -> None:
         """Instead of a transfer that failed; once, and only while the client has got nothing of it."""
         sink, call.sink = call.sink, None
         if sink is None:
             return
-        if call.local or self._has_given(call):
+        if call.kind is Kind.WHOLE or call.has_output:
             call.sink = sink
             self._fail(ticket, call, error)
             return
         self._note_failure(call.request, error)
-        again = _Call(call.request, sink, call.began)
-        again.local = again.handoff_declined = True
+        again = _EngineRequest(call.request, Kind.WHOLE, sink, call.began)
         try:
             self._start(ticket, again, self._params(state.BOTH))
         except DynserveError as failure:
             self._fail(ticket, again, failure)
 
-    def _fail(self, ticket: int, call: _Call, error: DynserveError) -> None:
+    def _fail(self, ticket: int, call: _EngineRequest, error: DynserveError) -> None:
         self._calls.pop(ticket, None)
         sink, call.sink = call.sink, None
         if sink is not None:
@@ -410,39 +441,29 @@ class TrtllmExecutor:
         self._transfers["failed"] += 1
         log.warning("request %s: %s; prefilling here instead", request.id, error)
 
-    @staticmethod
-    def _has_given(call: _Call) -> bool:
-        return call.made > call.known
-
     # ending
 
-    def _let_go_of(self, ticket: int, call: _Call) -> None:
+    def _stop_computing(self, ticket: int, call: _EngineRequest) -> None:
+        """Ends the request in the engine, if it has not ended there; its sink still gets an output."""
         if not call.result.finished:
             self._calls.pop(ticket, None)
-            self._let_go(call, keep_sink=True)
+            self._abandon(call, keep_sink=True)
 
-    def _let_go(self, call: _Call, *, keep_sink: bool = False) -> None:
-        """The engine need not go on with it. A decode request that has not answered yet is aborted when it does: an earlier
-        abort can bring the engine down. What has not ended in time is no longer waited for."""
+    def _abandon(self, call: _EngineRequest, *, keep_sink: bool = False) -> None:
+        """Has the engine give the request up, now or when `Progress` allows it. One that has not ended in time is no longer
+        waited for."""
         if not keep_sink:
             call.sink = None
-        self._stop_timer(call)
+        call.stop_timer()
         limit, handoff = ABORT_TIMEOUT, call.request.handoff
-        if self._may_abort(call):
+        if call.can_abort:
+            call.progress = Progress.ENDED
             self._engine.abort(call.result)
-        elif handoff is not None:  # the engine has its own time limit for a transfer, and after that it answers
-            limit = handoff.ttl_s + TRANSFER_GRACE
+        else:
+            call.progress = Progress.ABANDONED
+            if handoff is not None:  # the engine has its own time limit for a transfer, and after that it responds
+                limit = handoff.ttl_s + TRANSFER_GRACE
         call.timer = self._loop.call_later(limit, call.task.cancel)
-
-    @staticmethod
-    def _may_abort(call: _Call) -> bool:
-        return call.answered or call.local or call.context
-
-    @staticmethod
-    def _stop_timer(call: _Call) -> None:
-        if call.timer is not None:
-            call.timer.cancel()
-            call.timer = None
 
 
 def _adapters(config: WorkerConfig) -> dict[str, Adapter]:
