@@ -49,6 +49,8 @@ class Attempt:
     `CallerError`          no worker would take the request
     """
 
+    __slots__ = ("_phase", "_record", "_reservation", "begun", "reply")
+
     def __init__(self, phase: PhaseInput, reservation: Reservation, record: PlacementRecord, reply: Reply) -> None:
         self._phase, self._reservation, self._record = phase, reservation, record
         self.reply = reply

@@ -60,6 +60,11 @@ class Pipeline:
 class Run:
     """One request's way through the workers."""
 
+    __slots__ = (
+        "_adapter", "_attempts", "_cancelled", "_clock", "_pipeline", "_query", "_queued", "_request", "_send_limit",
+        "began", "deadline", "decision", "metrics", "outcome",
+    )  # fmt: skip
+
     def __init__(self, pipeline: Pipeline, request: InferenceRequest, deadline: float | None = None) -> None:
         self._pipeline, self._request = pipeline, request
         generation, hints = request.generation, request.hints

@@ -179,6 +179,8 @@ class ClientWatch:
     `runs` are the request's answers, as far as they have begun; `add` adds one.
     """
 
+    __slots__ = ("_deadline", "_disconnected", "_exchange", "_limit", "_receive", "_runs", "_unsubscribe")
+
     def __init__(self, exchange: Exchange, receive: Receive, deadline: float, runs: list[Run]) -> None:
         self._exchange, self._receive, self._deadline, self._runs = exchange, receive, deadline, runs
         self._disconnected = False
