@@ -36,9 +36,9 @@ class CarrierChannel(Protocol):
         """The address of the worker that is asked; the same for all transfers from it."""
         ...
 
-    async def tell(self, message: bytes) -> None: ...
+    async def send(self, message: bytes) -> None: ...
 
-    async def hear(self) -> bytes: ...
+    async def receive(self) -> bytes: ...
 
 
 class Carrier(Protocol):
@@ -53,11 +53,11 @@ class Carrier(Protocol):
         """Whether the blocks could be moved to a worker that says this."""
         ...
 
-    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def send(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         """Lets the other side have these blocks, which stay as they are until it has confirmed that it has them."""
         ...
 
-    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         """Fills these blocks with those that the other side sends.
 
         Raises:

@@ -39,10 +39,10 @@ CONNECT_TIMEOUT = 2.0  # seconds
 IDLE_CONNECTIONS = 4  # kept open per peer
 IDLE_TIMEOUT = 300.0  # seconds a server keeps a connection without a fetch
 FIRST_FETCH_TIMEOUT = 10.0  # seconds that it keeps one that has not fetched anything yet
-MAX_STRANGERS = 256  # connections that have not fetched anything; with more, the oldest is closed
+MAX_NEW_CONNECTIONS = 256  # connections that have not fetched anything; with more, the oldest is closed
 ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 MAX_MESSAGE = 1 << 16  # bytes
-MAX_TALK = 1 << 22  # bytes of a carrier's message, between sides that have found each other
+MAX_CARRIER_MESSAGE = 1 << 22  # bytes of a carrier's message, between sides that have found each other
 MAX_FAILED = 1024  # pairs of addresses and carriers that are remembered
 CONFIRM = b"\x06"
 
@@ -187,7 +187,7 @@ class TcpTransceiver:
         host, port = listener.getsockname()[:2]
         self._state = _encode(_TransceiverState(f"{host}:{port}", store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
-        self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._new_connections: dict[asyncio.Task[None], None] = {}  # oldest first
 
     @property
     def carriers(self) -> Sequence[str]:
@@ -249,14 +249,14 @@ class TcpTransceiver:
                 continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = self._tasks.create_task(self._serve_one(sock))
-            self._strangers[task] = None
+            self._new_connections[task] = None
             task.add_done_callback(self._known)
-            if len(self._strangers) > MAX_STRANGERS:
-                next(iter(self._strangers)).cancel()
+            if len(self._new_connections) > MAX_NEW_CONNECTIONS:
+                next(iter(self._new_connections)).cancel()
 
     def _known(self, task: asyncio.Task[None]) -> None:
         """It is no stranger any more, or it has ended."""
-        self._strangers.pop(task, None)
+        self._new_connections.pop(task, None)
 
     def close(self) -> None:
         for address, sockets in list(self._idle.items()):
@@ -335,7 +335,7 @@ class TcpTransceiver:
         with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
             task = asyncio.current_task()
             while True:
-                async with asyncio.timeout(FIRST_FETCH_TIMEOUT if task in self._strangers else IDLE_TIMEOUT):
+                async with asyncio.timeout(FIRST_FETCH_TIMEOUT if task in self._new_connections else IDLE_TIMEOUT):
                     fetch = _decode_fetch(await _receive_message(sock))
                 await self._answer(sock, fetch)
 
@@ -392,11 +392,11 @@ class _Connection:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock, self.peer = sock, peer
 
-    async def tell(self, message: bytes) -> None:
+    async def send(self, message: bytes) -> None:
         await _send_bytes(self.sock, message)
 
-    async def hear(self) -> bytes:
-        return await _receive_message(self.sock, MAX_TALK)
+    async def receive(self) -> bytes:
+        return await _receive_message(self.sock, MAX_CARRIER_MESSAGE)
 
 
 def _shut(sock: socket.socket) -> None:

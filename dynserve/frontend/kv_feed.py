@@ -50,7 +50,7 @@ class KvFeeds:
             self._feeds.pop(target.worker, None)
             self._router.index.clear(target.worker)
         else:
-            self._tell(target.worker)
+            self._update_target(target.worker)
 
     def departed(self, worker: str) -> None:
         self._feeds.pop(worker, None)
@@ -67,7 +67,7 @@ class KvFeeds:
         elif event_id >= feed.next_id:
             feed.suspected = event_id
         else:
-            self._tell(worker)
+            self._update_target(worker)
 
     def resync_degraded(self) -> None:
         """To be called every few seconds: an index that lost entries for want of room is made whole once there is some."""
@@ -77,7 +77,7 @@ class KvFeeds:
             if feed is not None and feed.exact and len(index) < index.capacity * 3 // 4:
                 self._resync(worker, feed.epoch)
             else:
-                self._tell(worker)
+                self._update_target(worker)
 
     def events(self, batch: KvEvents) -> None:
         feed = self._feeds.get(batch.instance_id)
@@ -105,7 +105,7 @@ class KvFeeds:
         self._router.apply(worker, [Cleared(), *(Stored(None, hashes) for hashes in feed.parts)])
         held, feed.held, feed.parts = feed.held, [], []
         feed.next_id, feed.exact, feed.suspected = part.event_id + 1, True, -1
-        self._tell(worker)
+        self._update_target(worker)
         for batch in held:
             self.events(batch)
 
@@ -116,16 +116,16 @@ class KvFeeds:
         self._router.apply(worker, batch.events[feed.next_id - batch.first_id :])
         self._router.index.tidy()
         feed.next_id = max(feed.next_id, batch.first_id + len(batch.events))
-        self._tell(worker)
+        self._update_target(worker)
         return True
 
     def _resync(self, worker: str, epoch: int) -> None:
         self.resyncs += 1
         self._feeds[worker] = _Feed(epoch, self.resyncs)
-        self._tell(worker)
+        self._update_target(worker)
         self._ask(worker, self.resyncs)
 
-    def _tell(self, worker: str) -> None:
+    def _update_target(self, worker: str) -> None:
         target = self._router.targets.get(worker)
         if target is not None and target.index is not IndexState.APPROX:
             if self.exact(worker):

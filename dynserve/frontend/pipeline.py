@@ -204,7 +204,12 @@ class Run:
         )
         peer = pipeline.fleet.peers[reservation.worker]
         reply = Reply(
-            peer, next(pipeline.streams), pipeline.max_stream_bytes, self.deadline, self._cut_client, reservation.grew
+            peer,
+            next(pipeline.streams),
+            pipeline.max_stream_bytes,
+            self.deadline,
+            self._cut_client,
+            reservation.add_tokens,
         )
         attempt = Attempt(phase, reservation, self.decision.placed(reservation), reply)
         self._attempts.append(attempt)

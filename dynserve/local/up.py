@@ -35,7 +35,7 @@ from dynserve.tasks import OwnedTasks, task_group
 log = logging.getLogger("dynserve.up")
 
 POLL = 0.1  # seconds
-SAY_EVERY = 2.0  # seconds between progress lines where there is no terminal
+REPORT_EVERY = 2.0  # seconds between progress lines where there is no terminal
 
 
 class LaunchPlan(NamedTuple):
@@ -159,7 +159,7 @@ class _LocalCluster:
                 waited = time.monotonic() - self._began
                 if waited > self._config.start_timeout_s:
                     raise ConfigError(f"not ready after {waited:.0f} s: still waiting for {missing}")
-                if missing != last or waited - said >= SAY_EVERY:
+                if missing != last or waited - said >= REPORT_EVERY:
                     said, last = waited, missing
                     print(f"waiting for {missing} ({waited:.1f} s)", flush=True)
                 await asyncio.sleep(POLL)

@@ -29,11 +29,11 @@ class Renderer:
         self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
         self._parser = chain(render.tools, render.reasoning)
         self._format = make_format(render)
-        self._said = Transcript(render)  # of a unary answer
+        self._transcript = Transcript(render)  # of a unary answer
         self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._opened = not render.stream
         self._echo = render.echo
-        self._thought = False  # something of a thought was said
+        self._has_reasoning = False  # something of a thought was said
         self._reasoning_tokens = 0
         self.tokens = 0
         self.cached_tokens = 0
@@ -93,8 +93,8 @@ class Renderer:
         usage = self._note_usage()
         end = AnswerEnd(reason, usage, self._stops.matched if self._stops is not None else None)
         if not self._render.stream:
-            self._said.rest = self._pop_logprobs()
-            return self._format.body(self._said, end), usage
+            self._transcript.rest = self._pop_logprobs()
+            return self._format.body(self._transcript, end), usage
         if not self._opened:
             data += self._open()
         return data + self._format.last(end, self._pop_logprobs()), usage
@@ -117,7 +117,7 @@ class Renderer:
             self._note_usage()
 
     def _note_usage(self) -> Usage:
-        thought = self._reasoning_tokens if self._thought else 0
+        thought = self._reasoning_tokens if self._has_reasoning else 0
         self._format.usage = Usage(num_tokens(self._prompt), self.tokens, self.cached_tokens, reasoning_tokens=thought)
         return self._format.usage
 
@@ -129,17 +129,17 @@ class Renderer:
     def _emit_content(self, text: str) -> bytes:
         if not self._render.stream:
             if text:
-                self._said.add((Content(text),), self._pop_logprobs())
+                self._transcript.add((Content(text),), self._pop_logprobs())
             return b""
         opening = self._opening()
         return opening + self._format.content(text, self._pop_logprobs()) if text else opening
 
     def _emit_pieces(self, pieces: list[Piece]) -> bytes:
-        if not self._thought and self._render.reasoning is not None:
-            self._thought = any(isinstance(piece, ReasoningText) for piece in pieces)
+        if not self._has_reasoning and self._render.reasoning is not None:
+            self._has_reasoning = any(isinstance(piece, ReasoningText) for piece in pieces)
         if not self._render.stream:
             if pieces:
-                self._said.add(pieces, self._pop_logprobs())
+                self._transcript.add(pieces, self._pop_logprobs())
             return b""
         data = self._opening()
         for piece in pieces:

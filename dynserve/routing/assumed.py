@@ -61,13 +61,13 @@ class AssumedCaches:
         self._index, self._ttl_s = index, ttl_s
         self._sent: dict[str, OrderedDict[int, float]] = {}  # hash -> when it ends; least recently used first
 
-    def sent(self, worker: str, hashes: Sequence[int], capacity: int, now: float) -> None:
+    def note_prompt(self, worker: str, hashes: Sequence[int], capacity: int, now: float) -> None:
         """A prompt of these blocks goes to a worker with room for `capacity`."""
-        sent = self._sent.setdefault(worker, OrderedDict())
+        note_prompt = self._sent.setdefault(worker, OrderedDict())
         self._index.store(worker, hashes)
         for hash_ in reversed(hashes):  # a prefix outlives what follows it
-            sent[hash_] = now + self._ttl_s
-            sent.move_to_end(hash_)
+            note_prompt[hash_] = now + self._ttl_s
+            note_prompt.move_to_end(hash_)
         self._shed(worker, capacity, now)
 
     def forget(self, worker: str) -> None:
@@ -75,11 +75,11 @@ class AssumedCaches:
 
     def expire(self, now: float) -> None:
         """To be called now and then, for workers that nothing is sent to any more."""
-        for worker, sent in self._sent.items():
-            self._shed(worker, len(sent), now)
+        for worker, note_prompt in self._sent.items():
+            self._shed(worker, len(note_prompt), now)
 
     def _shed(self, worker: str, capacity: int, now: float) -> None:
-        sent, gone = self._sent[worker], []
-        while sent and (len(sent) > capacity or next(iter(sent.values())) < now):
-            gone.append(sent.popitem(last=False)[0])
+        note_prompt, gone = self._sent[worker], []
+        while note_prompt and (len(note_prompt) > capacity or next(iter(note_prompt.values())) < now):
+            gone.append(note_prompt.popitem(last=False)[0])
         self._index.remove(worker, gone)

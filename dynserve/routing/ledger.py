@@ -79,7 +79,7 @@ class Charge:
             self._account.sum_up()
             self._changed(self.worker)
 
-    def grew(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         """Runs for every burst of tokens; nobody is told."""
         if self._open and self.decode_tokens:
             self.decode_tokens += tokens

@@ -129,8 +129,8 @@ class Reservation:
             self._pending.discard(self.worker, self._hashes)
             self._hashes = ()
 
-    def grew(self, tokens: int) -> None:
-        self._charge.grew(tokens)
+    def add_tokens(self, tokens: int) -> None:
+        self._charge.add_tokens(tokens)
 
     def close(self) -> None:
         self.prefilled()
@@ -272,7 +272,7 @@ class Router:
         )
         approx = self.targets[worker].index is IndexState.APPROX
         if wants_overlap and approx:
-            self._assumed.sent(worker, query.hashes(size), self.targets[worker].num_blocks, now)
+            self._assumed.note_prompt(worker, query.hashes(size), self.targets[worker].num_blocks, now)
         reason = PlacementReason(phase, why or chosen_by, candidates, choice.costs, policy_input.prompt_blocks)
         if not wants_overlap or phase == "decode":
             return Reservation(charge, None, reason, self.pending, ())
@@ -322,7 +322,7 @@ class Router:
         known = self.sessions.worker(policy_input.session, pool, now)
         found = next((c for c in candidates if c.worker == known), None)
         choice = PolicyChoice(found, []) if found is not None else policy.choose(policy_input, candidates)
-        self.sessions.went(policy_input.session, pool, choice.candidate.worker, now)
+        self.sessions.note(policy_input.session, pool, choice.candidate.worker, now)
         return choice, "session" if found is not None else type(policy).__name__
 
 

@@ -21,7 +21,7 @@ class Sessions:
         found = self._workers.get((session, pool))
         return found[0] if found is not None and found[1] > now else None
 
-    def went(self, session: str, pool: str, worker: str, now: float) -> None:
+    def note(self, session: str, pool: str, worker: str, now: float) -> None:
         key = (session, pool)
         self._workers[key] = (worker, now + self._ttl_s)
         self._workers.move_to_end(key)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from dynserve.sse import one_line, to_json
 
 # A run of tokens that still ends in a broken character after this many is broken for good.
-LONGEST_CHARACTER = 8
+MAX_CHARACTER_TOKENS = 8
 
 
 class Detokenizer(Protocol):
@@ -124,7 +124,7 @@ class Windowed:
     def push(self, token_ids: list[int]) -> str:
         self._ids += [id_ for id_ in token_ids if id_ not in self._skipped]
         text = self._decode(self._ids)
-        if text.endswith("\ufffd") and len(self._ids) - self._shown < LONGEST_CHARACTER:
+        if text.endswith("\ufffd") and len(self._ids) - self._shown < MAX_CHARACTER_TOKENS:
             return ""
         new = text[len(self._decode(self._ids[: self._shown])) :]
         # what was just shown stays as context: how a token decodes depends on the one before

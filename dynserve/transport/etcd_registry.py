@@ -151,14 +151,14 @@ class _Watch:
         self._doubtful.pop(key, None)
         if self._known.get(key) != value:
             self._known[key] = value
-            self._tell(Put(key, value))
+            self._notify(Put(key, value))
 
     def _delete(self, key: str) -> None:
         self._doubtful.pop(key, None)
         if self._known.pop(key, None) is not None:
-            self._tell(Deleted(key))
+            self._notify(Deleted(key))
 
-    def _tell(self, change: Change) -> None:
+    def _notify(self, change: Change) -> None:
         try:
             self._on_change(change)
         except Exception:  # an entry is anybody's who can write to etcd: it must not end those who read it

@@ -31,7 +31,7 @@ SILENCE = 3.0  # seconds without a byte after which a worker is gone
 FRONTEND_SILENCE = 30.0  # the same for a frontend, and for bytes that TCP does not acknowledge
 MAX_HELLO = 64 << 10  # bytes of the first frame, which says who it is
 HELLO_TIMEOUT = 3.0  # seconds that it may take
-MAX_STRANGERS = 256  # connections that have not said hello; with more, the oldest is cut
+MAX_UNGREETED = 256  # connections that have not said hello; with more, the oldest is cut
 MAX_FRAME = 64 << 20  # bytes; a longer frame is a broken or hostile peer
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
@@ -172,7 +172,7 @@ class TcpLink(FramedLink, asyncio.Protocol):
     ) -> None:
         super().__init__(worker_side=worker_side)
         self._accept, self._settled = accept, settled
-        self._stranger = accept is not None
+        self._ungreeted = accept is not None
         self._greeting: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._rest = bytearray()  # the beginning of a frame
@@ -207,7 +207,7 @@ class TcpLink(FramedLink, asyncio.Protocol):
         view, at, end = memoryview(data), 0, len(data)
         self._need, size = 4, 0
         frames: list[bytes | memoryview] = []
-        most = MAX_HELLO if self._stranger else MAX_FRAME
+        most = MAX_HELLO if self._ungreeted else MAX_FRAME
         while end - at >= 4:
             (size,) = _length.unpack_from(view, at)
             if size > most:
@@ -217,7 +217,7 @@ class TcpLink(FramedLink, asyncio.Protocol):
                 break
             frames.append(view[at + 4 : at + 4 + size])
             at += 4 + size
-            if self._stranger:  # what it may send next depends on what it says now
+            if self._ungreeted:  # what it may send next depends on what it says now
                 if not self.feed([frames.pop()]):
                     self.abort("said nothing in its first frame")
                 if self._closed:
@@ -237,7 +237,7 @@ class TcpLink(FramedLink, asyncio.Protocol):
         self._greeted()
 
     def _greeted(self) -> None:
-        self._stranger = False
+        self._ungreeted = False
         if self._greeting is not None:
             self._greeting.cancel()
             self._greeting = None
@@ -260,20 +260,20 @@ class TcpLinks:
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
         links: set[TcpLink] = set()
-        strangers: dict[TcpLink, None] = {}  # oldest first
+        ungreeted: dict[TcpLink, None] = {}  # oldest first
 
         def settled(link: TcpLink) -> None:
-            strangers.pop(link, None)
+            ungreeted.pop(link, None)
             if link.closed:
                 links.discard(link)
 
         def connected() -> TcpLink:
             link = TcpLink(worker_side=False, accept=accept, settled=settled)
             links.add(link)
-            strangers[link] = None
-            if len(strangers) > MAX_STRANGERS:
-                oldest = next(iter(strangers))
-                del strangers[oldest]
+            ungreeted[link] = None
+            if len(ungreeted) > MAX_UNGREETED:
+                oldest = next(iter(ungreeted))
+                del ungreeted[oldest]
                 oldest.abort("too many connections have not said hello")
             return link
 

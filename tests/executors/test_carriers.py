@@ -82,11 +82,11 @@ class ByHand:
     def reaches(self, hello: bytes) -> bool:
         return hello == b"hand"
 
-    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
-        await talk.tell(bytes(blocks))
+    async def send(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
+        await channel.send(bytes(blocks))
 
-    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
-        theirs = await talk.hear()
+    async def receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
+        theirs = await channel.receive()
         self.reading.set()
         await self.go.wait()
         if self.fails is not None:

@@ -39,8 +39,8 @@ def test_pending_prompts_are_counted_and_leave_nothing() -> None:
 def test_what_was_sent_is_forgotten_by_time_and_by_capacity_tail_first() -> None:
     index = PrefixIndex()
     assumed = AssumedCaches(index, 10.0)
-    assumed.sent("w", list(range(8)), 10, 0.0)
-    assumed.sent("w", list(range(100, 105)), 10, 5.0)  # three too many: the tail of the older prompt goes
+    assumed.note_prompt("w", list(range(8)), 10, 0.0)
+    assumed.note_prompt("w", list(range(100, 105)), 10, 5.0)  # three too many: the tail of the older prompt goes
     assert index.overlap(list(range(8))) == {"w": 5}
     assumed.expire(12.0)
     assert index.overlap(list(range(8))) == {} and index.overlap([100]) == {"w": 1}

@@ -23,16 +23,16 @@ def test_a_charge_grows_with_the_answer_and_goes_whole() -> None:
     ledger = Ledger()
     charge = ledger.charge("w", prefill_tokens=100, decode_tokens=100)
     charge.prefilled()
-    charge.grew(7)
+    charge.add_tokens(7)
     assert sums(ledger) == (0, 107, 1)
     charge.close()
-    charge.grew(7)
+    charge.add_tokens(7)
     assert sums(ledger) == (0, 0, 0)
 
 
 def test_a_prefill_does_not_grow() -> None:
     ledger = Ledger()
-    ledger.charge("w", prefill_tokens=100).grew(1)
+    ledger.charge("w", prefill_tokens=100).add_tokens(1)
     assert sums(ledger) == (100, 0, 1)
 
 
@@ -50,7 +50,7 @@ def test_no_charge_survives_its_request_in_any_order_of_events() -> None:
             if kind < 0.5:
                 charge.prefilled()
             elif kind < 0.7:
-                charge.grew(r.randrange(10))
+                charge.add_tokens(r.randrange(10))
             else:
                 charge.close()
                 open_.remove(charge)

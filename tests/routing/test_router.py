@@ -75,12 +75,12 @@ def test_a_placement_is_given_back_whole_however_it_ends() -> None:
     router = make_router()
     first, second, third = place(router), place(router, phase="decode"), place(router, phase="aggregated")
     first.prefilled()
-    second.grew(100)
-    third.grew(7)
+    second.add_tokens(100)
+    third.add_tokens(7)
     for placed in (first, second, third):
         placed.close()
         placed.close()
-        placed.grew(5)
+        placed.add_tokens(5)
     router.ledger.check()
     for target in router.targets.values():
         own = target.account.own

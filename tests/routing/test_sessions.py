@@ -5,15 +5,15 @@ from dynserve.routing.sessions import Sessions
 
 def test_each_phase_of_a_session_has_its_own_worker() -> None:
     sessions = Sessions(10.0)
-    sessions.went("s", "prefill", "a", 0.0)
-    sessions.went("s", "decode", "b", 0.0)
+    sessions.note("s", "prefill", "a", 0.0)
+    sessions.note("s", "decode", "b", 0.0)
     assert (sessions.worker("s", "prefill", 1.0), sessions.worker("s", "decode", 1.0)) == ("a", "b")
 
 
 def test_use_renews_a_session_and_disuse_ends_it() -> None:
     sessions = Sessions(10.0)
-    sessions.went("s", "prefill", "a", 0.0)
-    sessions.went("s", "prefill", "a", 9.0)
+    sessions.note("s", "prefill", "a", 0.0)
+    sessions.note("s", "prefill", "a", 9.0)
     assert sessions.worker("s", "prefill", 18.0) == "a"
     assert sessions.worker("s", "prefill", 20.0) is None
 
@@ -21,7 +21,7 @@ def test_use_renews_a_session_and_disuse_ends_it() -> None:
 def test_the_table_is_bounded_and_sheds_what_has_ended() -> None:
     sessions = Sessions(10.0, most=3)
     for i in range(5):
-        sessions.went(f"s{i}", "prefill", "a", 0.0)
+        sessions.note(f"s{i}", "prefill", "a", 0.0)
     assert len(sessions) == 3 and sessions.worker("s0", "prefill", 0.0) is None
-    sessions.went("late", "prefill", "a", 100.0)
+    sessions.note("late", "prefill", "a", 100.0)
     assert len(sessions) == 1

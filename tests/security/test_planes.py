@@ -83,7 +83,7 @@ async def test_an_empty_frame_is_no_hello() -> None:
 
 
 async def test_a_flood_of_strangers_leaves_room_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_STRANGERS", 5)
+    monkeypatch.setattr(link_module, "MAX_UNGREETED", 5)
     frontend, worker, links = End(), End(), TcpLinks()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         writers = await connected(address, 20, b"")

@@ -84,39 +84,39 @@ class NixlCarrier:
     def reaches(self, hello: bytes) -> bool:
         return hello == self.name.encode()
 
-    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def send(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         lent: deque[int] = deque()
         self._enter()
         try:
             for at in range(0, len(blocks), self._blocks):
                 # whoever waits for a place must not hold one that another waits for
                 while lent and (len(lent) == 2 or not self._outgoing.free):
-                    await self._taken(talk, lent)
+                    await self._taken(channel, lent)
                 lent.append(await self._outgoing.take())
                 piece = await self._gathered(lent[-1], blocks[at : at + self._blocks])
                 device = self._device.index or 0
-                await talk.tell(msgspec.msgpack.encode(_Piece(self._hello, piece.data_ptr(), piece.nbytes, device)))
+                await channel.send(msgspec.msgpack.encode(_Piece(self._hello, piece.data_ptr(), piece.nbytes, device)))
             while lent:
-                await self._taken(talk, lent)
+                await self._taken(channel, lent)
         finally:
             self._outgoing.give_back(*lent)
 
-    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         self._enter()
         try:
-            await self._receive(blocks, talk)
+            await self._receive(blocks, channel)
         except BaseException:
             if self._stream is not None and self._cache.stream is not None:
                 # blocks that are given back now may still be written to: whoever uses them next does so behind that
                 self._cache.stream.wait_event(self._stream.record_event())
             raise
 
-    async def _receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def _receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         scattered: list[Callable[[], bool]] = []
         for at in range(0, len(blocks), self._blocks):
             some = blocks[at : at + self._blocks]
             try:
-                piece = msgspec.msgpack.decode(await talk.hear(), type=_Piece)
+                piece = msgspec.msgpack.decode(await channel.receive(), type=_Piece)
             except MALFORMED as error:
                 raise CarrierFailed from error
             place = await self._incoming.take()
@@ -124,12 +124,12 @@ class NixlCarrier:
             if piece.size != mine.nbytes:
                 self._incoming.give_back(place)
                 raise CarrierFailed from ValueError(f"a piece of {piece.size} bytes instead of {mine.nbytes}")
-            self._agents[talk.peer] = piece.agent
+            self._agents[channel.peer] = piece.agent
             await self._read(piece, mine, place)
             done = self._scatter(some, mine)
             self._incoming.give_back_when(done, place)
             scattered.append(done)
-            await talk.tell(GOT)
+            await channel.send(GOT)
         for done in scattered:
             await finished(done)
 
@@ -142,8 +142,8 @@ class NixlCarrier:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    async def _taken(self, talk: CarrierChannel, lent: deque[int]) -> None:
-        if await talk.hear() != GOT:
+    async def _taken(self, channel: CarrierChannel, lent: deque[int]) -> None:
+        if await channel.receive() != GOT:
             raise EOFError("the receiver of KV blocks talks nonsense")
         self._outgoing.give_back(lent.popleft())
 

@@ -63,11 +63,11 @@ class TrtllmEngine:
         # 0 until a row of statistics says it, on versions that cannot be asked
         self.total_blocks: int = capacity.get("maxNumBlocks") or 0
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
-        self.tells_kv: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
-        self._streams = KvStreams(self.block_size, self.ranks) if self.tells_kv else None
+        self.has_kv_events: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
+        self._streams = KvStreams(self.block_size, self.ranks) if self.has_kv_events else None
         self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die, tasks)
         self._pump = Pump(llm, self._streams, self._on_stats)
-        self.heard, self.alive = self._watch.heard, self._watch.alive
+        self.note_sign_of_life, self.alive = self._watch.note_sign_of_life, self._watch.alive
         self._watching: list[asyncio.Task[None]] = []
         self.closing = False
         self._canaries = count(1)
@@ -99,7 +99,7 @@ class TrtllmEngine:
             raise
         except Exception as error:
             raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
-        self._watch.heard()
+        self._watch.note_sign_of_life()
         self._watch.start()
         watching = (self._watch.beat(), self._watch.poll(), self._watch.ask_health())
         self._watching = [self.tasks.create_task(one) for one in watching]
@@ -146,7 +146,7 @@ class TrtllmEngine:
         result = self.llm.generate_async(CANARY, params, **keywords)
         try:
             async for _ in result:
-                self._watch.heard()
+                self._watch.note_sign_of_life()
         except api.request_error as error:  # whoever refuses is alive
             log.warning("the canary was refused: %s", error)
         except asyncio.CancelledError:
@@ -170,7 +170,7 @@ class TrtllmEngine:
         return stream.gaps, stream.orphans
 
     def _on_stats(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
-        self._watch.heard()
+        self._watch.note_sign_of_life()
         for rank, found in events.items():
             self.targets[rank].kv_changed(found)
         now = asyncio.get_running_loop().time()

@@ -141,7 +141,7 @@ class TrtllmExecutor:
         blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
         return ExecutorLimits(
             engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._grammars,
-            adapters=tuple(self._terms.adapters), kv_events=engine.tells_kv, pairing=engine.pairing if
+            adapters=tuple(self._terms.adapters), kv_events=engine.has_kv_events, pairing=engine.pairing if
             engine.disaggregates else {}, single_use_handoffs=True,
         )  # fmt: skip
 
@@ -293,10 +293,10 @@ class TrtllmExecutor:
     async def _consume(self, ticket: int, call: _EngineRequest) -> None:
         """A request's results, to their end. What goes wrong is the request's last word: a task that raised would take its
         owner with it."""
-        engine, result, heard = self._engine, call.result, self._engine.heard
+        engine, result, note_sign_of_life = self._engine, call.result, self._engine.note_sign_of_life
         try:
             async for _ in result:
-                heard()
+                note_sign_of_life()
                 if call.progress in (Progress.SUBMITTED, Progress.ABANDONED):
                     self._answered(call)
                 if call.sink is not None:

@@ -22,7 +22,7 @@ EVERY = 0.01  # seconds between looks at the events
 STATS_EVERY = 5  # looks at the events per look at the statistics
 MAX_AT_ONCE = 512  # events that are translated in one go
 MAX_AHEAD = 8  # batches that may wait for the event loop
-SAY_EVERY = 30.0  # seconds between complaints
+REPORT_EVERY = 30.0  # seconds between complaints
 
 OnStats = Callable[[dict[int, list[KvEvent]], list[Mapping[str, Any]]], None]
 
@@ -53,11 +53,11 @@ class Pump:
         while not self._stopping.is_set():
             if self._streams is not None:
                 while len(events := await self._read("get_kv_cache_events_async")) == MAX_AT_ONCE:
-                    self._tell(self._streams.translate(events), [])
+                    self._call_in_loop(self._streams.translate(events), [])
                 if events and (found := self._streams.translate(events)):
-                    self._tell(found, [])
+                    self._call_in_loop(found, [])
             if count % STATS_EVERY == 0 and (rows := await self._read("get_stats_async")):
-                self._tell({}, rows)
+                self._call_in_loop({}, rows)
             count += 1
             await asyncio.sleep(EVERY)
 
@@ -72,13 +72,13 @@ class Pump:
         except (asyncio.QueueEmpty, TimeoutError, IndexError):
             pass
         except Exception as error:  # whether the engine is dead, others find out
-            if time.monotonic() - self._said > SAY_EVERY:
+            if time.monotonic() - self._said > REPORT_EVERY:
                 self._said = time.monotonic()
                 log.warning("%s: %s: %s", getter, type(error).__name__, error)
             await asyncio.sleep(0.2)
         return rows
 
-    def _tell(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
+    def _call_in_loop(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
         while not self._ahead.acquire(timeout=0.1):
             if self._stopping.is_set():
                 return

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 POLL_EVERY = 0.25  # seconds
 HEALTH_EVERY = 5.0  # seconds between calls of the engine's own check, which may block
 HEALTH_TIMEOUT = 5.0
-LEAST_STANDSTILL = 3.0  # seconds of a loop that does not turn before it is taken for blocked
+MIN_STANDSTILL = 3.0  # seconds of a loop that does not turn before it is taken for blocked
 SUSPECTED = 10.0  # seconds that an engine has for one token when there is reason for doubt
 
 
@@ -39,14 +39,14 @@ class Watch:
     ) -> None:  # fmt: skip
         self._llm, self._stall_s, self._canary, self._dead, self._tasks = llm, stall_s, canary, dead, tasks
         self._clock = asyncio.get_running_loop().time
-        self._heard = self._clock()
+        self._last_sign_of_life = self._clock()
         self._checking: asyncio.Task[bool] | None = None
         self._beat = time.monotonic()
         self._stopped = threading.Event()
 
-    def heard(self) -> None:
+    def note_sign_of_life(self) -> None:
         """The engine has said something."""
-        self._heard = self._clock()
+        self._last_sign_of_life = self._clock()
 
     def start(self) -> None:
         """The thread that watches the loop. `stop` ends it."""
@@ -63,8 +63,10 @@ class Watch:
             if (why := self._fatal()) is not None:
                 self._dead(why)
                 return
-            if self._clock() - self._heard > self._stall_s and not await self._answers(self._stall_s):
-                self._dead(f"it has not answered for {self._clock() - self._heard:.0f} s, not even one token")
+            if self._clock() - self._last_sign_of_life > self._stall_s and not await self._answers(self._stall_s):
+                self._dead(
+                    f"it has not answered for {self._clock() - self._last_sign_of_life:.0f} s, not even one token"
+                )
                 return
 
     async def beat(self) -> None:
@@ -104,7 +106,7 @@ class Watch:
         return None if error is None else f"{type(error).__name__}: {error}"
 
     def _watch_loop(self) -> None:
-        limit = max(self._stall_s, LEAST_STANDSTILL)
+        limit = max(self._stall_s, MIN_STANDSTILL)
         while not self._stopped.wait(POLL_EVERY):
             if time.monotonic() - self._beat > limit:
                 # no handler runs any more, and no clean-up: to leave is all that is left
@@ -125,5 +127,5 @@ class Watch:
         except Exception as error:
             log.warning("the canary failed: %s: %s", type(error).__name__, error)
         else:
-            self.heard()
-        return self._heard > asked
+            self.note_sign_of_life()
+        return self._last_sign_of_life > asked

@@ -12,7 +12,7 @@ from dynserve.wire.link import Usage
 from dynserve.wire.requests import RenderOptions, TokenLogprob
 
 Logprobs = list[dict[str, Any]] | None
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class AnswerEnd:
@@ -42,7 +42,7 @@ class Format(Protocol):
 
     def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes: ...
 
-    def body(self, said: Transcript, end: AnswerEnd) -> bytes: ...
+    def body(self, transcript: Transcript, end: AnswerEnd) -> bytes: ...
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]: ...
 
@@ -60,7 +60,7 @@ class Transcript:
         return "".join([piece.text for piece, _ in self.parts if isinstance(piece, Content)])
 
     @property
-    def thoughts(self) -> str:
+    def reasoning(self) -> str:
         return "".join([piece.text for piece, _ in self.parts if isinstance(piece, ReasoningText)])
 
     @property
@@ -120,7 +120,7 @@ def logprob_object(entry: TokenLogprob, vocabulary: Vocabulary, top: int) -> dic
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         raw = vocabulary.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
     likeliest = [one(id_, logprob) for id_, logprob in entry.top[:top]]
     return one(entry.token_id, entry.logprob) | {"top_logprobs": likeliest}

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, ReasoningText
 from dynserve.render.formats.base import (
-    LEAST_LOGPROB,
+    MIN_LOGPROB,
     AnswerEnd,
     Logprobs,
     Transcript,
@@ -114,13 +114,13 @@ class ChatFormat(_Choices):
         entries = one_line(to_json({"content": logprobs})) if logprobs else b"null"
         return self._choice + b'"delta":{},"logprobs":' + entries + self._end(reason) + self._after(end)
 
-    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
-        calls, logprobs = said.calls, said.logprobs
-        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
-        if said.thoughts:
-            message["reasoning_content"] = said.thoughts
+    def body(self, transcript: Transcript, end: AnswerEnd) -> bytes:
+        calls, logprobs = transcript.calls, transcript.logprobs
+        message: dict[str, Any] = {"role": "assistant", "content": transcript.content, "refusal": None}
+        if transcript.reasoning:
+            message["reasoning_content"] = transcript.reasoning
         if calls:
-            message["content"] = said.content or None
+            message["content"] = transcript.content or None
             message["tool_calls"] = [
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls
             ]
@@ -171,11 +171,11 @@ class CompletionFormat(_Choices):
         entries = one_line(to_json(self._columns(logprobs))) if logprobs else b"null"
         return self._text + b'"","logprobs":' + entries + self._end(to_json(end.reason)) + self._after(end)
 
-    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
-        logprobs = said.logprobs
+    def body(self, transcript: Transcript, end: AnswerEnd) -> bytes:
+        logprobs = transcript.logprobs
         columns = None if logprobs is None else self._columns(logprobs)
         choice = {
-            "index": self._render.index, "text": said.content, "logprobs": columns, "finish_reason": end.reason,
+            "index": self._render.index, "text": transcript.content, "logprobs": columns, "finish_reason": end.reason,
         }  # fmt: skip
         return self._whole(choice, end)
 
@@ -185,12 +185,10 @@ class CompletionFormat(_Choices):
         if self._first_of_prompt:  # nothing comes before it, so nothing can be said of how likely it is
             self._first_of_prompt = False
             return {"token": text, "logprob": None, "top": None, "offset": offset}
-        top = {
-            vocabulary.token_text(id_): max(lp, LEAST_LOGPROB) for id_, lp in entry.top[: self._render.logprobs or 0]
-        }
+        top = {vocabulary.token_text(id_): max(lp, MIN_LOGPROB) for id_, lp in entry.top[: self._render.logprobs or 0]}
         if top:  # what was said is always among them, likely or not
-            top.setdefault(text, max(entry.logprob, LEAST_LOGPROB))
-        return {"token": text, "logprob": max(entry.logprob, LEAST_LOGPROB), "top": top, "offset": offset}
+            top.setdefault(text, max(entry.logprob, MIN_LOGPROB))
+        return {"token": text, "logprob": max(entry.logprob, MIN_LOGPROB), "top": top, "offset": offset}
 
     @staticmethod
     def _columns(entries: list[dict[str, Any]]) -> dict[str, Any]:

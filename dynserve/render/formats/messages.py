@@ -55,9 +55,9 @@ class MessageFormat:
         data = to_json({"type": "message_delta", "delta": delta, "usage": _usage(end.usage)})
         return self._close() + event("message_delta", data) + event("message_stop", b'{"type":"message_stop"}')
 
-    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
+    def body(self, transcript: Transcript, end: AnswerEnd) -> bytes:
         blocks: list[dict[str, Any]] = []
-        for piece, _ in said.parts:
+        for piece, _ in transcript.parts:
             match piece:
                 case Content(text):
                     _last(blocks, {"type": "text", "text": []})["text"].append(text)

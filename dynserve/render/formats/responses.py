@@ -67,8 +67,8 @@ class ResponsesFormat:
         status, closed = self._end(end)
         return closed + self._event(f"response.{status}", response=self._response(status, self._output, end.usage))
 
-    def body(self, said: Transcript, end: AnswerEnd) -> bytes:
-        for piece, logprobs in said.parts:
+    def body(self, transcript: Transcript, end: AnswerEnd) -> bytes:
+        for piece, logprobs in transcript.parts:
             self.piece(piece, logprobs)
         return to_json(self._response(self._end(end)[0], self._output, end.usage))
 

@@ -33,10 +33,10 @@ from dynserve.executors.torch.model import Layer, Transformer, rotary_angles
 
 FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS does
 SHORT = 512  # keys of a row up to which one block looks at all of them
-MOST_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
+MAX_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
 LONG = 2048  # tokens of a prompt from which cuDNN's attention is faster than FlashAttention 2 (H100: 60 us against 72)
 MAX_KEYS = 65_536  # that are copied out of the cache at once, for prompts that go on; a longer one's are copied alone
-MOST_SPLITS = 32  # parts that the keys of a longer row are cut into
+MAX_SPLITS = 32  # parts that the keys of a longer row are cut into
 
 
 class GoingOn(NamedTuple):
@@ -180,7 +180,7 @@ class Forward:
             first = long.rows
         if prompts:
             attended.copy_(self._whole_prompts(qkv, rows["offsets"], count))
-            self._attend(layer, index, rows, 0, MOST_BESIDE, fused=False, short=True, listed=rows["beside"])
+            self._attend(layer, index, rows, 0, MAX_BESIDE, fused=False, short=True, listed=rows["beside"])
         elif first < count:
             self._attend(layer, index, rows, first, count - first, fused=False, short=short)
         x.addmm_(attended, layer.o.t())
@@ -273,7 +273,7 @@ def splits_for(rows: int, shape: Shape, *, short: bool) -> int:
     """Parts of a row's keys that blocks look at side by side: more where few rows would leave the card idle."""
     if short:
         return 1
-    return max(4, min(MOST_SPLITS, 2 * BLOCKS // (rows * shape.heads // _together(rows, shape))))
+    return max(4, min(MAX_SPLITS, 2 * BLOCKS // (rows * shape.heads // _together(rows, shape))))
 
 
 def interleave(layer: Layer) -> None:

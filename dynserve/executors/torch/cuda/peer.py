@@ -59,20 +59,20 @@ class PeerCarrier:
     def reaches(self, hello: bytes) -> bool:
         return bool(hello) and hello == self._machine
 
-    async def send(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def send(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         offer = _Offer(self._handle, self._offset, self._cache.num_blocks, list(blocks))
-        await talk.tell(msgspec.msgpack.encode(offer))
+        await channel.send(msgspec.msgpack.encode(offer))
 
-    async def receive(self, blocks: Sequence[int], talk: CarrierChannel) -> None:
+    async def receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         try:
-            offer = msgspec.msgpack.decode(await talk.hear(), type=_Offer)
+            offer = msgspec.msgpack.decode(await channel.receive(), type=_Offer)
         except MALFORMED as error:
             raise CarrierFailed from error
         if len(offer.blocks) != len(blocks) or not all(0 <= block < offer.num_blocks for block in offer.blocks):
             raise CarrierFailed from ValueError("the other side offers other blocks than were asked for")
         torch.cuda.set_device(self._cache.memory.device)
         try:
-            opened = self._open(talk.peer, offer.handle)
+            opened = self._open(channel.peer, offer.handle)
         except RuntimeError as error:
             raise CarrierFailed from error
         opened.users += 1
@@ -86,7 +86,7 @@ class PeerCarrier:
         finally:
             opened.users -= 1
             if opened.lost:
-                self.lost(talk.peer)
+                self.lost(channel.peer)
 
     def _copy(self, source: int, theirs: Sequence[int], ours: Sequence[int]) -> torch.cuda.Event:
         cache = self._cache

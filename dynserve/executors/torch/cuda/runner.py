@@ -25,7 +25,7 @@ from dynserve.executors.scheduler import Sampled, SequenceState, Slice
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
-from dynserve.executors.torch.cuda.forward import FEW, MAX_KEYS, MOST_BESIDE, SHORT, Forward, GoingOn, Prompts
+from dynserve.executors.torch.cuda.forward import FEW, MAX_BESIDE, MAX_KEYS, SHORT, Forward, GoingOn, Prompts
 from dynserve.executors.torch.cuda.kernels import Launcher, Shape
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Transformer
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 # rows that graphs are captured for
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)
 SIZES_WITH_PROMPTS = (768, 1024, 1280, 1536, 1792, 2048)  # of steps with whole prompts among the rows
-MOST_PROMPTS = 32  # that these have room for
-MOST_CHANGES = 1024  # of block tables, that a step's packet has room for
+MAX_PROMPTS = 32  # that these have room for
+MAX_CHANGES = 1024  # of block tables, that a step's packet has room for
 
 
 class Capture:
@@ -190,7 +190,7 @@ class CudaRunner:
         fresh = sum(s.size for s in work if _part(s) == 0)
         number = sum(_part(s) == 0 for s in work)
         short = all(s.start + s.size <= 4 * SHORT for s in work[number:])
-        if total <= SIZES_WITH_PROMPTS[-1] and 0 < number <= MOST_PROMPTS and total - fresh <= MOST_BESIDE and short:
+        if total <= SIZES_WITH_PROMPTS[-1] and 0 < number <= MAX_PROMPTS and total - fresh <= MAX_BESIDE and short:
             size = next(size for size in SIZES_WITH_PROMPTS if size >= total)
             laid = self._lay_out(self._long, work, before, size, fresh=[s.size for s in work[:number]])
             self._capture.run(("prompts", size), partial(self._layers_with_prompts, size))
@@ -255,8 +255,8 @@ class CudaRunner:
     def _packet(self, rows: int) -> Packet:
         i = torch.int32
         names = {"slots": (rows, i), "positions": (rows, i), "sources": (rows, i), "tokens": (rows, i)}
-        names |= {"beside": (MOST_BESIDE, i), "offsets": (MOST_PROMPTS + 1, i)}
-        return Packet(names | {"changes": (1 + 3 * MOST_CHANGES, i)}, self._device)
+        names |= {"beside": (MAX_BESIDE, i), "offsets": (MAX_PROMPTS + 1, i)}
+        return Packet(names | {"changes": (1 + 3 * MAX_CHANGES, i)}, self._device)
 
     def _idle_rows(self, packet: Packet, size: int) -> None:
         host = packet.fill()
@@ -299,7 +299,7 @@ class CudaRunner:
         host["sources"][:padded] = row_sources + [-1] * missing
         if fresh:
             offsets = list(itertools.accumulate(fresh, initial=0))
-            host["offsets"][:] = offsets + offsets[-1:] * (MOST_PROMPTS + 1 - len(offsets))
+            host["offsets"][:] = offsets + offsets[-1:] * (MAX_PROMPTS + 1 - len(offsets))
             beside = range(offsets[-1], rows)
             host["beside"][: len(beside)] = beside
             host["beside"][len(beside) :] = -1
@@ -321,7 +321,7 @@ class CudaRunner:
         """Brings the device's table up to date: by the step's packet, or in a copy where much has changed."""
         ours, theirs = slot.blocks, slot.sequence.blocks
         changed = [at for at in range(len(theirs)) if at >= len(ours) or ours[at] != theirs[at]]
-        if len(changed) <= 8 and len(changes) // 3 + len(changed) <= MOST_CHANGES:
+        if len(changed) <= 8 and len(changes) // 3 + len(changed) <= MAX_CHANGES:
             for at in changed:
                 changes += (slot.number, at, theirs[at])
         else:
