@@ -2,36 +2,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+SERVING := $(VENV)/.serving
+TESTING := $(VENV)/.testing
 ARGS ?=
+
+# Modules are compiled when they are first imported: compiling all of torch and triton takes longer than installing them.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c docker/constraints.txt
 
 .PHONY: serve test check bench differential install clean
 
-serve: $(STAMP)
+serve: $(SERVING)
 	@exec $(BIN)/python -m dynserve up $(ARGS)
 
-test: $(STAMP)
+test: $(TESTING)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-check: $(STAMP)
+check: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TESTING)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-differential: $(STAMP)
+differential: $(TESTING)
 	DIFFERENTIAL_STREAMS=100000 $(BIN)/python -m pytest tests/security/test_framing.py -k h11 -s $(ARGS)
 
-install: $(STAMP)
+install: $(TESTING)
 
-$(STAMP): pyproject.toml docker/constraints.txt
+$(SERVING): pyproject.toml docker/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dynserve needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c docker/constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c docker/constraints.txt -e '.[torch,nixl,local,bench,test]'
-	@touch $(STAMP)
+	@echo "installing dynserve with torch, etcd and NATS into $(VENV): about 2 GB, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -e '.[torch,local]'
+	@touch $@
+
+$(TESTING): $(SERVING)
+	@echo "installing the packages for tests, checks and benchmarks into $(VENV): about 0.5 GB, once"
+	@$(INSTALL) -e '.[torch,nixl,local,bench,test]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -121,7 +121,7 @@ class Oracle:
                 found[worker] = blocks
         return found
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         for c in candidates:
             engine: Any = self._engines[c.worker]
             manager = engine._scheduler.blocks
@@ -133,7 +133,7 @@ class Oracle:
                 )
                 / manager.block_size
             )
-        return self._inner.choose(asked, candidates)
+        return self._inner.choose(policy_input, candidates)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """dynserve: an asyncio serving runtime for large language models.
 
-The public names below load on first use, so that `import dynserve` costs nothing that is not needed: a frontend never
-imports torch, a script that only wants `dynserve.errors` never imports FastAPI.
+The public names below are imported on first use, so that `import dynserve` is fast: a frontend never imports torch, and a
+script that only uses `dynserve.errors` never imports FastAPI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m dynserve COMMAND`."""
+"""The command line: `python -m dynserve COMMAND`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ COMMANDS = {
     "up": ("dynserve.local.up", "start a whole cluster on this machine"),
     "frontend": ("dynserve.frontend.__main__", "the OpenAI server"),
     "worker": ("dynserve.worker.__main__", "one worker"),
-    "doctor": ("dynserve.doctor.report", "look at this machine: what would go wrong, and what to do"),
-    "make-model": ("dynserve.local.make_model", "make a model of random weights, for work on speed"),
+    "doctor": ("dynserve.doctor.report", "check this machine: problems, and what to do about them"),
+    "make-model": ("dynserve.local.make_model", "make a model with random weights, for work on speed"),
     "key": ("dynserve.frontend.keys_command", "make an API key"),
 }
 

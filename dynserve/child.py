@@ -1,4 +1,4 @@
-"""Supervised processes: their log lines with a prefix, their restarts with back-off, their end."""
+"""Supervised child processes: they are started, restarted with back-off and stopped; their log lines get a prefix."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dynserve.errors import ConfigError, InternalError
 from dynserve.tasks import Backoff, OwnedTasks
 
 TERMINATE_TIMEOUT = 35.0  # seconds between SIGTERM and SIGKILL: more than a worker's drain_timeout_s
-STEADY = 30.0  # seconds of life after which a death is a first one again
+STEADY = 30.0  # seconds of running after which the back-off starts again
 _PR_SET_PDEATHSIG = 1
 
 
 class ChildSpec(NamedTuple):
-    """`environment` is added to this process's own; what `ps` must not show belongs there."""
+    """The command of a child. `environment` is added to this process's own; secrets go there, since `ps` shows commands."""
 
     name: str
     command: list[str]
@@ -29,14 +29,14 @@ class ChildSpec(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Children that are stopped together. `restart`: one that dies is started again."""
+    """Children that are stopped together. With `restart`, a child that dies is started again."""
 
     specs: Sequence[ChildSpec]
     restart: bool = True
 
 
 class Child:
-    """`died(child, code)` is called for each end that nobody asked for, before a restart."""
+    """One child process. Calls `died(child, code)` for each exit that `stop` did not cause, before a restart."""
 
     def __init__(
         self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
@@ -58,7 +58,7 @@ class Child:
         self._watcher = self._tasks.create_task(self._watch())
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL for one that does not go."""
+        """Sends SIGTERM, and SIGKILL to a child that still runs after `TERMINATE_TIMEOUT`."""
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
@@ -117,7 +117,7 @@ class Child:
             if self._stopping:
                 return
             await self._spawn()
-            if self._stopping and self._process is not None:  # asked to stop while it was starting
+            if self._stopping and self._process is not None:  # `stop` was called during the start
                 self._process.terminate()
 
     def _say(self, line: str) -> None:
@@ -126,10 +126,10 @@ class Child:
 
 
 class Supervisor:
-    """Groups of children that run together: started in the order of the groups, stopped in reverse.
+    """Groups of children that run together. They are started in the order of the groups, and stopped in reverse.
 
-    `broken` gets the error with which the whole ends: a child found its configuration wrong, or one that is not started
-    again died.
+    `broken` gets the error that ends all of them: a child reported a wrong configuration, or a child without restarts
+    died.
     """
 
     def __init__(self, groups: Sequence[Group], tasks: OwnedTasks) -> None:
@@ -152,17 +152,17 @@ class Supervisor:
     def _died(self, child: Child, code: int) -> None:
         if self.broken.done():
             return
-        # a child that has run before has a good configuration: what it says now will pass (its port is not free yet, say)
+        # a child that has run before has a valid configuration: this error is temporary (its port is not free yet, say)
         if code == ConfigError.exit_code and child.starts == 1:
-            self.broken.set_exception(ConfigError(f"{child.name} could not start; its last lines above say why"))
+            self.broken.set_exception(ConfigError(f"{child.name} could not start; see its last log lines above"))
         elif not child.restarts:
             self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
         if self.broken.done():
-            self.broken.exception()  # whoever waits for it sees it; nobody needs to
+            self.broken.exception()  # marks it as retrieved: it is not always awaited
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
-    """The next line; a longer one than the reader holds comes in pieces."""
+    """Reads the next line. A line longer than the reader's buffer is returned in pieces."""
     try:
         return await stream.readuntil(b"\n")
     except asyncio.IncompleteReadError as error:
@@ -172,7 +172,7 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 
 def _die_with_parent() -> None:
-    """Runs in the child before exec: not even a kill -9 of the parent leaves a process behind (Linux)."""
+    """Runs in the child before exec. The child gets SIGTERM even if the parent was killed with SIGKILL (Linux only)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,12 +1,12 @@
-"""A virtual clock: an event loop whose time jumps to the next timer as soon as nothing is left to do.
+"""A virtual clock: an event loop whose time jumps to the next timer as soon as no callback is ready.
 
-An hour of sleeping passes in the time that the work in it takes. Everything in dynserve waits through the running loop
+An hour of sleeping takes only as long as the work in that hour. Everything in dynserve waits through the running loop
 (`asyncio.sleep`, `loop.time`, timeouts), so a `Cluster` on the in-memory planes runs under it unchanged:
 
     dynserve.clock.run(main())
 
-What it cannot do is wait for the outside: a socket that nobody writes to ends the run with `Deadlock`. Threads are waited
-for in real time, with the clock stopped.
+It cannot wait for other processes: a read from a socket without data ends the run with `Deadlock`. Threads run in real
+time, with the clock stopped.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-THREAD_POLL = 0.05  # real seconds between looks whether a thread is done
+THREAD_POLL = 0.05  # real seconds between checks of running threads
 
 
 class Deadlock(RuntimeError):
-    """Nothing is ready, no timer is set, no thread runs: nothing will ever happen."""
+    """No callback is ready, no timer is set and no thread runs, so the loop would wait for ever."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`time()` starts at 0 and moves only when all tasks wait."""
+    """An event loop whose `time()` starts at 0 and advances only when all tasks wait."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, *timeout: Any) -> None:
-        self.threads += 1  # the joining of the pool's threads is one
+        self.threads += 1  # the pool is joined in a thread
         try:
             await super().shutdown_default_executor(*timeout)
         finally:
@@ -56,7 +56,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Instead of waiting for the next timer, makes it be now."""
+    """A selector that advances the clock to the next timer instead of waiting for it."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
@@ -69,12 +69,12 @@ class _Jumping(selectors.DefaultSelector):
         if self._loop.threads:
             return super().select(THREAD_POLL)
         if timeout is None:
-            raise Deadlock("nothing is ready, no timer is set, no thread runs")
+            raise Deadlock("no callback is ready, no timer is set and no thread runs: the loop would wait for ever")
         self._loop.now += timeout
         return ready
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on a virtual clock."""
+    """Runs a coroutine like `asyncio.run`, on a virtual clock."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

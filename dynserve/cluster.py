@@ -1,4 +1,4 @@
-"""`Cluster`: the real frontend, router and workers in one process, on in-memory planes, for tests and notebooks."""
+"""`Cluster`: frontend, router and workers in one process, on in-memory planes, for tests and notebooks."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ READY_TIMEOUT = 60.0  # seconds
 
 
 class Cluster:
-    """Workers by role, one frontend.
+    """A cluster with the given number of workers of each role, and one frontend or several.
 
         async with dynserve.Cluster(prefill=2, decode=2) as cluster:
             async with cluster.client() as client:
                 await client.post("/v1/chat/completions", json={...})
 
     `engine` holds engine options (those of `--override-engine-args`), `options` the fields of `FrontendConfig`.
-    `app` is the ASGI app for `httpx` or a server. `planes` has the switches of an outage (`planes.bus_up = False`).
-    `seed` makes draws among equals repeatable, as a simulation under `dynserve.clock` wants it.
+    `app` is the ASGI app for `httpx` or a server. `planes` has switches for outages (`planes.bus_up = False`).
+    `seed` makes random choices repeatable, for simulations under `dynserve.clock`.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Cluster:
         self._count = frontends
         self.workers: list[Worker] = []
         self.frontends: list[Frontend] = []
-        self.apps: list[Apps] = []  # of each frontend
+        self.apps: list[Apps] = []  # one per frontend
 
     @property
     def frontend(self) -> Frontend:
-        """The first one."""
+        """The first frontend."""
         return self.frontends[0]
 
     @property
@@ -67,7 +67,7 @@ class Cluster:
 
     @property
     def model(self) -> str:
-        """The name to ask for."""
+        """The model's name in requests."""
         return Path(self._model).resolve().name
 
     def client(self) -> httpx.AsyncClient:
@@ -90,8 +90,8 @@ class Cluster:
         await self._stack.aclose()
 
     async def add_worker(self, role: Role, *, model: str | Path | None = None, **changes: Any) -> Worker:
-        """One more, for as long as the cluster lives. `changes` are fields of `WorkerConfig`; `model` is another folder for
-        the model's name. Does not wait until the frontend has taken it in: it may have reasons not to."""
+        """Adds a worker for as long as the cluster lives. `changes` are fields of `WorkerConfig`; `model` is another folder
+        for the same model name. Does not wait until the frontend routes to the worker, because it may refuse it."""
         folder = Path(model) if model is not None else Path(self._model)
         self.planes.files |= {digest(c): c for c in read_model_files(folder).values()}
         return await self._open_worker(self._stack, role, model_path=str(folder), **changes)

@@ -2,7 +2,7 @@
 
 A field is declared once, with its default, its help and the environment variable that sets it; the flag is the field's
 name with dashes. Only this module reads flags and the variables of dynserve itself; variables that other programs define
-(TensorRT-LLM, UCX, NIXL, CUDA, XDG) are read where those programs are started or looked at.
+(TensorRT-LLM, UCX, NIXL, CUDA, XDG) are read where those programs are started or checked.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-tw
 LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
 
-# The names of the parsers in dialects/, for which a test looks there.
+# The names of the parsers in dialects/; a test compares the two.
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 
-# What other servers call what we have, and what to write instead.
+# Flags of other servers, and the flags of dynserve with the same meaning.
 FOREIGN = {
     "--model": "--model-path",
     "--model-name": "--served-model-name",
@@ -81,14 +81,14 @@ def option(default: Any, help: str, env: str | None = None) -> Any:
 
 
 def option_of(cls: type[DataclassInstance], name: str) -> Any:
-    """The same option as that of another role."""
+    """Declares the same option, with default, help and environment variable, as another role has it."""
     other = cls.__dataclass_fields__[name]
     return field(default=other.default, metadata=other.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanesConfig:
-    """Where the shared planes are; every role has these."""
+    """The addresses of the shared planes. Every role has these options."""
 
     nats_url: str = option("nats://127.0.0.1:4222", "NATS server", "NATS_URL")
     etcd_url: str = option("http://127.0.0.1:2379", "etcd server", "ETCD_URL")
@@ -102,94 +102,98 @@ class PlanesConfig:
 @dataclass(frozen=True, kw_only=True)
 class FrontendConfig(PlanesConfig):
     http_host: str = option("127.0.0.1", "address of the OpenAI server", "DYN_HTTP_HOST")
-    http_port: Port = option(8000, "port of the OpenAI server; 0 takes a free one", "DYN_HTTP_PORT")
+    http_port: Port = option(8000, "port of the OpenAI server; 0 picks a free one", "DYN_HTTP_PORT")
     workers: Positive = option(
-        1, "processes that serve the port together; link and system ports count up from theirs", "DYN_FRONTEND_WORKERS"
+        1, "processes on the HTTP port; link and system ports count up from the given ones", "DYN_FRONTEND_WORKERS"
     )
     reuse_port: bool = option(
-        False, "other frontends of this user may listen on the port as well, as those of --workers do", "DYN_REUSE_PORT"
+        False, "let other frontends of this user listen on the same port, as those of --workers do", "DYN_REUSE_PORT"
     )
-    link_port: Port = option(0, "port that workers dial; 0 takes a free one", "DYN_LINK_PORT")
+    link_port: Port = option(0, "port that workers connect to; 0 picks a free one", "DYN_LINK_PORT")
     system_host: str = option("127.0.0.1", "address of --system-port", "DYN_SYSTEM_HOST")
     system_port: Port = option(
         0, "port of /health, /metrics and /v1/requests/*/why of this process alone; 0: none", "DYN_SYSTEM_PORT"
     )
     router_mode: RouterMode = option("kv", ", ".join(get_args(RouterMode)), "DYN_ROUTER_MODE")
-    router_policy: str | None = option(None, "a policy of your own, package.module:Class", "DYN_ROUTER_POLICY")
+    router_policy: str | None = option(None, "your own routing policy, as package.module:Class", "DYN_ROUTER_POLICY")
     router_prefill_weight: NotNegativeFloat = option(
-        1.0, "kv: one prompt block to prefill, in decode blocks", "DYN_ROUTER_PREFILL_WEIGHT"
+        1.0, "kv: cost of one prompt block to prefill, in decode blocks", "DYN_ROUTER_PREFILL_WEIGHT"
     )
     router_overlap_weight: NotNegativeFloat = option(
-        8.0, "kv: one block to compute anew, in blocks that only wait to be computed", "DYN_ROUTER_OVERLAP_WEIGHT"
+        8.0, "kv: cost of one uncached block, in blocks that already wait for prefill", "DYN_ROUTER_OVERLAP_WEIGHT"
     )
     router_transfer_weight: NotNegativeFloat = option(
-        0.1, "kv: one block to move to a decode worker, in decode blocks", "DYN_ROUTER_TRANSFER_WEIGHT"
+        0.1, "kv: cost of one block to transfer to a decode worker, in decode blocks", "DYN_ROUTER_TRANSFER_WEIGHT"
     )
     router_herd_factor: Annotated[float, Meta(ge=1)] = option(
-        4.0, "kv: a cache attracts until its wait is so many times the shortest", "DYN_ROUTER_HERD_FACTOR"
+        4.0,
+        "kv: a cached prefix counts until the worker's wait is this many times the shortest",
+        "DYN_ROUTER_HERD_FACTOR",
     )
     router_temperature: NotNegativeFloat = option(
-        0.0, "kv: 0 takes the cheapest worker, more draws cheaper ones more often", "DYN_ROUTER_TEMPERATURE"
+        0.0, "kv: 0 chooses the cheapest worker; above 0, cheaper ones are drawn more often", "DYN_ROUTER_TEMPERATURE"
     )
     router_slow_start_s: NotNegativeFloat = option(
-        10.0, "a fresh worker's share grows for so long", "DYN_ROUTER_SLOW_START_S"
+        10.0, "time in which the share of a new worker grows to its full size", "DYN_ROUTER_SLOW_START_S"
     )
     router_session_ttl_s: PositiveFloat = option(
-        300.0, "how long x-dynserve-session keeps to its workers unused", "DYN_ROUTER_SESSION_TTL_S"
+        300.0, "how long an unused x-dynserve-session stays bound to its workers", "DYN_ROUTER_SESSION_TTL_S"
     )
     router_assume_ttl_s: PositiveFloat = option(
         120.0, "how long a prompt is assumed cached by a worker without KV events", "DYN_ROUTER_ASSUME_TTL_S"
     )
-    router_index_bytes: Positive = option(1 << 30, "most memory of the prefix index", "DYN_ROUTER_INDEX_BYTES")
+    router_index_bytes: Positive = option(1 << 30, "upper bound of the prefix index's memory", "DYN_ROUTER_INDEX_BYTES")
     local_prefill_tokens: NotNegative = option(
-        1024, "so few uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
+        1024, "up to this many uncached tokens are prefilled on the decode worker; 0: never", "DYN_LOCAL_PREFILL_TOKENS"
     )
     local_prefill_toll: NotNegative = option(
-        1024, "tokens that a prefill worker may take longer and still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
+        1024, "a prefill worker slower by up to this many tokens still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
     )
     busy_prefill_tokens: Positive = option(
-        1 << 20, "a worker is over its threshold with more tokens waiting", "DYN_BUSY_PREFILL_TOKENS"
+        1 << 20, "a worker with more tokens waiting for prefill is over its threshold", "DYN_BUSY_PREFILL_TOKENS"
     )
     busy_kv_fraction: PositiveFloat = option(
-        1.0, "or when its answers take more than this part of its KV blocks", "DYN_BUSY_KV_FRACTION"
+        1.0, "so is a worker whose answers use more than this fraction of its KV blocks", "DYN_BUSY_KV_FRACTION"
     )
     max_queued: NotNegative = option(
         1024, "requests per model that wait while all workers are over their thresholds", "DYN_MAX_QUEUED"
     )
-    max_queued_s: PositiveFloat = option(30.0, "and how long each of them", "DYN_MAX_QUEUED_S")
-    request_timeout_s: PositiveFloat = option(600.0, "a request that takes longer fails", "DYN_REQUEST_TIMEOUT_S")
+    max_queued_s: PositiveFloat = option(30.0, "longest time of a request in that queue", "DYN_MAX_QUEUED_S")
+    request_timeout_s: PositiveFloat = option(
+        600.0, "longest time of a request before it fails", "DYN_REQUEST_TIMEOUT_S"
+    )
     strict_fields: bool = option(
         False, "refuse requests with unknown fields instead of ignoring them", "DYN_STRICT_FIELDS"
     )
     api_keys_file: str | None = option(
-        None, "clients need a key of this file, which `dynserve key` writes", "DYN_API_KEYS_FILE"
+        None, "clients need an API key from this file, which `dynserve key` writes", "DYN_API_KEYS_FILE"
     )
     tls_certificate: str | None = option(None, "PEM file: serve HTTPS", "DYN_TLS_CERTIFICATE")
     tls_key: str | None = option(None, "PEM file with the certificate's key", "DYN_TLS_KEY")
     allowed_hosts: str | None = option(
         None, "names that clients may use in Host, as a.example,b.example or *; IP addresses are always accepted; default: "
-        "names of this machine where --http-host is loopback, else any", "DYN_ALLOWED_HOSTS",
+        "names of this machine if --http-host is loopback, else any", "DYN_ALLOWED_HOSTS",
     )  # fmt: skip
     cors_origins: str | None = option(
         None, "web pages that may call this server, as https://a.example,https://b.example or *", "DYN_CORS_ORIGINS"
     )
     max_body_bytes: Positive = option(8 << 20, "largest body of a request", "DYN_MAX_BODY_BYTES")
     max_bodies_bytes: int = option(
-        256 << 20, "of all requests together, while they arrive and are prepared; the slowest is given up",
+        256 << 20, "largest sum of the bodies that arrive or are prepared; the slowest request is dropped",
         "DYN_MAX_BODIES_BYTES",
     )  # fmt: skip
     max_body_values: Positive = option(
-        32_000, "numbers, texts, objects and lists in one body, token ids apart", "DYN_MAX_BODY_VALUES"
+        32_000, "numbers, texts, objects and lists in one body, not counting token ids", "DYN_MAX_BODY_VALUES"
     )
     max_prompt_ids: Positive = option(300_000, "token ids in one body", "DYN_MAX_PROMPT_IDS")
     max_header_bytes: Positive = option(64 << 10, "largest headers of a request", "DYN_MAX_HEADER_BYTES")
-    max_requests: Positive = option(8192, "requests that are answered at once; more get 429", "DYN_MAX_REQUESTS")
+    max_requests: Positive = option(8192, "requests answered at the same time; more get 429", "DYN_MAX_REQUESTS")
     receive_timeout_s: PositiveFloat = option(
         60.0, "a request whose headers or body take longer to arrive is dropped", "DYN_RECEIVE_TIMEOUT_S"
     )
     tokenizer_threads: Positive = option(2, "threads that render and tokenise long prompts", "DYN_TOKENIZER_THREADS")
     max_stream_bytes: Positive = option(
-        4 << 20, "bytes that may wait for a slow client before its request is cut", "DYN_MAX_STREAM_BYTES"
+        4 << 20, "bytes that may wait for a slow client before its request is aborted", "DYN_MAX_STREAM_BYTES"
     )
 
     def __post_init__(self) -> None:
@@ -201,7 +205,7 @@ class FrontendConfig(PlanesConfig):
         _tls(self)
         for name in ("link_port", "system_port"):
             if (first := getattr(self, name)) and first + self.workers > 65536:
-                raise ConfigError(f"{_flag(name)}: there are no {self.workers} ports from {first} on")
+                raise ConfigError(f"{_flag(name)} {first}: {self.workers} ports from it on pass 65535; use a lower one")
         _apart(self, {"http_port": 1, "link_port": self.workers, "system_port": self.workers})
 
 
@@ -214,44 +218,46 @@ class WorkerConfig(PlanesConfig):
     )
     executor: ExecutorName = option("torch", "torch, simulated or trtllm", "DYN_EXECUTOR")
     system_host: str = option("127.0.0.1", "address of /health, /live, /metrics and model files", "DYN_SYSTEM_HOST")
-    system_port: Port = option(0, "its port; 0 takes a free one", "DYN_SYSTEM_PORT")
+    system_port: Port = option(0, "port of --system-host; 0 picks a free one", "DYN_SYSTEM_PORT")
     max_seq_len: Positive | None = option(None, "longest prompt + answer, in tokens; default: the model's")
     max_batch_size: Positive | None = option(None, "sequences in one step")
     max_num_tokens: Positive | None = option(None, "tokens in one step; longer prompts are prefilled in chunks")
     kv_block_size: Positive | None = option(None, "tokens per KV block; default 32")
-    free_gpu_memory_fraction: float | None = option(None, "part of the free memory that the KV cache takes")
-    device: str = option("auto", "torch: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "DYN_DEVICE")
+    free_gpu_memory_fraction: float | None = option(None, "fraction of the free GPU memory for the KV cache")
+    device: str = option("auto", "torch: auto, cpu, cuda or cuda:N; auto uses a GPU if there is one", "DYN_DEVICE")
     dtype: DtypeName = option("auto", "torch: auto, float32 or bfloat16; auto is float32 on a CPU", "DYN_DTYPE")
     tensor_parallel_size: Positive = option(1, "GPUs per layer (trtllm)")
     pipeline_parallel_size: Positive = option(1, "stages of layers (trtllm)")
     max_queue: Positive = option(
-        1024, "requests a worker accepts beyond the running ones before it says busy", "DYN_MAX_QUEUE"
+        1024, "requests that may wait in a worker beside the running ones; more are refused as busy", "DYN_MAX_QUEUE"
     )
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
-    kv_events: bool = option(True, "tell frontends what the KV cache holds; false: they assume it", "DYN_KV_EVENTS")
+    kv_events: bool = option(
+        True, "send frontends the KV cache's changes; false: they estimate its content", "DYN_KV_EVENTS"
+    )
     tool_call_parser: str = option(
         "auto", "how the model writes tool calls: auto, none, " + ", ".join(TOOL_PARSERS), "DYN_TOOL_CALL_PARSER"
     )
     reasoning_parser: str = option(
-        "auto", "how it marks its thoughts: auto, none, " + ", ".join(REASONING_PARSERS), "DYN_REASONING_PARSER"
+        "auto", "how the model marks its reasoning: auto, none, " + ", ".join(REASONING_PARSERS), "DYN_REASONING_PARSER"
     )
     engine_stall_s: PositiveFloat = option(
-        60.0, "trtllm: an engine that is silent for so long, and then for as long to a request of our own, is dead",
+        60.0, "trtllm: silence after which the engine gets a test request; as much silence again means it is dead",
         "DYN_ENGINE_STALL_S",
     )  # fmt: skip
     lora_adapters: str | None = option(
-        None, "trtllm: LoRA adapters, as name=folder,name=folder; clients ask for them as models", "DYN_LORA_ADAPTERS"
+        None, "trtllm: LoRA adapters, as name=folder,name=folder; clients use the names as models", "DYN_LORA_ADAPTERS"
     )
     pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
     drain_timeout_s: PositiveFloat = option(
-        30.0, "how long SIGTERM waits for requests to finish", "DYN_DRAIN_TIMEOUT_S"
+        30.0, "how long a worker waits after SIGTERM for its requests to finish", "DYN_DRAIN_TIMEOUT_S"
     )
 
     def __post_init__(self) -> None:
         _check_bounds(self)
         if self.adapters and self.executor != "trtllm":
-            raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} has none")
+            raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} does not support adapters")
         _device(self)
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
@@ -266,14 +272,14 @@ class WorkerConfig(PlanesConfig):
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Name to folder."""
+        """The LoRA adapters: name to folder."""
         found: dict[str, str] = {}
         for entry in filter(None, (self.lora_adapters or "").split(",")):
             name, _, folder = entry.strip().partition("=")
             if not name or not folder:
                 raise ConfigError(f"--lora-adapters: {entry!r} is not name=folder")
             if name in found or name == self.model_name:
-                raise ConfigError(f"--lora-adapters: there are two models of the name {name!r}")
+                raise ConfigError(f"--lora-adapters: two models have the name {name!r}; names must differ")
             if not Path(folder).is_dir():
                 raise ConfigError(f"--lora-adapters: {folder} is not a folder")
             found[name] = folder
@@ -282,13 +288,13 @@ class WorkerConfig(PlanesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig:
-    """`dynserve up`: a whole cluster on this machine. Options of the frontend and the workers are handed to those."""
+    """`dynserve up`: a whole cluster on this machine. Options of the frontend and the workers are passed on to them."""
 
     model_path: str = option_of(WorkerConfig, "model_path")
     served_model_name: str | None = option_of(WorkerConfig, "served_model_name")
     prefill: int = option(2, "prefill workers")
     decode: int = option(2, "decode workers")
-    aggregated: int = option(0, "workers that do both")
+    aggregated: int = option(0, "workers that prefill and decode")
     http_host: str = option_of(FrontendConfig, "http_host")
     http_port: Port = option_of(FrontendConfig, "http_port")
     router_mode: RouterMode = option_of(FrontendConfig, "router_mode")
@@ -299,11 +305,11 @@ class UpConfig:
     executor: ExecutorName = option_of(WorkerConfig, "executor")
     extra_engine_args: str | None = option_of(WorkerConfig, "extra_engine_args")
     override_engine_args: str | None = option_of(WorkerConfig, "override_engine_args")
-    device: str = option("auto", "auto, cpu or cuda: auto gives each worker a GPU, where there are any", "DYN_DEVICE")
+    device: str = option("auto", "auto, cpu or cuda; auto gives each worker a GPU if there are any", "DYN_DEVICE")
     nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
     etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
     namespace: str = option_of(PlanesConfig, "namespace")
-    start_timeout_s: PositiveFloat = option(300.0, "give up when the cluster is not ready by then")
+    start_timeout_s: PositiveFloat = option(300.0, "longest time until the cluster is ready; then `up` fails")
     log_level: LogLevel = option_of(PlanesConfig, "log_level")
 
     def __post_init__(self) -> None:
@@ -326,7 +332,7 @@ def mode_of(role: Role) -> DisaggregationMode:
 
 
 def redacted(url: str) -> str:
-    """The address, or several with commas, without user names and passwords: for logs, errors and reports."""
+    """Removes user names and passwords from an address, or several with commas, for logs, errors and reports."""
     return _CREDENTIALS.sub(r"\1***@", url)
 
 
@@ -334,7 +340,7 @@ _CREDENTIALS = re.compile(r"(//|^|,)[^/]*@")
 
 
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
-    """Host and port of `http://host:port`, `nats://host:port` or `host:port`."""
+    """Returns host and port of `http://host:port`, `nats://host:port` or `host:port`."""
     host, port, netloc = "", None, ""
     with suppress(ValueError):
         parts = urlsplit(url if "//" in url else f"//{url}")
@@ -352,10 +358,10 @@ Loaded = TypeVar("Loaded", bound="DataclassInstance")
 
 
 def load(cls: type[Loaded], prog: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Loaded:
-    """The configuration of one role.
+    """Loads the configuration of one role.
 
     Raises:
-        ConfigError: a flag, key or value is wrong; the text names it, where it came from and the nearest right one.
+        ConfigError: a flag, key or value is wrong; the text names it, its source and the nearest valid one.
         SystemExit: for `--help`.
     """
     options = fields(cls)
@@ -374,7 +380,7 @@ def load(cls: type[Loaded], prog: str, argv: Sequence[str], environ: Mapping[str
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)`, or nothing."""
+    """Returns ` (did you mean X?)` for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -388,7 +394,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             if (ours := FOREIGN.get(flag)) is not None and ours.split()[0] in self._option_string_actions:
-                raise ConfigError(f"unknown option {flag}: here it is {ours}; see {self.prog} --help")
+                raise ConfigError(f"unknown option {flag}: use {ours} instead; see {self.prog} --help")
             raise ConfigError(
                 f"unknown option {flag}{nearest(flag, self._option_string_actions)}; see {self.prog} --help"
             )
@@ -470,7 +476,7 @@ def _bounds_of(cls: type) -> dict[str, Meta]:
 
 
 def _beyond(value: float, bounds: Meta) -> str:
-    """What is wrong with the value; empty when it is within. All comparisons with NaN are false."""
+    """Returns an error text, or an empty string for a value within its bounds. All comparisons with NaN are false."""
     if bounds.gt is not None and not value > bounds.gt:
         return f"must be greater than {bounds.gt}, not {value}"
     if bounds.le is not None and not (bounds.ge or 0) <= value <= bounds.le:
@@ -482,7 +488,7 @@ def _beyond(value: float, bounds: Meta) -> str:
 
 def _tls(config: Any) -> None:
     if (config.tls_certificate is None) != (config.tls_key is None):
-        raise ConfigError("--tls-certificate and --tls-key are given together or not at all")
+        raise ConfigError("--tls-certificate and --tls-key need each other: set both or neither")
 
 
 def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
@@ -493,14 +499,16 @@ def _one_of(config: Any, name: str, known: Sequence[str]) -> None:
 
 
 def _apart(config: FrontendConfig, counts: dict[str, int]) -> None:
-    """Raises ConfigError where two listeners of one machine were given the same port."""
+    """Raises ConfigError when two listeners on one address share a port."""
     hosts = {"http_port": config.http_host, "link_port": config.link_host, "system_port": config.system_host}
     for one, other in combinations(counts, 2):
         first, second = getattr(config, one), getattr(config, other)
         if not first or not second or not (hosts[one] == hosts[other] or _ANYWHERE & {hosts[one], hosts[other]}):
             continue
         if first < second + counts[other] and second < first + counts[one]:
-            raise ConfigError(f"{_flag(other)} {second} is within the ports from {_flag(one)} {first} on")
+            raise ConfigError(
+                f"{_flag(other)} {second} overlaps the ports from {_flag(one)} {first} on; use ports further apart"
+            )
 
 
 def _device(config: WorkerConfig) -> None:
@@ -512,6 +520,6 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def exit_with(error: ConfigError) -> NoReturn:
-    """The one place where a configuration error becomes a sentence and exit code 2."""
+    """Prints a configuration error as one sentence and exits with code 2."""
     print(f"dynserve: {error}", file=sys.stderr)
     raise SystemExit(2)

@@ -1,32 +1,32 @@
-"""Every error that a client, a peer or an operator can see, and its meaning to a client.
+"""All errors that a client, a peer or an operator can get, and their meaning to a client.
 
 DynserveError
 ├── CallerError             the request is at fault; the same request will fail again
 │   ├── BadRequest          400  a field is missing, malformed or not supported
 │   ├── ContextTooLong      400  prompt and answer do not fit the model's context
-│   ├── ModelNotFound       404  no such model here
-│   ├── NotFound            404  no such thing here
-│   │   └── RequestNotFound      a request of which nothing is remembered
+│   ├── ModelNotFound       404  the model is not served here
+│   ├── NotFound            404  the resource does not exist
+│   │   └── RequestNotFound      no record of the request is kept
 │   ├── SlowBody            408  the body did not arrive in time
 │   ├── BodyTooLarge        413  the body is over the limit
-│   ├── Unauthorized        401  no API key, or none that is known
+│   ├── Unauthorized        401  the API key is missing or unknown
 │   ├── RateLimited         429  the API key's own limit is reached
-│   └── Cancelled           499  the caller went away or withdrew the request
+│   └── Cancelled           499  the caller disconnected or cancelled the request
 ├── ClusterError            the cluster could not serve it now; a retry may succeed
-│   ├── NoWorker            503  nobody serves this model at the moment
-│   ├── WorkerLost          503  the worker died or cut the link
+│   ├── NoWorker            503  no worker serves this model at the moment
+│   ├── WorkerLost          503  the worker died or closed the link
 │   ├── TimedOut            504  a deadline passed
-│   │   └── NoAck                one worker did not acknowledge; another may
+│   │   └── NoAck                a worker did not acknowledge the request; another may
 │   ├── Overloaded          429  every queue is full
 │   └── Unavailable         503  a plane (NATS, etcd) or a peer cannot be reached
 ├── HandoffError            a KV cache could not be moved; the decode worker prefills itself
-│   ├── HandoffMismatch          it belongs to another request, prompt or memory layout
-│   ├── HandoffGone              delivered, expired or cancelled before
+│   ├── HandoffMismatch          the hand-off belongs to another request, prompt or memory layout
+│   ├── HandoffGone              the hand-off was delivered, has expired or was cancelled
 │   └── HandoffBroken            the transfer itself failed
-├── InternalError           500  our fault
-│   ├── SlowClient               the client reads too slowly; cut to bound memory
-│   └── EngineDied               of a worker; exit code 3
-└── ConfigError             a flag, file or environment variable; printed as one sentence, exit code 2
+├── InternalError           500  a fault of dynserve or of an engine
+│   ├── SlowClient               the client reads too slowly; aborted to bound memory
+│   └── EngineDied               a worker's engine died; exit code 3
+└── ConfigError             a flag, file or environment variable is wrong; printed as one sentence, exit code 2
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from typing import Any, ClassVar
 
 
 class DynserveError(Exception):
-    """Root of the tree. `code` travels on the wire, `status` is the HTTP status a client sees."""
+    """Base class of all errors. `code` is sent on the wire, `status` is the HTTP status of the response."""
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"  # OpenAI's `error.type`
     retryable: ClassVar[bool] = False
-    retry_after: int = 1  # seconds, for those that are
-    exit_code: ClassVar[int] = 1  # of a process that ends with it
+    retry_after: int = 1  # seconds, for retryable errors
+    exit_code: ClassVar[int] = 1  # of a process that ends with this error
 
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
         super().__init__(message or type(self).code)
@@ -89,7 +89,7 @@ class Unauthorized(CallerError):
 
 class RateLimited(CallerError):
     code, status, kind, retryable = "rate_limit_exceeded", 429, "rate_limit_error", True
-    headers: tuple[tuple[str, str], ...] = ()  # that say more of the limit
+    headers: tuple[tuple[str, str], ...] = ()  # with details of the limit
 
 
 class Cancelled(CallerError):
@@ -157,7 +157,7 @@ class ConfigError(DynserveError):
 
 
 def _tree(root: type[DynserveError]) -> Iterator[type[DynserveError]]:
-    # parents come last, so that a code which a parent shares with a child names the parent
+    # parents come last, so that a code that is shared by parent and child maps to the parent
     for child in root.__subclasses__():
         yield from _tree(child)
         yield child
@@ -167,13 +167,13 @@ _BY_CODE: dict[str, type[DynserveError]] = {cls.code: cls for cls in _tree(Dynse
 
 
 def from_wire(code: str, message: str, param: str | None = None) -> DynserveError:
-    """The error that a peer reported; an unknown code is an internal error that names it."""
+    """Makes the error that a peer reported. An unknown code becomes an InternalError that names it."""
     cls = _BY_CODE.get(code)
     return cls(message, param=param) if cls else InternalError(f"{code}: {message}")
 
 
 def error_object(error: DynserveError, *, anthropic: bool = False) -> dict[str, Any]:
-    """OpenAI's error body; with Anthropic's names around and in it for the API that is Anthropic's."""
+    """Returns the error body of OpenAI's API, or, with `anthropic`, in the envelope and with the types of Anthropic's."""
     body = {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}
     if not anthropic:
         return {"error": body}
@@ -188,7 +188,8 @@ _ANTHROPIC = {
 
 @contextmanager
 def translate(table: Mapping[type[BaseException], type[DynserveError]], doing: str) -> Iterator[None]:
-    """Foreign errors stop here: the first class of `table` that matches names ours; the cause is chained."""
+    """Turns foreign errors into errors of this module: the first class of `table` that matches gives the type; the cause is
+    chained."""
     try:
         yield
     except tuple(table) as error:

@@ -1,7 +1,7 @@
-"""Warnings that others can cause: one a second for each cause and twenty a second of a kind, with the number of those that
-were left out.
+"""Rate limits for warnings that clients or peers can cause: one a second per cause and twenty a second per kind. The next
+line has the number of omitted ones.
 
-Whoever can write a line to the log with every packet can fill a disk with it, and hides what else is in the log.
+A peer that can write a log line with every packet could fill the disk, and hide the other lines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 EVERY = 1.0  # seconds between two lines of one cause
-MAX_LINES = 20  # of all causes of one kind, in so many seconds
+MAX_LINES = 20  # of all causes of one kind, in `EVERY` seconds
 MAX_CAUSES = 1024  # that are remembered
 MAX_CAUSE = 200  # characters of one
 
@@ -24,17 +24,17 @@ class _Kind:
 
     since: float = float("-inf")
     lines: int = 0
-    left_out: int = 0
+    omitted: int = 0
 
 
 @dataclass(slots=True)
 class _Cause:
-    said: float = float("-inf")
-    left_out: int = 0
+    logged: float = float("-inf")
+    omitted: int = 0
 
 
 class LimitedLog:
-    """Writes to `log`. A kind is a constant of the calling code, a cause is whom or what the line is about."""
+    """Writes to `log`. A kind is a constant of the calling code, a cause names the peer or thing that the line is about."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = log, clock
@@ -42,34 +42,34 @@ class LimitedLog:
         self._causes: OrderedDict[tuple[str, str], _Cause] = OrderedDict()
 
     def warning(self, kind: str, cause: str, message: str, *args: object) -> None:
-        """Text of others' making belongs into `args`, for `%r`."""
-        left_out = self._left_out(kind, cause)
-        if left_out is not None:
-            self._log.warning(message + left_out, *args)
+        """Logs a warning. Text from clients and peers belongs in `args`, with `%r`."""
+        suffix = self._suffix(kind, cause)
+        if suffix is not None:
+            self._log.warning(message + suffix, *args)
 
     def exception(self, kind: str, cause: str, message: str, *args: object) -> None:
-        """With the traceback of the exception that is being handled."""
-        left_out = self._left_out(kind, cause)
-        if left_out is not None:
-            self._log.exception(message + left_out, *args)
+        """Logs an error with the traceback of the exception that is being handled."""
+        suffix = self._suffix(kind, cause)
+        if suffix is not None:
+            self._log.exception(message + suffix, *args)
 
-    def _left_out(self, kind_name: str, cause_name: str) -> str | None:
-        """The words about lines that were left out before this one; None when this one is left out, too."""
+    def _suffix(self, kind_name: str, cause_name: str) -> str | None:
+        """Returns the text about the lines omitted before this one; None when this one is omitted, too."""
         now = self._clock()
         kind = self._kinds.setdefault(kind_name, _Kind())
         cause = self._cause(kind_name, cause_name[:MAX_CAUSE])
-        if now - cause.said < EVERY:
-            cause.left_out += 1
+        if now - cause.logged < EVERY:
+            cause.omitted += 1
             return None
         if now - kind.since >= EVERY:
             kind.since, kind.lines = now, 0
         if kind.lines >= MAX_LINES:
-            kind.left_out += 1
+            kind.omitted += 1
             return None
         kind.lines += 1
-        cause.said = now
-        own, cause.left_out = cause.left_out, 0
-        others, kind.left_out = kind.left_out, 0
+        cause.logged = now
+        own, cause.omitted = cause.omitted, 0
+        others, kind.omitted = kind.omitted, 0
         count = own + others
         return f" ({count:,} more like this were left out)" if count else ""
 

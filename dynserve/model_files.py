@@ -1,4 +1,4 @@
-"""The small files of a model folder that others than the engine need: tokenizer, template, generation defaults."""
+"""The small files of a model folder that a frontend needs: tokenizer, template and generation defaults."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 from dynserve.errors import ConfigError, Unavailable
 
-# What a frontend needs; the first is required.
+# The files that a frontend needs; the first is required.
 NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def read_model_files(folder: Path) -> dict[str, bytes]:
-    """Name to content of those that are there.
+    """Returns name to content of the files that exist.
 
     Raises:
-        ConfigError: not a model folder, or one without a tokenizer.json.
+        ConfigError: the folder is not a model folder, or has no tokenizer.json.
     """
     check_model_folder(folder)
     return {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
 
 
 def check_model_folder(folder: Path) -> None:
-    """One plain sentence for each way in which a path is not a model."""
+    """Raises ConfigError with the reason why a path is not a model folder."""
     if not folder.exists():
         raise ConfigError(f"--model-path {folder} does not exist")
     if not folder.is_dir():
@@ -39,18 +39,18 @@ def digest(content: bytes) -> str:
 
 
 def verified(content: bytes, expected: str, source: str) -> bytes:
-    """The content itself, when its SHA-256 is `expected`: nothing else may reach a tokenizer or a template engine.
+    """Returns the content if its SHA-256 is `expected`: no other content may reach a tokenizer or a template engine.
 
     Raises:
-        Unavailable: it is another file, or a damaged one.
+        Unavailable: the file is another one, or damaged.
     """
     if digest(content) != expected:
-        raise Unavailable(f"the model file from {source} does not have the SHA-256 {expected[:12]}… that was asked for")
+        raise Unavailable(f"the model file from {source} does not have the expected SHA-256 {expected[:12]}…")
     return content
 
 
 def eos_token_ids(folder: Path) -> list[int]:
-    """End-of-turn tokens: the generation config's, else the model config's."""
+    """The end-of-turn tokens of the generation config, or else of the model config."""
     for name in ("generation_config.json", "config.json"):
         found = _json(folder / name).get("eos_token_id")
         if found is not None:
@@ -63,7 +63,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def model_limits(folder: Path) -> tuple[int, int]:
-    """Vocabulary size and longest sequence, in tokens."""
+    """Returns the vocabulary size and the maximum sequence length, in tokens."""
     config = model_config(folder)
     try:
         return config["vocab_size"], config["max_position_embeddings"]

@@ -1,4 +1,4 @@
-"""What the command-line processes share: logging, signals, the exit code."""
+"""Logging, signals and exit codes of the command-line processes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: the first ends the start-up at once or asks a serving process to finish; the second kills."""
+    """Handles SIGTERM and SIGINT: the first cancels the start, or drains a serving process; the second exits at once."""
 
     def __init__(self) -> None:
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
         self._task = asyncio.current_task()
         self._serving = False
 
     @property
-    def asked(self) -> bool:
-        return self._asked.is_set()
+    def requested(self) -> bool:
+        return self._requested.is_set()
 
     async def wait(self, *also: asyncio.Future[None]) -> None:
-        """From here on the process serves: returns when it is asked to stop, or raises what one of `also` raises."""
+        """Marks the process as serving. Returns at the first signal, or raises the error of one of `also`."""
         self._serving = True
-        waiting = asyncio.ensure_future(self._asked.wait())
+        waiting = asyncio.ensure_future(self._requested.wait())
         watched: list[asyncio.Future[Any]] = [waiting, *also]
         try:
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -45,16 +45,16 @@ class StopSignal:
             waiting.cancel()
 
     def signalled(self) -> None:
-        if self._asked.is_set():
+        if self._requested.is_set():
             os._exit(130)
-        self._asked.set()
+        self._requested.set()
         if not self._serving and self._task is not None:
             self._task.cancel()
 
 
 def settle_memory() -> None:
-    """For a process that has started: what is there now stays, and is not looked through again and again; and what comes is
-    looked through more rarely, since tokens come and go without rings."""
+    """Tunes the garbage collector of a process that has started. Today's objects live on, so they are never scanned again;
+    new ones are scanned more rarely, since tokens leave no reference cycles."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
@@ -66,7 +66,7 @@ def run_role(
     run: Callable[[Config, StopSignal], Coroutine[Any, Any, None]],
     argv: Sequence[str] | None,
 ) -> NoReturn:
-    """A role's whole `main`: flags to configuration, configuration to a running process, its end to an exit code."""
+    """Runs a role: loads the configuration from flags, runs the process, and exits with its exit code."""
     try:
         made = load(config, prog, sys.argv[1:] if argv is None else argv)
         run_process(partial(run, made), made.log_level)
@@ -75,8 +75,12 @@ def run_role(
 
 
 def run_process(main: Callable[[StopSignal], Coroutine[Any, Any, None]], log_level: str) -> NoReturn:
-    """Runs `main` to its end and leaves the process: 0, 1 after an error, 2 after a wrong configuration, 3 after the
-    death of a worker's engine. What is left then are threads of others' code, which nothing waits for."""
+    """Runs `main` and exits the process with 0, 1 after an error, or 3 after the death of a worker's engine. Threads of
+    foreign code that still run are not waited for.
+
+    Raises:
+        ConfigError: `main` raised it; the caller exits with 2.
+    """
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -91,7 +95,7 @@ def run_process(main: Callable[[StopSignal], Coroutine[Any, Any, None]], log_lev
         try:
             await main(stop)
         except asyncio.CancelledError:
-            if not stop.asked:
+            if not stop.requested:
                 raise
 
     code = 0
@@ -105,7 +109,7 @@ def run_process(main: Callable[[StopSignal], Coroutine[Any, Any, None]], log_lev
     except SystemExit:
         raise
     except BaseException:
-        log.exception("the process ends with an error that nobody expected")
+        log.exception("the process ends with an unexpected error")
         code = 1
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Server-sent events: JSON that is one line to every client."""
+"""Server-sent events, with JSON that every client reads as one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ to_json = msgspec.json.Encoder().encode
 
 
 def one_line(data: bytes) -> bytes:
-    """JSON without the characters that some clients take for the end of a line, although they are none in a stream."""
+    """Escapes the characters in JSON that some clients treat as the end of a line, although the SSE standard does not."""
     if data.isascii():
         return data
     for char in ("\u0085", "\u2028", "\u2029"):
@@ -17,5 +17,5 @@ def one_line(data: bytes) -> bytes:
 
 
 def event(kind: str, data: bytes) -> bytes:
-    """A named one."""
+    """Returns an event with a name."""
     return b"event: " + kind.encode() + b"\ndata: " + one_line(data) + b"\n\n"

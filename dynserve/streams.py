@@ -1,4 +1,4 @@
-"""`Channel`: the bounded hand-over between a producer that must not wait and a consumer that may."""
+"""`Channel`: a bounded queue between a producer that must not wait and a consumer that may."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 class Statistics(NamedTuple):
-    waiting: int  # items put and not yet taken
+    waiting: int  # items put and not yet received
     size: int  # their summed size, in the unit of `put`
     bound: int
 
 
 class Channel(Generic[T]):
-    """Many synchronous `put`s on one side, one consumer on the other.
+    """A bounded queue with a synchronous `put` and one consumer.
 
-    The producer (a link's read callback) cannot wait, so a full channel refuses: `put` returns False, and the caller
-    decides whom to cut. `receive` returns everything that waits, so that a consumer wakes once per burst, not per item.
+    The producer (a link's read callback) cannot wait, so `put` on a full channel returns False, and the caller
+    decides which request to abort. `receive` returns all waiting items, so that a consumer wakes once per burst.
     """
 
     __slots__ = ("_bound", "_closed", "_error", "_items", "_size", "_waiter")
@@ -33,7 +33,7 @@ class Channel(Generic[T]):
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: T, size: int = 1) -> bool:
-        """False when closed or when `size` more would pass the bound; the item is then dropped."""
+        """Adds an item. Drops it and returns False when the channel is closed or `size` more would exceed the bound."""
         if self._closed or self._size + size > self._bound:
             return False
         self._items.append(item)
@@ -42,27 +42,27 @@ class Channel(Generic[T]):
         return True
 
     def close(self, error: Exception | None = None) -> None:
-        """No more items. The consumer gets what waits, then `error` or the end. Closing twice keeps the first word."""
+        """Ends the channel. The consumer gets the waiting items, then `error` or the end. A second call has no effect."""
         if not self._closed:
             self._closed, self._error = True, error
             self._wake()
 
     def drop(self) -> None:
-        """The consumer has gone: what it has not taken is nobody's."""
+        """Ends the channel for a consumer that has stopped, and discards the waiting items."""
         self.close()
         self._items.clear()
         self._size, self._error = 0, None
 
     @property
     def empty(self) -> bool:
-        """The consumer has taken everything."""
+        """Whether no item waits."""
         return not self._items
 
     async def receive(self) -> list[T]:
-        """All waiting items, at least one; `[]` when the channel has ended.
+        """Returns all waiting items, at least one; `[]` when the channel has ended.
 
         Raises:
-            the error that it was closed with, once the items before it were taken, and once only.
+            the error that the channel was closed with, after the items before it, and only once.
         """
         while not self._items:
             if self._closed:
@@ -72,7 +72,7 @@ class Channel(Generic[T]):
                 try:
                     raise error
                 finally:
-                    del error  # its traceback knows this frame: a ring
+                    del error  # its traceback refers to this frame: a reference cycle
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter

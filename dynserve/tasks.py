@@ -1,4 +1,4 @@
-"""Tasks with owners, waiting with a reason, and the clean-up that neither forgets nor hangs."""
+"""Tasks with owners, retries that log what they wait for, and clean-up under a deadline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class OwnedTasks(asyncio.TaskGroup):
-    """A `TaskGroup` that knows its running tasks, so that its owner can end them."""
+    """A `TaskGroup` with a set of its running tasks, so that its owner can cancel them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class OwnedTasks(asyncio.TaskGroup):
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[OwnedTasks]:
-    """A group whose tasks end with the block (they are background loops), and which raises a lone error as itself."""
+    """Yields a group for background loops. The end of the block cancels them; a single error is raised unwrapped."""
     try:
         async with OwnedTasks() as group:
             try:
@@ -47,7 +47,7 @@ async def task_group() -> AsyncIterator[OwnedTasks]:
 
 @asynccontextmanager
 async def running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Background loops that live as long as the block; one that fails ends the block with its error."""
+    """Runs background loops for as long as the block. A loop that fails ends the block with its error."""
     async with task_group() as group:
         for loop in loops:
             group.create_task(loop)
@@ -55,15 +55,15 @@ async def running(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """A group of one is its one error, however deep; the same error by two ways is one."""
+    """Returns the error inside nested groups that hold only that one; the same error twice counts as one."""
     while isinstance(error, BaseExceptionGroup) and len(set(map(id, error.exceptions))) == 1:
         error = error.exceptions[0]
     return error
 
 
 class Limit:
-    """What `asyncio.timeout` does, for a block on every request's path: at a third of the cost, and without a timer where
-    its owner has one already. Once `expire` is called the block ends with TimeoutError.
+    """A replacement of `asyncio.timeout` for a block on every request's path. It costs a third, and needs no timer if its
+    owner already has one. Once `expire` is called the block ends with TimeoutError.
 
         with Limit() as limit:
             ...
@@ -72,10 +72,10 @@ class Limit:
     __slots__ = ("_before", "_expired", "_task", "_timer")
 
     def __init__(self, deadline: float | None = None) -> None:
-        """`deadline`: of the loop's clock; None: somebody calls `expire`."""
+        """`deadline` is a time of the loop's clock; with None the owner calls `expire`."""
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("a limit is for a task")
+            raise RuntimeError("Limit must be used in a task")
         self._task: asyncio.Task[Any] | None = task
         self._before = task.cancelling()
         self._expired = False
@@ -85,7 +85,7 @@ class Limit:
         return self
 
     def expire(self) -> None:
-        """Now, unless the block has ended."""
+        """Ends the block now, unless it has ended."""
         if self._task is not None and not self._expired:
             self._expired = True
             self._task.cancel()
@@ -95,14 +95,14 @@ class Limit:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        # another's cancelling of the task goes on through
+        # a cancellation by other code is passed on
         ours = self._expired and task is not None and task.uncancel() <= self._before
         if ours and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise TimeoutError from error
 
 
 class Backoff:
-    """Waits that double from `first` to `most` seconds, with jitter so that processes do not march in step."""
+    """Waits that double from `first` to `most` seconds, with jitter so that processes do not retry at the same time."""
 
     def __init__(self, first: float = 0.1, most: float = 2.0) -> None:
         self._first, self._most, self._next = first, most, first
@@ -116,12 +116,12 @@ class Backoff:
 
 
 def detached(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    """Runs a blocking call in a thread of its own, which nothing waits for: neither a deadline of the caller's nor the
-    end of the process. For calls of others' code that may never return."""
+    """Runs a blocking call in its own thread. Neither a caller's deadline nor the end of the process waits for it. Meant
+    for calls of foreign code that may never return."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def tell(result: T | None, error: BaseException | None) -> None:
+    def settle(result: T | None, error: BaseException | None) -> None:
         if done.done():
             return
         if error is not None:
@@ -135,16 +135,16 @@ def detached(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
             result = call(*args)
         except BaseException as error:
             failure = error if isinstance(error, Exception) else RuntimeError(f"a thread ended with {error!r}")
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(tell, result, failure)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the result is not needed any more
+            loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=work, name=getattr(call, "__name__", "detached"), daemon=True).start()
     return done
 
 
 class Outage:
-    """The time during which something does not work. `wait` waits between attempts, and logs what is waited for: at once
-    the first time, then every `report_every` seconds."""
+    """The time during which attempts fail. `wait` sleeps between attempts, and logs the reason: at once the first time,
+    then every `report_every` seconds."""
 
     def __init__(self, what: str, purpose: str = "", *, max_wait_s: float = 2.0, report_every: float = 5.0) -> None:
         self._what, self._purpose, self._report_every = what, purpose and f" {purpose}", report_every
@@ -153,26 +153,26 @@ class Outage:
         self._reported = float("-inf")
 
     async def wait(self, error: Exception) -> None:
-        """Call it after each attempt that failed with `error`."""
+        """Sleeps until the next attempt. To be called after each attempt that failed with `error`."""
         now = asyncio.get_running_loop().time()
         if self._began is None:
             self._began, self._reported = now, float("-inf")
         if now - self._reported >= self._report_every:
             self._reported, seconds = now, now - self._began
-            reason = str(error).split("; last error")[0][:200]  # gRPC repeats itself behind that
+            reason = str(error).split("; last error")[0][:200]  # gRPC repeats the error after that
             log.warning("waiting for %s%s (%.0f s so far): %s", self._what, self._purpose, seconds, reason)
         await asyncio.sleep(self._backoff.next())
 
     def over(self) -> None:
-        """Call it after an attempt that worked."""
+        """Ends the outage. To be called after each attempt that succeeded."""
         if self._began is not None:
-            log.warning("%s answers", self._what)
+            log.warning("%s is available", self._what)
         self._began = None
         self._backoff.reset()
 
 
 async def persist(attempt: Callable[[], Awaitable[T]], *, retry_on: type[Exception], waiting_for: str) -> T:
-    """Attempts until one works, and logs what is waited for."""
+    """Repeats `attempt` until it succeeds, and logs what it waits for."""
     outage = Outage(waiting_for)
     while True:
         try:
@@ -185,7 +185,7 @@ async def persist(attempt: Callable[[], Awaitable[T]], *, retry_on: type[Excepti
 
 
 async def within(seconds: float, coro: Awaitable[T], what: str) -> T | None:
-    """Clean-up with a bound: awaits `coro` under a deadline, and logs instead of raising when it is missed or fails."""
+    """Awaits `coro`, a clean-up, for at most `seconds`. Logs instead of raising when it fails or takes longer."""
     try:
         async with asyncio.timeout(seconds):
             return await coro

@@ -31,12 +31,12 @@ MODEL = TINY_MODEL.name
 
 @pytest.fixture(autouse=True)
 def _every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one test has caused to be logged must not silence the next one."""
+    """Turns the limit of repeated log lines off: the lines of one test must not suppress those of the next."""
     monkeypatch.setattr(log_limit, "EVERY", 0.0)
 
 
 class Process:
-    """A child that dies with the test."""
+    """A child process whose output goes to a file."""
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.log = log
@@ -54,7 +54,7 @@ class Process:
             self._popen.send_signal(number)
 
     def wait(self, timeout: float = 60) -> int:
-        """Its exit code. The time is for a machine that is busy with other tests, and is no requirement."""
+        """Returns the exit code. The timeout allows for a machine that is busy with other tests and is no requirement."""
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -184,7 +184,7 @@ DOUBLES = Path(__file__).parent / "doubles"
 
 @pytest.fixture
 def trtllm_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The double of tensorrt_llm can be imported, its engine a thread of this process."""
+    """Makes the double of tensorrt_llm importable; its engine is a thread of this process."""
     monkeypatch.syspath_prepend(str(DOUBLES))
     monkeypatch.setenv("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
     for name in ("TRITON_LIBCUDA_PATH", "LC_ALL", "HF_HUB_OFFLINE"):  # what the executor sets
@@ -222,16 +222,16 @@ def make_request(token_ids: list[int], **changes: Any) -> GenerateRequest:
 
 
 @contextlib.contextmanager
-def left_to_the_collector(*kinds: type) -> Iterator[list[object]]:
-    """Objects of these kinds that became garbage in rings within the block; filled when it ends."""
-    left: list[object] = []
+def reference_cycles(*kinds: type) -> Iterator[list[object]]:
+    """Yields a list that is filled at the end with objects of these kinds that became garbage in reference cycles."""
+    cyclic: list[object] = []
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        yield left
+        yield cyclic
         gc.collect()
-        left += [kept for kept in gc.garbage if isinstance(kept, kinds)]
+        cyclic += [kept for kept in gc.garbage if isinstance(kept, kinds)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

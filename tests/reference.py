@@ -1,4 +1,4 @@
-"""A plain forward pass: no paging, no batching, no cache, no transfer. What the engine must agree with."""
+"""A plain forward pass without paging, batching, cache or transfer. The engine must agree with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reference:
         return F.linear(self.states(ids), head)
 
     def states(self, ids: list[int]) -> Tensor:
-        """Behind the last norm, `[T, hidden]`."""
+        """Returns the hidden states after the last norm, `[T, hidden]`."""
         x = self.w["model.embed_tokens.weight"][torch.tensor(ids)]
         for i in range(self.c["num_hidden_layers"]):
             p = f"model.layers.{i}."
@@ -35,10 +35,10 @@ class Reference:
         return self.norm(x, "model.norm.weight")
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
-        said: list[int] = []
+        generated: list[int] = []
         for _ in range(count):
-            said.append(int(self.logits(ids + said)[-1].argmax()))
-        return said
+            generated.append(int(self.logits(ids + generated)[-1].argmax()))
+        return generated
 
     def attention(self, p: str, x: Tensor) -> Tensor:
         t = len(x)

@@ -35,7 +35,7 @@ def test_timeouts_pass_in_virtual_time() -> None:
         clock.run(main())
 
 
-def test_the_clock_stands_while_a_thread_works() -> None:
+def test_the_virtual_clock_stands_still_while_a_thread_works() -> None:
     async def main() -> float:
         async with asyncio.timeout(0.001):
             await asyncio.to_thread(time.sleep, 0.1)
@@ -44,7 +44,7 @@ def test_the_clock_stands_while_a_thread_works() -> None:
     assert clock.run(main()) == 0
 
 
-def test_waiting_for_what_will_never_come_is_an_error_instead_of_a_hang() -> None:
+def test_waiting_for_an_event_that_cannot_come_raises_deadlock() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
@@ -53,7 +53,7 @@ def test_waiting_for_what_will_never_come_is_an_error_instead_of_a_hang() -> Non
 
 
 async def _answers(engine: dict[str, object], max_tokens: int) -> tuple[list[str], float]:
-    """Answers of several requests at once, and when the last was there."""
+    """Returns the answers to several simultaneous requests, and the time of the last one."""
     async with Cluster(prefill=1, decode=1, executor="simulated", engine=engine, seed=1) as c, c.client() as client:
         ask = {"model": MODEL, "max_tokens": max_tokens, "ignore_eos": True}
         asking = [client.post("/v1/completions", json=ask | {"prompt": [300 + i] * 50 * i}) for i in range(1, 9)]
@@ -61,7 +61,7 @@ async def _answers(engine: dict[str, object], max_tokens: int) -> tuple[list[str
         return [f.json()["choices"][0]["text"] for f in found], asyncio.get_running_loop().time()
 
 
-def test_a_cluster_runs_on_it_and_leaping_changes_neither_tokens_nor_times() -> None:
+def test_leaping_in_virtual_time_changes_neither_tokens_nor_times() -> None:
     plain, plain_time = clock.run(_answers({}, 200))
     leaping, leaping_time = clock.run(_answers({"leap": 64}, 200))
     assert leaping == plain

@@ -1,4 +1,4 @@
-"""The whole of dynserve in one process: what a request meets when things go wrong."""
+"""The whole of dynserve in one process: requests while workers, links and clients fail."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def text_of(response: httpx.Response) -> str:
     return "".join(c["delta"].get("content") or "" for line in lines for c in json.loads(line)["choices"])
 
 
-async def nothing_is_left(c: Cluster) -> None:
-    """Every block free, no hand-off open, nothing charged, and the counters add up."""
+async def assert_all_freed(c: Cluster) -> None:
+    """Asserts that every block is free, no hand-off is open, nothing is charged, and the counters add up."""
     for worker in c.workers:
         await until(lambda w=worker: w.executor.load().free_blocks == w.executor.load().total_blocks)  # type: ignore[misc]
         assert worker.executor.load().open_handoffs == 0
@@ -52,7 +52,7 @@ async def test_the_tiny_model_adds_through_prefill_and_decode() -> None:
         streamed = await client.post("/v1/chat/completions", json=ASK | {"stream": True})
         assert text_of(streamed) == "7" and streamed.text.endswith("data: [DONE]\n\n")
         assert c.workers[1].executor.counters()["kv_transfers_done_total"] == 2
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
 async def test_aggregated_workers_serve_when_there_are_no_pairs() -> None:
@@ -61,18 +61,18 @@ async def test_aggregated_workers_serve_when_there_are_no_pairs() -> None:
             await client.post("/v1/completions", json={"model": MODEL, "prompt": "one, two, three,", "max_tokens": 6})
         ).json()
         assert body["choices"][0]["text"].startswith(" four")
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
 async def test_a_stop_string_at_the_first_token_needs_no_decode_worker() -> None:
     async with Cluster(prefill=1, decode=1) as c, c.client() as client:
         body = (await client.post("/v1/chat/completions", json=ASK | {"stop": "7"})).json()
         assert body["choices"][0]["message"]["content"] == "" and body["choices"][0]["finish_reason"] == "stop"
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert not c.workers[1].counts["accepted"]
 
 
-async def test_the_second_ask_is_routed_to_the_cache_and_says_so() -> None:
+async def test_a_repeated_prompt_is_routed_to_its_cache_and_reports_cached_tokens() -> None:
     async with cluster() as c, c.client() as client:
         ask = {"model": MODEL, "prompt": [300 + i % 50 for i in range(200)], "max_tokens": 4, "ignore_eos": True}
         first = (await client.post("/v1/completions", json=ask)).json()
@@ -83,9 +83,9 @@ async def test_the_second_ask_is_routed_to_the_cache_and_says_so() -> None:
         assert first["choices"] == second["choices"]
 
 
-async def test_a_client_that_leaves_frees_everything() -> None:
+async def test_a_client_that_disconnects_frees_everything() -> None:
     async with cluster(engine={"step_ms": 5, "prefill_us_per_token": 0}) as c:
-        app, left = c.app, asyncio.Event()
+        app, disconnected = c.app, asyncio.Event()
 
         async def receive() -> dict[str, Any]:
             if not sent:
@@ -94,32 +94,32 @@ async def test_a_client_that_leaves_frees_everything() -> None:
                     "type": "http.request",
                     "body": json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode(),
                 }
-            await left.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             bodies.append(message)
             if len(bodies) > 4:
-                left.set()
+                disconnected.set()
 
         sent, bodies = list[int](), list[Any]()
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 1), "root_path": ""}  # fmt: skip
         async with asyncio.timeout(10):
             await app(scope, receive, send)
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert sum(w.counts["cancelled"] for w in c.workers) == 1
 
 
-async def test_requests_cross_the_link_when_the_bus_is_down_or_too_small() -> None:
+async def test_requests_use_the_link_when_the_bus_is_down_or_too_small() -> None:
     async with cluster() as c, c.client() as client:
         c.planes.bus_up = False
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
         c.planes.bus_up, c.planes.bus.max_payload = True, 10
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_prefill_worker_that_dies_before_it_answers_is_replaced_unseen() -> None:
+async def test_a_request_survives_a_prefill_worker_that_dies_before_it_answers() -> None:
     async with cluster(engine={"step_ms": 200}) as c, c.client() as client:
         asking = asyncio.create_task(client.post("/v1/chat/completions", json=ASK | {"max_tokens": 2}))
         await until(lambda: any(p.replies for p in c.frontend.fleet.peers.values()))
@@ -127,10 +127,10 @@ async def test_a_prefill_worker_that_dies_before_it_answers_is_replaced_unseen()
         assert busy.link is not None
         busy.link.abort("power failure")
         assert (await asking).status_code == 200
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_decode_worker_that_dies_mid_stream_ends_it_with_an_error_and_no_done() -> None:
+async def test_a_stream_whose_decode_worker_dies_ends_with_an_error_and_no_done() -> None:
     async with cluster(engine={"step_ms": 20}) as c, c.client() as client:
         asking = asyncio.create_task(
             client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
@@ -145,10 +145,10 @@ async def test_a_decode_worker_that_dies_mid_stream_ends_it_with_an_error_and_no
         busy.link.abort("power failure")
         text = (await asking).text
         assert '"code":"worker_lost"' in text and "[DONE]" not in text
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_worker_whose_link_breaks_leaves_routing_and_comes_back_by_itself() -> None:
+async def test_a_worker_whose_link_breaks_is_not_routed_to_until_it_reconnects() -> None:
     async with cluster() as c, c.client() as client:
         peer = next(p for p in c.frontend.fleet.peers.values() if p.instance and p.instance.role == "decode")
         assert isinstance(peer.link, MemoryLink)
@@ -158,7 +158,7 @@ async def test_a_worker_whose_link_breaks_leaves_routing_and_comes_back_by_itsel
         await until(lambda: peer.usable)  # it dials again
 
 
-async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
+async def test_500_requests_of_which_a_third_is_cancelled_free_everything() -> None:
     async with cluster(engine={"step_ms": 1, "prefill_us_per_token": 5, "num_blocks": 400}) as c, c.client() as client:
         prompts = [[300 + (i * j) % 1500 for j in range(1 + (i * 37) % 300)] for i in range(500)]
         gate = asyncio.Semaphore(48)
@@ -182,12 +182,12 @@ async def test_500_requests_a_third_of_them_cancelled_leave_nothing() -> None:
 
         await asyncio.gather(*(one(i) for i in range(500)))
         assert set(outcomes) <= {"200", "cancelled"} and outcomes.count("cancelled") > 50
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         page = c.frontend.metrics_page().decode()
         assert f'dynserve_requests_in_flight{{model="{MODEL}"}} 0.0' in page
 
 
-async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> None:
+async def test_a_worker_that_reconnects_ends_the_streams_of_its_old_link(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1, engine={"step_ms": 20}) as c, c.client() as client:
         asking = asyncio.create_task(
             client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
@@ -195,10 +195,14 @@ async def test_a_worker_that_dials_again_ends_the_streams_of_its_old_link() -> N
         await until(lambda: bool(c.workers[0].executor.load().running))
         await asyncio.sleep(0.1)
         worker, links = c.workers[0], c.planes.links
+        old = c.frontend.fleet.peers[worker.id].link
+        assert old is not None
         link = await links.dial(links.addresses[0], End())
         link.send(Hello(worker.id, worker.epoch, c.frontend.id))
         async with asyncio.timeout(5):
             assert '"code":"worker_lost"' in (await asking).text
+        await until(lambda: old not in c.frontend.fleet._peer_of)
+        assert "a link without a known worker" not in caplog.text  # the old link was known
 
 
 async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
@@ -215,7 +219,7 @@ async def test_a_frontend_whose_registration_is_lost_keeps_its_links() -> None:
         assert not any(link is None or link.closed for link in links)
 
 
-async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None:
+async def test_a_hello_to_another_frontend_is_refused() -> None:
     async with cluster(prefill=1, decode=1) as c:
         links = c.planes.links
         link = await links.dial(links.addresses[0], End())
@@ -224,7 +228,7 @@ async def test_a_worker_that_looks_for_another_frontend_is_turned_away() -> None
         assert len([i for i in c.frontend.health()["instances"] if i["state"] == "ready"]) == 2
 
 
-async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_numbers(
+async def test_a_worker_of_another_link_version_is_refused_with_both_versions(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c:
@@ -236,7 +240,7 @@ async def test_a_worker_that_speaks_another_version_is_turned_away_with_both_num
         assert f"of-yesterday speaks version {VERSION - 1} of the link, this frontend {VERSION}" in caplog.text
 
 
-async def test_a_worker_leaves_a_frontend_that_speaks_another_version(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_disconnects_from_a_frontend_of_another_link_version(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c:
         (peer,) = c.frontend.fleet.peers.values()
         assert peer.link is not None
@@ -246,15 +250,15 @@ async def test_a_worker_leaves_a_frontend_that_speaks_another_version(caplog: py
         assert f"speaks version {VERSION + 1} of the link, this worker {VERSION}" in caplog.text
 
 
-async def test_answers_of_one_token_leave_nothing_on_the_prefill_worker() -> None:
+async def test_answers_of_one_token_leave_no_state_on_the_prefill_worker() -> None:
     async with cluster(prefill=1, decode=1) as c, c.client() as client:
         for _ in range(5):
             assert (await client.post("/v1/chat/completions", json=ASK | {"max_tokens": 1})).status_code == 200
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert not c.workers[0]._answers and not c.workers[0]._handed_off
 
 
-async def test_a_request_that_comes_again_after_its_end_is_not_run_again() -> None:
+async def test_a_late_duplicate_of_a_finished_request_is_not_run_again() -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         worker = c.workers[0]
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
@@ -264,7 +268,7 @@ async def test_a_request_that_comes_again_after_its_end_is_not_run_again() -> No
         assert worker.counts["accepted"] == 1 and not worker._answers
 
 
-async def test_a_client_that_does_not_read_is_cut_and_frees_everything() -> None:
+async def test_a_client_that_does_not_read_is_disconnected_and_frees_everything() -> None:
     async with cluster(engine={"step_ms": 1, "prefill_us_per_token": 0, "decode_us_per_sequence": 0}) as c:
         c.frontend.pipeline.max_stream_bytes = 4000
         body = json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()
@@ -285,11 +289,11 @@ async def test_a_client_that_does_not_read_is_cut_and_frees_everything() -> None
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 1), "root_path": ""}  # fmt: skip
         async with asyncio.timeout(10):
             await c.app(scope, receive, send)
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert b"dynserve_slow_clients_cut_total 1.0" in c.frontend.metrics_page()
 
 
-async def test_a_models_definition_goes_with_its_last_worker() -> None:
+async def test_a_model_is_removed_with_its_last_worker() -> None:
     async with cluster(prefill=1, decode=1) as c:
         fleet = c.frontend.fleet
         for peer in list(fleet.peers.values()):
@@ -322,7 +326,9 @@ async def test_a_models_definition_goes_with_its_last_worker() -> None:
         ("POST", "/v1/completions", b" " * (33 << 20), 413, "body_too_large"),
     ],
 )
-async def test_every_error_is_openais_object(method: str, path: str, body: bytes, status: int, code: str) -> None:
+async def test_every_error_is_an_openai_error_object(
+    method: str, path: str, body: bytes, status: int, code: str
+) -> None:
     async with cluster(prefill=1, decode=1) as c, c.client() as client:
         response = await client.request(method, path, content=body)
         assert response.status_code == status
@@ -348,7 +354,7 @@ async def test_without_a_decode_worker_the_model_is_not_served() -> None:
         assert (await client.get("/health")).status_code == 503
 
 
-async def test_a_frontend_without_workers_says_that_it_may_be_asked_again() -> None:
+async def test_a_frontend_without_workers_answers_503_with_retry_after() -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         c.frontend.fleet.models.clear()
         answer = await client.post("/v1/chat/completions", json=ASK)

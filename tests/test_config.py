@@ -18,7 +18,7 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
     assert (config.http_port, config.link_port, config.router_mode) == (3, 2, "random")
 
 
-def test_the_guides_environment_is_understood() -> None:
+def test_options_are_read_from_environment_variables() -> None:
     environ = {"DYN_ROUTER_MODE": "kv", "NATS_URL": "nats://n:1", "ETCD_URL": "http://e:2"}
     config = load(FrontendConfig, "p", [], environ)
     assert (config.router_mode, config.nats_url, config.etcd_url) == ("kv", "nats://n:1", "http://e:2")
@@ -35,12 +35,12 @@ def test_the_guides_environment_is_understood() -> None:
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file"),
     ],
 )
-def test_a_wrong_worker_option_is_named_with_the_right_one(argv: list[str], message: str) -> None:
+def test_an_error_names_the_invalid_worker_option(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(WorkerConfig, "p", argv, {})
 
 
-def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_unknown_key_of_a_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text("http_prt: 1\n")
     with pytest.raises(ConfigError, match="unknown key 'http_prt' .did you mean http_port"):
@@ -59,14 +59,14 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--disaggregation-mode" in text and "DYN_ROLE" in text
 
 
-def test_addresses_come_with_and_without_a_scheme() -> None:
+def test_addresses_are_parsed_with_and_without_a_scheme() -> None:
     assert host_port("http://a:1", "x", 9) == host_port("a:1", "x", 9) == ("a", 1)
     assert host_port("nats://a", "x", 9) == ("a", 9)
     with pytest.raises(ConfigError, match="ETCD_URL"):
         host_port("http://a:port", "ETCD_URL", 9)
 
 
-def test_the_router_has_the_same_defaults_from_a_frontend_as_by_itself() -> None:
+def test_a_frontend_configures_the_router_with_the_routers_own_defaults() -> None:
     assert router_options(FrontendConfig()) == RouterOptions()
 
 
@@ -79,6 +79,6 @@ def test_the_router_has_the_same_defaults_from_a_frontend_as_by_itself() -> None
         (["--strict-fields", "false"], False),
     ],
 )
-def test_a_switch_may_stand_alone(argv: list[str], expected: bool) -> None:
+def test_a_boolean_flag_needs_no_value(argv: list[str], expected: bool) -> None:
     config = load(FrontendConfig, "x", [*argv, "--http-port", "1"], {})
     assert config.strict_fields is expected and config.http_port == 1

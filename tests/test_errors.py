@@ -18,7 +18,7 @@ def every_error(root: type[DynserveError] = DynserveError) -> list[type[Dynserve
     ]
 
 
-def test_every_error_survives_the_wire_under_its_own_code() -> None:
+def test_every_error_is_recreated_from_its_own_code() -> None:
     for cls in every_error():
         assert from_wire(cls.code, "why").code == cls.code
         assert str(from_wire(cls.code, "why")) == "why"
@@ -30,7 +30,7 @@ def test_an_unknown_code_becomes_an_internal_error_that_names_it() -> None:
     assert "from_the_future" in str(error)
 
 
-def test_translate_takes_the_first_class_that_matches_and_chains_the_cause() -> None:
+def test_translate_uses_the_first_matching_class_and_chains_the_cause() -> None:
     with (
         pytest.raises(TimedOut, match="asking: late") as caught,
         translate({TimeoutError: TimedOut, OSError: Unavailable}, "asking"),
@@ -44,8 +44,8 @@ def test_translate_lets_other_errors_through() -> None:
         raise KeyError("x")
 
 
-def test_every_error_of_the_package_is_in_the_module_of_errors() -> None:
-    """One that is defined elsewhere may come too late for the table of codes."""
+def test_every_error_class_of_the_package_is_defined_in_errors_py() -> None:
+    """A class that is defined elsewhere may be imported too late for the table of codes."""
     names = {cls.__name__ for cls in every_error()}
     for path in Path(errors.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock()
 
 
-def test_one_cause_is_named_once_a_second_with_the_number_of_the_others(
+def test_a_repeated_cause_is_logged_once_a_second_with_the_number_omitted(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = LimitedLog(logging.getLogger("test"), clock)
@@ -38,7 +38,7 @@ def test_one_cause_is_named_once_a_second_with_the_number_of_the_others(
     assert messages[2:] == ["from '10.0.0.2'"] * 2
 
 
-def test_many_causes_do_not_make_many_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_many_causes_do_not_produce_many_log_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     log = LimitedLog(logging.getLogger("test"), clock)
     for number in range(10_000):
         clock.now += 0.0001
@@ -50,7 +50,7 @@ def test_many_causes_do_not_make_many_lines(clock: Clock, caplog: pytest.LogCapt
     assert caplog.records[-1].getMessage() == "one more (9,980 more like this were left out)"
 
 
-def test_the_first_lines_of_several_causes_are_all_there(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_lines_of_several_causes_are_all_logged(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     log = LimitedLog(logging.getLogger("test"), clock)
     for number in range(5):
         log.warning("kind", f"entry {number}" * 1000, "ignoring %d", number)

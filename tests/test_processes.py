@@ -1,4 +1,4 @@
-"""Real processes on real planes: correctness, conservation, death, and every order of starting."""
+"""Real processes on real planes: correct answers, freed resources, killed processes, and every order of starting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT: Any = [{"role": "user", "content": "What is 3+4?"}]
 
 
 def ask(prompt: list[int], max_tokens: int = 24, **more: Any) -> dict[str, Any]:
-    """Greedy, to the last token, with the ids' own log-probabilities as proof of what was sampled."""
+    """Returns the body of a greedy request for exactly `max_tokens` tokens, special tokens included."""
     return {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "skip_special_tokens": False} | more  # fmt: skip
 
 
@@ -72,7 +72,7 @@ async def test_answers_through_four_workers_are_those_of_hugging_face(disaggrega
     assert found == [golden_text(case) for case in GOLDEN]
 
 
-async def test_shared_prefixes_change_no_answer_and_are_used(disaggregated: Deployment) -> None:
+async def test_shared_prefixes_change_no_answer_and_are_cached(disaggregated: Deployment) -> None:
     prefix = max((case["prompt"] for case in GOLDEN), key=len)[:256]
     bodies = [ask([*prefix, *GOLDEN[i]["prompt"][:40]], 12) for i in range(32)]
     first = await texts(disaggregated.base, bodies, 32)
@@ -81,7 +81,7 @@ async def test_shared_prefixes_change_no_answer_and_are_used(disaggregated: Depl
     assert response["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
 
 
-async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> None:
+async def test_preemption_and_chunked_prefill_change_no_answer(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.frontend("--router-mode", "round-robin")
     tight = {"num_blocks": 20, "max_num_tokens": 64}
@@ -103,7 +103,7 @@ async def test_preemption_and_chunks_forced_change_no_answer(deploy: Any) -> Non
     deployment.stop()
 
 
-async def test_after_500_requests_a_third_cancelled_nothing_is_held(disaggregated: Deployment) -> None:
+async def test_500_requests_of_which_a_third_is_cancelled_free_everything(disaggregated: Deployment) -> None:
     r = random.Random(3)
     gate = asyncio.Semaphore(40)
     async with httpx.AsyncClient(base_url=disaggregated.base, timeout=60, trust_env=False) as client:
@@ -124,7 +124,7 @@ async def test_after_500_requests_a_third_cancelled_nothing_is_held(disaggregate
     assert_all_free(disaggregated)
 
 
-def test_two_frontends_know_of_each_others_placements(deploy: Any) -> None:
+def test_two_frontends_share_their_placements(deploy: Any) -> None:
     deployment, other = deploy(), deploy()
     other.planes = deployment.planes
     deployment.frontend()
@@ -135,8 +135,8 @@ def test_two_frontends_know_of_each_others_placements(deploy: Any) -> None:
     body = {"model": MODEL, "prompt": [300] * 100, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
     def placed() -> dict[str, Any]:
-        (told,) = other.health()["instances"]
-        return told["placed"]  # type: ignore[no-any-return]
+        (instance,) = other.health()["instances"]
+        return instance["placed"]  # type: ignore[no-any-return]
 
     with httpx.stream("POST", f"{deployment.base}/v1/completions", json=body, timeout=30, trust_env=False) as answer:
         lines = answer.iter_lines()  # a generator that is dropped closes the answer
@@ -181,7 +181,7 @@ async def test_the_openai_sdk_chats_and_completes_streamed_and_not(disaggregated
             await client.chat.completions.create(model="nobody", messages=CHAT)
 
 
-def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_on(deploy: Any) -> None:
+def test_a_killed_worker_is_removed_from_health_within_three_seconds(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.frontend()
     workers = [
@@ -198,7 +198,7 @@ def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_
         f"{deployment.base}/v1/chat/completions", json={"model": MODEL, "messages": CHAT}, timeout=10, trust_env=False
     )
     assert answer.status_code == 200
-    # a stopped process says nothing, and does not close its sockets either
+    # a stopped process sends nothing, and does not close its sockets either
     workers[1].kill(signal.SIGSTOP)
     began = time.monotonic()
     while len(deployment.health()["instances"]) == 2:
@@ -209,7 +209,7 @@ def test_a_killed_worker_is_out_of_health_within_three_seconds_and_service_goes_
     deployment.stop()
 
 
-def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(deploy: Any) -> None:
+def test_a_worker_finishes_its_requests_after_sigterm(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.frontend()
     worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})
@@ -235,7 +235,7 @@ ORDERS = [order for forth in ORDERS[:3] for order in (forth, forth[::-1])]
 
 @pytest.mark.parametrize("orders", list(zip(ORDERS[::2], ORDERS[1::2], strict=True)), ids=lambda o: "-".join(o[0]))
 def test_any_two_parts_start_in_either_order(deploy: Any, tmp_path: Path, orders: list[tuple[str, ...]]) -> None:
-    """Two at a time, on as many cores."""
+    """Two clusters start at a time, on as many cores."""
     clusters = []
     for number, order in enumerate(orders):
         folder = tmp_path / str(number)
@@ -266,7 +266,7 @@ def answers_when_started_in_order(order: tuple[str, ...], etcd: Server, nats: Se
         nats.kill()
 
 
-def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
+def test_a_worker_logs_which_server_it_waits_for(deploy: Any, tmp_path: Path) -> None:
     etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
     deployment: Deployment = deploy(etcd.url, nats.url)
     worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"speed": 0})
@@ -289,10 +289,10 @@ def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
         ("worker", ["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
         ("worker", ["--modle-path", "x"], "unknown option --modle-path (did you mean --model-path?)"),
         ("worker", ["--executor", "trtllm"], "--executor trtllm needs TensorRT-LLM, which cannot be imported here"),
-        ("worker", ["--model", "x"], "unknown option --model: here it is --model-path"),
-        ("worker", ["--is-prefill-worker"], "here it is --disaggregation-mode prefill"),
-        ("worker", ["--gpu-memory-utilization", "0.9"], "here it is --free-gpu-memory-fraction"),
-        ("worker", ["--max-model-len=4096"], "here it is --max-seq-len"),
+        ("worker", ["--model", "x"], "unknown option --model: use --model-path instead"),
+        ("worker", ["--is-prefill-worker"], "use --disaggregation-mode prefill instead"),
+        ("worker", ["--gpu-memory-utilization", "0.9"], "use --free-gpu-memory-fraction instead"),
+        ("worker", ["--max-model-len=4096"], "use --max-seq-len instead"),
         ("frontend", ["--router-mode", "magic"], "'magic' is not one of kv, round-robin, random"),
         ("frontend", ["--router-policy", "no_such_module:Class"], "cannot import no_such_module"),
         ("frontend", ["--router-herd-factor", "0.5"], "--router-herd-factor must be 1 or more"),
@@ -300,7 +300,7 @@ def test_what_is_waited_for_is_said(deploy: Any, tmp_path: Path) -> None:
         ("worker", ["--kv-events", "maybe"], "--kv-events"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence_and_exit_code_2(
+def test_an_invalid_flag_is_an_error_without_traceback_and_exit_code_2(
     servers: tuple[str, str], module: str, flags: list[str], message: str
 ) -> None:
     planes = ["--etcd-url", servers[0], "--nats-url", servers[1]]
@@ -311,16 +311,14 @@ def test_a_wrong_flag_is_one_sentence_and_exit_code_2(
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_importing_dynserve_brings_neither_torch_nor_fastapi() -> None:
+def test_importing_dynserve_imports_neither_torch_nor_fastapi() -> None:
     code = "import sys, dynserve; sys.exit(any(m in sys.modules for m in ('torch', 'fastapi', 'tokenizers', 'nats')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
     code = "import sys, dynserve.frontend.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
 
 
-def test_requests_are_answered_while_nats_and_etcd_are_dead_and_newcomers_are_found_afterwards(
-    deploy: Any, tmp_path: Path
-) -> None:
+def test_requests_succeed_without_nats_and_etcd_and_new_workers_join_later(deploy: Any, tmp_path: Path) -> None:
     etcd, nats = Server("etcd", tmp_path), Server("nats", tmp_path)
     etcd.start()
     nats.start()

@@ -17,7 +17,7 @@ BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "replay.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty calls of each kind."""
+    """Traces with forty calls of each kind."""
     made, r = tmp_path_factory.mktemp("traces"), random.Random(2)
     with gzip.open(made / "mooncake_conversation.jsonl.gz", "wt") as file:
         for i in range(40):
@@ -54,7 +54,7 @@ def replay(folder: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_all_kinds_of_traces_are_replayed_and_a_run_can_be_repeated(folder: Path) -> None:
+def test_all_kinds_of_traces_are_replayed_with_reproducible_results(folder: Path) -> None:
     options = ("--load", "0.5", "--seeds", "1", "--policy", "kv", "round-robin", "oracle", "kv:overlap=1,local=64")
     first = replay(folder, *options)
     rows = [line.split() for line in first.split("\n\n")[0].splitlines()[1:]]
@@ -67,7 +67,7 @@ def test_all_kinds_of_traces_are_replayed_and_a_run_can_be_repeated(folder: Path
     assert replay(folder, *options) == first
 
 
-def test_a_policy_of_ones_own_can_be_replayed_and_plotted(folder: Path, tmp_path: Path) -> None:
+def test_a_custom_policy_can_be_replayed_and_plotted(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "ttft.png"
     options = ("--trace", "miniswe", "--speedup", "2", "--seeds", "1", "--plot", str(picture))
@@ -76,6 +76,6 @@ def test_a_policy_of_ones_own_can_be_replayed_and_plotted(folder: Path, tmp_path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_trace_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_missing_trace_is_an_error_that_names_the_download_script(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(BENCHMARK), "--traces", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and "traces.py" in done.stderr

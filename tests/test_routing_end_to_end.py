@@ -15,7 +15,7 @@ from dynserve import Cluster, clock
 from dynserve.config import TINY_MODEL
 from dynserve.routing.policy import IndexState
 from tests.conftest import MODEL, until
-from tests.test_cluster import nothing_is_left
+from tests.test_cluster import assert_all_freed
 
 PROMPT = [300 + i % 50 for i in range(200)]
 
@@ -29,8 +29,8 @@ def ask(prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:
 
 
 async def why(client: httpx.AsyncClient, answer: httpx.Response) -> dict[str, Any]:
-    told: dict[str, Any] = (await client.get(f"/v1/requests/{answer.headers['x-request-id']}/why")).json()
-    return told
+    entry: dict[str, Any] = (await client.get(f"/v1/requests/{answer.headers['x-request-id']}/why")).json()
+    return entry
 
 
 async def indexed(c: Cluster, blocks: int = 1) -> None:
@@ -38,7 +38,7 @@ async def indexed(c: Cluster, blocks: int = 1) -> None:
 
 
 @pytest.mark.parametrize("roles", [{"prefill": 2, "decode": 2}, {"prefill": 0, "decode": 0, "aggregated": 3}])
-async def test_predicted_tokens_are_those_that_the_executor_reports_on_an_idle_cluster(roles: dict[str, int]) -> None:
+async def test_predicted_cached_tokens_equal_the_reported_ones_on_an_idle_cluster(roles: dict[str, int]) -> None:
     async with cluster(**roles) as c, c.client() as client:
         for length in (200, 200, 192, 193, 31, 400, 400, 224):
             answer = await client.post("/v1/completions", json=ask([300 + i % 50 for i in range(length)]))
@@ -50,14 +50,14 @@ async def test_predicted_tokens_are_those_that_the_executor_reports_on_an_idle_c
         assert set(c.frontend.pipeline.predictions.ratios().values()) == {1.0}
 
 
-async def test_the_record_holds_every_candidate_the_winner_and_what_happened() -> None:
+async def test_the_decision_record_contains_candidates_choice_and_measurements() -> None:
     async with cluster(engine={"step_ms": 1}) as c, c.client() as client:
         await client.post("/v1/completions", json=ask())
         await indexed(c)
         answer = await client.post("/v1/completions", json=ask(), headers={"x-request-id": "my-request"})
-        told = await why(client, answer)
-        assert told["request_id"] == "my-request" and told["outcome"] == "finished" and told["prompt_tokens"] == 200
-        prefill, decode = told["placements"]
+        entry = await why(client, answer)
+        assert entry["request_id"] == "my-request" and entry["outcome"] == "finished" and entry["prompt_tokens"] == 200
+        prefill, decode = entry["placements"]
         assert (prefill["phase"], decode["phase"], prefill["why"]) == ("prefill", "decode", "Kv")
         assert len(prefill["candidates"]) == 2
         won = next(x for x in prefill["candidates"] if x["worker"] == prefill["worker"])
@@ -66,17 +66,17 @@ async def test_the_record_holds_every_candidate_the_winner_and_what_happened() -
         assert prefill["runner_up"] == lost["worker"] and prefill["margin"] == lost["cost"] - won["cost"] > 0
         assert {"waiting_prefill_blocks", "decode_blocks", "requests", "index_age_s", "ramp"} <= won.keys()
         assert prefill["reported"]["cached_tokens"] == 192 and prefill["reported"]["prefill_s"] > 0
-        assert decode["reported"]["transfer_s"] >= 0 and 0 < told["ttft_s"] < told["duration_s"]
-        assert "300" not in json.dumps(told["placements"])  # no token of the prompt
+        assert decode["reported"]["transfer_s"] >= 0 and 0 < entry["ttft_s"] < entry["duration_s"]
+        assert "300" not in json.dumps(entry["placements"])  # no token of the prompt
 
 
-async def test_the_record_comes_with_the_answer_when_asked_for() -> None:
+async def test_the_decision_record_comes_with_the_answer_if_requested() -> None:
     async with cluster() as c, c.client() as client:
         explain = {"x-dynserve-explain": "1"}
         unary = await client.post("/v1/completions", json=ask(), headers=explain)
-        told = json.loads(unary.headers["x-dynserve-explain"])
-        assert told["request_id"] == unary.headers["x-request-id"] and len(told["placements"]) == 2
-        assert told["outcome"] == "finished" and told["duration_s"] > 0
+        entry = json.loads(unary.headers["x-dynserve-explain"])
+        assert entry["request_id"] == unary.headers["x-request-id"] and len(entry["placements"]) == 2
+        assert entry["outcome"] == "finished" and entry["duration_s"] > 0
         streamed = await client.post("/v1/completions", json=ask(stream=True), headers=explain)
         *_, done, comment, rest = streamed.text.split("\n\n")
         assert done == "data: [DONE]" and comment.startswith(": explain {") and rest == ""
@@ -85,7 +85,7 @@ async def test_the_record_comes_with_the_answer_when_asked_for() -> None:
         assert ": explain" not in plain.text and "x-dynserve-explain" not in plain.headers
 
 
-async def test_an_unknown_request_has_no_record() -> None:
+async def test_unknown_and_old_requests_have_no_decision_record() -> None:
     async with cluster() as c, c.client() as client:
         answer = await client.get("/v1/requests/nobody/why")
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "request_not_found"
@@ -95,7 +95,7 @@ async def test_an_unknown_request_has_no_record() -> None:
 
 
 @pytest.mark.parametrize("sharing", [True, False])
-def test_two_frontends_that_place_at_once_do_not_overfill_one_worker(sharing: bool) -> None:
+def test_two_frontends_that_place_simultaneously_do_not_overload_one_worker(sharing: bool) -> None:
     """The control run without sharing shows that the test can fail."""
 
     async def rounds_with_two_on_one_worker() -> int:
@@ -126,14 +126,14 @@ def test_two_frontends_that_place_at_once_do_not_overfill_one_worker(sharing: bo
     assert (clock.run(rounds_with_two_on_one_worker()) == 0) is sharing
 
 
-def test_a_frontend_that_fell_silent_has_no_requests_any_more() -> None:
+def test_the_charges_of_a_frontend_that_fell_silent_are_removed() -> None:
     async def main() -> None:
         async with cluster(frontends=2, engine={"step_ms": 5}) as c:
             one, other = c.frontends
             await until(lambda: one.sharing.others == 1)
             charge = other.router.ledger.charge(c.workers[0].id, prefill_tokens=500)
             await until(lambda: one.router.ledger.account(c.workers[0].id).prefill_tokens == 500)
-            other.sharing._others.clear()  # it says nothing any more
+            other.sharing._others.clear()  # it sends nothing any more
             await until(lambda: one.router.ledger.account(c.workers[0].id).prefill_tokens == 0)
             charge.close()
 
@@ -144,8 +144,8 @@ async def test_a_worker_with_another_block_size_is_refused_with_its_cause() -> N
     async with cluster() as c, c.client() as client:
         odd = await c.add_worker("prefill", kv_block_size=16)
         await until(lambda: any(i["id"] == odd.id for i in c.frontend.health()["instances"]))
-        (told,) = [i for i in c.frontend.health()["instances"] if i["id"] == odd.id]
-        assert told["state"] == "refused: its block size is 16, the model's is 32"
+        (entry,) = [i for i in c.frontend.health()["instances"] if i["id"] == odd.id]
+        assert entry["state"] == "refused: its block size is 16, the model's is 32"
         for _ in range(6):
             assert (await client.post("/v1/completions", json=ask())).status_code == 200
         assert not odd.counts["accepted"]
@@ -154,9 +154,7 @@ async def test_a_worker_with_another_block_size_is_refused_with_its_cause() -> N
 @pytest.mark.parametrize(
     ("change", "cause"), [("template", "its chat template renders"), ("tokenizer", "its tokenizer cuts")]
 )
-async def test_a_worker_that_reads_text_otherwise_is_refused_with_its_cause(
-    change: str, cause: str, tmp_path: Path
-) -> None:
+async def test_a_worker_with_another_template_or_tokenizer_is_refused(change: str, cause: str, tmp_path: Path) -> None:
     folder = tmp_path / MODEL
     folder.mkdir()
     for file in TINY_MODEL.iterdir():
@@ -173,11 +171,11 @@ async def test_a_worker_that_reads_text_otherwise_is_refused_with_its_cause(
     async with cluster() as c:
         odd = await c.add_worker("decode", model=folder)
         await until(lambda: any(i["id"] == odd.id for i in c.frontend.health()["instances"]))
-        (told,) = [i for i in c.frontend.health()["instances"] if i["id"] == odd.id]
-        assert told["state"].startswith(f"refused: {cause}")
+        (entry,) = [i for i in c.frontend.health()["instances"] if i["id"] == odd.id]
+        assert entry["state"].startswith(f"refused: {cause}")
 
 
-async def test_a_worker_without_events_is_routed_to_by_what_it_was_sent() -> None:
+async def test_a_worker_without_events_is_routed_to_by_the_prompts_sent_to_it() -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         quiet = await c.add_worker("aggregated", kv_events=False)
         await until(lambda: sum(p.usable for p in c.frontend.fleet.peers.values()) == 2)
@@ -190,32 +188,32 @@ async def test_a_worker_without_events_is_routed_to_by_what_it_was_sent() -> Non
         c.frontend.fleet.peers[c.workers[0].id].problem = "taken out by the test"
         c.frontend.fleet._pools.clear()
         for expected in (0, 192):
-            told = await why(client, await client.post("/v1/completions", json=ask()))
-            assert told["placements"][0]["predicted_cached_tokens"] == expected
-            assert told["placements"][0]["reported"]["cached_tokens"] == expected
-            assert told["placements"][0]["candidates"][0]["index"] == "approx"
+            entry = await why(client, await client.post("/v1/completions", json=ask()))
+            assert entry["placements"][0]["predicted_cached_tokens"] == expected
+            assert entry["placements"][0]["reported"]["cached_tokens"] == expected
+            assert entry["placements"][0]["candidates"][0]["index"] == "approx"
 
 
-async def test_a_cache_that_is_not_as_told_is_a_named_warning(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_cache_that_contradicts_its_events_causes_a_drift_warning(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         worker = c.workers[0]
         long = [300 + i % 50 for i in range(2000)]
         await client.post("/v1/completions", json=ask(long))
         await indexed(c, 62)
         worker.executor._scheduler.blocks.clear()  # type: ignore[attr-defined]
-        worker.executor._scheduler.blocks.drain_events()  # type: ignore[attr-defined]  # and nobody hears of it
+        worker.executor._scheduler.blocks.drain_events()  # type: ignore[attr-defined]  # and no event is published
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 await client.post("/v1/completions", json=ask([*long[:1990], *range(400, 410)]))
                 worker.executor._scheduler.blocks.clear()  # type: ignore[attr-defined]
                 worker.executor._scheduler.blocks.drain_events()  # type: ignore[attr-defined]
         assert "CACHE_PREDICTION_DRIFT" in caplog.text and worker.id in caplog.text
-        (told,) = c.frontend.health()["instances"]
-        assert told["warnings"] == ["CACHE_PREDICTION_DRIFT"]
+        (entry,) = c.frontend.health()["instances"]
+        assert entry["warnings"] == ["CACHE_PREDICTION_DRIFT"]
         assert f'predicted_ratio{{worker="{worker.id}"}} ' in c.frontend.metrics_page().decode()
 
 
-def test_busy_workers_queue_requests_and_a_full_queue_says_when_to_come_back() -> None:
+def test_busy_workers_queue_requests_and_a_full_queue_sends_retry_after() -> None:
     async def main() -> None:
         options = {"busy_prefill_tokens": 300, "max_queued": 3, "max_queued_s": 20.0}
         engine = {"step_ms": 5, "prefill_us_per_token": 2000}
@@ -238,12 +236,12 @@ def test_busy_workers_queue_requests_and_a_full_queue_says_when_to_come_back() -
             assert sum(q > 0.5 for q in queued) == 3
             assert (await why(client, answers[4]))["queued_s"] == min(q for q in queued if q > 0)
             assert b"dynserve_queue_seconds_count" in c.frontend.metrics_page()
-            await nothing_is_left(c)
+            await assert_all_freed(c)
 
     clock.run(main())
 
 
-async def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
+async def test_a_client_that_disconnects_is_removed_from_the_queue() -> None:
     async with cluster(options={"busy_prefill_tokens": 1}, engine={"step_ms": 20}) as c, c.client() as client:
         charges = [c.frontend.router.ledger.charge(w.id, prefill_tokens=100) for w in c.workers]
         asking = asyncio.create_task(client.post("/v1/completions", json=ask()))
@@ -253,7 +251,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
         for charge in charges:
             charge.close()
         assert (await client.post("/v1/completions", json=ask())).status_code == 200
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
 async def test_short_remainders_are_prefilled_on_the_decode_worker() -> None:
@@ -266,10 +264,10 @@ async def test_short_remainders_are_prefilled_on_the_decode_worker() -> None:
         assert placement["why"] == "local prefill" and placement["worker"].startswith("decode-")
         assert placement["reported"]["cached_tokens"] >= 192
         assert b"dynserve_local_prefills_total 1.0" in c.frontend.metrics_page()
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_session_stays_and_an_instance_can_be_named() -> None:
+async def test_a_session_stays_on_its_worker_and_an_instance_can_be_named() -> None:
     async with cluster(prefill=0, decode=0, aggregated=4, router_mode="random") as c, c.client() as client:
         answers = [
             await client.post("/v1/completions", json=ask(), headers={"x-dynserve-session": "s"}) for _ in range(6)
@@ -283,17 +281,17 @@ async def test_a_session_stays_and_an_instance_can_be_named() -> None:
             assert placed == [named.id, c.workers[3].id]
         missing = await client.post("/v1/completions", json=ask())
         assert missing.status_code == 400 and "x-dynserve-instance" in missing.json()["error"]["message"]
-        nobody = await client.post("/v1/completions", json=ask(), headers={"x-dynserve-instance": "prefill-0"})
-        assert nobody.status_code == 503
-        await nothing_is_left(c)
+        unknown = await client.post("/v1/completions", json=ask(), headers={"x-dynserve-instance": "prefill-0"})
+        assert unknown.status_code == 503
+        await assert_all_freed(c)
 
 
 @pytest.mark.parametrize("mode", ["kv", "round-robin", "random", "least-loaded", "power-of-two"])
-async def test_every_mode_serves(mode: Any) -> None:
+async def test_every_router_mode_serves_requests(mode: Any) -> None:
     async with cluster(router_mode=mode) as c, c.client() as client:
         answers = await asyncio.gather(*(client.post("/v1/completions", json=ask()) for _ in range(20)))
         assert {a.status_code for a in answers} == {200}
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +301,13 @@ async def test_every_mode_serves(mode: Any) -> None:
         ({"x-dynserve-session": "s" * 300}, "x-dynserve-session"),
     ],
 )
-async def test_a_wrong_header_is_named(headers: dict[str, str], says: str) -> None:
+async def test_an_error_names_the_invalid_header(headers: dict[str, str], says: str) -> None:
     async with cluster(prefill=1, decode=1) as c, c.client() as client:
         answer = await client.post("/v1/completions", json=ask(), headers=headers)
         assert answer.status_code == 400 and says in answer.json()["error"]["message"]
 
 
-async def test_a_local_prefill_that_fails_goes_through_prefill_and_decode() -> None:
+async def test_a_failed_local_prefill_is_retried_with_prefill_and_decode() -> None:
     options = {"local_prefill_tokens": 64, "local_prefill_toll": 0}
     async with cluster(options=options, decode=2, engine={"step_ms": 50}) as c, c.client() as client:
         await client.post("/v1/completions", json=ask())
@@ -324,10 +322,10 @@ async def test_a_local_prefill_that_fails_goes_through_prefill_and_decode() -> N
         placements = (await why(client, answer))["placements"]
         assert [p["phase"] for p in placements] == ["aggregated", "prefill", "decode"]
         assert placements[0]["failure"] == "worker_lost"
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_request_id_with_a_slash_is_found() -> None:
+async def test_the_record_of_a_request_id_with_a_slash_is_found() -> None:
     async with cluster() as c, c.client() as client:
         answer = await client.post("/v1/completions", json=ask(), headers={"x-request-id": "team/42"})
         assert (await why(client, answer))["request_id"] == "team/42"

@@ -10,14 +10,14 @@ from dynserve.errors import Unavailable
 from dynserve.streams import Channel
 
 
-async def test_a_channel_gives_a_burst_in_one_take() -> None:
+async def test_a_channel_returns_a_burst_in_one_receive() -> None:
     channel: Channel[int] = Channel(10)
     for i in range(3):
         assert channel.put(i)
     assert await channel.receive() == [0, 1, 2]
 
 
-async def test_a_full_channel_refuses_and_keeps_what_it_has() -> None:
+async def test_a_full_channel_refuses_new_items_and_keeps_the_others() -> None:
     channel: Channel[str] = Channel(10)
     assert channel.put("a", 8)
     assert not channel.put("b", 3)
@@ -26,7 +26,7 @@ async def test_a_full_channel_refuses_and_keeps_what_it_has() -> None:
     assert channel.put("b", 3)
 
 
-async def test_a_closed_channel_gives_what_waits_and_then_its_error() -> None:
+async def test_a_closed_channel_returns_its_items_and_then_raises_its_error() -> None:
     channel: Channel[int] = Channel(10)
     channel.put(1)
     channel.close(Unavailable("cut"))

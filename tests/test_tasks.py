@@ -10,7 +10,7 @@ from dynserve.errors import ClusterError, Unavailable
 from dynserve.tasks import Limit, persist, running, task_group, within
 
 
-async def test_a_block_ends_when_its_limit_is_told_to() -> None:
+async def test_a_block_ends_when_its_limit_is_expired() -> None:
     loop = asyncio.get_running_loop()
 
     async def work() -> None:
@@ -21,7 +21,7 @@ async def test_a_block_ends_when_its_limit_is_told_to() -> None:
 
     with pytest.raises(TimeoutError):
         await work()
-    await asyncio.sleep(0)  # nothing of it is left
+    await asyncio.sleep(0)  # no second cancellation follows
 
 
 async def test_a_block_ends_at_its_deadline() -> None:
@@ -30,14 +30,14 @@ async def test_a_block_ends_at_its_deadline() -> None:
             await asyncio.sleep(60)
 
 
-async def test_a_limit_that_is_told_too_late_changes_nothing() -> None:
+async def test_a_limit_that_is_expired_after_its_block_has_no_effect() -> None:
     with Limit(asyncio.get_running_loop().time() + 0.01) as limit:
         pass
     limit.expire()
     await asyncio.sleep(0.02)
 
 
-async def test_an_error_of_the_block_is_its_own() -> None:
+async def test_an_error_of_the_block_is_raised_unchanged() -> None:
     async def work() -> None:
         with Limit(asyncio.get_running_loop().time() + 60):
             await asyncio.sleep(0)
@@ -48,7 +48,7 @@ async def test_an_error_of_the_block_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("both", [True, False])
-async def test_a_task_that_is_cancelled_stays_so(both: bool) -> None:
+async def test_a_cancelled_task_raises_cancelled_even_if_its_limit_expired(both: bool) -> None:
     limits: list[Limit] = []
 
     async def work() -> None:
@@ -65,7 +65,7 @@ async def test_a_task_that_is_cancelled_stays_so(both: bool) -> None:
         await task
 
 
-async def test_one_within_another_ends_only_its_own_block() -> None:
+async def test_a_limit_within_another_ends_only_its_own_block() -> None:
     loop = asyncio.get_running_loop()
     with Limit():
         with pytest.raises(TimeoutError):
@@ -74,7 +74,7 @@ async def test_one_within_another_ends_only_its_own_block() -> None:
         await asyncio.sleep(0)
 
 
-async def test_leaving_a_task_group_ends_its_loops() -> None:
+async def test_a_task_group_cancels_its_tasks_at_exit() -> None:
     ended = asyncio.Event()
 
     async def loop() -> None:
@@ -89,7 +89,7 @@ async def test_leaving_a_task_group_ends_its_loops() -> None:
     assert ended.is_set()
 
 
-async def test_a_loop_that_fails_ends_its_owner_with_its_own_error() -> None:
+async def test_a_background_task_that_fails_ends_its_owner_with_its_error() -> None:
     async def fail() -> None:
         raise Unavailable("gone")
 
@@ -98,7 +98,7 @@ async def test_a_loop_that_fails_ends_its_owner_with_its_own_error() -> None:
             await asyncio.Event().wait()
 
 
-async def test_persist_tries_until_it_works() -> None:
+async def test_persist_retries_until_it_succeeds() -> None:
     tries = []
 
     async def attempt() -> str:
@@ -110,7 +110,7 @@ async def test_persist_tries_until_it_works() -> None:
     assert await persist(attempt, retry_on=ClusterError, waiting_for="it") == "there"
 
 
-async def test_clean_up_that_hangs_is_given_up_and_clean_up_that_fails_is_swallowed() -> None:
+async def test_clean_up_has_a_timeout_and_its_errors_are_suppressed() -> None:
     async def fail() -> None:
         raise OSError("no")
 

@@ -1,5 +1,5 @@
-"""TensorRT-LLM workers as real processes: the guide's own files, the double's engines in processes of their own, which are
-killed and stopped for real. One cluster for all of it; what breaks something comes last."""
+"""TensorRT-LLM workers as real processes, with the deployment guide's option files and the double's engines in processes of
+their own, which are killed and stopped. All tests share one cluster; tests that break something come last."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ import pytest
 from tests.conftest import DOUBLES, Deployment, Process
 from tests.test_processes import GOLDEN, ask, assert_all_free, golden_text, texts, wait_until
 
-GUIDE = Path(__file__).parent / "executors" / "trtllm" / "guide"
+GUIDE = Path(__file__).parent / "executors" / "trtllm" / "old_options"
 STALL = 2.0  # seconds
 BLOCKS = 200
 
 
 class Cluster:
-    """2 + 2, and who is who."""
+    """Two prefill and two decode workers, with their processes."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment, self.base = deployment, deployment.base
@@ -48,7 +48,7 @@ class Cluster:
         found: list[str] = [i["address"] for i in self.deployment.health()["instances"] if i["pid"] == process.pid]
         return found[0]
 
-    def told(self, process: Process) -> dict[str, Any]:
+    def health(self, process: Process) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"{self.address(process)}/health", timeout=5, trust_env=False).json()
         return found
 
@@ -73,18 +73,18 @@ def cluster(deploy: Any) -> Iterator[Cluster]:
     made.deployment.stop()
 
 
-async def test_answers_through_the_guides_files_are_those_of_hugging_face(cluster: Cluster) -> None:
+async def test_answers_with_the_guides_option_files_are_those_of_hugging_face(cluster: Cluster) -> None:
     found = await texts(cluster.base, [ask(case["prompt"]) for case in GOLDEN], 32)
     assert found == [golden_text(case) for case in GOLDEN]
     assert_all_free(cluster.deployment)
     assert sum(cluster.metric(w, "dynserve_worker_handoffs_delivered_total") for w in cluster.prefill) > 0
     assert sum(cluster.metric(w, "dynserve_worker_kv_transfers_failed_total") for w in cluster.decode) == 0
-    assert cluster.told(cluster.decode[0])["executor"]["tensorrt_llm"] == "1.3.0rc29"
+    assert cluster.health(cluster.decode[0])["executor"]["tensorrt_llm"] == "1.3.0rc29"
 
 
-def test_the_old_spellings_were_named_once(cluster: Cluster) -> None:
+def test_old_spellings_of_options_are_logged_once(cluster: Cluster) -> None:
     for worker in cluster.prefill:
-        assert worker.output().count("spellings that TensorRT-LLM no longer knows") == 1
+        assert worker.output().count("spellings that TensorRT-LLM no longer accepts") == 1
 
 
 async def test_requests_go_where_their_prefix_is_cached(cluster: Cluster) -> None:
@@ -99,8 +99,8 @@ async def test_requests_go_where_their_prefix_is_cached(cluster: Cluster) -> Non
     assert {c["index"] for c in placement["candidates"]} == {"exact"}
 
 
-async def test_clients_who_leave_leave_nothing_behind(cluster: Cluster) -> None:
-    """Ten times as many blocks as there are would be held if they did."""
+async def test_clients_that_disconnect_free_all_blocks(cluster: Cluster) -> None:
+    """Otherwise they would hold ten times as many blocks as there are."""
     async with httpx.AsyncClient(base_url=cluster.base, timeout=60, trust_env=False) as client:
 
         async def leave(i: int) -> None:
@@ -113,22 +113,22 @@ async def test_clients_who_leave_leave_nothing_behind(cluster: Cluster) -> None:
         for start in range(0, 200, 20):
             await asyncio.gather(*(leave(i) for i in range(start, start + 20)))
     assert_all_free(cluster.deployment)
-    bodies = [ask([700 + i] * 1500, 8) for i in range(8)]  # each takes a fourth of a worker's blocks
+    bodies = [ask([700 + i] * 1500, 8) for i in range(8)]  # each needs a fourth of a worker's blocks
     assert all(await texts(cluster.base, bodies, 8))
 
 
-async def test_lost_kv_events_are_noticed_and_routing_goes_on(cluster: Cluster) -> None:
+async def test_lost_kv_events_are_detected_and_routing_continues(cluster: Cluster) -> None:
     lossy = cluster.decode[1]
     bodies = [ask([900 + i] * 64, 60) for i in range(40)]
     await texts(cluster.base, bodies, 40)
     assert cluster.metric(lossy, "dynserve_worker_kv_event_gaps_total") > 0
     states = {instance["index"] for instance in cluster.deployment.health()["instances"]}
-    assert states == {"exact"}, "what it does not know is not told as if it were there"
+    assert states == {"exact"}, "blocks that it does not know are not reported as cached"
 
 
 @pytest.fixture
 def stream() -> Iterator[Any]:
-    """A streamed answer, read in a thread; gives its lines when it has ended."""
+    """Returns a function that reads a streamed answer in a thread; its future has the lines."""
     with ThreadPoolExecutor(8) as pool:
 
         def start(base: str, body: dict[str, Any]) -> Any:
@@ -148,7 +148,7 @@ def stream() -> Iterator[Any]:
         yield start
 
 
-def test_a_prefill_engine_that_is_killed_costs_no_request_and_ends_its_worker(cluster: Cluster, stream: Any) -> None:
+def test_a_killed_prefill_engine_fails_no_request_and_ends_its_worker(cluster: Cluster, stream: Any) -> None:
     victim = cluster.prefill[0]
     running = [stream(cluster.base, ask([1100 + i] * 200, 30, stream=True)) for i in range(8)]
     engine_of(victim).kill()
@@ -160,13 +160,11 @@ def test_a_prefill_engine_that_is_killed_costs_no_request_and_ends_its_worker(cl
     wait_until(lambda: len(cluster.deployment.health()["instances"]) == 3)
 
 
-def test_a_decode_engine_that_is_killed_mid_stream_ends_its_streams_with_an_error(
-    cluster: Cluster, stream: Any
-) -> None:
+def test_a_killed_decode_engine_ends_its_streams_with_an_error(cluster: Cluster, stream: Any) -> None:
     running = [stream(cluster.base, ask([1200 + i] * 20, 1000, stream=True)) for i in range(6)]
     wait_until(lambda: all(len(lines) > 20 for _, lines in running))
     victim, other = cluster.decode
-    shares = [cluster.told(worker)["load"]["running"] for worker in (victim, other)]
+    shares = [cluster.health(worker)["load"]["running"] for worker in (victim, other)]
     assert min(shares) > 0 and sum(shares) == 6, "both have some of them"
     engine_of(victim).kill()
     assert victim.wait() == 3
@@ -179,19 +177,19 @@ def test_a_decode_engine_that_is_killed_mid_stream_ends_its_streams_with_an_erro
     assert answer.status_code == 200
 
 
-def test_a_hand_off_whose_frontend_died_is_given_up(cluster: Cluster, stream: Any) -> None:
+def test_a_hand_off_whose_frontend_died_is_cancelled(cluster: Cluster, stream: Any) -> None:
     prefill, decode = cluster.prefill[1], cluster.decode[1]
     address = cluster.address(prefill)
     decode.kill(signal.SIGSTOP)
     try:
         future, _ = stream(cluster.base, ask([1300] * 200, 30, stream=True))
 
-        said = partial(metric, address)
-        wait_until(lambda: said("dynserve_worker_open_handoffs") == 1)
-        before = said("dynserve_worker_handoffs_cancelled_total")
+        value = partial(metric, address)
+        wait_until(lambda: value("dynserve_worker_open_handoffs") == 1)
+        before = value("dynserve_worker_handoffs_cancelled_total")
         cluster.frontend.kill()
-        wait_until(lambda: said("dynserve_worker_open_handoffs") == 0)
-        assert said("dynserve_worker_handoffs_cancelled_total") == before + 1
+        wait_until(lambda: value("dynserve_worker_open_handoffs") == 0)
+        assert value("dynserve_worker_handoffs_cancelled_total") == before + 1
         future.result(timeout=60)
     finally:
         decode.kill(signal.SIGCONT)
@@ -209,7 +207,7 @@ def test_an_engine_that_stops_answering_ends_its_worker(cluster: Cluster) -> Non
             engine.kill()
 
 
-def test_a_dead_engine_of_1_2_is_found_out_by_its_silence(deploy: Any) -> None:
+def test_a_dead_engine_of_version_1_2_is_detected_by_its_silence(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.env = {"PYTHONPATH": str(DOUBLES), "TRTLLM_DOUBLE_VERSION": "1.2.1"}
     worker = deployment.worker("prefill_and_decode", "--executor", "trtllm", "--engine-stall-s", "0.7")
@@ -219,7 +217,7 @@ def test_a_dead_engine_of_1_2_is_found_out_by_its_silence(deploy: Any) -> None:
     assert "the engine is dead: it has blocked the event loop" in worker.output()
 
 
-def test_a_worker_that_is_asked_to_stop_shuts_its_engine_down(deploy: Any) -> None:
+def test_a_worker_shuts_its_engine_down_after_sigterm(deploy: Any) -> None:
     deployment: Deployment = deploy()
     deployment.env = {"PYTHONPATH": str(DOUBLES)}
     worker = deployment.worker("prefill_and_decode", "--executor", "trtllm")
@@ -247,7 +245,7 @@ def test_a_worker_that_is_asked_to_stop_shuts_its_engine_down(deploy: Any) -> No
         ),
     ],
 )
-def test_what_cannot_work_is_one_sentence_and_exit_code_2_before_a_model_is_loaded(
+def test_invalid_options_are_an_error_and_exit_code_2_without_traceback(
     servers: tuple[str, str], flags: list[str], env: dict[str, str], message: str
 ) -> None:
     command = [sys.executable, "-m", "dynserve.worker", "--executor", "trtllm", *flags]
@@ -259,8 +257,8 @@ def test_what_cannot_work_is_one_sentence_and_exit_code_2_before_a_model_is_load
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_the_check_the_engine_would_have_crashed(servers: tuple[str, str]) -> None:
-    """What the message above spares: the double dies there as the real library does."""
+def test_the_double_crashes_without_nixl_plugins_as_the_real_engine_does(servers: tuple[str, str]) -> None:
+    """The check in the test above prevents this crash."""
     code = (
         "import tensorrt_llm; tensorrt_llm.LLM('dynserve/local/tiny_model', skip_tokenizer_init=True,"
         " cache_transceiver_config={'backend': 'NIXL'})"

@@ -1,1 +1,1 @@
-"""The APIs' requests, one module per API: parsed and checked, then brought into one normal form (`normalize`)."""
+"""The requests of the APIs, one module per API: parsed and checked, then converted to one normal form (`normalize`)."""

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: messages, tools and formats of answers, checked."""
+"""The request of `/v1/chat/completions`: messages, tools, response formats and their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynserve.text.preprocess import Conversation
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 MAX_TOOLS = 512
 MAX_ARGUMENT_VALUES = 32_000  # in the arguments of all calls of a conversation
-OVERHEAD = 50  # characters: what a message or a call costs beside its text
+OVERHEAD = 50  # characters that a message or a call adds to its text
 
 
 class ContentPart(BaseModel):
@@ -36,20 +36,20 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Templates want arguments as objects; OpenAI sends them as JSON text."""
+        """The call with its arguments as an object, which templates expect; OpenAI's API has them as JSON text."""
         arguments: Any = self.function.arguments
         if isinstance(arguments, str):
             try:
                 parsed = json.loads(arguments or "{}")
                 arguments = parsed if isinstance(parsed, dict) else arguments
             except (ValueError, RecursionError):
-                pass  # what a model once wrote: shown as it was
+                pass  # invalid JSON that a model wrote: passed on unchanged
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id} | call
 
 
 class Message(BaseModel):
-    """A turn of the conversation. Fields that a template may want beyond these are passed on to it."""
+    """A turn of the conversation. Further fields are passed on to the template, which may use them."""
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -69,7 +69,7 @@ class Message(BaseModel):
         fields["content"] = self.text()
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if fields["role"] == "developer":  # OpenAI's newer name; templates know the older one
+        if fields["role"] == "developer":  # OpenAI's newer name; templates expect the older one
             fields["role"] = "system"
         return fields
 
@@ -122,7 +122,7 @@ class AllowedSet(BaseModel):
 
 
 class AllowedTools(BaseModel):
-    """Some of the tools, for this answer."""
+    """A subset of the tools, for this answer only."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedSet
@@ -146,7 +146,7 @@ class ChatRequest(AnswerFields):
     refused: ClassVar[Mapping[str, str]] = {
         "functions": "use tools",
         "function_call": "use tool_choice",
-        "audio": "this server makes text only",
+        "audio": "this server only generates text",
         "web_search_options": "give a search function in tools",
     }
 
@@ -162,7 +162,7 @@ class ChatRequest(AnswerFields):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
     modalities: Many[Literal["text"]] | None = None
-    # accepted, without a meaning here
+    # accepted and ignored
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
 
@@ -184,7 +184,7 @@ class ChatRequest(AnswerFields):
         if form is not None and form.type == "json_schema" and schema is None:
             raise BadRequest("response_format of type json_schema needs json_schema.schema", param="response_format")
         if self.must_call and (given := self.grammar_fields()):
-            raise BadRequest(f"{given[0]} cannot hold for an answer that must be a tool call", param=given[0])
+            raise BadRequest(f"{given[0]} cannot be combined with a tool_choice that requires a call", param=given[0])
 
     def grammar_fields(self) -> list[str]:
         formed = self.response_format is not None and self.response_format.type != "text"
@@ -193,7 +193,7 @@ class ChatRequest(AnswerFields):
     def conversation(self) -> Conversation:
         variables: dict[str, Any] = {}
         if self.reasoning_effort is not None:
-            # what Qwen's templates understand, and what OpenAI's do
+            # the variables of OpenAI's and of Qwen's templates
             variables = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
         return Conversation(
             [message.for_template() for message in self.messages],
@@ -203,7 +203,7 @@ class ChatRequest(AnswerFields):
         )
 
     def callable_tools(self) -> list[Tool]:
-        """A model is not told of tools that it must not call."""
+        """The tools that the model may call; no others are rendered into the prompt."""
         choice, tools = self.tool_choice, list(self.tools or ())
         if isinstance(choice, AllowedTools):
             names = {tool.function.name for tool in choice.allowed_tools.tools}
@@ -212,7 +212,7 @@ class ChatRequest(AnswerFields):
 
     @property
     def must_call(self) -> bool:
-        """The answer is a tool call, or several."""
+        """Whether the answer has to consist of tool calls."""
         choice = self.tool_choice
         if isinstance(choice, AllowedTools):
             return choice.allowed_tools.mode == "required"
@@ -225,7 +225,7 @@ class ChatRequest(AnswerFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def size(self) -> int:
-        """Characters of the prompt, roughly: what decides whether it is worth a thread."""
+        """The approximate number of characters of the prompt, which decides whether it is tokenised in a thread."""
         size = sum(_size(message) for message in self.messages) + len(str(self.chat_template_kwargs or ""))
         for tool in self.tools or ():
             size += 200 + len(tool.function.description or "") + len(str(tool.function.parameters))
@@ -235,7 +235,7 @@ class ChatRequest(AnswerFields):
         names: set[str] = set()
         for tool in self.tools or ():
             if tool.function.name in names:
-                raise BadRequest(f"tools: {tool.function.name} is there twice", param="tools")
+                raise BadRequest(f"tools: {tool.function.name} is listed twice", param="tools")
             names.add(tool.function.name)
         chosen: list[NamedTool] = [self.tool_choice] if isinstance(self.tool_choice, NamedTool) else []
         if isinstance(self.tool_choice, AllowedTools):

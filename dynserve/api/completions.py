@@ -1,4 +1,4 @@
-"""`/v1/completions` and `/v1/embeddings`: prompts as text or token ids, one or many."""
+"""The requests of `/v1/completions` and `/v1/embeddings`: one or many prompts, as text or token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynserve.text.preprocess import Preprocessor
 from dynserve.wire.requests import pack_tokens
 
 MAX_PROMPTS = 2048  # in one request
-DEFAULT_TOKENS = 16  # OpenAI's own for this API
+DEFAULT_TOKENS = 16  # OpenAI's default for this API
 Prompts = str | Many[int] | Many[str] | Many[Many[int]]
 
 
@@ -31,12 +31,12 @@ class CompletionRequest(AnswerFields):
     def check(self) -> None:
         super().check()
         if self.max_tokens == 0 and not self.echo:
-            raise BadRequest("max_tokens: 0 needs echo: true, or there is no answer", param="max_tokens")
+            raise BadRequest("max_tokens: 0 needs echo: true, because the answer would be empty", param="max_tokens")
         if self.best_of is not None:
             if self.best_of < (self.n or 1):
                 raise BadRequest(f"best_of must be at least n, which is {self.n or 1}", param="best_of")
             if self.stream and self.best_of > (self.n or 1):
-                raise BadRequest("best_of cannot be streamed: the best is known at the end", param="best_of")
+                raise BadRequest("best_of cannot be streamed: the best is known only at the end", param="best_of")
         check_prompts(self.prompt, "prompt", (self.best_of or self.n or 1))
 
     def size(self) -> int:
@@ -49,7 +49,7 @@ class EmbeddingRequest(Request):
     dimensions: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     user: str | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
-    # fields that only requests for text have
+    # fields of generation requests, which an embedding request does not have
     cache_salt: ClassVar[str | None] = None
     prompt_cache_key: ClassVar[str | None] = None
 
@@ -80,18 +80,18 @@ def listed(prompts: Prompts) -> Sequence[str | list[int]]:
 
 
 def prompts_size(prompts: Prompts) -> int:
-    """Characters, roughly; token ids need no tokenising, but each prompt costs something."""
+    """The approximate number of characters to tokenise, with a constant per prompt. Token ids count as an eighth each."""
     return sum(50 + (len(prompt) if isinstance(prompt, str) else len(prompt) // 8) for prompt in listed(prompts))
 
 
 def packed_prompts(
     prompts: Prompts, field: str, preprocessor: Preprocessor, max_seq_len: int, owner: str = ""
 ) -> list[bytes]:
-    """Token ids of each prompt, as u32 little-endian. `owner`: see `Segments.encode`.
+    """Returns the token ids of each prompt, as little-endian u32. `owner`: see `Segments.encode`.
 
     Raises:
-        BadRequest: one has no tokens, or ids that the model does not have.
-        ContextTooLong: one has far more tokens than the context.
+        BadRequest: a prompt has no tokens, or ids that the model does not have.
+        ContextTooLong: a prompt has over twice the tokens of the context.
     """
     out = []
     several = len(listed(prompts)) > 1

@@ -1,4 +1,4 @@
-"""What requests of all APIs are made of: shared fields, their bounds, and one sentence for what is wrong with them."""
+"""The fields that requests of several APIs share, their bounds, and the error messages for invalid requests."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 M = TypeVar("M", bound="Request")
 T = TypeVar("T")
-# of which the first wrong item is enough: a list of a million would make a million errors
+# a list whose validation stops at the first invalid item: a list of a million could raise a million errors
 Many = Annotated[list[T], Field(fail_fast=True)]
 MAX_BIASES = 1024
 
 
 def _few(biases: Any) -> Any:
-    """Checked before the entries are, each of which could be wrong."""
+    """Checks the number of entries before each entry is validated."""
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise ValueError(f"{len(biases)} entries, at most {MAX_BIASES} are possible")
     return biases
 
 
 class Request(BaseModel):
-    """The body of a POST. Unknown fields are kept apart: clients of other servers send many."""
+    """The body of a POST. Unknown fields are stored separately: clients written for other servers send many."""
 
     model_config = ConfigDict(extra="allow")
-    # names that are somebody else's, or were OpenAI's once -> what to do instead
+    # field of another server, or a former one of OpenAI -> the alternative to it
     refused: ClassVar[Mapping[str, str]] = {}
 
     model: str
@@ -50,20 +50,20 @@ class Request(BaseModel):
         return sorted(self.model_extra or {})
 
     def check(self) -> None:
-        """Raises BadRequest for what no single field can tell."""
+        """Checks the fields together. Raises BadRequest for an unsupported field or a contradiction between fields."""
         for name, advice in self.refused.items():
             if (self.model_extra or {}).get(name) not in (None, [], {}, False, ""):
                 raise BadRequest(f"{name} is not supported; {advice}", param=name)
 
     def refuse_unknown(self) -> None:
-        """For servers that do not ignore what they do not know."""
+        """Raises BadRequest for an unknown field. Called where the server is configured to refuse such fields."""
         if self.unknown:
             name = self.unknown[0]
             raise BadRequest(f"unknown field {name[:100]}{nearest(name[:100], type(self).model_fields)}", param=name)
 
 
 class SamplingFields(Request):
-    """How tokens are chosen and when the answer ends; fields of other servers beside OpenAI's."""
+    """The fields for sampling and for the end of the answer: OpenAI's, and those of other servers."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -83,21 +83,21 @@ class SamplingFields(Request):
     ignore_eos: bool = False
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
-    # accepted, without a meaning here
+    # accepted and ignored
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_retention: str | None = None
-    # requests of one conversation go to the same workers
+    # requests with the same key go to the same workers
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
 
     def sampling(
         self, defaults: SamplingParams, *, logprobs: int | None, prompt_logprobs: bool, choice: int
     ) -> SamplingParams:
-        """A request's own fields over the model's defaults. A seed is drawn here, so that every worker has the same; each
-        choice has its own."""
+        """Returns the request's fields, with the model's defaults for missing ones. A missing seed is drawn here, so that
+        every worker uses the same one; each choice has its own."""
 
         def own(value: Any, default: Any) -> Any:
             return default if value is None else value
@@ -117,7 +117,7 @@ class SamplingFields(Request):
         )
 
     def stops(self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None) -> StopConditions:
-        """Raises ContextTooLong when the prompt leaves no room for an answer."""
+        """Returns the conditions that end the answer. Raises ContextTooLong when the prompt fills the context."""
         room = max_seq_len - prompt_tokens
         if room < 1:
             raise ContextTooLong(
@@ -144,18 +144,18 @@ class SamplingFields(Request):
         return self.max_tokens
 
     def bounds_answer(self) -> bool:
-        """Whether the client has said how long an answer may be."""
+        """Whether the client has set a maximum length of the answer."""
         return bool(self.answer_tokens())
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis; none is made here
+    include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis; ignored here
 
 
 class AnswerFields(SamplingFields):
-    """What chats and completions share beside sampling: streams, choices, grammars."""
+    """The fields that chats and completions share besides sampling: streams, choices and grammars."""
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -171,21 +171,21 @@ class AnswerFields(SamplingFields):
             raise BadRequest("stream_options needs stream: true", param="stream_options")
         given = self.grammar_fields()
         if len(given) > 1:
-            raise BadRequest(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+            raise BadRequest(f"{given[0]} and {given[1]} exclude each other; send only one of them", param=given[1])
 
     def grammar_fields(self) -> list[str]:
-        """Names of the fields that ask for a form of the answer."""
+        """The names of the fields that set a grammar and are present."""
         fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
         return [name for name in fields if getattr(self, name) is not None]
 
 
 def parsed(model: type[M], body: bytes | bytearray) -> M:
-    """Raises BadRequest that names the first field that is wrong, in a sentence."""
+    """Parses and checks a body. Raises BadRequest with the name of the first invalid field."""
     return validated(lambda: model.model_validate_json(body))
 
 
 def validated(make: Callable[[], M]) -> M:
-    """What `make` makes, checked as a whole, too. Raises what `parsed` raises."""
+    """Returns the request that `make` creates, once it is checked. Raises what `parsed` raises."""
     try:
         request = make()
     except ValidationError as error:
@@ -204,7 +204,7 @@ def bad_request(error: ValidationError) -> BadRequest:
 
 
 def _is_field(part: str) -> bool:
-    """Beside fields, pydantic names the member of a union that it tried, as `str` or `list[int]`."""
+    """Whether a part of an error's location is a field. Other parts are union members, such as `list[int]`."""
     return re.fullmatch(r"[a-z_][a-z0-9_]*", part) is not None and part not in _TYPES
 
 

@@ -1,4 +1,4 @@
-"""What grammar an answer must follow: from `response_format`, `guided_*` and `tool_choice` to a `Grammar`."""
+"""Conversion of `response_format`, `guided_*` and `tool_choice` to the `Grammar` that an answer must follow."""
 
 from __future__ import annotations
 
@@ -18,75 +18,79 @@ from dynserve.wire.requests import Grammar
 MAX_GRAMMAR = 256 << 10  # characters
 MAX_DEPTH, MAX_NODES = 64, 4_000  # of a JSON schema
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-Format = dict[str, Any]  # of a structural tag
+Format = dict[str, Any]  # a node of a structural tag
 
 
-def grammar_of(asked: ChatRequest | CompletionRequest, card: Card) -> Grammar | None:
-    """Raises BadRequest for what this model's workers cannot enforce, and for grammars beyond the bound."""
-    chat = asked if isinstance(asked, ChatRequest) else None
-    guide = _with_tools(chat, card) if chat is not None and chat.callable_tools() else _plain(asked)
-    if guide is None:
+def grammar_of(request: ChatRequest | CompletionRequest, card: Card) -> Grammar | None:
+    """Returns the grammar of an answer, if any.
+
+    Raises:
+        BadRequest: the model's workers cannot enforce it, or it exceeds a bound.
+    """
+    chat = request if isinstance(request, ChatRequest) else None
+    grammar = _with_tools(chat, card) if chat is not None and chat.callable_tools() else _plain(request)
+    if grammar is None:
         return None
     if not card.grammars:
         raise BadRequest(
-            "this model's workers cannot hold an answer to a grammar: no response_format, guided_*, or tool_choice other "
-            "than auto and none",
+            "this model's workers cannot hold an answer to a grammar: omit response_format and guided_*, and use "
+            "tool_choice auto or none",
             param="response_format",
         )
-    if len(guide.text) > MAX_GRAMMAR:
-        size = f"{len(guide.text):,}"
+    if len(grammar.text) > MAX_GRAMMAR:
+        size = f"{len(grammar.text):,}"
         raise BadRequest(f"the schemas and grammars of a request may have {MAX_GRAMMAR:,} characters, not {size}")
-    return guide
+    return grammar
 
 
 def enforces_calls(card: Card) -> bool:
-    """Whether calls of tools are held to their schemas even when the model may choose to call none."""
+    """Whether a grammar enforces the schemas of tool calls even when the model may answer without a call."""
     return card.grammars and card.tool_parser in STYLES and not STYLES[card.tool_parser].leading
 
 
-def _plain(asked: ChatRequest | CompletionRequest) -> Grammar | None:
-    form = asked.response_format if isinstance(asked, ChatRequest) else None
+def _plain(request: ChatRequest | CompletionRequest) -> Grammar | None:
+    form = request.response_format if isinstance(request, ChatRequest) else None
     if form is not None and form.type == "json_object":
         return Grammar(kind="json", text=_text(ANY_OBJECT))
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
         return Grammar(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
-    if asked.guided_json is not None:
-        given = asked.guided_json
+    if request.guided_json is not None:
+        given = request.guided_json
         if isinstance(given, str):
             check_json_texts([given], 4 * MAX_NODES, "guided_json")
         schema = _schema(given) if isinstance(given, str) else given
         return Grammar(kind="json", text=_text(_checked(schema, "guided_json")))
-    if asked.guided_regex is not None:
-        return Grammar(kind="regex", text=asked.guided_regex)
-    if asked.guided_grammar is not None:
-        return Grammar(kind="grammar", text=asked.guided_grammar)
-    if asked.guided_choice is not None:
-        return Grammar(kind="grammar", text="root ::= " + " | ".join(map(_text, asked.guided_choice)))
+    if request.guided_regex is not None:
+        return Grammar(kind="regex", text=request.guided_regex)
+    if request.guided_grammar is not None:
+        return Grammar(kind="grammar", text=request.guided_grammar)
+    if request.guided_choice is not None:
+        return Grammar(kind="grammar", text="root ::= " + " | ".join(map(_text, request.guided_choice)))
     return None
 
 
-def _with_tools(asked: ChatRequest, card: Card) -> Grammar | None:
-    tools, choice = asked.callable_tools(), asked.tool_choice
+def _with_tools(request: ChatRequest, card: Card) -> Grammar | None:
+    tools, choice = request.callable_tools(), request.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    forced = asked.must_call
-    single = asked.parallel_tool_calls is False or isinstance(choice, NamedTool)
+    forced = request.must_call
+    single = request.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
-        calls = _pythonic(tools, single)  # refuses what cannot be spelled, whether it must be called or not
-        return Grammar(kind="grammar", text=calls) if forced else _plain(asked)
+        calls = _pythonic(tools, single)  # refuses names that Python cannot spell, even if no call is required
+        return Grammar(kind="grammar", text=calls) if forced else _plain(request)
     style = STYLES.get(card.tool_parser)
     if style is None:
-        raise BadRequest("this model does not call tools: its chat template knows none", param="tools")
+        raise BadRequest("this model does not call tools: its chat template does not support them", param="tools")
     if forced:
         return _tag(_calls(style, tools, single))
-    plain = _plain(asked)
+    plain = _plain(request)
     if plain is not None:
         return _tag({"type": "or", "elements": [_calls(style, tools, single), _as_format(plain)]})
     return _tag(_free(style, tools, single)) if enforces_calls(card) else None
 
 
 def _calls(style: CallStyle, tools: list[Tool], single: bool) -> Format:
-    """Nothing but calls, at least one."""
+    """A format of one or more calls, without other text."""
     around = [_list(style, tools, single)]
     if style.opening:
         around.insert(0, {"type": "const_string", "value": style.opening})
@@ -96,7 +100,7 @@ def _calls(style: CallStyle, tools: list[Tool], single: bool) -> Format:
 
 
 def _free(style: CallStyle, tools: list[Tool], single: bool) -> Format:
-    """Any text, and from a marker on calls that are well-formed."""
+    """A format of any text, in which a marker must be followed by a well-formed call."""
     if style.opening:
         tags = [{"type": "tag", "begin": style.opening, "content": _list(style, tools, single), "end": style.closing}]
         single = True
@@ -121,7 +125,7 @@ def _call(style: CallStyle, tool: Tool) -> Format:
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments are an object even where their schema does not say so, or in a way that the compiler does not see."""
+    """The schema of a tool's arguments; any object where the compiler would not enforce that they are an object."""
     if not schema or _OPEN & schema.keys():
         return ANY_OBJECT
     branches = [branch for word in ("anyOf", "oneOf") for branch in _children(schema.get(word))]
@@ -132,17 +136,17 @@ def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _checked(schema: Any, param: str) -> Any:
-    """Raises BadRequest for a schema whose grammar would take minutes to compile."""
+    """Returns the schema. Raises BadRequest for one whose grammar would take minutes to compile."""
     nodes, level = 0, [schema]
     for _ in range(MAX_DEPTH):
         children = [child for node in level for child in _children(node)]
         nodes += len(children)
         if nodes > MAX_NODES:
-            raise BadRequest(f"a schema may have {MAX_NODES:,} values in it at most", param=param)
+            raise BadRequest(f"a JSON schema may have at most {MAX_NODES:,} values", param=param)
         if not children:
             return schema
         level = children
-    raise BadRequest(f"a schema may be nested {MAX_DEPTH} deep at most", param=param)
+    raise BadRequest(f"a JSON schema may be nested at most {MAX_DEPTH} levels deep", param=param)
 
 
 def _children(node: Any) -> Iterable[Any]:
@@ -152,17 +156,17 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 _SHAPES = {"properties", "$ref", "anyOf", "oneOf"}
-_OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler looks at nothing else
+_OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler ignores all other keywords
 
 
-def _as_format(guide: Grammar) -> Format:
-    match guide.kind:
+def _as_format(grammar: Grammar) -> Format:
+    match grammar.kind:
         case "json":
-            return {"type": "json_schema", "json_schema": _schema(guide.text)}
+            return {"type": "json_schema", "json_schema": _schema(grammar.text)}
         case "regex":
-            return {"type": "regex", "pattern": guide.text}
+            return {"type": "regex", "pattern": grammar.text}
         case _:
-            return {"type": "grammar", "grammar": guide.text}
+            return {"type": "grammar", "grammar": grammar.text}
 
 
 def _schema(text: str) -> Any:
@@ -177,7 +181,7 @@ def _tag(form: Format) -> Grammar:
 
 
 def _pythonic(tools: list[Tool], single: bool) -> str:
-    """A list of calls with keyword arguments by the names of the schema; the values are any literals."""
+    """An EBNF grammar for a list of calls with the keyword arguments of the schema; the values are any literals."""
     calls, rules = [], []
     for at, tool in enumerate(tools):
         required, optional = _arguments(tool)
@@ -193,10 +197,10 @@ def _pythonic(tools: list[Tool], single: bool) -> str:
 
 
 def _arguments(tool: Tool) -> tuple[list[str], list[str]]:
-    """Names of the required and the other parameters, as Python can spell them.
+    """The names of the required and of the optional parameters that are valid Python names.
 
     Raises:
-        BadRequest: the tool or a required parameter has a name that Python cannot.
+        BadRequest: the name of the tool or of a required parameter is not valid in Python.
     """
     if not all(map(_spellable, tool.function.name.split("."))):
         raise BadRequest(

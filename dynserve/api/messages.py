@@ -1,4 +1,4 @@
-"""Anthropic's `/v1/messages` and its `count_tokens`: content blocks become messages of a chat."""
+"""The requests of Anthropic's `/v1/messages` and `count_tokens`, and their conversion to a chat request."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class OutputConfig(BaseModel):
 
 
 class CountRequest(Request):
-    """What both calls share."""
+    """The request of `count_tokens`; its fields are also those of `/v1/messages`."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        "mcp_servers": "give their tools in tools",
-        "container": "there is none here",
+        "mcp_servers": "pass their tools in tools",
+        "container": "omit it; this server runs no containers",
     }
 
     messages: Annotated[Many[Turn], Field(min_length=1)]
@@ -101,7 +101,7 @@ class CountRequest(Request):
         fields: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            # a last turn of the assistant is the beginning of the answer
+            # a last turn with the role assistant is the beginning of the answer
             "continue_final_message": messages[-1].role == "assistant" and not messages[-1].tool_calls,
         }
         if self.tools:
@@ -109,9 +109,9 @@ class CountRequest(Request):
         if self.tool_choice is not None:
             fields["tool_choice"] = self._choice(self.tool_choice)
             fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
-        # Anthropic's models think only when asked to
-        thinking = self.thinking is not None and self.thinking.type != "disabled"
-        fields["chat_template_kwargs"] = {"enable_thinking": thinking}
+        # in Anthropic's API, reasoning is off unless the request enables it
+        reasoning = self.thinking is not None and self.thinking.type != "disabled"
+        fields["chat_template_kwargs"] = {"enable_thinking": reasoning}
         return fields
 
     @staticmethod
@@ -131,8 +131,8 @@ class MessagesRequest(CountRequest):
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stop_sequences: Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # its older name
-    metadata: dict[str, Any] | None = None  # accepted, without a meaning here
+    output_format: OutputFormat | None = None  # the older name of output_config.format
+    metadata: dict[str, Any] | None = None  # accepted and ignored
     service_tier: str | None = None
 
     def _fields(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class MessagesRequest(CountRequest):
 
 
 def _turn(turn: Turn, where: str) -> list[Message]:
-    """One turn may hold results of tools, which are messages of their own in a chat."""
+    """Converts one turn. Tool results within it become separate messages."""
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
     results, texts, calls = list[Message](), list[str](), list[dict[str, Any]]()
@@ -168,7 +168,7 @@ def _turn(turn: Turn, where: str) -> list[Message]:
                 content = "" if block.content is None else _text(block.content, f"{where}.content.{at}")
                 results.append(Message(role="tool", content=content, tool_call_id=block.tool_use_id))
             case "thinking" | "redacted_thinking":
-                pass  # thoughts of earlier turns are not shown to the model again
+                pass  # the reasoning of earlier turns is not part of the prompt
             case other:
                 raise BadRequest(f"{where}.content.{at}: blocks of type {other!r} are not supported", param=where)
     if not texts and not calls:

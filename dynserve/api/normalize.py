@@ -1,4 +1,4 @@
-"""The normal form of a request of any API: for each answer a `Generation`, which a worker can run."""
+"""The normal form of a request of any API: one `Generation` per answer, which a worker can run."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class NormalizedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizedPrompts(msgspec.Struct, frozen=True):
-    """Prompts behind template and tokenizer."""
+    """The prompts of a request after template and tokenizer."""
 
-    prompts: list[bytes]  # u32 little-endian
+    prompts: list[bytes]  # token ids as little-endian u32
     text: str = ""  # a conversation, as the template rendered it
 
 
@@ -75,7 +75,7 @@ def normalize(
     `cache_owner` is that of `Segments.encode`. `frame` holds the constant fields of a Responses answer, as JSON.
 
     Raises:
-        BadRequest, ContextTooLong: this model cannot do what the request asks for.
+        BadRequest, ContextTooLong: this model cannot serve the request.
     """
     prompts = tokenize_prompts(request, preprocessor, card.max_seq_len, cache_owner)
     if isinstance(request, ChatRequest):
@@ -88,7 +88,7 @@ def normalize(
 def tokenize_prompts(
     request: ApiRequest, preprocessor: Preprocessor, max_seq_len: int, cache_owner: str
 ) -> TokenizedPrompts:
-    """The token ids of every prompt of a request. Raises BadRequest and ContextTooLong."""
+    """Returns the token ids of every prompt of a request. Raises BadRequest and ContextTooLong."""
     if isinstance(request, ChatRequest):
         text, ids = preprocessor.chat(request.conversation(), max_seq_len, cache_owner)
         return TokenizedPrompts([pack_tokens(ids)], text)
@@ -106,7 +106,7 @@ def _normalize_chat(
         tokens = _reasoning_tokens(parsing, preprocessor)
         grammar = msgspec.structs.replace(grammar, reasoning=tokens)
         if tokens is None and parsing.open:
-            parsing = None  # the grammar holds from the first token on: no reasoning can come
+            parsing = None  # the grammar applies from the first token on, which rules out reasoning
     render = msgspec.structs.replace(
         _render_options(request, kind),
         logprobs=request.wanted_logprobs(),
@@ -137,7 +137,7 @@ def _normalize_completion(
     echo = bool(request.echo)
     render = msgspec.structs.replace(_render_options(request, "completion"), logprobs=request.logprobs, echo=echo)
     count = len(tokenized.prompts) * group
-    # the likeliest can only be told by their log-probabilities
+    # choosing the likeliest answers needs their log-probabilities
     logprobs = 0 if group > keep and request.logprobs is None else request.logprobs
     prompt_logprobs = echo and request.logprobs is not None
     choices = []
@@ -154,10 +154,10 @@ def _normalize_completion(
 
 def _normalize_embedding(request: EmbeddingRequest, tokenized: TokenizedPrompts, card: Card) -> NormalizedRequest:
     if not card.pooling:
-        raise BadRequest(f"the workers of {request.model} make no embeddings", param="model")
+        raise BadRequest(f"the workers of {request.model} do not compute embeddings", param="model")
     if request.dimensions is not None and request.dimensions > card.embedding_size:
         raise BadRequest(
-            f"dimensions: {request.dimensions} is more than the {card.embedding_size} that this model has",
+            f"dimensions: {request.dimensions} is more than the {card.embedding_size} dimensions of this model",
             param="dimensions",
         )
     render = RenderOptions(
@@ -197,7 +197,7 @@ def _limited(choice: Generation, max_tokens: int) -> Generation:
 
 
 def _render_options(request: AnswerFields, kind: Kind) -> RenderOptions:
-    """The options that answers of all text APIs have in common."""
+    """The options that the answers of all text APIs share."""
     options = request.stream_options
     return RenderOptions(
         kind=kind,
@@ -223,8 +223,8 @@ def _reasoning_parsing(card: Card, prompt: str, *, continued: bool) -> Reasoning
 
 
 def _reasoning_tokens(parsing: ReasoningParsing, preprocessor: Preprocessor) -> ReasoningTokens | None:
-    """The tags behind which a grammar begins; only tokens of their own can be seen by the engine. Where it is the template
-    that opens reasoning, a prompt without an open tag asks for none."""
+    """The token ids of the tags after which a grammar begins; None where a tag is not a single token, which an engine could
+    not detect, and where the template opens reasoning but did not do so in this prompt."""
     if not parsing.open and preprocessor.opens_reasoning:
         return None
     begin, end = (preprocessor.tokenizer.token_to_id(tag) for tag in (tags.BEGIN, tags.END))

@@ -1,4 +1,4 @@
-"""`/v1/responses`, stateless: input items become messages, and the answer's constant fields its frame."""
+"""The request of `/v1/responses`, without stored state: its conversion to a chat, and the response's constant fields."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dynserve.errors import BadRequest
 
 
 class Item(BaseModel):
-    """A message, a call, its output, or a thought of an earlier answer."""
+    """A message, a call, the output of a call, or the reasoning of an earlier answer."""
 
     model_config = ConfigDict(extra="allow")
     type: str | None = None
@@ -43,7 +43,7 @@ class Item(BaseModel):
 
 
 class FlatTool(BaseModel):
-    """Tools lie flat here; in chats they are nested."""
+    """A tool in the flat form of this API; chats nest the function."""
 
     model_config = ConfigDict(extra="allow")
     type: str
@@ -84,9 +84,9 @@ class ReasoningOptions(BaseModel):
 
 class ResponsesRequest(Request):
     refused: ClassVar[Mapping[str, str]] = {
-        "previous_response_id": "nothing is stored here; send the whole conversation as input",
-        "conversation": "nothing is stored here; send the whole conversation as input",
-        "prompt": "prompts are not stored here; send instructions and input",
+        "previous_response_id": "this server stores nothing; send the whole conversation as input",
+        "conversation": "this server stores nothing; send the whole conversation as input",
+        "prompt": "this server stores no prompts; send instructions and input",
         "background": "wait for the answer, or stream it",
     }
 
@@ -107,7 +107,7 @@ class ResponsesRequest(Request):
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     priority: int | None = None
     metadata: dict[str, Any] | None = None
-    # accepted, without a meaning here
+    # accepted and ignored
     store: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     user: str | None = None
@@ -142,11 +142,11 @@ class ResponsesRequest(Request):
         )
 
     def frame(self) -> str:
-        """What a response repeats of its request, as JSON. Raises BadRequest for numbers that JSON does not have."""
+        """The request's fields that a response repeats, as JSON. Raises BadRequest for numbers that JSON does not have."""
         try:
             return json.dumps(self._repeated(), allow_nan=False)
         except ValueError as error:
-            raise BadRequest(f"the request has a number that is no JSON: {error}") from error
+            raise BadRequest(f"the request has a number that JSON does not allow: {error}") from error
 
     def _repeated(self) -> dict[str, Any]:
         choice = self.tool_choice
@@ -180,7 +180,7 @@ class ResponsesRequest(Request):
         for at, item in enumerate(self.input):
             _add(messages, item, f"input.{at}")
         if not messages:
-            raise BadRequest("input has no message in it", param="input")
+            raise BadRequest("input has no message", param="input")
         return messages
 
     def _tool_choice(self) -> Any:
@@ -203,7 +203,7 @@ class ResponsesRequest(Request):
 
 
 def _add(messages: list[Message], item: Item, where: str) -> None:
-    """Calls of one turn lie one behind the other here; a chat has them in one message of the assistant."""
+    """Appends an item to the messages. Consecutive calls become one message of the assistant."""
     match item.type or "message":
         case "message":
             if item.role is None or item.content is None:
@@ -225,7 +225,7 @@ def _add(messages: list[Message], item: Item, where: str) -> None:
                 raise BadRequest(f"{where}: a function_call_output needs output", param=where)
             messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
         case "reasoning":
-            pass  # thoughts of earlier turns are not shown to the model again
+            pass  # the reasoning of earlier turns is not part of the prompt
         case other:
             raise BadRequest(f"{where}: items of type {other!r} are not supported", param=where)
 

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`."""
+"""The requests of `/tokenize` and `/detokenize`, and their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynserve.text.preprocess import Preprocessor
 
 
 class TokenizeRequest(Request):
-    """A text, or a conversation as the chat template renders it."""
+    """A request to tokenise a text, or a conversation as the chat template renders it."""
 
     prompt: str | None = None
     messages: Annotated[Many[Message], Field(min_length=1)] | None = None
@@ -28,7 +28,7 @@ class TokenizeRequest(Request):
             raise BadRequest("give either prompt or messages", param="prompt")
 
     def chat(self) -> ChatRequest:
-        """For a conversation; raises BadRequest for messages that are none."""
+        """The conversation as a chat request. Raises BadRequest for invalid messages."""
         kwargs = self.chat_template_kwargs
         return validated(
             lambda: ChatRequest(
@@ -42,23 +42,25 @@ class DetokenizeRequest(Request):
     skip_special_tokens: bool = False
 
 
-def tokenized(asked: TokenizeRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> dict[str, Any]:
+def tokenized(request: TokenizeRequest, preprocessor: Preprocessor, max_seq_len: int, owner: str) -> dict[str, Any]:
     """The answer to `/tokenize`. Raises ContextTooLong for a text with more than twice the tokens of the context."""
-    if asked.prompt is not None:
-        tokens = preprocessor.tokenize(asked.prompt, special=asked.add_special_tokens, most=max_seq_len, owner=owner)
+    if request.prompt is not None:
+        tokens = preprocessor.tokenize(
+            request.prompt, special=request.add_special_tokens, most=max_seq_len, owner=owner
+        )
     else:
-        tokens = preprocessor.chat(asked.chat().conversation(), max_seq_len, owner)[1]
+        tokens = preprocessor.chat(request.chat().conversation(), max_seq_len, owner)[1]
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
-    if asked.return_token_strs:
+    if request.return_token_strs:
         found["token_strs"] = [preprocessor.tokenizer.id_to_token(id_) for id_ in tokens]
     return found
 
 
-def detokenized(asked: DetokenizeRequest, preprocessor: Preprocessor) -> str:
-    """Raises BadRequest for ids that the tokenizer does not have."""
-    if asked.tokens and max(asked.tokens) >= preprocessor.vocab_size:
+def detokenized(request: DetokenizeRequest, preprocessor: Preprocessor) -> str:
+    """The text of the answer to `/detokenize`. Raises BadRequest for ids that the tokenizer does not have."""
+    if request.tokens and max(request.tokens) >= preprocessor.vocab_size:
         raise BadRequest(f"token ids must be between 0 and {preprocessor.vocab_size - 1}", param="tokens")
-    # a batch, even of one: only that lets go of the interpreter's lock
-    decoded = preprocessor.tokenizer.decode_batch([asked.tokens], skip_special_tokens=asked.skip_special_tokens)
+    # a batch, even of one list: only a batch releases the interpreter's lock
+    decoded = preprocessor.tokenizer.decode_batch([request.tokens], skip_special_tokens=request.skip_special_tokens)
     text: str = decoded[0]
     return text

@@ -1,4 +1,4 @@
-"""From an answer's text to thoughts, content and tool calls. A worker's card names the parsers of its model."""
+"""Parsers that split an answer's text into reasoning, content and tool calls. A worker's card names those of its model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "markers",
 ]
 
-# What a chat template writes tells how its model answers; the first that is found counts.
+# Marks in a chat template, and the parser for a model that has them; the first match counts.
 _TOOLS_BY_TEMPLATE = {
     "<tool_call>": "hermes",
     "[TOOL_CALLS]": "mistral",
@@ -34,7 +34,7 @@ _TOOLS_BY_TEMPLATE = {
     "<|python_tag|>": "llama3_json",
     "<|python_start|>": "pythonic",
 }
-# Forms that no parser here reads although their marks are those of another: XML within, of Qwen3-Coder and GLM.
+# Unsupported formats that share a mark with a supported one: the XML calls of Qwen3-Coder and GLM.
 _UNKNOWN = ("<function=", "<arg_key>")
 _TOOLS_BY_TYPE = {
     "qwen2": "hermes",
@@ -45,26 +45,26 @@ _TOOLS_BY_TYPE = {
 }
 
 
-def chain(tools: ToolParsing | None, thoughts: ReasoningParsing | None) -> Parser | None:
-    """None for an answer that is nothing but content.
+def chain(tools: ToolParsing | None, reasoning_parsing: ReasoningParsing | None) -> Parser | None:
+    """Returns the parser of an answer; None for an answer that is only content.
 
     Raises:
-        InternalError: a parser of another version.
+        InternalError: a parser that this version does not have.
     """
-    if thoughts is not None and thoughts.parser not in REASONING_PARSERS:
-        raise InternalError(f"this worker has no reasoning parser {thoughts.parser!r}")
+    if reasoning_parsing is not None and reasoning_parsing.parser not in REASONING_PARSERS:
+        raise InternalError(f"this worker has no reasoning parser {reasoning_parsing.parser!r}")
     if tools is not None and tools.parser not in TOOL_PARSERS:
         raise InternalError(f"this worker has no tool parser {tools.parser!r}")
     call_parser = None if tools is None else _calls(tools)
-    think_parser = None if thoughts is None else ThinkTags(open=thoughts.open)
-    if call_parser is None or think_parser is None:
-        return call_parser or think_parser
-    return _ReasoningThenCalls(think_parser, call_parser)
+    reasoning_parser = None if reasoning_parsing is None else ThinkTags(open=reasoning_parsing.open)
+    if call_parser is None or reasoning_parser is None:
+        return call_parser or reasoning_parser
+    return _ReasoningThenCalls(reasoning_parser, call_parser)
 
 
-def markers(tools: ToolParsing | None, thoughts: ReasoningParsing | None) -> tuple[str, ...]:
-    """Texts that must be seen although a tokenizer may take them for special."""
-    found: tuple[str, ...] = () if thoughts is None else (reasoning.BEGIN, reasoning.END)
+def markers(tools: ToolParsing | None, reasoning_parsing: ReasoningParsing | None) -> tuple[str, ...]:
+    """Texts that the parsers need to see, and that must not be skipped as special tokens."""
+    found: tuple[str, ...] = () if reasoning_parsing is None else (reasoning.BEGIN, reasoning.END)
     if tools is not None and tools.parser in STYLES:
         style = STYLES[tools.parser]
         found += (*style.markers, *style.after, "[ARGS]", "<｜tool▁sep｜>")
@@ -72,7 +72,7 @@ def markers(tools: ToolParsing | None, thoughts: ReasoningParsing | None) -> tup
 
 
 def detect_tools(template: str, config: Mapping[str, Any]) -> str:
-    """The tool parser for a model, by its template or else its type; empty when its template knows no tools."""
+    """The tool parser for a model, by its template or else its type; empty when the template does not support tools."""
     if "tools" not in template or any(mark in template for mark in _UNKNOWN):
         return ""
     for mark, parser in _TOOLS_BY_TEMPLATE.items():
@@ -84,7 +84,8 @@ def detect_tools(template: str, config: Mapping[str, Any]) -> str:
 
 
 def detect_reasoning(template: str) -> str:
-    """Qwen3's templates can turn thoughts off; where a template only cuts them from history, they always come."""
+    """The reasoning parser for a model, by its template; empty for none. `qwen3`: reasoning can be turned off.
+    `deepseek_r1`: the template only removes reasoning from history, so every answer begins with it."""
     if reasoning.END not in template and reasoning.BEGIN not in template:
         return ""
     return "qwen3" if "enable_thinking" in template or reasoning.BEGIN in template else "deepseek_r1"
@@ -97,20 +98,20 @@ def _calls(tools: ToolParsing) -> Parser:
 
 
 class _ReasoningThenCalls:
-    """Tool calls in what is left of an answer without its thought."""
+    """Parses reasoning first, then tool calls in the remaining content."""
 
-    def __init__(self, thoughts: Parser, calls: Parser) -> None:
-        self._thoughts, self._calls = thoughts, calls
+    def __init__(self, reasoning_parser: Parser, calls: Parser) -> None:
+        self._reasoning, self._calls = reasoning_parser, calls
 
     @property
     def in_reasoning(self) -> bool:
-        return self._thoughts.in_reasoning
+        return self._reasoning.in_reasoning
 
     def push(self, text: str) -> list[Piece]:
-        return self._through(self._thoughts.push(text))
+        return self._through(self._reasoning.push(text))
 
     def finish(self) -> list[Piece]:
-        return self._through(self._thoughts.finish()) + self._calls.finish()
+        return self._through(self._reasoning.finish()) + self._calls.finish()
 
     def _through(self, pieces: list[Piece]) -> list[Piece]:
         out: list[Piece] = []

@@ -1,4 +1,4 @@
-"""What parsers make of an answer's text: pieces, as they become certain."""
+"""The pieces into which parsers split an answer's text, each emitted as soon as it is certain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ReasoningText(NamedTuple):
 
 
 class CallStart(NamedTuple):
-    """A tool call begins."""
+    """The start of a tool call."""
 
     name: str
 
 
 class CallArguments(NamedTuple):
-    """More of the JSON text of the arguments of the call that began last."""
+    """A further part of the arguments (JSON text) of the last call that was started."""
 
     text: str
 
@@ -33,31 +33,31 @@ Piece = Content | ReasoningText | CallStart | CallArguments
 class Parser(Protocol):
     @property
     def in_reasoning(self) -> bool:
-        """The next token is not one of the answer yet."""
+        """Whether the next token counts as reasoning rather than as the answer."""
         ...
 
     def push(self, text: str) -> list[Piece]:
-        """The pieces that are certain with this text."""
+        """Returns the pieces that have become certain with this text."""
         ...
 
     def finish(self) -> list[Piece]:
-        """The answer has ended: what was held back."""
+        """Returns the pieces held back so far; the answer has ended."""
         ...
 
 
 def json_text(value: Any) -> str:
-    """JSON that is UTF-8, too. Raises ValueError for numbers that JSON does not have."""
+    """Returns JSON that can be encoded as UTF-8. Raises ValueError for numbers that JSON does not have."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair can be written as an escape only
+    except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
         return json.dumps(value, allow_nan=False)
     return text
 
 
 def held_back(text: str, strings: Collection[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `strings`."""
-    # the longest end first: as long as the text goes on like one of them, the first look finds it
+    """The number of characters at the end of `text` that may be the beginning of one of `strings`."""
+    # the longest end first: while the text continues one of the strings, the first comparison matches
     for length in range(min(len(text), max(map(len, strings), default=0)), 0, -1):
         end = text[-length:]
         for string in strings:

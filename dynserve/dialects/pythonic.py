@@ -1,4 +1,4 @@
-"""Tool calls as a Python list of calls, `[f(a=1), g(b="x")]`: Llama 4's way, and that of small Llama 3.2 models."""
+"""Tool calls as a Python list of calls, `[f(a=1), g(b="x")]`: the format of Llama 4 and of small Llama 3.2 models."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from dynserve.dialects.base import CallArguments, CallStart, Content, Piece, json_text
 
-MAX_CALLS_TEXT = 100_000  # characters; a longer list is text
+MAX_CALLS_TEXT = 100_000  # characters; a longer list is content
 
 
 class PythonicCalls:
-    """An answer that begins with `[` is held until its end: only then it is clear whether it is a list of calls."""
+    """Parses a Python list of calls. An answer that begins with `[` is held until its end, when it can be parsed."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
@@ -45,7 +45,7 @@ class PythonicCalls:
 
 
 def _calls(text: str, names: tuple[str, ...]) -> list[Piece] | None:
-    """None for what is no list of calls of known tools with literal arguments."""
+    """Returns the calls; None unless `text` is a list of calls of known tools with literal arguments."""
     try:
         body = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -68,6 +68,6 @@ def _calls(text: str, names: tuple[str, ...]) -> list[Piece] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):  # JSON's words among Python's
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):  # JSON's constants in a Python literal
         return {"true": True, "false": False, "null": None}[node.id]
     return ast.literal_eval(node)

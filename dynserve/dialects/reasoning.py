@@ -1,4 +1,4 @@
-"""Thoughts between `<think>` and `</think>`, as DeepSeek-R1, Qwen3 and their kin write them."""
+"""Reasoning between `<think>` and `</think>`, as DeepSeek-R1, Qwen3 and similar models write it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dynserve.dialects.base import Content, Piece, ReasoningText, held_back
 
 BEGIN, END = "<think>", "</think>"
 
-# parser -> whether a thought is open where the prompt does not say
+# parser -> whether reasoning is open when the prompt ends with neither tag
 NAMES = {"qwen3": False, "deepseek_r1": True}
 
 
 def is_open(parser: str, prompt: str, *, continued: bool = False) -> bool:
-    """Whether an answer to this prompt (rendered text) begins within a thought. `continued`: the prompt holds the beginning
-    of the answer, in which a thought may have begun and ended."""
+    """Whether an answer to this prompt (rendered text) begins within reasoning. `continued`: the prompt holds the beginning
+    of the answer, in which reasoning may have begun and ended."""
     if continued:
         return prompt.rfind(BEGIN) > prompt.rfind(END)
     end = prompt.rstrip()
@@ -22,19 +22,19 @@ def is_open(parser: str, prompt: str, *, continued: bool = False) -> bool:
 
 
 class _ReasoningState(Enum):
-    START = auto()  # is there a thought?
-    THOUGHT = auto()
-    BETWEEN = auto()  # behind a thought, before the first word of the answer
+    START = auto()  # not decided yet whether the answer begins with reasoning
+    REASONING = auto()
+    BETWEEN = auto()  # after the reasoning, before the first character of the answer
     ANSWER = auto()
 
 
 class ThinkTags:
-    """At most one thought, then the answer. White space around a thought belongs to neither."""
+    """Splits at most one section of reasoning from the answer. White space around the reasoning is dropped."""
 
     def __init__(self, *, open: bool) -> None:
         self._open, self._state = open, _ReasoningState.START
         self._held = ""
-        self._said = False  # something of the thought
+        self._emitted = False  # some reasoning was emitted
 
     def push(self, text: str) -> list[Piece]:
         if self._state is _ReasoningState.ANSWER:
@@ -43,7 +43,7 @@ class ThinkTags:
         pieces: list[Piece] = []
         if self._state is _ReasoningState.START:
             self._start()
-        if self._state is _ReasoningState.THOUGHT:
+        if self._state is _ReasoningState.REASONING:
             pieces += self._reason()
         if self._state is _ReasoningState.BETWEEN and (answer := self._held.lstrip()):
             self._state, self._held = _ReasoningState.ANSWER, answer
@@ -53,38 +53,38 @@ class ThinkTags:
 
     @property
     def in_reasoning(self) -> bool:
-        """The next token is not one of the answer yet."""
-        return self._state in (_ReasoningState.START, _ReasoningState.THOUGHT)
+        """Whether the next token counts as reasoning rather than as the answer."""
+        return self._state in (_ReasoningState.START, _ReasoningState.REASONING)
 
     def finish(self) -> list[Piece]:
-        """A thought without an end is a thought; a tag that never was complete is text."""
+        """Returns the held text. Reasoning without an end tag stays reasoning; an incomplete tag is content."""
         held = self._release(len(self._held))
-        if self._state is _ReasoningState.THOUGHT or (self._state is _ReasoningState.START and self._open):
-            held = held.rstrip() if self._said else held.strip()
+        if self._state is _ReasoningState.REASONING or (self._state is _ReasoningState.START and self._open):
+            held = held.rstrip() if self._emitted else held.strip()
             return [ReasoningText(held)] if held else []
         return [Content(held)] if held and self._state is not _ReasoningState.BETWEEN else []
 
     def _start(self) -> None:
         begin = self._held.lstrip()
         if begin.startswith(BEGIN):
-            self._state, self._held = _ReasoningState.THOUGHT, begin[len(BEGIN) :]
+            self._state, self._held = _ReasoningState.REASONING, begin[len(BEGIN) :]
         elif not BEGIN.startswith(begin):
-            self._state = _ReasoningState.THOUGHT if self._open else _ReasoningState.ANSWER
+            self._state = _ReasoningState.REASONING if self._open else _ReasoningState.ANSWER
 
     def _reason(self) -> list[Piece]:
-        thought, tag, rest = self._held.partition(END)
+        reasoning, tag, rest = self._held.partition(END)
         if tag:
             self._state, self._held = _ReasoningState.BETWEEN, rest
         else:
-            thought = thought[: len(thought) - held_back(thought, (END,))]
-        said = thought.rstrip()
+            reasoning = reasoning[: len(reasoning) - held_back(reasoning, (END,))]
+        text = reasoning.rstrip()
         if not tag:
-            self._release(len(said))
-        if not self._said:
-            said = said.lstrip()
-        self._said = self._said or bool(said)
-        return [ReasoningText(said)] if said else []
+            self._release(len(text))
+        if not self._emitted:
+            text = text.lstrip()
+        self._emitted = self._emitted or bool(text)
+        return [ReasoningText(text)] if text else []
 
     def _release(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
+        released, self._held = self._held[:count], self._held[count:]
+        return released

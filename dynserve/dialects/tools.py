@@ -1,11 +1,11 @@
-"""Tool calls in an answer's text. Each model family has its own way to write them; what differs is a `CallStyle`.
+"""Tool calls with JSON arguments in an answer's text. A `CallStyle` describes the format of one model family.
 
     content ──marker──▶ OPEN ──header──▶ JSON ──value ends──▶ AFTER ──marker or next object──▶ OPEN
-       ▲                 │ no call after all: text               │
+       ▲                 │ not a call: content                   │
        └─────────────────┴───────────────────────────────────────┘ other text
 
-A call whose form a grammar guarantees is shown while it grows. Any other is held until it is whole and its arguments are
-valid JSON; one that never gets there is what it is: text.
+A call that a grammar enforces is streamed while it is generated. Any other is held until it is complete and its arguments
+are valid JSON; if that never happens, it is emitted as content.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ MAX_HEADER = 512  # characters between a marker and the JSON
 
 @dataclass(frozen=True, kw_only=True)
 class CallStyle:
-    """How one family writes calls.
+    """The format in which one model family writes calls.
 
-    `header` is what may stand between a marker and the JSON object, with a group `name` where the name stands outside;
-    otherwise the object itself has `name` and `arguments` (or `parameters`).
+    `header` matches the text between a marker and the JSON object. It has a group `name` where the name is outside of the
+    object; otherwise the object has the keys `name` and `arguments` (or `parameters`).
     """
 
     markers: tuple[str, ...]
     header: re.Pattern[str]
     after: tuple[str, ...]  # closing strings and separators
-    leading: bool = False  # an answer that begins with an object is a call, too
-    begin: str  # for grammars: what stands before the arguments, `{}` is the name
+    leading: bool = False  # an answer that begins with a JSON object is a call, without a marker
+    begin: str  # for grammars: the text before the arguments, in which `{}` stands for the name
     end: str
-    opening: str = ""  # around and between all calls
+    opening: str = ""  # this and the next two: the text around and between all calls
     separator: str = ""
     closing: str = ""
 
@@ -113,18 +113,18 @@ class _CallState(Enum):
 
 
 class JsonCalls:
-    """Calls with JSON arguments in any `CallStyle`."""
+    """Parses calls with JSON arguments in any `CallStyle`."""
 
     def __init__(self, style: CallStyle, names: tuple[str, ...], *, enforced: bool) -> None:
         self._style, self._names, self._enforced = style, names, enforced
         self._state = _CallState.START if style.leading else _CallState.CONTENT
-        self._held = ""  # not looked at yet
-        self._raw = ""  # of the call that is being read, from its marker on
+        self._held = ""  # not parsed yet
+        self._raw = ""  # the text of the call that is being parsed, from its marker on
         self._name: str | None = None
         self._value = JsonEnd()
-        self._wrapped = False  # one more brace is to come
-        self._called = self._talked = False
-        self._space = ""  # behind a call
+        self._wrapped = False  # the call needs one more closing brace
+        self._called = self._has_content = False
+        self._space = ""  # white space after a call
 
     @property
     def in_reasoning(self) -> bool:
@@ -138,19 +138,19 @@ class JsonCalls:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back; a call that is not whole is text, unless it was already shown."""
+        """Returns the held text as content: an incomplete call is content, unless a part of it was already sent."""
         state, rest = self._state, self._raw + self._held
         self._raw = self._held = ""
         if state is _CallState.JSON and self._enforced:
-            return []  # a call that the answer's end has cut
+            return []  # the answer ended within a call that was already sent
         if state is _CallState.AFTER and any(string.startswith(rest) for string in ("}", *self._style.after)):
-            return []  # the beginning of what closes a call, or nothing
+            return []  # the beginning of a closing string, or empty
         if state is _CallState.CONTENT and self._called:
             rest = rest.rstrip()
         return [Content(rest)] if rest else []
 
     def _step(self, pieces: list[Piece]) -> bool:
-        """One transition; False when more text is needed."""
+        """Makes one transition. Returns False when it needs more text."""
         match self._state:
             case _CallState.START:
                 return self._start()
@@ -164,7 +164,7 @@ class JsonCalls:
                 return self._after()
 
     def _start(self) -> bool:
-        """Answers of some families are a call from their first brace on."""
+        """Treats a leading JSON object as a call, for styles with `leading`."""
         begin = self._held.lstrip()
         if not begin:
             return False
@@ -179,16 +179,16 @@ class JsonCalls:
         if found:
             at, marker = min(found)
             # white space before a call belongs to the call
-            said = held[:at].rstrip()
-            self._say(pieces, said)
+            content = held[:at].rstrip()
+            self._emit(pieces, content)
             self._state, self._raw, self._held = (
                 _CallState.OPEN,
-                held[len(said) : at + len(marker)],
+                held[len(content) : at + len(marker)],
                 held[at + len(marker) :],
             )
             return True
         certain = held[: len(held) - held_back(held, self._style.markers)].rstrip()
-        self._say(pieces, certain)
+        self._emit(pieces, certain)
         self._held = held[len(certain) :]
         return False
 
@@ -235,7 +235,7 @@ class JsonCalls:
         return True
 
     def _after(self) -> bool:
-        """Swallows what closes a call, and finds out whether another follows."""
+        """Drops the closing strings of a call, and finds whether another call follows."""
         style = self._style
         rest = self._held.lstrip()
         self._space += self._held[: len(self._held) - len(rest)]
@@ -258,13 +258,13 @@ class JsonCalls:
             return True
         if any(string.startswith(self._held) for string in (*style.after, *style.markers)):
             return False
-        # between two pieces of text there was a call, and the white space stays
-        self._state, self._held = _CallState.CONTENT, (self._space if self._talked else "") + self._held
+        # content follows the call: keep the white space between it and the content before the call
+        self._state, self._held = _CallState.CONTENT, (self._space if self._has_content else "") + self._held
         self._space = ""
         return True
 
     def _whole(self) -> list[Piece] | None:
-        """The call that has been read, or None when it is none."""
+        """Returns the call that has been read; None when the text is not a valid call."""
         text = self._raw[len(self._raw) - self._value.size :]
         value = _object(text)
         if value is None:
@@ -275,33 +275,33 @@ class JsonCalls:
         arguments = value.get("arguments", value.get("parameters"))
         if arguments is None:
             arguments = {}
-        if isinstance(arguments, str):  # some models write them as OpenAI does: JSON within a string
+        if isinstance(arguments, str):  # some models write JSON within a string, like OpenAI's API
             arguments = _object(arguments)
         if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(arguments, dict):
             return None
         if self._style.leading and name not in self._names:
-            return None  # an answer that only looks like a call
+            return None  # a JSON answer, not a call
         return [CallStart(name), CallArguments(json_text(arguments))]
 
     def _is_over(self) -> bool:
-        """The end of a call without a call; a code fence may yet be the beginning of one."""
+        """Whether a closing tag came before any JSON object. A code fence does not count: it may open the JSON."""
         return any(string in self._held for string in self._style.after if string[0] == "<")
 
     def _give_up(self, pieces: list[Piece]) -> bool:
-        """It is no call."""
+        """Emits the held text as content: it is not a call."""
         self._state = _CallState.CONTENT
-        self._say(pieces, self._raw)
+        self._emit(pieces, self._raw)
         self._raw = ""
         return True
 
-    def _say(self, pieces: list[Piece], text: str) -> None:
+    def _emit(self, pieces: list[Piece], text: str) -> None:
         if text:
-            self._talked = True
+            self._has_content = True
             pieces.append(Content(text))
 
 
 class JsonEnd:
-    """Finds where a JSON object ends, as its text comes."""
+    """Finds the end of a JSON object while its text arrives."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -310,7 +310,7 @@ class JsonEnd:
         self.ended = False
 
     def feed(self, text: str) -> int:
-        """How many characters of `text` belong to the object."""
+        """Returns the number of characters of `text` that belong to the object."""
         for at, char in enumerate(text):
             if self._string:
                 if self._escaped:
@@ -334,7 +334,7 @@ class JsonEnd:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """Models write line breaks into strings, which JSON does not allow and everyone understands."""
+    """Parses a JSON object; None for anything else. Line breaks within strings are accepted, because models write them."""
     try:
         found = json.loads(text, strict=False, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -351,7 +351,7 @@ def _is_strict(text: str) -> bool:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 _NAME = re.compile(r"[^\s\ud800-\udfff]{1,256}")

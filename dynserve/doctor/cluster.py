@@ -1,4 +1,4 @@
-"""What the doctor looks at of the cluster to be: model, engine options, planes, ports."""
+"""The doctor's checks of the planned cluster: model, engine options, planes, ports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT = 2.0  # seconds
 
 def model(config: DoctorConfig) -> Iterator[Finding]:
     if config.worker_role is None:
-        return  # a frontend needs none
+        return  # a frontend needs no model folder
     folder = Path(config.model_path)
     try:
         check_model_folder(folder)
@@ -36,7 +36,7 @@ def model(config: DoctorConfig) -> Iterator[Finding]:
         return
     weights = list(folder.glob("*.safetensors"))
     if not weights and config.engine != "simulated":
-        yield Finding("model", "fail", f"{folder} has no safetensors", "download the weights, too")
+        yield Finding("model", "fail", f"{folder} has no *.safetensors files", "download the weights, too")
         return
     size = sum(file.stat().st_size for file in weights) / 1e9
     vocabulary = preprocessor.tokenizer.get_vocab_size()
@@ -59,14 +59,14 @@ def options(config: DoctorConfig) -> Iterator[Finding]:
             engine_args(made)
             yield Finding("engine options", "ok", f"fit a {role} worker")
             return
-        with _CapturedWarnings() as heard:
+        with _CapturedWarnings() as captured:
             given = read_options(made)
             backend = (given.values.get("cache_transceiver_config") or {}).get("backend")
             llm_arguments(given, made, ARGS, PIN)
     except ConfigError as error:
         yield Finding("engine options", "fail", " ".join(str(error).split()))
         return
-    for text in heard.lines:
+    for text in captured.lines:
         yield Finding("engine options", "warn", text)
     yield from _names(given)
     moves = f", KV caches move over {resolved_backend(backend, PIN)}" if backend else ""
@@ -74,7 +74,7 @@ def options(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def backend_of(config: DoctorConfig) -> str | None:
-    """The transceiver's, as far as the engine options can be read; what is wrong with them, `options` tells."""
+    """Returns the transceiver's backend, or None when the engine options cannot be read; `options` reports why."""
     made = WorkerConfig(
         model_path=config.model_path,
         extra_engine_args=config.extra_engine_args,
@@ -99,7 +99,7 @@ def nats(config: DoctorConfig) -> Iterator[Finding]:
     if greeting.startswith(b"INFO "):
         yield Finding("NATS", "ok", redacted(config.nats_url))
     else:
-        yield Finding("NATS", "fail", f"{redacted(config.nats_url)} is not a NATS server", "look at the port")
+        yield Finding("NATS", "fail", f"{redacted(config.nats_url)} is not a NATS server", "check the port")
 
 
 def etcd(config: DoctorConfig) -> Iterator[Finding]:
@@ -107,17 +107,17 @@ def etcd(config: DoctorConfig) -> Iterator[Finding]:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://{host}:{port}/version", timeout=TIMEOUT) as answer:
-            told = answer.read(4096)
+            body = answer.read(4096)
     except OSError as error:
         yield _unreachable("etcd", redacted(config.etcd_url), error, "ETCD_URL")
         return
     except (ValueError, EOFError) as error:
-        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} does not speak HTTP: {error}", "look at the port")
+        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} does not speak HTTP: {error}", "check the port")
         return
-    if b"etcdserver" in told:
+    if b"etcdserver" in body:
         yield Finding("etcd", "ok", redacted(config.etcd_url))
     else:
-        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} is not an etcd", "look at the port")
+        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} is not an etcd server", "check the port")
 
 
 def ports(config: DoctorConfig) -> Iterator[Finding]:
@@ -139,13 +139,14 @@ CLUSTER = (model, options, nats, etcd, ports)
 
 
 def _names(given: Options) -> Iterator[Finding]:
-    """By the pin's own list, which has less than an installed package: an unknown key is only suspicious at the top."""
+    """Checks option names against the list of the pinned version. An installed package may have more, so an unknown key is
+    a failure only below the top level."""
     for name, value in given.values.items():
         nested = ARGS.get(name)
         if name not in ARGS:
-            hint = nearest(name, ARGS) or ": a worker asks the installed package"
+            hint = nearest(name, ARGS) or "; the worker checks it with the installed package"
             yield Finding(
-                "engine options", "warn", f"{given.place(name)}: {name!r} is not a key that is known here{hint}"
+                "engine options", "warn", f"{given.place(name)}: {name!r} is not a key of version {PIN}{hint}"
             )
         elif nested is not None and isinstance(value, dict):
             for key in value.keys() - nested.keys():
@@ -155,14 +156,14 @@ def _names(given: Options) -> Iterator[Finding]:
 
 
 def _unreachable(name: str, url: str, error: OSError, variable: str) -> Finding:
-    """Where nobody named a server, `dynserve up` starts one."""
+    """Reports a server that does not answer. Only a warning without `variable`, as `dynserve up` starts a server then."""
     reason = getattr(error, "reason", None) or error.strerror or error
-    cure = f"start it, or set {variable}; `dynserve up` starts one of its own"
+    cure = f"start it, or set {variable}; `dynserve up` starts its own server"
     return Finding(name, "fail" if os.environ.get(variable) else "warn", f"{url} cannot be reached: {reason}", cure)
 
 
 class _CapturedWarnings(logging.Handler):
-    """What the reading of options warns of."""
+    """Collects the warnings that are logged while options are read."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

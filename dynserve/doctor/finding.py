@@ -1,4 +1,4 @@
-"""One finding of the doctor, and what it is asked to look at."""
+"""`Finding`, the result of one check of the doctor, and `DoctorConfig`, the options of the checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DoctorConfig(PlanesConfig):
         None, "frontend, prefill, decode or prefill_and_decode; default: a frontend and a worker", "DYN_ROLE"
     )
     executor: ExecutorName | None = option(
-        None, "torch, simulated or trtllm; default: trtllm where it is installed, else torch", "DYN_EXECUTOR"
+        None, "torch, simulated or trtllm; default: trtllm if it is installed, else torch", "DYN_EXECUTOR"
     )
     model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
     http_port: int = option(8000, "port of the OpenAI server", "DYN_HTTP_PORT")

@@ -1,5 +1,5 @@
-"""What the doctor looks at on the machine itself. Nothing here imports TensorRT-LLM, Triton or NIXL: that may take a
-minute, or end the process.
+"""The doctor's checks of the machine itself. No check imports TensorRT-LLM, Triton or NIXL: that may take a minute, or
+end the process.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ def python(config: DoctorConfig) -> Iterator[Finding]:
 def gpu(config: DoctorConfig) -> Iterator[Finding]:
     needed: FindingState = "fail" if config.trtllm else "skip"
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
-    told = _run(NVIDIA_SMI, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    if told is None:
+    listed = _run(NVIDIA_SMI, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    if listed is None:
         cure = "start the container with --gpus all, or install NVIDIA's driver" if config.trtllm else ""
-        yield Finding("GPU", needed, f"none can be seen ({NVIDIA_SMI} does not answer)", cure)
+        yield Finding("GPU", needed, f"no GPU found: {NVIDIA_SMI} is missing or failed", cure)
         return
-    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 4]
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.count(",") == 4]
     for at, (name, total, free, _, capability) in enumerate(rows):
         share = float(free) / float(total) if float(total) else 0.0
         text = f"{at}: {name}, {float(free) / 1024:.0f} of {float(total) / 1024:.0f} GiB free"
         if float(capability) < 8.0:
             yield Finding("GPU", "warn", f"{text}, compute capability {capability}", "bfloat16 needs 8.0: use float16")
         elif share < 0.5:
-            yield Finding("GPU", "warn", text, "free_gpu_memory_fraction is a part of what is free: see who uses it")
+            yield Finding(
+                "GPU", "warn", text, "free_gpu_memory_fraction counts only free memory: stop other processes on the GPU"
+            )
         else:
             yield Finding("GPU", "ok", text)
     if rows:
@@ -63,7 +65,7 @@ def packages(config: DoctorConfig) -> Iterator[Finding]:
     elif found in TESTED:
         yield Finding("TensorRT-LLM", "ok", found)
     else:
-        cure = f"dynserve was written against {PIN} (and {TESTED[1]}); what others do differently is not known"
+        cure = f"dynserve is tested with {PIN} and {TESTED[1]}; other versions may differ: install one of these"
         yield Finding("TensorRT-LLM", "warn", found, cure)
     if config.engine == "torch":
         torch = _version("torch")
@@ -75,7 +77,7 @@ def packages(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def triton(config: DoctorConfig) -> Iterator[Finding]:
-    """Triton reads what ldconfig prints as UTF-8, unless it is told where libcuda is."""
+    """Checks that Triton finds libcuda. Without `TRITON_LIBCUDA_PATH` it decodes the output of ldconfig as UTF-8."""
     if not config.trtllm:
         return
     found, broken = _version("triton"), env.ask_ldconfig(env.LDCONFIG).broken
@@ -83,16 +85,16 @@ def triton(config: DoctorConfig) -> Iterator[Finding]:
     name = f"triton {found or 'is not installed'}"
     if folder:
         text = f"{name}, libcuda in {folder}"
-        yield Finding("Triton", "ok", text + (f" (ldconfig lists {broken}, which is no UTF-8)" if broken else ""))
+        yield Finding("Triton", "ok", text + (f" (ldconfig lists {broken}, which is not UTF-8)" if broken else ""))
     elif broken:
         cure = f"set TRITON_LIBCUDA_PATH to the folder of {env.LIBCUDA}"
-        yield Finding("Triton", "fail", f"{name}; ldconfig lists {broken}, at which it would stop", cure)
+        yield Finding("Triton", "fail", f"{name}; ldconfig lists {broken}, which is not UTF-8: Triton would fail", cure)
     else:
-        yield Finding("Triton", "warn", f"{name}; {env.LIBCUDA} is nowhere", "start the container with --gpus all")
+        yield Finding("Triton", "warn", f"{name}; {env.LIBCUDA} was not found", "start the container with --gpus all")
 
 
 def transfer(config: DoctorConfig) -> Iterator[Finding]:
-    """NIXL's plugins, UCX's transports."""
+    """Checks NIXL's plugins and UCX's transports."""
     if not config.trtllm:
         return
     backend = backend_of(config)
@@ -108,7 +110,7 @@ def transfer(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("NIXL", needed, str(error))
     else:
         several = len(folders) > 1 and not named
-        cure = "keep one, or choose it with NIXL_PLUGINS_DIR: mixed ones crash" if several else ""
+        cure = "keep one, or choose it with NIXL_PLUGINS_DIR: plugins of different builds crash" if several else ""
         yield Finding("NIXL", "warn" if several else "ok", f"plugins in {named or ', '.join(folders)}", cure)
     for warning in env.warnings(os.environ):
         text, _, cure = warning.partition(": ")
@@ -118,26 +120,30 @@ def transfer(config: DoctorConfig) -> Iterator[Finding]:
 def mpi(config: DoctorConfig) -> Iterator[Finding]:
     if not config.trtllm:
         return
-    told = _run("mpirun", "--version")
-    if told is None:
-        yield Finding("MPI", "warn", "there is no mpirun", "TensorRT-LLM's image has OpenMPI; its import needs libmpi")
-    elif "Open MPI" in told:
-        yield Finding("MPI", "ok", told.splitlines()[0])
+    printed = _run("mpirun", "--version")
+    if printed is None:
+        yield Finding(
+            "MPI", "warn", "mpirun is not installed", "TensorRT-LLM's image has OpenMPI; its import needs libmpi"
+        )
+    elif "Open MPI" in printed:
+        yield Finding("MPI", "ok", printed.splitlines()[0])
     else:
-        yield Finding("MPI", "fail", f"{told.splitlines()[0]} is not OpenMPI", "use the image's: others hang at import")
+        yield Finding(
+            "MPI", "fail", f"{printed.splitlines()[0]} is not OpenMPI", "use the image's OpenMPI: others hang at import"
+        )
 
 
 def locale(config: DoctorConfig) -> Iterator[Finding]:
     if env.is_utf8(os.environ):
         yield Finding("locale", "ok", "UTF-8")
     else:
-        yield Finding("locale", "warn", "is not UTF-8", "export LC_ALL=C.UTF-8 (a trtllm worker sets it for itself)")
+        yield Finding("locale", "warn", "is not UTF-8", "export LC_ALL=C.UTF-8 (a trtllm worker sets it by itself)")
 
 
 def limits(config: DoctorConfig) -> Iterator[Finding]:
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = files >= OPEN_FILES or files == resource.RLIM_INFINITY
-    cure = "" if enough else f"ulimit -n {min(65536, most) if most > 0 else 65536}"
+    cure = "" if enough else f"ulimit -n {min(65536, hard_limit) if hard_limit > 0 else 65536}"
     yield Finding("open files", "ok" if enough else "warn", _amount(files), cure)
     if not config.trtllm:
         return
@@ -148,7 +154,7 @@ def limits(config: DoctorConfig) -> Iterator[Finding]:
     try:
         size = shutil.disk_usage("/dev/shm").total
     except OSError:
-        yield Finding("shared memory", "fail", "there is no /dev/shm", "mount one")
+        yield Finding("shared memory", "fail", "there is no /dev/shm", "mount a tmpfs there")
         return
     large = size >= SHARED_MEMORY
     cure = "" if large else "docker run --ipc=host, or --shm-size=8g: the engine's processes share memory there"
@@ -159,7 +165,7 @@ MACHINE = (python, gpu, packages, triton, transfer, mpi, locale, limits)
 
 
 def _run(*command: str) -> str | None:
-    """What a program prints; None when it is not there or fails."""
+    """Runs a program and returns its standard output; None when it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=15, check=False)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""`dynserve doctor`: all findings, one line each with the cure, and the exit code."""
+"""`dynserve doctor`: prints all findings, one line each with the remedy, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dynserve.errors import ConfigError
 
 
 def findings(config: DoctorConfig, checks: Sequence[Check]) -> Iterator[Finding]:
-    """As they are made. A check that breaks is a finding, too: no machine is so broken that the others cannot be told."""
+    """Yields findings as they are made. A check that raises is reported as a warning, and the others still run."""
     for check in checks:
         try:
             yield from check(config)
         except Exception as error:
-            yield Finding(check.__name__, "warn", f"could not be looked at: {type(error).__name__}: {error}")
+            yield Finding(check.__name__, "warn", f"the check failed: {type(error).__name__}: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(finding.line, flush=True)
     failed = [finding for finding in found if finding.state == "fail"]
     if config.json:
-        told = {"role": config.role, "executor": config.engine, "ok": not failed}
-        print(json.dumps(told | {"findings": [finding._asdict() for finding in found]}, indent=2))
+        summary = {"role": config.role, "executor": config.engine, "ok": not failed}
+        print(json.dumps(summary | {"findings": [finding._asdict() for finding in found]}, indent=2))
     else:
         warned = sum(finding.state == "warn" for finding in found)
-        print(f"\n{len(failed)} in the way, {warned} to look at")
+        print(f"\nfailures: {len(failed)}, warnings: {warned}")
     raise SystemExit(1 if failed else 0)

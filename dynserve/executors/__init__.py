@@ -1,1 +1,1 @@
-"""Executors: what turns token ids into token ids. Heavy imports happen when one is opened, not before."""
+"""Executors generate token ids from token ids. Heavy imports happen when one is opened, not before."""

@@ -1,4 +1,4 @@
-"""The executor's seam: what a worker asks of TensorRT-LLM, of the PyTorch engine and of the simulated one."""
+"""The executor interface: the operations that a worker needs of TensorRT-LLM, the PyTorch engine and the simulated one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Output(msgspec.Struct, gc=False):
-    """What one engine step did for one request. The one with a `reason` or an `error` is the last. Cached tokens and times
-    are told in the first and in the last.
+    """The output of one engine step for one request. An output with a `reason` or an `error` is the last. Cached tokens
+    and times are set in the first and in the last.
 
-    `reason` is `stop` (end of turn or a stop token), `length`, or `handoff` (prefill done; `handoff` says where).
-    A stop token is not in `token_ids`: it is consumed, and named in `stop_token`. With `prompt_logprobs` asked for, the
-    first output's `logprobs` begin with one entry per prompt token (the first token's own is without meaning).
+    `reason` is `stop` (end of turn or a stop token), `length`, or `handoff` (prefill done; `handoff` describes it).
+    A stop token is not in `token_ids`: it is consumed, and named in `stop_token`. With `prompt_logprobs` requested, the
+    first output's `logprobs` begin with one entry per prompt token (the first token's entry has no meaning).
     """
 
     token_ids: list[int]
@@ -40,8 +40,8 @@ class Output(msgspec.Struct, gc=False):
     prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
-    handoff_declined: bool = False  # in the first output of a decode request: it begins without its hand-off
-    embedding: bytes = b""  # float32, little-endian, of length 1: the answer to a request with `pooling`
+    handoff_declined: bool = False  # in the first output of a decode request: its hand-off was not used
+    embedding: bytes = b""  # float32, little-endian, of unit norm: the answer to a request with `pooling`
 
 
 OutputSink = Callable[[Output], None]
@@ -49,35 +49,33 @@ KvListener = Callable[[list[KvEvent]], None]
 
 
 class ExecutorLimits(NamedTuple):
-    """What an open executor can take; goes into the worker's card."""
+    """The limits and features of an open executor, which the worker's card contains."""
 
     block_size: int  # tokens per KV block
     num_blocks: int
     max_seq_len: int  # prompt + answer, tokens
     max_batch_size: int
     vocab_size: int
-    grammars: bool = False  # grammars can be followed
-    embedding_size: int = 0  # 0: it makes no embeddings
-    kv_events: bool = True  # it tells what its cache holds, when it is asked to
+    grammars: bool = False  # answers can follow a grammar
+    embedding_size: int = 0  # 0: no embeddings
+    kv_events: bool = True  # `listen_kv` reports changes of the prefix cache
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
-    pairing: Mapping[str, str] = {}  # what the other side of a hand-off must have in common with it
-    single_use_handoffs: bool = (
-        False  # a hand-off that one worker may have begun to take cannot be given to a second one
-    )
+    pairing: Mapping[str, str] = {}  # properties that the other side of a hand-off must share
+    single_use_handoffs: bool = False  # once a worker may have begun to fetch a hand-off, no second worker can use it
 
 
 def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_tokens: int | None) -> None:
-    """Raises CallerError for a request that can never run on an executor of these limits. `max_num_tokens` is that of
-    one step where prompts are not computed in chunks."""
+    """Raises CallerError for a request that can never run on an executor with these limits. `max_num_tokens` is the
+    bound of one step where prompts are not computed in chunks, else None."""
     length = request.num_tokens + (len(request.prior.token_ids) if request.prior else 0)
     if length == 0:
         raise ContextTooLong("the prompt is empty")
     if length >= limits.max_seq_len:
-        raise ContextTooLong(f"{length} tokens leave no room in a context of {limits.max_seq_len}")
+        raise ContextTooLong(f"{length} tokens leave no room for an answer in a context of {limits.max_seq_len}")
     if max_num_tokens is not None and length > max_num_tokens:
         raise ContextTooLong(
             f"{length} tokens are over max_num_tokens={max_num_tokens}; "
-            "set enable_chunked_prefill to take longer prompts"
+            "set enable_chunked_prefill to accept longer prompts"
         )
     prior = request.prior.token_ids if request.prior is not None else []
     if _any_beyond(request.prompt, limits.vocab_size) or max(prior, default=0) >= limits.vocab_size:
@@ -87,15 +85,14 @@ def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_toke
             "than the model"
         )
     if request.grammar is not None and not limits.grammars:
-        raise BadRequest("this model's workers cannot make answers follow a grammar", param="response_format")
+        raise BadRequest("this model's workers do not support grammars", param="response_format")
     if request.pooling is not None and not limits.embedding_size:
         raise BadRequest("this model's workers make no embeddings", param="model")
 
 
 def _any_beyond(prompt: bytes, vocab_size: int) -> bool:
     """Whether one of the token ids (u32 little-endian) is `vocab_size` or more. It runs for every request, so all ids are
-    looked at together, as one large number: adding 2**31 - vocab_size to each of them reaches the highest bit of just
-    those."""
+    checked together, as one large number: adding 2**31 - vocab_size sets the highest bit of those ids only."""
     count = len(prompt) // 4
     ids = int.from_bytes(prompt, "little")
     missing = int.from_bytes(((1 << 31) - vocab_size).to_bytes(4, "little") * count, "little")
@@ -110,7 +107,7 @@ class Executor(Protocol):
 
     Results are pushed, not pulled: an engine step ends with one call into the loop, in which each request's sink is
     called once, so that a step of 128 sequences wakes no task. `abort` is the only cancellation: the sink is not called
-    again, blocks are freed as soon as the engine lets go of them, and a hand-off that the request left is cancelled.
+    again, blocks are freed as soon as the engine releases them, and an open hand-off of the request is cancelled.
     """
 
     @property
@@ -118,38 +115,38 @@ class Executor(Protocol):
 
     @property
     def failed(self) -> asyncio.Future[None]:
-        """Never done while the engine lives; then holds what killed it."""
+        """Pending while the engine works; then holds the exception that ended it."""
         ...
 
     def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
-        """A ticket for `abort`. Raises CallerError for a request that can never run here."""
+        """Starts a request and returns a ticket for `abort`. Raises CallerError for a request that can never run here."""
         ...
 
     def abort(self, ticket: int) -> None:
-        """Unknown and finished tickets are ignored."""
+        """Cancels a request. Unknown and finished tickets are ignored."""
         ...
 
     def handoff_done(self, ticket: int) -> None:
-        """The hand-off that this prefill left has done its work: the decode worker has answered."""
+        """Ends the hand-off of this prefill: the decode worker has answered."""
         ...
 
     @property
     def targets(self) -> Sequence[Executor]:
-        """What routers choose among: the executor itself, or one per KV cache of an engine that has several."""
+        """The executors that routers choose among: this one, or one per KV cache of an engine that has several."""
         ...
 
     def load(self) -> Load: ...
 
     def counters(self) -> Mapping[str, float]:
-        """For `/metrics`: what this executor counts, by names that end in `_total`; other names are of values now."""
+        """Returns values for `/metrics`: counters by names that end in `_total`, gauges by other names."""
         ...
 
     def describe(self) -> Mapping[str, str]:
-        """For `/health`: what it says of itself."""
+        """Returns the executor's description for `/health`."""
         ...
 
     def listen_kv(self, listener: KvListener) -> None:
-        """`listener` gets every change of the prefix cache from now on, in order."""
+        """Passes every later change of the prefix cache to `listener`, in order."""
         ...
 
 
@@ -162,7 +159,7 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
         nonlocal done
         outputs.put(output)
         if output.reason is not None or output.error is not None:
-            done = True  # a hand-off may be left, and is its taker's now
+            done = True  # an open hand-off now belongs to its decode worker
             outputs.close()
 
     ticket = executor.submit(request, sink)
@@ -187,7 +184,7 @@ _HOMES = {
 def open_executor(
     config: WorkerConfig, instance_id: str = "local", transceivers: Transceivers | None = None
 ) -> AbstractAsyncContextManager[Executor]:
-    """The executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process.
+    """Opens the executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process.
 
     Raises:
         ConfigError: it is not installed, or not usable as it is configured.
@@ -199,7 +196,7 @@ def open_executor(
 
 
 def executor_module(name: str) -> Any:
-    """Imports what the executor needs, now and not before."""
+    """Imports an executor's module, and with it the packages that it needs. Raises ConfigError if one is missing."""
     try:
         return import_module(_HOMES[name])
     except ImportError as error:

@@ -1,17 +1,17 @@
-"""Carriers: other ways for the blocks of a hand-off than through the transceiver's TCP connection.
+"""Carriers move the blocks of a hand-off by other transports than the transceiver's TCP connection.
 
-A transceiver always asks over TCP whether a hand-off is open and whose it is. When both sides have a carrier in common, and
-it can reach from one to the other, that one moves the bytes, and the connection is used to talk about them:
+A transceiver always checks over TCP that a hand-off is open and of the right request. When both sides have a carrier in
+common that can reach the other side, the carrier moves the bytes, and the connection carries its messages:
 
     decode                                          prefill
-    Fetch{..., carriers: name -> hello} ──────────▶ can one of mine reach it?
+    Fetch{..., carriers: name -> hello} ──────────▶ can a common carrier reach it?
                        ◀──────────────────────────  Reply{carrier: name}
     receive  ◀────────── the carrier's own ───────▶ send
-    one byte: all there ──────────────────────────▶ delivered, if nobody has cancelled it meanwhile
-                       ◀──────────────────────────  one byte: it was so
+    one byte: received ───────────────────────────▶ delivered, if not cancelled meanwhile
+                       ◀──────────────────────────  one byte: delivered
 
-The last byte matters: a carrier reads the other side's memory by itself, so only the owner knows that the memory still held
-the hand-off's blocks when the reading ended.
+The last byte is needed: a carrier reads the other side's memory without the owner, so only the owner can confirm that the
+memory still held the hand-off's blocks when the reading ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-SPIN = 0.002  # seconds that a carrier looks again and again for the end of a transfer; later it looks every millisecond
+SPIN = 0.002  # seconds for which the end of a transfer is polled without a pause; later every millisecond
 
 
 class CarrierFailed(Exception):
@@ -33,7 +33,7 @@ class CarrierChannel(Protocol):
 
     @property
     def peer(self) -> str:
-        """The address of the worker that is asked; the same for all transfers from it."""
+        """The address of the worker that sends; the same for all transfers from it."""
         ...
 
     async def send(self, message: bytes) -> None: ...
@@ -46,32 +46,32 @@ class Carrier(Protocol):
     def name(self) -> str: ...
 
     def hello(self) -> bytes:
-        """What the other side has to know of this one."""
+        """Returns the data by which the other side can reach this one."""
         ...
 
     def reaches(self, hello: bytes) -> bool:
-        """Whether the blocks could be moved to a worker that says this."""
+        """Whether blocks can be moved to the worker that sent this hello."""
         ...
 
     async def send(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
-        """Lets the other side have these blocks, which stay as they are until it has confirmed that it has them."""
+        """Sends these blocks. They do not change until the other side has confirmed that it has received them."""
         ...
 
     async def receive(self, blocks: Sequence[int], channel: CarrierChannel) -> None:
         """Fills these blocks with those that the other side sends.
 
         Raises:
-            CarrierFailed: the transfer could not be done in this way.
+            CarrierFailed: the transfer is not possible with this carrier.
         """
         ...
 
     def lost(self, peer: str) -> None:
-        """The worker at this address has gone, or was not asked for long: what is kept open of it can be closed."""
+        """Closes all resources of the worker at this address: no connection to it is open any more."""
         ...
 
 
 async def finished(done: Callable[[], bool]) -> None:
-    """Returns when `done` says so. There is no descriptor that a loop could wait for; the caller has a deadline."""
+    """Polls until `done` returns True: there is no descriptor that a loop could wait for. The caller has a deadline."""
     began = time.monotonic()
     while not done():
         await asyncio.sleep(0 if time.monotonic() - began < SPIN else 0.001)

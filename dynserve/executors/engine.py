@@ -2,11 +2,11 @@
 
 It has two sides, which only meet in a deque and a callback:
 
-    EngineSteps    decides on steps and books them, wherever steps are computed: in the torch executor's thread, or on the
-                   event loop for the simulated one
+    EngineSteps    plans steps and records their results where steps are computed: in the torch executor's thread, or on
+                   the event loop for the simulated one
     Engine         the `Executor`, on the event loop: requests in, outputs out, transfers
 
-`Engine` posts commands to `EngineSteps`; whoever computes steps hands a whole step back in one call of `Engine.deliver`.
+`Engine` posts commands to `EngineSteps`; each step's results come back in one call of `Engine.deliver`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from dynserve.wire.requests import GenerateRequest, Grammar, Handoff
 
 log = logging.getLogger(__name__)
 
-GRAMMAR_TIMEOUT = 90.0  # seconds for a grammar to be compiled, in which its compiler has bounds of its own
+GRAMMAR_TIMEOUT = 90.0  # seconds to compile a grammar; the compiler has bounds of its own within them
 
 
 class Grammars(Protocol):
     """Compiles grammars for one model's vocabulary."""
 
     async def matcher(self, grammar: Grammar) -> Any:
-        """The matcher by which steps follow the grammar in one answer. Raises BadRequest for an invalid grammar."""
+        """Returns a matcher that constrains one answer to the grammar. Raises BadRequest for an invalid grammar."""
         ...
 
 
@@ -68,14 +68,14 @@ class EngineSteps:
     def __init__(self, scheduler: Scheduler, wake: Callable[[], None]) -> None:
         self._scheduler, self._wake = scheduler, wake
         loop = asyncio.get_running_loop()
-        # uvloop's time has milliseconds only, and steps take less
+        # uvloop's clock has a resolution of milliseconds, and steps are shorter
         self.clock = time.monotonic if isinstance(loop, uvloop.Loop) else loop.time
         self._commands: deque[Callable[[], None]] = deque()
         blocks = scheduler.blocks
         self.load = Load(0, 0, blocks.num_blocks, blocks.num_blocks, 0)
 
     def post(self, command: Callable[[], None]) -> None:
-        """Has the command carried out before the next step is decided on."""
+        """Queues a command, which is executed before the next step is planned."""
         self._commands.append(command)
         self._wake()
 
@@ -84,7 +84,7 @@ class EngineSteps:
         return bool(self._commands)
 
     def plan(self) -> list[Slice]:
-        """Carries out the commands, and decides on the next step."""
+        """Executes the queued commands and plans the next step."""
         while self._commands:
             self._commands.popleft()()
         work = self._scheduler.schedule(self.clock())
@@ -92,11 +92,11 @@ class EngineSteps:
         return work
 
     def ahead(self, work: Seq[Slice]) -> list[Slice]:
-        """The step after `work`, which is not booked yet, where nothing has to be decided for it; else none."""
+        """Returns the step after `work` before `work` is recorded; empty where that step depends on a decision."""
         return [] if self._commands else self._scheduler.ahead(work)
 
     def fetches(self) -> list[BlockFetch]:
-        """Transfers that the plan decided on. `Engine.start` them before the step: they go on while it computes."""
+        """Returns the transfers of the plan. `Engine.start` begins them before the step: they run while it computes."""
         return self._scheduler.drain_fetches()
 
     def max_steps(self, work: list[Slice], limit: int) -> int:
@@ -119,7 +119,7 @@ class EngineModel(NamedTuple):
 
     vocab_size: int
     eos: frozenset[int]
-    embedding_size: int = 0  # 0: it makes no embeddings
+    embedding_size: int = 0  # 0: no embeddings
     pairing: Mapping[str, str] = {}  # see `ExecutorLimits`
 
 
@@ -170,21 +170,21 @@ class Engine:
         if (live := self._live.pop(ticket, None)) is None:
             return
         if (compiling := self._compiling.get(ticket)) is not None:
-            compiling.cancel()  # nobody waits for its grammar any more
+            compiling.cancel()  # its grammar is not needed any more
         self._steps.post(partial(self._abort_sequence, live[0]))
         if (task := self._fetches.get(ticket)) is not None:
             task.cancel()
 
     def handoff_done(self, ticket: int) -> None:
-        self.handoffs.cancel(ticket)  # one that was delivered is closed already; this one was not needed
+        self.handoffs.cancel(ticket)  # a delivered one has ended already; an open one was not needed
 
     def _abort_sequence(self, sequence: Sequence) -> None:
         if sequence.state is not SequenceState.DONE:
             self._scheduler.abort(sequence)
 
     async def _add_with_grammar(self, sequence: Sequence, grammar: Grammar) -> None:
-        """The grammar is compiled before the sequence takes part. What goes wrong is the request's last word: a task that
-        raised would take its owner with it."""
+        """Compiles the grammar, then adds the sequence. An error becomes the request's last output; it is not raised, since
+        that would end the task group."""
         assert self._grammars is not None  # or the request would have been refused
         failure: DynserveError | None = None
         try:
@@ -236,30 +236,30 @@ class Engine:
             self._start_fetch(fetch)
 
     def deliver(self, result: StepResult) -> None:
-        """Everything that a step did, in one turn of the loop."""
+        """Passes on all results of a step, in one turn of the loop."""
         if result.events and self._kv_listener is not None:
             self._kv_listener(result.events)
         for sequence, output in result.outputs:
             live = self._live.get(sequence.ticket)
             if live is None:
-                continue  # aborted; its command frees what it holds
+                continue  # aborted; the posted command frees its blocks
             if output.reason is not None or output.error is not None:
                 del self._live[sequence.ticket]
                 if output.reason == "handoff":
                     output.handoff = self._open_handoff(sequence)
             try:
                 live[1](output)
-            except Exception:  # one request's fault must not cost the others of the step their tokens
+            except Exception:  # an error of one request must not lose the tokens of the others
                 log.exception("request %s: its output could not be delivered", sequence.request.id)
                 self.abort(sequence.ticket)
 
     def fail(self, error: BaseException) -> None:
-        """The engine is dead: every open request fails, and no new one is accepted."""
+        """Marks the engine as dead: open requests fail, and new ones are refused."""
         if self.failed.done():
             return
         log.error("the engine died", exc_info=error)
         self.failed.set_exception(InternalError(f"the engine died: {error!r}"))
-        self.failed.exception()  # whoever watches `failed` sees it; nobody needs to
+        self.failed.exception()  # marks it as retrieved: nothing has to await `failed`
         live, self._live = self._live, {}
         for _, sink in live.values():
             sink(Output([], error=InternalError("the engine died")))
@@ -287,7 +287,7 @@ class Engine:
         task.add_done_callback(partial(self._fetch_ended, fetch, self._steps.clock()))
 
     async def _fetch(self, fetch: BlockFetch) -> HandoffError | None:
-        """Fetches the blocks. An error is returned, not raised: a task that raised would take its owner with it."""
+        """Fetches the blocks. An error is returned, not raised, since that would end the task group."""
         request, handoff = fetch.sequence.request, fetch.sequence.request.handoff
         assert handoff is not None
         if not belongs(handoff, request):
@@ -298,7 +298,7 @@ class Engine:
         except HandoffError as error:
             return error
         except TimeoutError:
-            return HandoffBroken(f"not done within {handoff.ttl_s} s")
+            return HandoffBroken(f"the KV transfer was not done within {handoff.ttl_s} s")
         except Exception as error:
             log.exception("unexpected failure of a KV transfer")
             return HandoffBroken(repr(error))
@@ -315,7 +315,7 @@ class Engine:
 
 
 def make_scheduler(args: EngineArgs, num_blocks: int, max_seq_len: int) -> Scheduler:
-    """The scheduler that the engine options ask for; a sequence is never longer than the cache."""
+    """Returns a scheduler for the engine options; a sequence is never longer than the cache."""
     size = args.kv_cache_config.tokens_per_block
     return Scheduler(
         BlockManager(num_blocks, size, reuse=args.kv_cache_config.enable_block_reuse),
@@ -331,7 +331,7 @@ async def open_engine(
     args: EngineArgs, scheduler: Scheduler, steps: EngineSteps, model: EngineModel, store: BlockStore,
     transceivers: Transceivers, *, instance_id: str, host: str, grammars: Grammars | None = None,
 ) -> AsyncIterator[tuple[Engine, OwnedTasks]]:  # fmt: skip
-    """Puts an engine together; its tasks end with the block. Open hand-offs are cancelled then."""
+    """Assembles an engine. At the end of the block its tasks end, and open hand-offs are cancelled."""
 
     def release(ticket: int, how: object) -> None:
         steps.post(partial(scheduler.release_held, ticket))

@@ -22,7 +22,7 @@ from dynserve.executors.option_names import ARGS, KV_CACHE, OLD, TRANSCEIVER, Sc
 log = logging.getLogger(__name__)
 
 
-# DEFAULT takes the best that both workers have; UCX is what NIXL uses below
+# DEFAULT selects the best transport that both workers have; UCX is the library under NIXL
 BACKENDS = ("DEFAULT", "NIXL", "UCX", "TCP")
 
 
@@ -41,13 +41,13 @@ class CacheTransceiverOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(
-                f"cache_transceiver_config.backend {self.backend!r} is not one that this executor has"
-                f"{nearest(self.backend.upper(), BACKENDS)}; there are {', '.join(BACKENDS)}"
+                f"cache_transceiver_config.backend {self.backend!r} is not a backend of this executor"
+                f"{nearest(self.backend.upper(), BACKENDS)}; use one of {', '.join(BACKENDS)}"
             )
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the scheduler and the two executors read. None: derived from the model."""
+    """The options of the scheduler and of both executors. None: derived from the model."""
 
     max_batch_size: int = 64
     max_num_tokens: int = 2048
@@ -66,7 +66,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     transfer_gb_per_s: float = 10.0
     bytes_per_token: int = 131_072
     speed: float = 1.0
-    leap: int = 1  # steps of nothing but decoding that may be taken at once
+    leap: int = 1  # upper bound of decode-only steps that are computed at once
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "num_blocks", "num_threads", "leap"):
@@ -82,7 +82,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError("transfer_gb_per_s must be greater than 0")
 
 
-# Right for TensorRT-LLM, without a meaning here; a file that is shared between executors may hold them.
+# Valid for TensorRT-LLM, without effect here; a file that executors share may contain them.
 _TRTLLM_ONLY = frozenset(ARGS.keys() | OLD) - frozenset(EngineArgs.__struct_fields__)
 _NESTED: dict[str, tuple[type[msgspec.Struct], Schema]] = {
     "kv_cache_config": (KvCacheOptions, KV_CACHE),
@@ -91,10 +91,10 @@ _NESTED: dict[str, tuple[type[msgspec.Struct], Schema]] = {
 
 
 def engine_args(config: WorkerConfig, defaults: Mapping[str, Any] = MappingProxyType({})) -> EngineArgs:
-    """The merged options. `defaults` are those of the device, where they differ from the others.
+    """Returns the merged options. `defaults` are those of the device, where they differ from `EngineArgs`.
 
     Raises:
-        ConfigError: an unknown key (with the nearest valid one and where it stands), or a value that does not fit.
+        ConfigError: a key is unknown (the message has the nearest valid one and the place), or a value is invalid.
     """
     merged = {**defaults, **_from_flags(config)}
     if config.extra_engine_args:
@@ -127,7 +127,7 @@ def _from_flags(config: WorkerConfig) -> dict[str, Any]:
 def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
     known = EngineArgs.__struct_fields__
     if ignored := sorted(_TRTLLM_ONLY & options.keys()):
-        log.info("%s: no meaning for this executor, left out: %s", where, ", ".join(ignored))
+        log.info("%s: ignored, without effect in this executor: %s", where, ", ".join(ignored))
     for key, value in options.items():
         if key in _TRTLLM_ONLY:
             continue

@@ -1,15 +1,15 @@
-"""Hand-offs on the side that owns them: from the end of a prefill to exactly one of delivered, expired, cancelled.
+"""Hand-offs on the worker that owns them: from the end of a prefill to exactly one of delivered, expired, cancelled.
 
-        ┌────────────── broken: the receiver may try again ─────┐
+        ┌────────────── broken: the receiver may retry ─────────┐
         ▼                                                       │
       OPEN ──begin: request id and sequence hash match──▶ SENDING ──▶ delivered
         │                                                   │
         ├──ttl over──▶ expired                              └──cancel: sending stops first──▶ cancelled
         └──cancel────▶ cancelled
 
-Whatever the end, `release` is called once and the blocks are free. While bytes are on their way the blocks stay, until
-whoever cancels has stopped the sending. A carrier's receiver may read on for a moment: it is told that the hand-off has
-ended before it uses anything (`carriers.py`).
+When a hand-off ends, `release` is called once and frees the blocks. Blocks that are being sent stay allocated until a
+cancel has stopped the sending. A carrier's receiver may read on for a moment: before it uses the data, it receives notice
+that the hand-off has ended (`carriers.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Entry:
     blocks: list[int]
     timer: asyncio.TimerHandle
     stop_sending: Callable[[], object] | None = None
-    overdue: HandoffEnd | None = None  # asked for while sending
+    overdue: HandoffEnd | None = None  # the end that was requested while sending
 
 
 class HandoffTable:
@@ -62,7 +62,7 @@ class HandoffTable:
     def open(
         self, ticket: int, request: GenerateRequest, blocks: list[int], num_bytes: int, state: bytes, id_: int = 0
     ) -> Handoff:
-        """`id_` is one that the executor has given already; 0 takes the next."""
+        """Opens a hand-off. `id_` is an id that the executor has assigned already; 0 means the next one."""
         handoff = Handoff(
             id=id_ or next(self._ids),
             owner=self._owner,
@@ -79,14 +79,14 @@ class HandoffTable:
         return handoff
 
     def cancel(self, ticket: int) -> bool:
-        """False when that prefill left no open hand-off."""
+        """Cancels the hand-off of a prefill. Returns False when it has none open."""
         id_ = self._by_ticket.get(ticket)
         if id_ is not None:
             self._end_or_stop(id_, HandoffEnd.CANCELLED)
         return id_ is not None
 
     def deliver(self, ticket: int) -> bool:
-        """For executors that do not see the transfer themselves. False when that prefill left no open hand-off."""
+        """Ends a hand-off as delivered, for executors that do not see the transfer. False when none is open."""
         id_ = self._by_ticket.get(ticket)
         if id_ is not None:
             self._end_or_stop(id_, HandoffEnd.DELIVERED)
@@ -100,10 +100,10 @@ class HandoffTable:
     def sending(
         self, id_: int, request_id: str, sequence_hash: int, stop: Callable[[], object]
     ) -> Iterator[tuple[list[int], Callable[[], None]]]:
-        """The blocks to send, and what to call once the receiver has confirmed them. `stop` ends the sending early.
+        """Yields the blocks to send, and the function to call once the receiver has confirmed them. `stop` stops the send.
 
         Raises:
-            HandoffGone: it has ended, never was, or is being sent to somebody.
+            HandoffGone: it has ended, never existed, or is being sent already.
             HandoffMismatch: it belongs to another request or prompt.
         """
         entry = self._open.get(id_)
@@ -139,7 +139,7 @@ class HandoffTable:
 
 
 def belongs(handoff: Handoff, request: GenerateRequest) -> bool:
-    """Whether it is this request's, of this prompt."""
+    """Whether the hand-off is of this request and this prompt."""
     theirs = (handoff.request_id, handoff.sequence_hash, handoff.num_tokens)
     return theirs == (request.id, _sequence(request), request.num_tokens)
 

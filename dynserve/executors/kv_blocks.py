@@ -1,18 +1,18 @@
-"""The paged KV cache's book-keeping: which block holds what, who holds it, what can be reused, what goes first.
+"""The paged KV cache's book-keeping: the content of each block, its holders, its reuse, and the order of eviction.
 
 A block is in exactly one of three places:
 
     held     ref > 0: one or more sequences (or an open hand-off) use it
-    cached   ref = 0 and sealed: its content can be reused, least recently released goes first
-    blank    ref = 0 and nothing worth keeping
+    cached   ref = 0 and sealed: its content can be reused; the least recently released is evicted first
+    blank    ref = 0 and without content to reuse
 
-`free` counts cached and blank together: both can be taken. A block is *sealed* when it is full and computed: from then on
-it is found by its rolling hash. Two sequences may compute the same block at once; the first to seal it names it, the
-other goes on with that one and gives its own copy back.
+`free` counts cached and blank together: both can be allocated. A block is *sealed* when it is full and computed: from then
+on it is found by its rolling hash. Two sequences may compute the same block at once; the first to seal it names it, the
+other continues with that block and releases its own copy.
 
-So whoever holds a named block holds the named blocks before it as well, and gives it back before them. Eviction takes what
-was given back first, hence children before parents: a prefix outlives what follows it, and what can be found by its hash
-can be reached from the first block on. Routers rely on that.
+So a holder of a named block also holds the named blocks before it, and releases it before them. Eviction starts with the
+earliest release, hence children before parents: a prefix outlives the blocks after it, and each block that can be found by
+its hash can be reached from the first block on. Routers rely on that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
 
 
 class BlockManager:
-    """`num_blocks` blocks of `block_size` tokens. Single-threaded: whoever steps the engine owns it."""
+    """`num_blocks` blocks of `block_size` tokens. Used only by the thread that steps the engine."""
 
     def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -32,9 +32,9 @@ class BlockManager:
         self.num_blocks, self.block_size, self._reuse = num_blocks, block_size, reuse
         self._refs = [0] * num_blocks
         self._hash: list[int | None] = [None] * num_blocks
-        self._parent: list[int | None] = [None] * num_blocks  # hash of the block before, for those that have a name
+        self._parent: list[int | None] = [None] * num_blocks  # hash of the block before, for named blocks
         self._by_hash: dict[int, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))  # taken from the end: low numbers first
+        self._blank = list(range(num_blocks - 1, -1, -1))  # allocated from the end: low numbers first
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
         self._events: list[KvEvent] = []
 
@@ -44,11 +44,11 @@ class BlockManager:
 
     @property
     def cached(self) -> int:
-        """Blocks that can be found by hash, held or not."""
+        """The number of blocks that can be found by hash, held or not."""
         return len(self._by_hash)
 
     def overlap(self, hashes: Sequence[int]) -> int:
-        """How many leading blocks of a prompt are here. Changes nothing."""
+        """Returns how many leading blocks of a prompt are in the cache. Changes nothing."""
         count = 0
         for hash_ in hashes:
             if hash_ not in self._by_hash:
@@ -57,34 +57,34 @@ class BlockManager:
         return count
 
     def can_allocate(self, count: int, reusing: Sequence[int] = ()) -> bool:
-        """Whether `count` blocks can be taken beside those that `acquire(reusing)` would hold. Changes nothing."""
+        """Whether `count` blocks can be allocated beside those that `acquire(reusing)` would hold. Changes nothing."""
         woken = sum(1 for block in self._leading(reusing) if self._refs[block] == 0)
         return self.free - woken >= count
 
     def acquire(self, hashes: Sequence[int]) -> list[int]:
-        """Holds the leading blocks that are here, in order."""
+        """Holds and returns the leading blocks that are in the cache, in order."""
         blocks = self._leading(hashes)
         for block in blocks:
             self._hold(block)
         return blocks
 
     def allocate(self, count: int) -> list[int]:
-        """Holds `count` empty blocks, evicting cached ones when the blank ones run out. Ask `can_allocate` first."""
+        """Holds and returns `count` blank blocks, evicting cached ones if necessary. Call `can_allocate` first."""
         if count > self.free:
-            raise RuntimeError(f"{count} blocks wanted, {self.free} free: ask can_take first")
+            raise RuntimeError(f"{count} blocks requested, {self.free} free: call can_allocate first")
         blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
         for block in blocks:
             self._refs[block] = 1
         return blocks
 
     def seal(self, blocks: list[int], first: int, hashes: Sequence[int]) -> None:
-        """Names full, computed blocks of a sequence, from its block `first` on. Reusable from now on. A block that another
-        sequence named meanwhile takes the place of the copy in `blocks`: their contents are the same."""
+        """Names full, computed blocks of a sequence, from its block `first` on, and makes them reusable. A block that
+        another sequence named meanwhile replaces the copy in `blocks`: their contents are the same."""
         if not self._reuse:
             return
         parent = self._hash[blocks[first - 1]] if first else None
         if first and parent is None:
-            return  # all was forgotten since (`clear`): what follows cannot be reached either
+            return  # the cache was cleared since: the blocks after it cannot be reached either
         stored: list[int] = []
         begins = parent
         for at, hash_ in enumerate(hashes, first):
@@ -105,7 +105,7 @@ class BlockManager:
             self._events.append(Stored(begins, stored))
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives the blocks back. The tail goes first when room is needed: a prefix outlives what follows it."""
+        """Releases the blocks. The tail is evicted first: a prefix outlives the blocks after it."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] < 0:
@@ -117,7 +117,7 @@ class BlockManager:
                     self._cached[block] = None
 
     def clear(self) -> None:
-        """Forgets everything cached. Held blocks stay held, but are no longer found."""
+        """Clears the cache. Held blocks stay held, but can no longer be found."""
         for block in self._by_hash.values():
             self._hash[block] = None
         self._by_hash.clear()
@@ -126,12 +126,12 @@ class BlockManager:
         self._events.append(Cleared())
 
     def drain_events(self) -> list[KvEvent]:
-        """What changed since the last call, in order."""
+        """Returns the changes since the last call, in order."""
         events, self._events = self._events, []
         return events
 
     def check(self) -> None:
-        """Raises AssertionError when the books do not add up."""
+        """Raises AssertionError when the book-keeping is inconsistent."""
         held = {block for block in range(self.num_blocks) if self._refs[block] > 0}
         blank, cached = set(self._blank), set(self._cached)
         assert len(blank) == len(self._blank), "a block is blank twice"

@@ -1,7 +1,7 @@
-"""The names of TensorRT-LLM's arguments at the pin, for machines where it is not installed and for other executors.
+"""The names of TensorRT-LLM's arguments at the pinned version, for machines where it is missing and for other executors.
 
-On a worker the installed package's own models decide (`options.schema_of`); the pin has some more top-level fields for
-kernels and loaders than are listed here.
+A TensorRT-LLM worker uses the installed package's own models instead (`options.schema_of`). The pinned version has some
+more top-level fields, for kernels and loaders, than are listed here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias, Union
 
-Schema: TypeAlias = Mapping[str, Union["Schema", None]]  # None: a value, or something that is not looked into
+Schema: TypeAlias = Mapping[str, Union["Schema", None]]  # None: a value, or a block whose keys are not checked
 
 
 def _fields(text: str) -> dict[str, None]:
@@ -60,4 +60,4 @@ ARGS: Schema = {
         kv_cache_routing_new_conv_placement
     """),
 }
-OLD = frozenset(["backend", "build_config", "pytorch_backend_config"])  # understood, and translated
+OLD = frozenset(["backend", "build_config", "pytorch_backend_config"])  # accepted, and translated by `spellings`

@@ -1,14 +1,15 @@
-"""Continuous batching: which tokens of which sequences the next engine step computes.
+"""Continuous batching: the scheduler selects the tokens of each sequence that the next engine step computes.
 
-A sequence's life, and what moves it on:
+The states of a sequence, and the events that change them:
 
     WAITING ──admitted──────────────▶ RUNNING ──last token──────▶ DONE
        │  ▲                           │  │  ▲
-       │  └──preempted: no block left─┘  │  └──fetched, or fetch failed─┐
+       │  └──preempted: no free block─┘  │  └──fetched, or fetch failed─┐
        │                                 └──prefill done──▶ HELD ──hand-off ended──▶ DONE
        └──admitted with a hand-off──▶ FETCHING ─────────────────────────┘
 
-Synchronous and single-threaded: whoever steps the engine owns it. `schedule` decides, the model computes, `commit` books.
+Synchronous, and used only by the thread that steps the engine. `schedule` plans a step, the model computes it, and
+`commit` records its tokens.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from dynserve.wire.requests import GenerateRequest, TokenLogprob, pack_tokens, u
 
 class SequenceState(Enum):
     WAITING = auto()
-    FETCHING = auto()  # its KV cache is on the way from the prefill worker
+    FETCHING = auto()  # its KV cache is being transferred from the prefill worker
     RUNNING = auto()
     HELD = auto()  # prefill done, blocks kept for the decode worker
     DONE = auto()
 
 
 class Sequence:
-    """One request in the engine. `tokens` is the prompt and all that was generated; KV exists for the first `computed`."""
+    """One request in the engine. `tokens` is the prompt and all generated tokens; KV exists for the first `computed`."""
 
     __slots__ = (
         "accounted",
@@ -69,9 +70,9 @@ class Sequence:
         prior = request.prior.token_ids if request.prior else []
         self.tokens = [*unpack_tokens(request.prompt), *prior]
         self.prompt_len = len(self.tokens) - len(prior)
-        # a grammar ends with an end-of-turn token, whatever else is asked for
+        # a grammar ends with an end-of-turn token, also with ignore_eos
         own: frozenset[int] = frozenset() if request.stop.ignore_eos and request.grammar is None else eos
-        # a set, since it is asked for every token
+        # a set, since every token is checked against it
         self.ends = own.union(request.stop.token_ids) if request.stop.token_ids else own
         self.seed = seed_for(request.cache_salt)
         packed = request.prompt + pack_tokens(prior) if prior else request.prompt
@@ -79,13 +80,13 @@ class Sequence:
         self.blocks: list[int] = []
         self.computed = 0
         self.cached_tokens = request.prior.cached_tokens if request.prior else 0
-        self.fetch = request.handoff is not None  # once; a failed or preempted fetch is computed here instead
+        self.fetch = request.handoff is not None  # at most once; a failed or preempted fetch is computed here instead
         self.admitted = self.accounted = False
         self.state = SequenceState.WAITING
         self.queue_s = self.transfer_s = self.prefill_s = self.admitted_at = 0.0
-        # every position of the prompt is looked at, so nothing of it may come from the cache
+        # every prompt position yields a result, so none may come from the cache
         self.whole = request.needs_whole_prompt and request.prior is None
-        # the driver's own
+        # used by the code that computes steps
         self.memo: int | None = None
         self.adjustments: Any = None
         self.matcher: Any = None
@@ -98,7 +99,7 @@ class Sequence:
 
 
 class Slice(NamedTuple):
-    """`size` tokens of one sequence from `start`; with `samples`, the last of them yields the next token."""
+    """A slice of one sequence: `size` tokens from `start`. With `samples`, the last of them yields the next token."""
 
     sequence: Sequence
     start: int
@@ -107,7 +108,7 @@ class Slice(NamedTuple):
 
 
 class BlockFetch(NamedTuple):
-    """Blocks of a hand-off to fill: the owner's block `skip + i` goes into our `blocks[i]`."""
+    """The blocks to fill from a hand-off: the owner's block `skip + i` goes into our `blocks[i]`."""
 
     sequence: Sequence
     blocks: list[int]
@@ -122,10 +123,10 @@ class Sampled(NamedTuple):
 
 
 class Scheduler:
-    """At most `max_batch_size` sequences and `max_num_tokens` tokens a step; first come, first served.
+    """Schedules at most `max_batch_size` sequences and `max_num_tokens` tokens a step; first come, first served.
 
-    When blocks run out, the sequence that came last gives up its own and waits at the head of the queue; what it had
-    generated is kept, and computed again as if it were prompt (mostly from the prefix cache).
+    When blocks run out, the sequence admitted last releases its blocks and waits at the head of the queue. Its generated
+    tokens are kept, and computed again like a prompt (mostly from the prefix cache).
     """
 
     def __init__(
@@ -143,12 +144,12 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing that a step could move: what is fetched or held waits for others."""
+        """Whether a step has nothing to compute: fetching and held sequences wait for other workers."""
         return not self.waiting and not self.running
 
     @property
     def begun_tokens(self) -> int:
-        """Computed already, of prompts that are not done."""
+        """The number of tokens computed already of unfinished prompts."""
         # after a preemption less may be cached than before
         return sum(max(0, s.computed - s.cached_tokens) for s in self.running if not s.generated)
 
@@ -156,7 +157,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Takes it out wherever it is. Blocks that are being written by a fetch stay until `fetched` is called."""
+        """Removes the sequence in any state. Blocks that a fetch writes to stay allocated until `fetched` is called."""
         if sequence.state is SequenceState.WAITING and sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
@@ -169,7 +170,7 @@ class Scheduler:
         self._finish(sequence)
 
     def fetched(self, sequence: Sequence, seconds: float, *, ok: bool) -> None:
-        """Its transfer has ended. After a failure the prompt is computed here, from what was cached."""
+        """Ends the transfer of a sequence. After a failure the prompt is computed here, after its cached prefix."""
         del self.fetching[sequence.ticket]
         if sequence.state is SequenceState.DONE:  # aborted meanwhile
             self._finish(sequence)
@@ -182,7 +183,7 @@ class Scheduler:
             self._seal(sequence, before)
 
     def release_held(self, ticket: int) -> None:
-        """The hand-off has ended, one way or another."""
+        """Releases the blocks of a prefill whose hand-off has ended."""
         if (sequence := self.held.pop(ticket, None)) is not None:
             self._finish(sequence)
 
@@ -191,16 +192,16 @@ class Scheduler:
         return fetches
 
     def schedule(self, now: float) -> list[Slice]:
-        """The next step's work: running sequences first, then as many waiting ones as fit."""
+        """Returns the next step's work: running sequences first, then as many waiting ones as fit."""
         budget = self.max_num_tokens
         work: list[Slice] = []
         preempted = self.preemptions
-        # those that decode go before those that prefill in chunks: a long prompt must not stall the answers beside it
+        # decodes go before chunked prefills: a long prompt must not stall the answers beside it
         for sequence in sorted(self.running, key=_prefilling):
             if budget == 0:
                 break
             if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted by one before it
+                continue  # preempted by a sequence before it
             count = self._share(sequence, budget)
             if count and self._grow(sequence, sequence.computed + count):
                 work.append(self._slice(sequence, count))
@@ -219,23 +220,23 @@ class Scheduler:
         return work
 
     def ahead(self, work: Seq[Slice]) -> list[Slice]:
-        """The step after `work`, when that one is not booked yet: each sequence goes on with the token that it will have
-        drawn. Empty where something has to be decided first, or known, such as the token that a grammar goes on from.
-        One that ends by a token that nobody could know of is computed in vain, and left out by `commit`."""
+        """Returns the step after `work` before `work` is committed: each sequence continues with the token that it is about
+        to sample. Empty where a decision or a token is needed first, such as the token that a grammar continues from. A
+        sequence that ends with a sampled token is computed in vain, and `commit` skips it."""
         if self._fetches or any(not s.samples for s in work) or len(work) < len(self.running):
             return []
         if self.waiting and len(self.running) + len(self.fetching) < self.max_batch_size:
             return []
-        going_on = [s for s in work if s.sequence.state is SequenceState.RUNNING and not self._ends_with(s)]
-        if any(s.sequence.matcher is not None for s in going_on):
+        continuing = [s for s in work if s.sequence.state is SequenceState.RUNNING and not self._ends_with(s)]
+        if any(s.sequence.matcher is not None for s in continuing):
             return []
-        lacking = [max(0, self._blocks_for(s.start + s.size + 1) - len(s.sequence.blocks)) for s in going_on]
+        lacking = [max(0, self._blocks_for(s.start + s.size + 1) - len(s.sequence.blocks)) for s in continuing]
         if not self.blocks.can_allocate(sum(lacking)):
             return []
-        for slice_, number in zip(going_on, lacking, strict=True):
+        for slice_, number in zip(continuing, lacking, strict=True):
             if number:
                 slice_.sequence.blocks += self.blocks.allocate(number)
-        return [Slice(s.sequence, s.start + s.size, 1, True) for s in going_on]
+        return [Slice(s.sequence, s.start + s.size, 1, True) for s in continuing]
 
     def _ends_with(self, slice_: Slice) -> bool:
         """Whether the token that this slice yields is its sequence's last, whichever it is."""
@@ -246,19 +247,19 @@ class Scheduler:
         return length - sequence.prompt_len >= request.stop.max_tokens or length >= self.max_seq_len
 
     def max_steps(self, work: Seq[Slice], most: int) -> int:
-        """How many steps like `work`, all of it decoding, can be booked at once: as many as there are blocks for."""
+        """Returns how many decode-only steps like `work` there are blocks for, to commit them at once; at most `most`."""
         while most > 1 and not self.blocks.can_allocate(sum(self._lacking(s.sequence, most) for s in work)):
             most //= 2
         return most
 
     def commit(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]], now: float = 0.0) -> list[tuple[Sequence, Output]]:
-        """Books a step that ended `now`. `sampled[i]` is the new token of `work[i]` where that one samples, or the tokens
-        of as many steps as `max_steps` allowed: only the last may end its sequence."""
+        """Records a step that ended at `now`. `sampled[i]` is the new token of `work[i]` if that slice samples, or the
+        tokens of as many steps as `max_steps` allowed: only the last may end its sequence."""
         outputs: list[tuple[Sequence, Output]] = []
         for slice_, new in zip(work, sampled, strict=True):
             sequence, more = slice_.sequence, max(0, len(new) - 1)
             if sequence.state is not SequenceState.RUNNING:
-                continue  # it was begun ahead of the step that ended it
+                continue  # the slice was begun before the step that ended its sequence
             if more:
                 sequence.blocks += self.blocks.allocate(self._lacking(sequence, len(new)))
                 sequence.tokens += [token.token_id for token in new[:-1]]
@@ -274,17 +275,17 @@ class Scheduler:
         return outputs
 
     def check(self) -> None:
-        """Raises AssertionError when a block is held by nobody, or by the wrong number of sequences."""
+        """Raises AssertionError when a block has no holder, or the wrong number of holders."""
         self.blocks.check()
         holders = [*self.running, *self.fetching.values(), *self.held.values()]
         held = {block for sequence in holders for block in sequence.blocks}
-        assert len(held) == self.blocks.num_blocks - self.blocks.free, "blocks are held by nobody"
+        assert len(held) == self.blocks.num_blocks - self.blocks.free, "blocks are held without a holder"
         assert all(sequence.state is SequenceState.RUNNING for sequence in self.running)
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         want = len(sequence.tokens) - sequence.computed
-        # Without chunks a long remainder waits for a step that it has to itself.
+        # Without chunks a long remainder waits for a step of its own.
         if want > budget and not self._chunked and budget < self.max_num_tokens:
             return 0
         return min(want, budget)
@@ -294,7 +295,7 @@ class Scheduler:
         return Slice(sequence, sequence.computed, count, end == len(sequence.tokens))
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Blocks for `tokens` tokens, at the cost of whoever came last; False when that was the sequence itself."""
+        """Allocates blocks for `tokens` tokens, preempting the sequences admitted last. Returns False if it is one."""
         need = self._blocks_for(tokens) - len(sequence.blocks)
         while need > 0 and not self.blocks.can_allocate(need):
             victim = self.running[-1]
@@ -401,12 +402,11 @@ class Scheduler:
         sequence.state = SequenceState.DONE
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
-        sequence.adjustments = sequence.matcher = (
-            None  # they may be large, and whoever still has it has no use for them
-        )
+        # they may be large, and are of no use to code that still refers to the sequence
+        sequence.adjustments = sequence.matcher = None
 
     def _lacking(self, sequence: Sequence, steps: int) -> int:
-        """Blocks that it needs beside its own to decode for `steps` more."""
+        """Returns the number of blocks that the sequence lacks for `steps` more steps of decoding."""
         return max(0, self._blocks_for(sequence.computed + steps) - len(sequence.blocks))
 
     def _blocks_for(self, tokens: int) -> int:

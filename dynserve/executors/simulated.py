@@ -1,12 +1,12 @@
-"""The simulated executor: the real block manager, scheduler and hand-offs; tokens made up, time from a simple model.
+"""The simulated executor: the real block manager, scheduler and hand-offs, with made-up tokens and a simple model of time.
 
     step = (step_ms + prefill tokens · prefill_us_per_token + decoding sequences · decode_us_per_sequence
             + their tokens in thousands · decode_us_per_ktoken) / speed
     KV transfer = tokens · bytes_per_token / transfer_gb_per_s / speed
 
 Tokens are a function of the prompt and the position, so that prefill and decode workers agree without moving a byte.
-All waiting goes through the event loop, so a loop with a virtual clock simulates hours in seconds; `leap` lets it take many
-steps of nothing but decoding at once, which changes no time and no token, only how many come in one piece.
+All waiting goes through the event loop, so a loop with a virtual clock simulates hours in seconds; `leap` lets it
+compute many decode-only steps at once, which changes no time and no token, only the number of tokens per output.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dynserve.wire.hashing import sequence_hash
 from dynserve.wire.requests import Handoff, TokenLogprob
 
 NUM_BLOCKS = 4096
-FIRST_TOKEN = 300  # made-up tokens stay clear of the special ones and single bytes at the start of a vocabulary
+FIRST_TOKEN = 300  # made-up tokens avoid the special tokens and single bytes at the start of a vocabulary
 
 
 @asynccontextmanager
 async def open_executor(
     config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None
 ) -> AsyncIterator[Executor]:
-    """Needs the model folder's tokenizer and config only; weights are not read.
+    """Opens the simulated executor. It needs the model folder's tokenizer and config only; weights are not read.
 
     Raises:
         ConfigError: the folder or an engine option is not usable.
@@ -72,7 +72,7 @@ class EmptyBlocks(HostBlocks):
 
 
 class TimedTransceivers:
-    """Opens the transceivers of `inner`, slowed down."""
+    """Opens the transceivers of `inner`, with the time that transfers would take."""
 
     def __init__(self, inner: Transceivers, args: EngineArgs) -> None:
         self._inner, self._args = inner, args
@@ -84,7 +84,7 @@ class TimedTransceivers:
 
 
 class TimedTransceiver:
-    """A transceiver that takes as long as the bytes would."""
+    """A transceiver whose `fetch` lasts as long as the bytes would."""
 
     def __init__(self, inner: Transceiver, args: EngineArgs) -> None:
         self._inner = inner
@@ -107,7 +107,7 @@ class TimedTransceiver:
 
 
 class SimulatedStepper:
-    """The step loop, on the event loop."""
+    """The loop that computes steps, on the event loop."""
 
     def __init__(self, args: EngineArgs, vocab_size: int, eos: frozenset[int]) -> None:
         self._args, self._vocab_size = args, vocab_size
@@ -129,7 +129,7 @@ class SimulatedStepper:
                     await self.wake.wait()
                     due = loop.time()
                 continue
-            # a step ends when it would have ended, however long this process takes to book it
+            # the time that this process needs to record a step does not delay the next one
             began, seconds = max(due, loop.time() - self._args.step_ms / 1000), self.seconds(work)
             count = self._max_steps(steps, work) if seconds else 1
             if count > 1:
@@ -150,7 +150,7 @@ class SimulatedStepper:
         return micros / 1e6 / args.speed
 
     def _max_steps(self, steps: EngineSteps, work: list[Slice]) -> int:
-        """How many steps can be computed at once: as long as all only decode, none ends, and there are blocks."""
+        """Returns how many steps can be computed at once: while all only decode, none ends, and there are blocks."""
         limit = self._args.leap
         for slice_ in work:
             request = slice_.sequence.request
@@ -162,7 +162,7 @@ class SimulatedStepper:
         return steps.max_steps(work, limit)
 
     async def _until_woken(self, began: float, seconds: float, steps: int) -> int:
-        """Steps that are done, or begun, when somebody wants something of the engine; at most `steps`."""
+        """Returns how many steps are done or begun when the next command arrives; at most `steps`."""
         try:
             async with asyncio.timeout_at(began + steps * seconds):
                 await self.wake.wait()
@@ -172,17 +172,17 @@ class SimulatedStepper:
         return min(steps, max(1, math.ceil(passed / seconds - 1e-9)))
 
     def _until_end(self, sequence: Sequence) -> int:
-        """Steps up to and with the one that ends the sequence, context length aside."""
+        """Returns the number of steps up to and including the one that ends the sequence, context length aside."""
         stop, position = sequence.request.stop, sequence.generated
         remaining = stop.max_tokens - position
         return remaining if stop.ignore_eos else min(remaining, self._answer_length(sequence) - position + 1)
 
     def _answer_length(self, sequence: Sequence) -> int:
-        """16 to 127 tokens, by the prompt's own hash; then comes the end of the turn."""
+        """Returns 16 to 127, by the prompt's hash: the number of tokens before the end of the turn."""
         return max(16 + self._name(sequence) % 112, sequence.request.stop.min_tokens)
 
     def _tokens(self, sequence: Sequence, count: int) -> list[Sampled]:
-        """A function of prompt and position."""
+        """Returns the next `count` tokens, which are a function of prompt and position."""
         position = sequence.generated
         if sequence.whole and not position:
             sequence.prompt_logprobs = [TokenLogprob(id_, -1.0) for id_ in sequence.tokens]

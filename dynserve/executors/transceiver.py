@@ -1,13 +1,13 @@
 """The cache transceiver: moves the blocks of a hand-off from the prefill worker's memory into the decode worker's.
 
-`TcpTransceiver` talks over plain TCP between the two workers, straight from and into the block tensors, and leaves the
-bytes to a carrier (`carriers.py`) where both sides have one that reaches.
+`TcpTransceiver` uses plain TCP between the two workers, directly from and into the block tensors. Where both sides have a
+carrier (`carriers.py`) in common that can reach the other side, the carrier moves the bytes.
 
     decode                                   prefill
-    Fetch{id, request, hash, layout} ──────▶ is it open, is it this request's, is the memory laid out alike?
-                       ◀────────────────────  Reply{error, or count and bytes per block}
+    Fetch{id, request, hash, layout} ──────▶ is it open, of this request, and of the same memory layout?
+                       ◀────────────────────  Reply{error, or the carrier's name}
                        ◀────────────────────  the blocks, one after the other
-    one byte: all there ───────────────────▶  delivered
+    one byte: received ────────────────────▶  delivered
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ log = LimitedLog(logging.getLogger(__name__))
 CONNECT_TIMEOUT = 2.0  # seconds
 IDLE_CONNECTIONS = 4  # kept open per peer
 IDLE_TIMEOUT = 300.0  # seconds a server keeps a connection without a fetch
-FIRST_FETCH_TIMEOUT = 10.0  # seconds that it keeps one that has not fetched anything yet
+FIRST_FETCH_TIMEOUT = 10.0  # seconds a server keeps a connection that has not fetched anything yet
 MAX_NEW_CONNECTIONS = 256  # connections that have not fetched anything; with more, the oldest is closed
 ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 MAX_MESSAGE = 1 << 16  # bytes
-MAX_CARRIER_MESSAGE = 1 << 22  # bytes of a carrier's message, between sides that have found each other
-MAX_FAILED = 1024  # pairs of addresses and carriers that are remembered
+MAX_CARRIER_MESSAGE = 1 << 22  # bytes of a carrier's message, sent after the hand-off was checked
+MAX_FAILED = 1024  # stored pairs of address and failed carrier
 CONFIRM = b"\x06"
 
 
@@ -52,24 +52,24 @@ class BlockStore(Protocol):
 
     @property
     def layout(self) -> str:
-        """Everything that must be equal on both sides: model, dtype, heads, block size."""
+        """The properties that must be equal on both sides: model, dtype, heads, block size."""
         ...
 
     @property
     def block_bytes(self) -> int: ...
 
     def outgoing(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
-        """The bytes of these blocks in order, in pieces. A piece is valid until the next one is asked for."""
+        """Yields the bytes of these blocks in order, in pieces. A piece is valid until the next one is requested."""
         ...
 
     def incoming(self, blocks: Sequence[int]) -> AsyncGenerator[memoryview]:
-        """Memory to write the bytes of these blocks to, in order, in pieces. A piece is in its blocks when the next one, or
-        the end, is asked for."""
+        """Yields memory to write the bytes of these blocks to, in order, in pieces. A piece is stored in its blocks once
+        the next one, or the end, is requested."""
         ...
 
 
 class HostBlocks:
-    """What a `BlockStore` in the host's memory does with its views: nothing is copied."""
+    """The base of a `BlockStore` in host memory. Its pieces are views of the blocks: nothing is copied."""
 
     def view(self, block: int) -> memoryview:
         """The block's bytes, writable."""
@@ -87,18 +87,18 @@ class HostBlocks:
 class Transceiver(Protocol):
     @property
     def carriers(self) -> Sequence[str]:
-        """By which blocks can come, best first."""
+        """The carriers by which blocks can be fetched, best first."""
         ...
 
     def state(self) -> bytes:
-        """What a hand-off carries so that `fetch` on another worker finds this one."""
+        """Returns the state with which a hand-off's `fetch` on another worker finds this one."""
         ...
 
     async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
         """Fills our `blocks` with the hand-off's, from its block `skip` on. The caller sets the deadline.
 
         Raises:
-            HandoffMismatch, HandoffGone, HandoffBroken: nothing can be said about the content of `blocks` then.
+            HandoffMismatch, HandoffGone, HandoffBroken: the content of `blocks` is undefined then.
         """
         ...
 
@@ -119,13 +119,13 @@ class _FetchRequest(msgspec.Struct, frozen=True, array_like=True):
     layout: str
     skip: Count
     count: Count
-    carriers: dict[str, bytes] = {}  # names of those that the receiver has, best first, and what each says of itself
+    carriers: dict[str, bytes] = {}  # names of the receiver's carriers, best first, and their hellos
 
 
 class _FetchReply(msgspec.Struct, frozen=True, array_like=True):
     code: str = ""
     message: str = ""
-    carrier: str = ""  # that moves the blocks; empty: they follow
+    carrier: str = ""  # the one that moves the blocks; empty: they follow on this connection
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -138,10 +138,10 @@ _BROKEN: dict[type[BaseException], Any] = dict.fromkeys((OSError, *MALFORMED), H
 
 
 def parse_state(state: bytes, layout: str) -> str:
-    """The address in a hand-off's state.
+    """Returns the address in a hand-off's state.
 
     Raises:
-        HandoffMismatch: the other side's memory is laid out differently; the text names both layouts.
+        HandoffMismatch: the other side's memory layout differs; the message names both layouts.
     """
     with translate(dict.fromkeys(MALFORMED, HandoffMismatch), "the hand-off is not one of this executor's"):
         found = _decode_state(state)
@@ -151,8 +151,8 @@ def parse_state(state: bytes, layout: str) -> str:
 
 
 class TcpTransceivers:
-    """Opens a server on a free port of `host`, and closes all connections with the block. `carriers` move the bytes where
-    they reach, the first of them that does."""
+    """Opens a server on a free port of `host`, and closes all connections at the end of the block. The first of
+    `carriers` that can reach the other side moves the bytes."""
 
     def __init__(self, carriers: Sequence[Carrier] = ()) -> None:
         self._carriers = carriers
@@ -182,7 +182,7 @@ class TcpTransceiver:
         self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
         self._carriers = {carrier.name: carrier for carrier in carriers}
         self._in_use: Counter[str] = Counter()  # connections, by address
-        self._failed: set[tuple[str, str]] = set()  # addresses that a carrier was found not to work with
+        self._failed: set[tuple[str, str]] = set()  # address and carrier that did not work together
         self.carried: Counter[str] = Counter()  # transfers that were begun, by carrier
         host, port = listener.getsockname()[:2]
         self._state = _encode(_TransceiverState(f"{host}:{port}", store.layout))
@@ -203,7 +203,7 @@ class TcpTransceiver:
                 pass
 
     async def _fetched(self, address: str, handoff: Handoff, blocks: list[int], skip: int) -> bool:
-        """False when it is worth another try: on a fresh connection, or by another carrier."""
+        """Tries the fetch once. Returns False when it should be retried: on a new connection, or by another carrier."""
         self._in_use[address] += 1
         kept: socket.socket | None = None
         try:
@@ -215,7 +215,7 @@ class TcpTransceiver:
                 if not reused:
                     raise
                 return False  # an idle connection may have been closed by the peer long ago
-            except CarrierFailed as error:  # the peer has its hand-off open again when the connection is closed
+            except CarrierFailed as error:  # the peer's hand-off is open again once the connection is closed
                 self._warn_of(address, error)
                 return False
             except HandoffError:
@@ -233,29 +233,29 @@ class TcpTransceiver:
 
     def _warn_of(self, address: str, error: CarrierFailed) -> None:
         name = str(error.args[0])
-        if len(self._failed) > MAX_FAILED:  # of workers that are long gone, most of them
+        if len(self._failed) > MAX_FAILED:  # most are of workers that no longer exist
             self._failed.clear()
         self._failed.add((address, name))
-        log.warning("carrier", name, "KV blocks of %s cannot come by %s: %s", address, name, error.__cause__)
+        log.warning("carrier", name, "KV blocks of %s cannot be fetched by %s: %s", address, name, error.__cause__)
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
                 sock, _ = await loop.sock_accept(self._listener)
-            except OSError as error:  # of file descriptors, say, there will be some again
+            except OSError as error:  # such as no free file descriptor, which is temporary
                 log.warning("accept", "port", "no KV transfer can be accepted at the moment: %s", error)
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = self._tasks.create_task(self._serve_one(sock))
             self._new_connections[task] = None
-            task.add_done_callback(self._known)
+            task.add_done_callback(self._identified)
             if len(self._new_connections) > MAX_NEW_CONNECTIONS:
                 next(iter(self._new_connections)).cancel()
 
-    def _known(self, task: asyncio.Task[None]) -> None:
-        """It is no stranger any more, or it has ended."""
+    def _identified(self, task: asyncio.Task[None]) -> None:
+        """Removes a connection that has made a valid fetch, or has ended, from the new ones."""
         self._new_connections.pop(task, None)
 
     def close(self) -> None:
@@ -274,7 +274,7 @@ class TcpTransceiver:
         idle = self._idle.setdefault(address, [])
         if len(idle) < IDLE_CONNECTIONS:
             idle.append(sock)
-            # nothing is said on it unasked: when there is something to read, it is its end
+            # the peer sends nothing on it unrequested: it becomes readable only when it ends
             asyncio.get_running_loop().add_reader(sock, self._end_idle, address, sock)
         else:
             sock.close()
@@ -286,7 +286,7 @@ class TcpTransceiver:
         self._release_peer(address)
 
     def _release_peer(self, address: str) -> None:
-        """Tells the carriers when there is no connection to a worker any more."""
+        """Notifies the carriers when no connection to a worker remains."""
         if self._idle.get(address) or self._in_use[address]:
             return
         self._idle.pop(address, None)
@@ -320,7 +320,7 @@ class TcpTransceiver:
     async def _receive_by(self, name: str, blocks: list[int], connection: _Connection) -> None:
         carrier = self._carriers.get(name)
         if carrier is None:
-            raise ConnectionResetError(f"the peer sends by {name}, which was not offered")
+            raise ConnectionResetError(f"the peer sends by the carrier {name}, which was not offered")
         try:
             await carrier.receive(blocks, connection)
         except CarrierFailed as error:
@@ -328,10 +328,10 @@ class TcpTransceiver:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(connection.sock, CONFIRM)
         if await loop.sock_recv(connection.sock, 1) != CONFIRM:
-            raise ConnectionResetError("the hand-off had ended before its blocks were there")
+            raise ConnectionResetError("the hand-off ended before all its blocks were received")
 
     async def _serve_one(self, sock: socket.socket) -> None:
-        """Answers fetches on one connection until the peer leaves; a broken peer costs its connection only."""
+        """Answers fetches on one connection until the peer disconnects. An error of the peer ends this connection only."""
         with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
             task = asyncio.current_task()
             while True:
@@ -344,21 +344,23 @@ class TcpTransceiver:
             stop = partial(_shut, sock)
             with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
                 if (task := asyncio.current_task()) is not None:
-                    self._known(task)  # it knows the hand-off's names
+                    self._identified(task)  # it has sent the hand-off's id and hash
                 if fetch.layout != self._store.layout:
                     raise HandoffMismatch("the KV layouts of the two workers differ")
                 if fetch.skip + fetch.count != len(blocks):
-                    raise HandoffMismatch(f"{fetch.skip}+{fetch.count} blocks wanted of a hand-off of {len(blocks)}")
+                    raise HandoffMismatch(
+                        f"{fetch.skip}+{fetch.count} blocks requested from a hand-off of {len(blocks)}"
+                    )
                 carrier = self._carrier_for(fetch.carriers)
                 try:
                     await self._send_blocks(sock, blocks[fetch.skip :], carrier)
                 except (OSError, EOFError):
                     raise
-                except Exception as error:  # of memory that ran out, say: it costs this transfer, not the worker
+                except Exception as error:  # such as out of memory: it fails this transfer, not the worker
                     log.warning("sending", type(error).__name__, "KV blocks could not be sent: %r", error)
                     raise EOFError from error
                 if carrier is not None:
-                    # whoever has cancelled it has shut this connection: the byte tells that nobody had
+                    # a cancellation shuts this connection: the byte confirms that there was none
                     await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
                 delivered()
         except HandoffError as error:
@@ -383,7 +385,7 @@ class TcpTransceiver:
                     await loop.sock_sendall(sock, piece)
         confirmed = await loop.sock_recv(sock, 1)
         if confirmed != CONFIRM:
-            raise EOFError("the receiver left before it confirmed")
+            raise EOFError("the receiver disconnected before it confirmed the blocks")
 
 
 class _Connection:
@@ -400,7 +402,7 @@ class _Connection:
 
 
 def _shut(sock: socket.socket) -> None:
-    """Ends what is being sent or waited for there; the other side may have ended it before."""
+    """Ends all sends and receives on the connection; the other side may have ended it before."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -427,12 +429,12 @@ async def _send_bytes(sock: socket.socket, payload: bytes) -> None:
     await asyncio.get_running_loop().sock_sendall(sock, _length.pack(len(payload)) + payload)
 
 
-async def _receive_message(sock: socket.socket, most: int = MAX_MESSAGE) -> bytes:
+async def _receive_message(sock: socket.socket, limit: int = MAX_MESSAGE) -> bytes:
     head = bytearray(4)
     await _receive_into(sock, memoryview(head))
     (size,) = _length.unpack(head)
-    if size > most:
-        raise OSError(f"a message of {size} bytes; the most is {most}")
+    if size > limit:
+        raise OSError(f"a message of {size} bytes is over the limit of {limit}")
     body = bytearray(size)
     await _receive_into(sock, memoryview(body))
     return bytes(body)
@@ -448,7 +450,7 @@ async def _receive_into(sock: socket.socket, view: memoryview) -> None:
 
 
 class MemoryTransceivers:
-    """All transceivers of one process find each other by name; blocks are copied from memory to memory."""
+    """Opens transceivers of one process, which find each other by name; blocks are copied from memory to memory."""
 
     def __init__(self) -> None:
         self._open: dict[str, MemoryTransceiver] = {}
@@ -476,12 +478,12 @@ class MemoryTransceiver:
     async def fetch(self, handoff: Handoff, blocks: list[int], skip: int) -> None:
         owner = self._others.get(parse_state(handoff.state, self._store.layout))
         if owner is None or owner.closed:
-            raise HandoffBroken("the prefill worker is gone")
+            raise HandoffBroken("the prefill worker has been closed")
         stopped = asyncio.Event()
         sending = owner._table.sending(handoff.id, handoff.request_id, handoff.sequence_hash, stopped.set)
         with sending as (theirs, delivered):
             if skip + len(blocks) != len(theirs):
-                raise HandoffMismatch(f"{skip}+{len(blocks)} blocks wanted of a hand-off of {len(theirs)}")
+                raise HandoffMismatch(f"{skip}+{len(blocks)} blocks requested from a hand-off of {len(theirs)}")
             await asyncio.sleep(0)
             if stopped.is_set():
                 raise HandoffBroken("the owner cancelled the hand-off")

@@ -40,14 +40,14 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         planes = await stack.enter_async_context(open_planes(config, "frontend"))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
         apps = make_apps(frontend)
-        if config.reuse_port:  # the kernel chooses who gets a connection: not one that knows nothing yet
+        if config.reuse_port:  # the kernel must not assign connections here before workers are known
             await frontend.settled(SETTLE)
         await stack.enter_async_context(serving(apps.served, sock, ours, tls))
         if own is not None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
             await stack.enter_async_context(serving(apps.system, own, system))
         settle_memory()
-        # threads that prepare large bodies hand the interpreter over to the event loop sooner than after 5 ms each
+        # threads that prepare large bodies release the interpreter to the event loop sooner than after 5 ms each
         sys.setswitchinterval(SWITCH_INTERVAL)
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()

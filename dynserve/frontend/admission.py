@@ -1,7 +1,7 @@
 """Admission: requests wait here, in order of priority, while every worker is over its threshold.
 
-The queue is bounded in length and each wait in time. Who cannot be let in, or does not get in, is told when to come back:
-the time that those ahead will take at the pace of the last admissions.
+The queue is bounded in length and each wait in time. A request that finds the queue full or waits too long fails with a
+`retry-after`: the time that the requests ahead of it need at the pace of the last admissions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class QueuedRequest:
 
 
 class Queue:
-    """The queue of one model. `has_room()` says whether one more request could be placed now."""
+    """The queue of one model. `has_room()` returns whether one more request could be placed now."""
 
     def __init__(self, model: str, max_queued: int, max_wait_s: float, has_room: Callable[[], bool]) -> None:
         self._model, self._max_queued, self._max_wait_s, self._has_room = model, max_queued, max_wait_s, has_room
@@ -52,7 +52,7 @@ class Queue:
         return self._waiting
 
     def enter(self, priority: int) -> QueuedRequest | None:
-        """None: there is room, go ahead. Otherwise a place in the queue, for `wait`.
+        """Returns None if the request can be placed now, else an entry of the queue, for `wait`.
 
         Raises:
             Overloaded: the queue is full of requests of at least this priority.
@@ -64,15 +64,15 @@ class Queue:
         waiting = QueuedRequest(priority, next(self._numbers))
         heapq.heappush(self._heap, waiting)
         if not self._waiting:
-            self._last = asyncio.get_running_loop().time()  # a busy time begins: pauses before it are no pace
+            self._last = asyncio.get_running_loop().time()  # the time of an empty queue is not part of the pace
         self._waiting += 1
         return waiting
 
     async def wait(self, waiting: QueuedRequest, deadline: float) -> None:
-        """Returns when it is this request's turn. The caller places it before it awaits anything else.
+        """Returns when it is this request's turn. The caller must place it before it awaits anything else.
 
         Raises:
-            Overloaded: it was not within the time that a request may wait, or one of higher priority took the place.
+            Overloaded: the request waited too long, or one of higher priority replaced it.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -84,23 +84,23 @@ class Queue:
             waiting.future.cancel()
             self._waiting -= 1
             self._tidy()
-            del waiting  # its error knows this frame: a ring
+            del waiting  # its error refers to this frame: a reference cycle
 
     def recheck(self) -> None:
-        """Something was given back, or a worker came: once, in the next turn of the loop, those who fit are let in."""
+        """Admits requests from the next turn of the loop on, after load was released or a worker was added."""
         if self._heap and not self._recheck_due:
             self._recheck_due = True
-            asyncio.get_running_loop().call_soon(self._let_in)
+            asyncio.get_running_loop().call_soon(self._admit_next)
 
-    def _let_in(self) -> None:
-        """One at a time: each is charged to its worker before the next is looked at."""
+    def _admit_next(self) -> None:
+        """Admits one request. It is charged to its worker before the next one is checked."""
         self._recheck_due = False
         self._tidy()
         if self._heap and self._has_room():
             heapq.heappop(self._heap).future.set_result(None)
             self._note_pace()
             if self._heap:
-                # two turns later the one that was let in has been placed
+                # two turns later the admitted request has been placed
                 asyncio.get_running_loop().call_soon(self.recheck)
 
     def _make_place(self, priority: int) -> None:
@@ -136,7 +136,7 @@ class Admission:
         self.queues: dict[str, Queue] = {}
 
     def queue(self, model: str, has_room: Callable[[str], bool]) -> Queue:
-        """The queue of a model. `has_room(model)` says whether one more request could be placed now."""
+        """The queue of a model. `has_room(model)` returns whether one more request could be placed now."""
         found = self.queues.get(model)
         if found is None:
             found = self.queues[model] = Queue(model, self._max_queued, self._max_wait_s, partial(has_room, model))

@@ -41,8 +41,8 @@ EXPOSED += [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset
 
 
 class Apps(NamedTuple):
-    """`served` is the app for an ASGI server: the FastAPI `app`, with a shorter way for generating routes where there is
-    one. `system` has only the routes about this process, for a port of its own where several processes share one."""
+    """`served` is the app for an ASGI server: the FastAPI `app`, with a shorter path for generating routes if possible.
+    `system` has only the routes about this process, for a port of its own where several processes share one."""
 
     app: FastAPI
     served: ASGIApp
@@ -73,7 +73,7 @@ def make_apps(frontend: Frontend) -> Apps:
 
 
 def json_response(request: Request, body: Any, api_request: fields.Request | None = None) -> Response:
-    """A response that is known at once, with the headers that every response has."""
+    """A response with a complete body, with the headers that every response has."""
     headers = {"x-request-id": exchange_of(request.scope).request_id}
     headers |= dict(unknown_fields_header(api_request.unknown if api_request else []))
     return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
@@ -135,7 +135,7 @@ def _add_text(app: FastAPI, edge: Edge) -> None:
 
 @contextmanager
 def charge_kept_when_too_long(call: ChargedCall) -> Iterator[None]:
-    """Keeps the charge of a text that is too long: to know that took some tokenising."""
+    """Keeps the charge of a text that is too long: finding that out took some tokenising."""
     try:
         yield
     except ContextTooLong:

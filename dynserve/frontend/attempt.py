@@ -13,15 +13,15 @@ from dynserve.server.exchange import ChunkWriter
 from dynserve.wire.link import Finished
 from dynserve.wire.requests import Handoff, Phase, PriorOutput
 
-# Takes a burst of records, in order. Returns a function that writes further bytes to the client past it, if there is one.
+# Receives a burst of records, in order. Returns a function that writes further bytes to the client past it, if any.
 RecordSink = Callable[[list[Record]], Awaitable[ChunkWriter | None]]
 
 
 class TryAnother(Exception):
-    """A worker has not begun a phase, so that another one may take it.
+    """A worker has not begun a phase, so that another worker may run it.
 
-    `handoff_intact`: whether the hand-off that the phase was to go on from can be given to another worker. One that can be
-    used only once cannot, when this worker may have begun to fetch it.
+    `handoff_intact`: whether another worker can fetch the hand-off that the phase continues from. It cannot if the
+    hand-off can be used only once and this worker may have begun to fetch it.
     """
 
     def __init__(self, worker: str, cause: ClusterError, *, handoff_intact: bool) -> None:
@@ -36,7 +36,7 @@ class PhaseInput(NamedTuple):
     role: str  # of the workers that may run it
     prior: PriorOutput | None = None
     handoff: Handoff | None = None
-    prefill: Reply | None = None  # the stream that left the hand-off
+    prefill: Reply | None = None  # the stream that produced the hand-off
     reason: str = ""  # of the placement, where it is not the policy's
 
 
@@ -44,9 +44,9 @@ class Attempt:
     """One phase on one worker. It ends in one of these ways:
 
     the last record        the phase is complete
-    `TryAnother`           the worker refused, was silent, or was lost before its first record
+    `TryAnother`           the worker refused, did not acknowledge, or was lost before its first record
     `ClusterError`         the worker was lost after its first record, or the request's time is up
-    `CallerError`          no worker would take the request
+    `CallerError`          no worker would accept the request
     """
 
     __slots__ = ("_phase", "_record", "_reservation", "begun", "reply")
@@ -64,7 +64,7 @@ class Attempt:
                 self._begin()
             last = burst[-1]
             if isinstance(last, Finished):
-                # the load is given back before anyone else is woken
+                # the load is released before any other task is woken
                 self._reservation.close()
                 self._record.usage = last.usage
                 await sink(burst)
@@ -75,7 +75,7 @@ class Attempt:
         raise WorkerLost(f"worker {reply.peer.id} ended the stream without a last record")
 
     def failed(self, error: ClusterError) -> ClusterError | TryAnother:
-        """The error to raise after `error`: itself, or `TryAnother` where another worker may still take the phase."""
+        """The error to raise after `error`: itself, or `TryAnother` if another worker may still run the phase."""
         self._record.failure = error.code
         if self.begun or (isinstance(error, TimedOut) and not isinstance(error, NoAck)):
             return error
@@ -84,16 +84,16 @@ class Attempt:
         return TryAnother(self.reply.peer.id, error.with_traceback(None), handoff_intact=not fetched)
 
     def release(self) -> None:
-        """Gives the reserved load back. Safe to repeat."""
+        """Releases the reserved load. Safe to repeat."""
         self._reservation.close()
 
     def close(self) -> None:
-        """Ends the stream at the worker, with a hand-off that it left. Safe to repeat."""
+        """Ends the stream at the worker, and a hand-off that it holds. Safe to repeat."""
         self.reply.close()
         self._reservation.close()
 
     def _begin(self) -> None:
-        """The first record is there: the prompt is computed, and the hand-off was fetched or never will be."""
+        """Handles the first record: the prompt is computed, and the hand-off was fetched or never will be."""
         self.begun = True
         self._reservation.prefilled()
         prefill = self._phase.prefill

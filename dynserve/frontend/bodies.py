@@ -1,8 +1,7 @@
-"""Bodies of requests, on their way in: one budget of bytes for all of them together.
+"""Bodies of requests while they are received, with one budget of bytes for all of them together.
 
-What a body has beyond 64 KiB is charged to the budget, until the request's prompt is made. When the budget is spent, the
-body that has been arriving for the longest time is given up: a client that sends at an ordinary pace is done long before
-its turn comes.
+The part of a body beyond 64 KiB is charged to the budget until the request's prompt is prepared. When the budget is spent,
+the body that has been arriving for the longest time is aborted: at an ordinary pace a body is complete long before that.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dynserve.server.shortcuts import SMALL_BODY
 
 
 class RequestBodies:
-    """All bodies of one frontend."""
+    """The request bodies of one frontend."""
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
@@ -28,16 +27,16 @@ class RequestBodies:
         self._arriving: dict[RequestBody, None] = {}  # oldest first
 
     def small(self, exchange: Exchange) -> bytes | None:
-        """A small body that came with its headers, for which there is nothing to wait; None for any other."""
+        """Returns a small body that came with its headers; None for any other, which has to be received."""
         found = exchange.small_body()
         return None if found is not None and len(found) > self._config.max_body_bytes else found
 
     def receive(self, request: Request) -> RequestBody:
-        """A context manager: `content` is complete within its block, and charged to the budget until the block is left."""
+        """Returns a context manager. In its block `content` is complete, and charged to the budget until the block ends."""
         return RequestBody(self, request, self._config)
 
     def charge(self, body: RequestBody, size: int) -> None:
-        """Raises Overloaded when the budget is spent and no other body can be given up."""
+        """Charges `size` bytes. Raises Overloaded when the budget is spent and no other body can be aborted."""
         self.used += size
         body.charged += size
         while self.used > self._config.max_bodies_bytes:
@@ -49,7 +48,7 @@ class RequestBodies:
 
 
 class RequestBody:
-    """One body."""
+    """The body of one request."""
 
     def __init__(self, bodies: RequestBodies, request: Request, config: FrontendConfig) -> None:
         self._bodies, self._request, self._config = bodies, request, config
@@ -59,8 +58,8 @@ class RequestBody:
         self._given_up = False
 
     async def __aenter__(self) -> RequestBody:
-        """Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody for one that does not come;
-        Overloaded for one that the budget has no room for; Cancelled when the client leaves."""
+        """Receives the whole body. Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody after
+        the timeout; Overloaded if the budget has no room for it; Cancelled if the client disconnects."""
         if (small := self._bodies.small(exchange_of(self._request.scope))) is not None:
             self.content = small
             return self
@@ -79,7 +78,7 @@ class RequestBody:
         self.close()
 
     def close(self) -> None:
-        """Gives the budget back. Closing twice is safe."""
+        """Refunds the budget. Closing twice is safe."""
         self.content = b""
         self._bodies.used -= self.charged
         self.charged = 0
@@ -90,7 +89,7 @@ class RequestBody:
         self._bodies.used -= self.charged
         self.charged = 0
         if self._scope is not None:
-            with suppress(RuntimeError):  # its own time has just run out
+            with suppress(RuntimeError):  # its own timeout has just expired
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def _receive(self) -> None:
@@ -114,7 +113,7 @@ class RequestBody:
             if not self._given_up:
                 raise SlowBody(f"the body did not arrive within {self._config.receive_timeout_s:.0f} s") from None
         except ClientDisconnect:
-            raise Cancelled("the client left before its request was complete") from None
+            raise Cancelled("the client disconnected before its request was complete") from None
         finally:
             self._scope = None
         if self._given_up:
@@ -126,4 +125,4 @@ def _too_large(most: int) -> BodyTooLarge:
 
 
 def _spent() -> Overloaded:
-    return Overloaded("the bodies of other requests take all the memory that is set aside for them; try again soon")
+    return Overloaded("the bodies of other requests use all the memory reserved for bodies; try again soon")

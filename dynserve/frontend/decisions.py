@@ -1,4 +1,4 @@
-"""Decisions: why each of the latest requests went where it went, and what became of it."""
+"""Decisions: the records of the latest requests, with the reason of each placement and its outcome."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dynserve.wire.link import Usage
 log = logging.getLogger(__name__)
 
 KEPT = 10_000  # requests
-MAX_CANDIDATES = 32  # of one placement; the cheapest stay
+MAX_CANDIDATES = 32  # of one placement; the cheapest are kept
 IN_HEADER = 8  # candidates of one placement in the response header, where proxies allow 8 kB
 
-DRIFT = 0.25  # share by which predicted and reported cached tokens may differ
-DRIFT_TOKENS = 2_000  # predicted or reported, before a ratio means anything
+DRIFT = 0.25  # relative difference that predicted and reported cached tokens may have
+DRIFT_TOKENS = 2_000  # predicted or reported, below which a ratio is not significant
 MEMORY = 0.98  # weight of the past in the running sums, per request
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -30,24 +30,23 @@ _decode = msgspec.msgpack.Decoder(tuple[list[Candidate], list[float]]).decode
 
 @dataclass(slots=True)
 class PlacementRecord:
-    """One placement of one phase, and its end as far as it came. Candidates are packed: there are many of these."""
+    """One placement of one phase, and its outcome so far. Candidates are packed, because many records are kept."""
 
     phase: str
     why: str
     worker: str
     prompt_blocks: int
-    predicted: int | None  # cached tokens; None where the policy did not look
+    predicted: int | None  # cached tokens; None for a decode, or if the policy does not use overlaps
     packed: bytes  # candidates and their costs
     omitted: int
-    usage: Usage | None = None  # what the worker said at the end of the phase
+    usage: Usage | None = None  # reported by the worker at the end of the phase
     failure: str = ""
 
     @staticmethod
     def of(reservation: Reservation) -> PlacementRecord:
         reason, worker = reservation.reason, reservation.worker
-        if len(reason.costs) != len(
-            reason.candidates
-        ):  # none, or a policy's own idea: a record must not fail a request
+        # a custom policy may return any number of costs: a record must not fail a request
+        if len(reason.costs) != len(reason.candidates):
             reason = reason._replace(costs=[])
         candidates, costs = _cheapest(reason)
         return PlacementRecord(
@@ -84,7 +83,7 @@ class PlacementRecord:
         return found
 
     def _margin(self, candidates: Sequence[Candidate], costs: Sequence[float]) -> tuple[float | None, str | None]:
-        """By how much the choice was cheaper than the next, and who that was."""
+        """Returns how much cheaper the choice was than the best other worker, and that worker's id."""
         others = [(cost, c.worker) for c, cost in zip(candidates, costs, strict=False) if c.worker != self.worker]
         own = next((cost for c, cost in zip(candidates, costs, strict=False) if c.worker == self.worker), None)
         if not others or own is None:
@@ -94,7 +93,7 @@ class PlacementRecord:
 
 
 class Decision:
-    """One request. Filled while it runs; `as_dict` at any time. `owner` is the API key that it came with."""
+    """The record of one request, filled while it runs. `owner` is the name of the request's API key."""
 
     __slots__ = (
         "began",
@@ -137,7 +136,7 @@ class Decision:
 
 
 class DecisionLog:
-    """The latest `kept` decisions by owner and request id; of equal ones the latest."""
+    """The latest `kept` decisions by owner and request id. A repeated id replaces the earlier decision."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
@@ -165,13 +164,13 @@ class _RunningSums:
 
 
 class Predictions:
-    """Predicted against reported cached tokens per worker, over roughly its last fifty requests."""
+    """Compares predicted with reported cached tokens per worker, over roughly its last fifty requests."""
 
     def __init__(self) -> None:
         self._sums: dict[str, _RunningSums] = {}
 
     def ratios(self) -> dict[str, float]:
-        """Predicted per reported token; 1 where there is nothing to compare yet."""
+        """Returns predicted divided by reported cached tokens, by worker; 1 without data."""
         return {worker: _ratio(sums) for worker, sums in self._sums.items()}
 
     def drifting(self, worker: str) -> bool:
@@ -184,8 +183,8 @@ class Predictions:
         drifting = max(sums.predicted, sums.reported) > DRIFT_TOKENS and abs(_ratio(sums) - 1) > DRIFT
         if drifting and not sums.drifting:
             log.warning(
-                "CACHE_PREDICTION_DRIFT: of worker %s the index predicts %.0f cached tokens where it reports %.0f; "
-                "its KV events, evictions or another user of its cache are not seen here",
+                "CACHE_PREDICTION_DRIFT: for worker %s the index predicts %.0f cached tokens, the worker reports %.0f; "
+                "check whether KV events of its cache are missing, or other clients use it",
                 worker, sums.predicted, sums.reported,
             )  # fmt: skip
         sums.drifting = drifting
@@ -195,7 +194,7 @@ class Predictions:
 
 
 def _ratio(sums: _RunningSums) -> float:
-    # a few tokens on both sides, so that nothing predicted and little reported is no drift
+    # a few tokens are added on both sides, so that small numbers do not count as drift
     return (sums.predicted + 100) / (sums.reported + 100)
 
 
@@ -209,5 +208,5 @@ def _cheapest(reason: PlacementReason) -> tuple[Sequence[Candidate], list[float]
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has no infinity: a candidate that was left out has no cost."""
+    """Rounds a cost. An infinite one, of an excluded candidate, becomes None: JSON has no infinity."""
     return None if value is None or value in (float("inf"), float("-inf")) else round(value, 3)

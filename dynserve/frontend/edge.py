@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 INLINE_BODY = 64 << 10  # bytes; a larger body is checked and parsed in a thread
 INLINE_PREPARED = 16 << 10  # bytes; of a larger body the prompts are made in a thread, too
 BYTES_PER_TOKEN = 8  # of a body, charged for each token of its text before that is counted
-UNBOUNDED_ANSWER = 4096  # tokens, at most, that are charged for an answer of which nobody knows how long it will be
+UNBOUNDED_ANSWER = 4096  # tokens, at most, that are charged for an answer without a bound of its length
 MAX_SESSION = 256  # characters
 MAX_PRIORITY = 1_000
 MAX_NAMED = 8  # unknown fields that a header names
@@ -66,7 +66,7 @@ ROUTES = {
 
 
 class Edge:
-    """What the routes of one frontend share."""
+    """The parts that the routes of one frontend share."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend, self._config = frontend, frontend.config
@@ -75,7 +75,7 @@ class Edge:
         self.threads = frontend.threads
 
     def admit(self, request: Request) -> ChargedCall:
-        """Lets the request in by its headers. Raises Unauthorized, RateLimited and Overloaded."""
+        """Admits the request by its headers. Raises Unauthorized, RateLimited and Overloaded."""
         return self._frontend.gate.enter(exchange_of(request.scope).headers)
 
     async def parse(self, content: bytes | bytearray, form: type[R], convert: Callable[[R], T]) -> T:
@@ -98,7 +98,7 @@ class Edge:
         return await self.threads.run(len(content), work) if large else work()
 
     def model(self, name: str) -> Model:
-        """Raises ModelNotFound, or NoWorker while no model at all is served."""
+        """Returns the model of that name. Raises ModelNotFound, or NoWorker while no model at all is served."""
         fleet = self._frontend.fleet
         model = fleet.model(name)
         if model is None:
@@ -110,14 +110,14 @@ class Edge:
         return model
 
     def serving_model(self, name: str) -> Model:
-        """Raises NoWorker for a known model that no worker serves at the moment, and what `model` raises."""
+        """Returns a model that can be used. Raises NoWorker if no worker serves it now, and the errors of `model`."""
         model = self.model(name)
         if not self._frontend.fleet.serves(name):
             raise NoWorker(f"no worker serves {name} at the moment")
         return model
 
     async def generate(self, request: Request, route: Route) -> Response:
-        """Takes a generating request up to its response, which owns the charged call from then on."""
+        """Processes a generating request up to its response, which owns the charged call from then on."""
         exchange = exchange_of(request.scope)
         call = self._frontend.gate.enter(exchange.headers)
         try:
@@ -127,7 +127,7 @@ class Edge:
             async with self.bodies.receive(request) as body:
                 return await self._respond(exchange, call, body.content, route)
         except BaseException as error:
-            if isinstance(error, ContextTooLong):  # to know that took some tokenising
+            if isinstance(error, ContextTooLong):  # finding that out took some tokenising
                 call.keep_charge()
             call.close()
             if isinstance(error, DynserveError) or not isinstance(error, Exception):
@@ -155,8 +155,8 @@ class Edge:
 
 
 class GenerationApp:
-    """An ASGI app that serves the generating routes itself and hands all else to FastAPI, whose layers take as long as all
-    the rest of a short request's way through a frontend."""
+    """An ASGI app that serves the generating routes itself and passes all other requests to FastAPI, whose layers cost as
+    much time as all the rest of a short request in a frontend."""
 
     def __init__(self, app: ASGIApp, edge: Edge) -> None:
         self._app, self._edge = app, edge
@@ -175,7 +175,8 @@ class GenerationApp:
 
 
 def routing_hints(headers: Mapping[str, str], call: ChargedCall, request: ApiRequest) -> RoutingHints:
-    """The body's `priority` wins over the header's, the header's session over the body's cache key. Raises BadRequest."""
+    """The routing hints of a request. The body's `priority` overrides the header's, the header's session the body's cache
+    key. Raises BadRequest."""
     priority = request.priority
     if priority is None and (given := headers.get("x-dynserve-priority")):
         try:
@@ -207,7 +208,7 @@ def _of_owner(owner: str, name: str) -> str:
 def inference_requests(
     id_: str, model: str, normalized: NormalizedRequest, hints: RoutingHints
 ) -> list[InferenceRequest]:
-    """One request for each answer; several have numbered ids."""
+    """Returns one request per answer; several have numbered ids."""
     choices = normalized.choices
     if len(choices) == 1:
         return [InferenceRequest(id=id_, model=model, generation=choices[0], hints=hints)]
@@ -224,7 +225,7 @@ def inference_requests(
 
 
 def unknown_fields_header(unknown: Sequence[str]) -> list[tuple[str, str]]:
-    """A header that names fields which were ignored; none where there were none."""
+    """Returns a header that lists the ignored fields, or no header if there are none."""
     if not unknown:
         return []
     names = [re.sub(r"[^\x21-\x7e]", "?", name[:64]) for name in unknown[:MAX_NAMED]]
@@ -233,10 +234,10 @@ def unknown_fields_header(unknown: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _charged(call: ChargedCall, normalized: NormalizedRequest, *, bounded: bool) -> NormalizedRequest:
-    """Charges the request's key for all tokens that the request can come to. Raises RateLimited.
+    """Charges the request's key for all tokens that the request may use. Raises RateLimited.
 
-    Where the client has set no bound, answers end when the request has taken what its key may take in a minute. Most of
-    them are far shorter: a part of that is charged, and the rest when it is known.
+    If the client has set no bound, answers end when the request has used its key's tokens of one minute. Most answers are
+    far shorter: a part of these tokens is charged now, and the rest when it is known.
     """
     limit = call.tokens_per_minute
     if limit is None:

@@ -22,11 +22,11 @@ from dynserve.server.exchange import exchange_of
 log = logging.getLogger(__name__)
 
 _ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
-_CLOSE = {"connection": "close"}  # the server gives up the connection after an error that nobody expected
+_CLOSE = {"connection": "close"}  # the server closes the connection after an unexpected error
 
 
 def error_response(request: Request, error: DynserveError) -> JSONResponse:
-    """The response to a request that ended with `error`, with the headers that tell a client when to try again."""
+    """The response to a request that ended with `error`, with the headers for a client's retry."""
     headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -1,7 +1,7 @@
 """Several answers to one request: a list of prompts, `n` choices of one, embeddings of many texts.
 
-Each answer is a request of its own to the cluster; here they become one response again. Streamed, their chunks come as they
-are made, each with its index; otherwise in order.
+Each answer is a request of its own to the cluster; here they are combined into one response. In a stream, chunks are sent
+as they are made, each with its index; otherwise the answers are in order.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FanOut(TokenResponse):
             await self._send_whole(200, body_of(render, self._choices(), usage), send, [])
 
     def _choices(self) -> list[bytes]:
-        """The likeliest choices of each group, numbered anew."""
+        """Returns the likeliest choices of each group, with new indexes."""
         if self._keep == self._group:
             return [result.data for result in self._results]
         chosen: list[bytes] = []
@@ -119,7 +119,7 @@ class FanOut(TokenResponse):
 
 
 class _ChoiceResult:
-    """One answer, as far as it has come."""
+    """The part of one answer that was received so far."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -127,7 +127,7 @@ class _ChoiceResult:
         self._sum, self._count = 0.0, 0
 
     def note(self, record: Record) -> None:
-        # where those of the prompt were asked for, they are in front
+        # logprobs of the prompt, if requested, come first
         count = len(record.token_ids)
         for entry in (record.logprobs or [])[-count:] if count else ():
             self._sum += entry.logprob
@@ -141,7 +141,7 @@ class _ChoiceResult:
 
 @contextlib.asynccontextmanager
 async def _first_error() -> AsyncIterator[None]:
-    """Raises one error of a group, the one that says most: the others were often only its consequence."""
+    """Raises the most informative error of a group: the others are often only its consequences."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -150,7 +150,7 @@ async def _first_error() -> AsyncIterator[None]:
         try:
             raise (ours or errors)[0] from None
         finally:
-            del errors, ours  # the error knows this frame: a reference cycle
+            del errors, ours  # the error refers to this frame: a reference cycle
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -1,6 +1,6 @@
-"""The fleet: which workers there are, which can be reached, and the streams that each of them has open.
+"""The fleet: the known workers, their links, and the open streams of each.
 
-A worker counts once two things are true: discovery knows it, and its link is up. The link alone decides when it is lost.
+A worker is used once discovery lists it and its link is up. It is lost when its link ends, and only then.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ limited = LimitedLog(log)
 
 
 class Fleet:
-    """Workers by id. Also the handler of all links.
+    """Workers by id, and the handler of all links.
 
-    `on_ack` gets the acknowledgements of requests, by stream. `on_placeable` is called when a worker can be placed on that
-    could not before.
+    `on_ack` gets the acknowledgements of requests, by stream. `on_placeable` is called when a worker
+    becomes a routing target.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Fleet:
         self._peer_of: dict[Link, Peer] = {}
         self._models = Models(fetch_file, tasks, self._model_loaded)
         self.models = self._models.by_name
-        self._pools: dict[tuple[str, str], list[RoutingTarget]] = {}  # until something about a peer changes
+        self._pools: dict[tuple[str, str], list[RoutingTarget]] = {}  # valid until a peer changes
         self._clock = asyncio.get_running_loop().time
         self.feeds = KvFeeds(router, self._request_snapshot, self._clock)
 
-    # what can be placed on
+    # routing targets
 
     def targets(self, model: str, role: str) -> list[RoutingTarget]:
         """Workers of the model in this role that can be placed on now. The list must not be changed."""
@@ -81,7 +81,7 @@ class Fleet:
         return found
 
     def paired(self, targets: list[RoutingTarget], worker: str) -> list[RoutingTarget]:
-        """Those targets that can take over from a worker; all of them when none can, and will have to compute."""
+        """Returns the targets that can fetch a hand-off of `worker`; all targets if none can: they compute the prompt."""
         peer = self.peers.get(worker)
         if peer is None or peer.instance is None or not peer.instance.card.pairing:
             return targets
@@ -90,8 +90,8 @@ class Fleet:
         return found or targets
 
     def has_room(self, model: str) -> bool:
-        """Whether a request could be placed on workers that are under their thresholds. True where there are none: then
-        it is not load that is in the way."""
+        """Whether a request could be placed on workers that are under their thresholds. True without workers, because then
+        load is not the cause."""
         has_room = self._router.has_room
         prefill, decode = self.targets(model, "prefill"), self.targets(model, "decode")
         if prefill and decode:
@@ -110,11 +110,11 @@ class Fleet:
         return self.models.get(name) or self.models.get(self._base(name))
 
     def adapter(self, name: str) -> str:
-        """The name itself where it is an adapter's; empty where it is a model's."""
+        """Returns `name` if it is an adapter's, and an empty string if it is a model's."""
         return "" if name in self.models or self._base(name) == name else name
 
     def serves(self, model: str) -> bool:
-        """Whether every role that the model needs is there."""
+        """Whether there are usable workers for every role that the model needs."""
         if self.model(model) is None:
             return False
         if self.targets(model, "aggregated"):
@@ -129,12 +129,12 @@ class Fleet:
 
     @property
     def settling(self) -> bool:
-        """Whether workers are known that were not linked yet, or whose model is still being loaded."""
+        """Whether any listed worker has no link yet, or a model that is still being loaded."""
         known = [peer for peer in self.peers.values() if peer.instance is not None and not peer.leaving]
         return any(not peer.linked or peer.problem == "loading" for peer in known)
 
     def discovered(self, change: Change) -> None:
-        """A worker's entry came, changed or went."""
+        """Handles a worker's discovery entry that was added, changed or removed."""
         id_ = change.key.rsplit("/", 1)[-1]
         self._pools.clear()
         if isinstance(change, Put):
@@ -191,11 +191,13 @@ class Fleet:
     def lost(self, link: Link, reason: str) -> None:
         peer = self._peer_of.pop(link, None)
         if peer is None:
-            limited.warning("stranger", "link", "a link that no worker was known by ended: %r", reason[:200])
+            limited.warning("unknown", "link", "a link without a known worker ended: %r", reason[:200])
             return
-        if peer.link is not link:
-            return
-        log.info("worker %s is gone: %s", peer.id, reason)
+        if peer.link is link:  # otherwise a newer link has replaced it
+            self._lost(peer, reason)
+
+    def _lost(self, peer: Peer, reason: str) -> None:
+        log.info("worker %s was lost: %s", peer.id, reason)
         self._pools.clear()
         peer.link, peer.load, peer.target = None, None, None
         self.feeds.departed(peer.id)
@@ -216,30 +218,30 @@ class Fleet:
             case SubmitReply(stream=stream, ack=ack):
                 self._on_ack(stream, ack)
                 if isinstance(ack, Accepted) and stream not in peer.replies and peer.link is not None:
-                    peer.link.send(Cancel(stream))  # a copy that came too late: nobody reads its answer
+                    peer.link.send(Cancel(stream))  # a duplicate of a request that has ended: its answer has no reader
             case HandoffDeclined(stream=stream):
                 if (reply := peer.replies.get(stream)) is not None:
                     reply.handoff_declined = True
             case Snapshot():
                 self.feeds.snapshot(peer.id, message)
             case _:
-                pass  # a ping has done its work by arriving
+                pass  # a ping: its arrival is enough
 
     def _greet(self, link: Link, messages: list[FromWorker]) -> None:
-        """The first messages of a link: a worker says hello, or the link is cut."""
+        """Handles the first messages of a link. Aborts the link unless they begin with a valid Hello."""
         hello = messages[0]
         if not isinstance(hello, Hello):
             link.abort("did not say hello")
             return
-        if hello.frontend_id != self._id:  # it knows an earlier process that listened on this port
-            link.abort(f"looked for {hello.frontend_id[:100]}, found {self._id}")
+        if hello.frontend_id != self._id:  # it dialled an earlier process on this port
+            link.abort(f"expected frontend {hello.frontend_id[:100]}, found {self._id}")
             return
-        if hello.version != VERSION:  # told apart here, and not by what its messages happen to mean
+        if hello.version != VERSION:  # otherwise its messages could be misread
             link.abort(f"{hello.instance_id[:100]} speaks version {hello.version} of the link, this frontend {VERSION}")
             return
         known = self.peers.get(hello.instance_id)
         if known is not None and (old := known.link) is not None:
-            self.lost(old, "replaced by a newer link")  # the worker has dropped what it had for the old one
+            self._lost(known, "replaced by a newer link")  # the worker has cancelled the streams of the old one
             old.abort("replaced by a newer link")
         peer = self._peer(hello.instance_id)
         peer.link = link
@@ -247,7 +249,7 @@ class Fleet:
         link.send(Welcome(self._id))
         self.feeds.joined(peer.id, hello.epoch)
         if peer.instance is not None:
-            self._check(peer)  # against those that are there by now
+            self._check(peer)  # against the workers that are linked by now
         if len(messages) > 1:
             self.received(link, messages[1:])
 
@@ -265,7 +267,7 @@ class Fleet:
         return peer
 
     def _forget(self, peer: Peer) -> None:
-        """A worker is gone, and takes its model along when it was the last one."""
+        """Removes a worker, and its model if it was the last worker that serves it."""
         self.peers.pop(peer.id, None)
         if peer.instance is not None and not self._serving(peer.instance.card.model):
             self._models.forget(peer.instance.card.model)
@@ -274,7 +276,7 @@ class Fleet:
         return [p.instance for p in self.peers.values() if p.instance is not None and p.instance.card.model == model]
 
     def _check(self, peer: Peer) -> None:
-        """Compares a worker with the model that it serves and with the others of it, and admits it when it fits."""
+        """Compares a worker with its model and with the model's other workers, and admits it if it fits."""
         assert peer.instance is not None
         card = peer.instance.card
         if card.model not in self.models:
@@ -293,7 +295,7 @@ class Fleet:
                 self._check(peer)
 
     def _recheck_refused(self, gone: Peer) -> None:
-        """A worker that went may have been the reason why others were refused."""
+        """Checks refused workers again, because the removed worker may have been the reason."""
         if gone.instance is None:
             return
         for peer in list(self.peers.values()):

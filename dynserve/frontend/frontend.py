@@ -1,4 +1,4 @@
-"""`Frontend`: fleet, router and pipeline on the planes."""
+"""`Frontend`: one frontend process, with its fleet, router and pipeline, connected to the planes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from dynserve.transport.base import Change, Planes, Registration
 from dynserve.wire import discovery, events
 from dynserve.wire.discovery import FrontendInstance
 
-LAG_EVERY = 0.05  # seconds between looks at how late the event loop is
-HOUSEKEEPING_EVERY = 1.0  # seconds between checks of things that nobody reports, such as expired assumptions
+LAG_EVERY = 0.05  # seconds between measurements of the event loop's lag
+HOUSEKEEPING_EVERY = 1.0  # seconds between checks that no event triggers, such as expiries
 
 
 def router_options(config: FrontendConfig) -> RouterOptions:
@@ -58,12 +58,12 @@ def router_options(config: FrontendConfig) -> RouterOptions:
 
 
 def check_policy(config: FrontendConfig) -> None:
-    """Raises ConfigError for a policy that cannot be used, before anything is waited for."""
+    """Raises ConfigError for a policy that cannot be used. Runs before anything is connected."""
     policy_maker(config.router_mode, config.router_policy, KvWeights(), random.Random())()
 
 
 class Frontend:
-    """Use `Frontend.open`; `dynserve.frontend.app.make_apps` makes its ASGI apps."""
+    """One frontend. Create it with `Frontend.open`; `dynserve.frontend.app.make_apps` creates its ASGI apps."""
 
     def __init__(
         self, config: FrontendConfig, planes: Planes, id_: str, rng: random.Random | None, pool: Pool, tasks: OwnedTasks
@@ -87,7 +87,7 @@ class Frontend:
             timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
         )  # fmt: skip
         self._registration: Registration | None = None
-        self._listed = asyncio.Event()  # discovery has listed this frontend, and so all that were there before it
+        self._listed = asyncio.Event()  # set once discovery has listed this frontend, and so all older entries
 
     @staticmethod
     @asynccontextmanager
@@ -95,10 +95,10 @@ class Frontend:
         config: FrontendConfig, planes: Planes, http_url: str = "", rng: random.Random | None = None
     ) -> AsyncIterator[Frontend]:
         """Listens for links, follows discovery and events, and registers. Does not wait for etcd or for workers. `rng`
-        draws among equals; a seeded one makes a simulation repeatable.
+        breaks ties; a seeded one makes a simulation repeatable.
 
         Raises:
-            ConfigError: the link port is taken, `router_policy` names no policy, or the keys file is wrong.
+            ConfigError: the link port is in use, `router_policy` names no policy, or the keys file is invalid.
         """
         id_ = f"frontend-{token_hex(6)}"
         namespace, every = config.namespace, (config.namespace, "*", "*")
@@ -126,7 +126,7 @@ class Frontend:
                         yield frontend
 
     def _discovered(self, change: Change) -> None:
-        """One watch for both: workers are the fleet's, frontends are those to share with."""
+        """Passes a change of discovery on: of a worker to the fleet, of a frontend to the sharing of placements."""
         if change.key.startswith(discovery.frontends(self.config.namespace)):
             if change.key.endswith(self.id):
                 self._listed.set()
@@ -134,10 +134,10 @@ class Frontend:
         else:
             self.fleet.discovered(change)
 
-    async def settled(self, most_s: float) -> None:
-        """Returns when the workers that are there can be placed on; at the latest after `most_s` seconds."""
+    async def settled(self, timeout_s: float) -> None:
+        """Returns when all listed workers can be placed on, at the latest after `timeout_s` seconds."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(most_s):
+            async with asyncio.timeout(timeout_s):
                 await self._listed.wait()
                 while self.fleet.settling:
                     await asyncio.sleep(0.02)
@@ -154,14 +154,14 @@ class Frontend:
                 self.pipeline.predictions.forget(worker)
 
     async def _watch_lag(self) -> None:
-        """How late a timer fires is how long everyone else waits, too."""
+        """Measures the event loop's lag: a timer fires as late as any other callback of the loop."""
         while True:
             due = time.perf_counter() + LAG_EVERY
             await asyncio.sleep(LAG_EVERY)
             self.metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
 
     def health(self) -> dict[str, Any]:
-        """`instances` lists workers whose link is up, and says of each whether it is routed to."""
+        """Returns the body of `/health`. `instances` lists the linked workers, with the state of each."""
         models = [name for name in self.fleet.names() if self.fleet.serves(name)]
         registered = self._registration is not None and self._registration.registered.is_set()
         return {

@@ -1,4 +1,4 @@
-"""The gate: who asks, and whether the request may come in."""
+"""The gate: identifies a request's API key, and admits or refuses the request."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """Lets requests in. Without a keys file everyone is nobody in particular."""
+    """Admits requests. Without a keys file all requests are anonymous."""
 
     def __init__(self, keys_file: str | None, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError for a keys file that cannot be read, or has a line that is none."""
+        """Raises ConfigError if the keys file cannot be read or has an invalid line."""
         self._path = Path(keys_file) if keys_file else None
         self._most, self.clock = most, clock
         self._stamp: tuple[int, int] | None = None
-        self._by_digest: dict[bytes, list[KeyUsage]] = {}  # by the first bytes: the rest is compared in constant time
+        self._by_digest: dict[bytes, list[KeyUsage]] = {}  # by the first bytes: all are compared in constant time
         self.open_requests = OpenRequests()
         if self._path is not None:
             self._stamp = _stamp(self._path)
             self._read(self._path)
 
     def enter(self, headers: Mapping[str, str]) -> ChargedCall:
-        """Who asks.
+        """Admits a request by its headers. Returns the call that is charged to its key.
 
         Raises:
-            Unauthorized: no key, or none that is in the file.
-            RateLimited: the key has asked too often, or has too many requests open.
-            Overloaded: all clients together have.
+            Unauthorized: the key is missing, or not in the file.
+            RateLimited: the key is over its limit of requests a minute, or of concurrent answers.
+            Overloaded: all clients together have too many open requests.
         """
         usage = None if self._path is None else self._known(_presented(headers))
         if self.open_requests.count >= self._most:
@@ -46,7 +46,7 @@ class Gate:
         return ChargedCall(self.open_requests, usage, self.clock)
 
     def refresh(self) -> None:
-        """Reads the file again when it has changed. One that is wrong changes nothing, and is said to be, once."""
+        """Reads the keys file again if it has changed. An invalid file is logged once, and the keys stay as they were."""
         if self._path is None:
             return
         stamp = _stamp(self._path)
@@ -58,7 +58,7 @@ class Gate:
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error)
         else:
-            log.info("%d API keys read anew", sum(map(len, self._by_digest.values())))
+            log.info("%d API keys reloaded", sum(map(len, self._by_digest.values())))
 
     def _read(self, path: Path) -> None:
         keys = read_keys(path)
@@ -87,7 +87,7 @@ def _presented(headers: Mapping[str, str]) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes with every writing of the file; None where it cannot be seen."""
+    """A value that changes whenever the file is written; None if the file cannot be accessed."""
     try:
         found = os.stat(path)
     except OSError:

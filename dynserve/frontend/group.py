@@ -1,7 +1,7 @@
-"""Several frontends on one port: processes of their own that the kernel spreads connections over (SO_REUSEPORT).
+"""Several frontends on one port, each in its own process; the kernel spreads connections over them (SO_REUSEPORT).
 
-Each is a whole frontend with its own links, and takes part in the sharing of loads as one on another machine would. The
-parent serves nothing: it holds the port, starts the others, starts again those that die, and stops them.
+Each is a complete frontend with its own links, and shares its load with the others like a frontend on another machine. The
+parent serves no requests: it holds the port, starts the children, restarts those that die, and stops them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSignal) -> None:
-    """Until `stop`. `argv` are the parent's flags, which the children get as well.
+    """Runs the group until `stop`. `argv` are the parent's flags, which are passed to the children.
 
     Raises:
-        ConfigError: the port is taken, or a child says that its configuration is wrong.
+        ConfigError: the port is in use, or a child reports that its configuration is invalid.
     """
     with _hold(config) as held:
         port = held.getsockname()[1]
@@ -42,17 +42,18 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
 
 
 def _hold(config: FrontendConfig) -> socket.socket:
-    """The port, bound for the children and for nobody else, unless others were asked to share it."""
+    """Binds the port for the children. No other process can bind it, unless `reuse_port` is set."""
     if not config.reuse_port:  # sharing it with another cluster of the same user would go unnoticed
         bind(config.http_host, config.http_port, "--http-port").close()
     held = bind(config.http_host, config.http_port, "--http-port", shared=True)
-    # from here on a second group finds it taken, even before a child listens; the children need only SO_REUSEPORT for it
+    # from here on no second group can bind it, even before a child listens; the children need only SO_REUSEPORT for it
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return held
 
 
 def _command(config: FrontendConfig, argv: Sequence[str], port: int, number: int) -> list[str]:
-    """The last of two equal flags counts. Addresses of planes may have passwords in them: they go by the environment."""
+    """The command line of a child. Its own flags are the last ones, which count. Addresses of planes may contain passwords:
+    they are passed in the environment."""
     own = {"workers": 1, "reuse-port": "true", "http-port": port}
     for name, first in (("link-port", config.link_port), ("system-port", config.system_port)):
         if first:

@@ -1,11 +1,11 @@
-"""API keys: the keys file, and what each key may do.
+"""API keys: the keys file, and the limits of each key.
 
-A keys file has one key per line, made by `dynserve key`; the key itself is not in it, only its SHA-256:
+A keys file has one line per key, written by `dynserve key`, with the SHA-256 of the key instead of the key itself:
 
     alice sha256:9f86…0a08 rpm=600 tpm=200000 concurrency=32 priority=5 group=research
 
-`concurrency` counts answers, of which one request can ask for many; `tpm` counts the tokens of prompts and answers. Keys of
-one group may find each other's prompts in the caches; a key without a group finds its own.
+`concurrency` counts answers, of which one request can have many; `tpm` counts the tokens of prompts and answers. Keys of
+one group reuse each other's cached prompts; a key without a group reuses only its own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """None: no limit. `priority` is the highest that its requests can have, and what they have without a wish. `group`
-    names those that share cached prompts."""
+    """One API key with its limits; None is no limit. `priority` is the upper bound and the default of its requests'
+    priority. Keys of one `group` share cached prompts."""
 
     name: str
     digest: bytes
@@ -41,7 +41,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_keys(text: str, where: str) -> list[Key]:
-    """Raises ConfigError that names the line."""
+    """Parses the text of a keys file. Raises ConfigError that names the invalid line."""
     keys: list[Key] = []
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("#", 1)[0].strip()
@@ -49,15 +49,15 @@ def parse_keys(text: str, where: str) -> list[Key]:
             continue
         key = _parse_line(line, f"{where}, line {number}")
         if any(other.name == key.name for other in keys):
-            raise ConfigError(f"{where}, line {number}: {key.name} is there twice")
+            raise ConfigError(f"{where}, line {number}: {key.name} is listed twice")
         if any(other.digest == key.digest for other in keys):
-            raise ConfigError(f"{where}, line {number}: this key is there twice, under another name")
+            raise ConfigError(f"{where}, line {number}: this key is listed twice, under another name")
         keys.append(key)
     return keys
 
 
 def read_keys(path: Path) -> list[Key]:
-    """Raises ConfigError for a file that cannot be read, or has a line that is none."""
+    """Reads a keys file. Raises ConfigError if it cannot be read or has an invalid line."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -66,7 +66,7 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def check_keys(keys_file: str | None) -> None:
-    """Raises ConfigError for a keys file that cannot be used, before anything is waited for."""
+    """Raises ConfigError for a keys file that cannot be used. Runs before anything is connected."""
     if keys_file is not None:
         read_keys(Path(keys_file))
 
@@ -75,14 +75,14 @@ def _parse_line(line: str, where: str) -> Key:
     name, *rest = line.split()
     digest = _DIGEST.fullmatch(rest[0]) if rest else None
     if digest is None or not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: expected `name sha256:<64 hex digits> …`; `dynserve key` makes such lines")
+        raise ConfigError(f"{where}: expected `name sha256:<64 hex digits> …`; `dynserve key` writes such lines")
     limits: dict[str, int] = {}
     group = ""
     for word in rest[1:]:
         limit, _, value = word.partition("=")
         if limit == "group":
             if not _NAME.fullmatch(value):
-                raise ConfigError(f"{where}: group={value[:40]!r}: letters, digits and . @ _ - make a name")
+                raise ConfigError(f"{where}: group={value[:40]!r}: a name consists of letters, digits and . @ _ -")
             group = value
             continue
         if limit not in LIMITS:
@@ -98,5 +98,5 @@ def _parse_line(line: str, where: str) -> Key:
 
 
 def digest_of(secret: str) -> bytes:
-    """Keys are drawn from 256 random bits, so a plain hash cannot be searched."""
+    """The SHA-256 of a key. Keys have 256 random bits, so a plain hash cannot be reversed by search."""
     return hashlib.sha256(secret.encode()).digest()

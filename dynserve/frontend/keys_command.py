@@ -1,4 +1,4 @@
-"""`dynserve key`: makes an API key, and the line that lets it in."""
+"""`dynserve key`: generates an API key, and its line for the keys file."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dynserve.frontend.keys import LIMITS, PREFIX, digest_of, parse_keys
 
 @dataclass(frozen=True, kw_only=True)
 class KeyConfig:
-    name: str = option("client", "who the key is for; letters, digits and . @ _ -")
+    name: str = option("client", "name of the client; letters, digits and . @ _ -")
     rpm: int | None = option(None, "requests a minute")
     tpm: int | None = option(None, "tokens a minute, of prompts and answers")
-    concurrency: int | None = option(None, "answers at once")
-    priority: int | None = option(None, "the highest that its requests can have; higher ones leave the queue first")
-    group: str | None = option(None, "keys of the same group may find each other's prompts in the caches")
+    concurrency: int | None = option(None, "concurrent answers")
+    priority: int | None = option(None, "highest priority of its requests; higher priorities are admitted first")
+    group: str | None = option(None, "keys of the same group reuse each other's cached prompts")
     file: str | None = option(None, "append the line to this keys file", "DYN_API_KEYS_FILE")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The key goes to standard output, once; nobody can read it from the file."""
+    """Prints the key to standard output. This is the only copy: it cannot be recovered from the file."""
     try:
         config = load(KeyConfig, "python -m dynserve key", sys.argv[1:] if argv is None else argv)
         secret = PREFIX + token_urlsafe(32)
         limits = [f"{name}={value}" for name in (*LIMITS, "group") if (value := getattr(config, name)) is not None]
         line = " ".join([config.name, f"sha256:{digest_of(secret).hex()}", *limits])
         if [key.name for key in parse_keys(line, "the new key")] != [config.name]:
-            raise ConfigError(f"--name {config.name!r}: letters, digits and . @ _ - make a name")
+            raise ConfigError(f"--name {config.name!r}: a name consists of letters, digits and . @ _ -")
         if config.file is None:
             print(f"{secret}\n\nfor --api-keys-file:\n{line}")
         else:
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """In one step, so that a server never reads half of it; a new file is its owner's only.
+    """Appends a line in one step, so that a server never reads half of it. Only its owner can read a new file.
 
     Raises:
-        ConfigError: the file would not be right afterwards.
+        ConfigError: the file cannot be read or written, or would be invalid with the line.
     """
     try:
         before = path.read_text() if path.exists() else ""

@@ -1,8 +1,8 @@
-"""The KV feed: what workers say of their caches, in order and without gaps, or known to be neither.
+"""The KV feed: applies workers' KV events to the index in order, and detects gaps.
 
-Events carry consecutive ids per worker and start (epoch). Whatever does not follow is answered with a wish for a
-snapshot; until that is in, the worker's index is DEGRADED: it may lack blocks, or name some that are gone. Load reports
-name the last event that was published, so that a loss is also noticed when nothing follows it.
+Events carry consecutive ids per worker and start (epoch). After a gap a snapshot is requested; until it has arrived, the
+worker's index is DEGRADED: it may lack blocks, or list some that are no longer cached. Load reports carry the id of the
+last published event, so that a loss is also detected when no event follows it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from dynserve.routing.router import Router, RoutingTarget
 from dynserve.wire.events import Cleared, KvEvents, Stored
 from dynserve.wire.link import Snapshot
 
-MAX_HELD = 2_000  # batches that wait for a snapshot; beyond, a newer snapshot is asked for
+MAX_HELD = 2_000  # event batches that wait for a snapshot; beyond, a newer snapshot is requested
 
 
 @dataclass(slots=True)
 class _Feed:
     epoch: int
-    request: int  # of the snapshot that is waited for: parts of an earlier one may still be on their way
+    request: int  # number of the expected snapshot: parts of an earlier one may still arrive
     next_id: int = 0
     exact: bool = False
-    suspected: int = -1  # an event id that a load report named and that was not here then
+    suspected: int = -1  # an event id of a load report that had not arrived by then
     held: list[KvEvents] = field(default_factory=list)
     parts: list[list[int]] = field(default_factory=list)
 
 
 class KvFeeds:
-    """Applies events to the router's index. `ask(worker, number)` sends a snapshot request over the worker's link."""
+    """Applies events to the router's index. `request_snapshot(worker, number)` sends a request
+    for a snapshot over the worker's link."""
 
-    def __init__(self, router: Router, ask: Callable[[str, int], None], clock: Callable[[], float]) -> None:
-        self._router, self._ask, self._clock = router, ask, clock
+    def __init__(
+        self, router: Router, request_snapshot: Callable[[str, int], None], clock: Callable[[], float]
+    ) -> None:
+        self._router, self._request_snapshot, self._clock = router, request_snapshot, clock
         self._feeds: dict[str, _Feed] = {}
         self.resyncs = 0
 
@@ -41,11 +44,11 @@ class KvFeeds:
         return worker in self._feeds and self._feeds[worker].exact and worker not in self._router.index.degraded
 
     def joined(self, worker: str, epoch: int) -> None:
-        """Its link is up: from here on its cache can be known."""
+        """Starts the feed of a worker whose link is up, with a snapshot."""
         self._resync(worker, epoch)
 
     def placeable(self, target: RoutingTarget) -> None:
-        """It has become a target: its state is told there from now on. One without events needs no feed."""
+        """Handles a worker that became a target, which shows its index state from now on. Without events it has no feed."""
         if target.index is IndexState.APPROX:
             self._feeds.pop(target.worker, None)
             self._router.index.clear(target.worker)
@@ -57,8 +60,8 @@ class KvFeeds:
         self._router.forget(worker)
 
     def reported(self, worker: str, epoch: int, event_id: int) -> None:
-        """A load report names the last event published before it. Reports and events may overtake each other, so it takes
-        a second report to call an event lost."""
+        """Checks the last event id of a load report. Reports and events may overtake each other, so an event counts as lost
+        at the second report."""
         feed = self._feeds.get(worker)
         if feed is None or not feed.exact or epoch != feed.epoch:
             return
@@ -70,7 +73,7 @@ class KvFeeds:
             self._update_target(worker)
 
     def resync_degraded(self) -> None:
-        """To be called every few seconds: an index that lost entries for want of room is made whole once there is some."""
+        """Requests snapshots for workers with evicted entries, once the index has room. Call it every few seconds."""
         index = self._router.index
         for worker in list(index.degraded):
             feed = self._feeds.get(worker)
@@ -82,7 +85,7 @@ class KvFeeds:
     def events(self, batch: KvEvents) -> None:
         feed = self._feeds.get(batch.instance_id)
         if feed is None:
-            return  # not linked: nothing can be sent there anyway
+            return  # not linked: no request can be placed there
         if batch.epoch != feed.epoch:
             if batch.epoch > feed.epoch:
                 self._resync(batch.instance_id, batch.epoch)
@@ -110,7 +113,7 @@ class KvFeeds:
             self.events(batch)
 
     def _follow(self, worker: str, feed: _Feed, batch: KvEvents) -> bool:
-        """False when events are missing before this batch. Ids that were seen already are skipped."""
+        """Applies a batch; returns False if events before it are missing. Events that were applied already are skipped."""
         if batch.first_id > feed.next_id:
             return False
         self._router.apply(worker, batch.events[feed.next_id - batch.first_id :])
@@ -123,12 +126,12 @@ class KvFeeds:
         self.resyncs += 1
         self._feeds[worker] = _Feed(epoch, self.resyncs)
         self._update_target(worker)
-        self._ask(worker, self.resyncs)
+        self._request_snapshot(worker, self.resyncs)
 
     def _update_target(self, worker: str) -> None:
         target = self._router.targets.get(worker)
         if target is not None and target.index is not IndexState.APPROX:
             if self.exact(worker):
-                target.index, target.heard = IndexState.EXACT, self._clock()
+                target.index, target.confirmed_at = IndexState.EXACT, self._clock()
             else:
                 target.index = IndexState.DEGRADED

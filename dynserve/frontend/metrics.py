@@ -1,4 +1,4 @@
-"""The frontend's `/metrics`, in Prometheus's format. Counted per request, read per scrape: nothing here runs per token."""
+"""The frontend's `/metrics`, in Prometheus's format. Values are counted per request and read per scrape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class FrontendMetrics:
-    """`accepted = finished + failed + cancelled + in flight`, at every moment."""
+    """The metrics of one frontend. `accepted = finished + failed + cancelled + in flight` at every moment."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -45,34 +45,32 @@ class FrontendMetrics:
         )  # fmt: skip
         self.queue_length = Gauge("dynserve_queue_length", "Requests that wait now", ["model"], registry=ours)
         self.frontends = Gauge(
-            "dynserve_frontends", "Frontends that share their placements, this one too", registry=ours
+            "dynserve_frontends", "Frontends that share their placements, including this one", registry=ours
         )
         self.index_state = Gauge(
-            "dynserve_index_state", "1 for the state that a worker's index is in", ["worker", "state"], registry=ours
+            "dynserve_index_state", "1 for the current state of a worker's index", ["worker", "state"], registry=ours
         )
         self.index_bytes = Gauge("dynserve_index_bytes", "Memory of the prefix index, estimated", registry=ours)
-        self.index_evicted = Gauge(
-            "dynserve_index_evicted_blocks", "Blocks that left the index for want of room, so far", registry=ours
-        )
-        self.resyncs = Gauge("dynserve_index_resyncs", "Snapshots asked for, so far", registry=ours)
+        self.index_evicted = Gauge("dynserve_index_evicted_blocks", "Blocks evicted from the full index", registry=ours)
+        self.resyncs = Gauge("dynserve_index_resyncs", "Snapshots requested", registry=ours)
         self.prediction_ratio = Gauge(
-            "dynserve_cached_tokens_predicted_ratio", "Predicted cached tokens per reported one, lately", ["worker"],
+            "dynserve_cached_tokens_predicted_ratio", "Predicted by reported cached tokens, recently", ["worker"],
             registry=ours,
         )  # fmt: skip
         self.loop_lag = Histogram(
-            "dynserve_event_loop_lag_seconds", "How late the event loop is", buckets=_SECONDS, registry=ours
+            "dynserve_event_loop_lag_seconds", "Lag of the event loop", buckets=_SECONDS, registry=ours
         )
         self.open_requests = Gauge(
             "dynserve_open_requests", "HTTP requests between their headers and their last byte", registry=ours
         )
         self.tokenised = Gauge(
-            "dynserve_tokenised_characters", "Characters of conversations by whether their tokens were remembered",
+            "dynserve_tokenised_characters", "Characters of conversations, tokenised anew or remembered",
             ["model", "what"], registry=ours,
         )  # fmt: skip
         self.index_blocks = Gauge("dynserve_index_blocks", "Distinct KV blocks in the prefix index", registry=ours)
 
     def of(self, model: str) -> ModelMetrics:
-        """Those of one model."""
+        """The metrics of one model."""
         found = self._of.get(model)
         if found is None:
             found = self._of[model] = ModelMetrics()
@@ -83,7 +81,7 @@ class FrontendMetrics:
 
 
 class HistogramCounts:
-    """What a histogram is made of."""
+    """The bucket counts and the sum of one histogram."""
 
     __slots__ = ("counts", "total")
 
@@ -97,8 +95,8 @@ class HistogramCounts:
 
 
 class ModelMetrics:
-    """What is counted for every request, on the event loop only: plain numbers, since the library's own counters take a
-    lock and some checks each time, which together was a twentieth of a short request."""
+    """The counts of one model's requests. They are plain numbers, used on the event loop only: the library's own counters
+    lock and check at every call, which cost a twentieth of a short request."""
 
     __slots__ = (
         "accepted", "cached_tokens", "duration", "ended", "in_flight", "output_tokens", "prompt_tokens", "ttft",
@@ -111,7 +109,7 @@ class ModelMetrics:
 
 
 class _RequestCollector(Collector):
-    """Reads them when it is asked."""
+    """Collects the counts of all models at every scrape."""
 
     def __init__(self, of: Mapping[str, ModelMetrics]) -> None:
         self._of = of
@@ -129,9 +127,9 @@ class _RequestCollector(Collector):
                 ended.add_metric([name, outcome], count)
         yield from (in_flight, ended)
         for what, text in (
-            ("requests_accepted", "Requests placed"),
-            ("prompt_tokens", "Tokens read"),
-            ("output_tokens", "Tokens answered"),
+            ("requests_accepted", "Requests accepted"),
+            ("prompt_tokens", "Prompt tokens"),
+            ("output_tokens", "Generated tokens"),
             ("cached_tokens", "Prompt tokens found in a KV cache"),
         ):
             counter = CounterMetricFamily(f"dynserve_{what}", text, labels=model)

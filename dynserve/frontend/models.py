@@ -32,8 +32,8 @@ class Model:
 class Models:
     """Models by name. The first worker of a model defines its block size and files; later ones have to be like it.
 
-    A model is `load`ed once: tokenizer and template come from any of its workers that answers. `on_loaded(name)` is called
-    when it is there.
+    A model is `load`ed once, with the tokenizer and template of any of its workers. `on_loaded(name)` is called
+    afterwards.
     """
 
     def __init__(self, fetch_file: FetchFile, tasks: OwnedTasks, on_loaded: Callable[[str], None]) -> None:
@@ -42,17 +42,17 @@ class Models:
         self._loading: set[str] = set()
 
     def load(self, name: str, workers: Callable[[], Sequence[WorkerInstance]]) -> None:
-        """Begins to load a model, unless that is under way. `workers()` are those that serve it now."""
+        """Begins to load a model, unless that is under way. `workers()` returns those that serve it now."""
         if name not in self._loading:
             self._loading.add(name)
             self._tasks.create_task(self._load(name, workers))
 
     def forget(self, name: str) -> None:
-        """The model's last worker is gone: the next one may bring another template."""
+        """Removes a model without workers: its next worker may have another template."""
         self.by_name.pop(name, None)
 
     def mismatch(self, card: Card) -> str | None:
-        """Why a worker with this card is not one of the loaded model's, as a sentence about the worker."""
+        """Returns the reason why a worker with this card does not fit the loaded model, as a sentence; None if it fits."""
         model = self.by_name[card.model]
         if (found := difference(card.parity, model.parity)) is not None:
             return found
@@ -75,7 +75,7 @@ class Models:
                     await asyncio.sleep(backoff.next())
         finally:
             self._loading.discard(name)
-        log.info("model %s is known", name)
+        log.info("model %s is loaded", name)
         self._on_loaded(name)
 
     async def _try(self, name: str, instance: WorkerInstance) -> Model | None:
@@ -93,8 +93,8 @@ class Models:
 
 
 def unpaired(peer: Peer, others: Iterable[Peer]) -> str | None:
-    """Why a worker cannot hand KV caches over to the workers that are routed to, or take them over from those; None when
-    it can, or is alone. Hand-offs need workers of one kind, and the kind that is complete already decides."""
+    """Returns the reason why a worker cannot hand KV caches over to the usable workers, or fetch theirs; None if it can, or
+    is alone. Hand-offs need workers of one kind. A kind with usable workers of both phases has precedence."""
     ours = peer.instance
     if ours is None or not ours.card.pairing or ours.role not in _HANDING_OVER:
         return None
@@ -111,7 +111,7 @@ def unpaired(peer: Peer, others: Iterable[Peer]) -> str | None:
 
 
 def _complete(card: Card, peers: Iterable[Peer]) -> bool:
-    """Whether workers of this kind are there for both phases: the last of a kind that is leaving keeps nobody out."""
+    """Whether this kind has usable workers for both phases. The last, departing workers of a kind exclude no others."""
     roles = {
         peer.instance.role
         for peer in peers
@@ -123,5 +123,5 @@ def _complete(card: Card, peers: Iterable[Peer]) -> bool:
 
 
 def _differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
-    """Names of the files that are not the same."""
+    """The names of the files that differ."""
     return ", ".join(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))

@@ -1,4 +1,4 @@
-"""Schemas for `/openapi.json`. The parsing itself is one call into pydantic, past FastAPI."""
+"""Schemas for `/openapi.json`. Requests are parsed by one call into pydantic, without FastAPI."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def openapi_of(form: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inline(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> Any:
-    """The schema with references replaced by their definitions; one to itself becomes an object of any kind."""
+    """The schema with references replaced by their definitions; a recursive one becomes an object of any kind."""
     if isinstance(schema, list):
         return [_inline(item, definitions, within) for item in schema]
     if not isinstance(schema, dict):

@@ -53,7 +53,7 @@ class Pipeline:
 
     def run(self, request: InferenceRequest, deadline: float | None = None) -> Run:
         """The request runs as long as a `with` block of the result. Leaving the block early cancels it everywhere.
-        `deadline` is that of the answers which belong together, of the loop's clock; None: its own time begins now."""
+        `deadline`, of the loop's clock, is common to several answers of one response; None: `timeout_s` from now."""
         return Run(self, request, deadline)
 
 
@@ -103,12 +103,12 @@ class Run:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens that came, from all phases."""
+        """All tokens received, of all phases."""
         return [token_id for attempt in self._attempts for token_id in attempt.reply.tokens]
 
     @property
     def was_placed(self) -> bool:
-        """Whether some worker was asked to compute it."""
+        """Whether the request was placed on a worker."""
         return bool(self._attempts)
 
     async def deliver(self, sink: RecordSink) -> None:
@@ -116,7 +116,7 @@ class Run:
         hand-off. (A callable, and not an iterator: iterators of coroutines cost as much as the placement.)"""
         pipeline, model = self._pipeline, self._request.model
         await self._wait_for_room()
-        pipeline.decisions.add(self.decision)  # one that is refused at the door has none
+        pipeline.decisions.add(self.decision)  # a request that is refused before has none
         prefillers, decoders = pipeline.fleet.targets(model, "prefill"), pipeline.fleet.targets(model, "decode")
         if not decoders or not prefillers:
             await self._phase(PhaseInput("aggregated", "aggregated"), sink)
@@ -160,7 +160,7 @@ class Run:
             self._pipeline.metrics.replaced.inc()
             if self._clock() >= self.deadline:
                 raise failed.cause from None
-            # another decode worker would have to compute all of it: from here on as any prompt
+            # another decode worker would have to compute all of it: continue as for any prompt
             log.info("request %s: its local prefill did not start: %s", self._request.id, failed.cause)
             return False
         return True
@@ -190,12 +190,12 @@ class Run:
                     )
             raise error
         finally:
-            del error  # its traceback knows this frame: a reference cycle
+            del error  # its traceback refers to this frame: a reference cycle
 
     async def _attempt(
         self, phase: PhaseInput, targets: Sequence[RoutingTarget], sink: RecordSink, overlaps: Overlaps | None
     ) -> Finished:
-        """Places the phase on one of `targets` and runs it there; returns its last record. Raises what `Attempt` names."""
+        """Places the phase on one of `targets` and runs it there; returns its last record. Raises errors of `Attempt`."""
         if self._cancelled is not None:
             raise self._cancelled
         pipeline = self._pipeline
@@ -249,7 +249,7 @@ class Run:
     # the client, and the end
 
     def cancel(self, error: DynserveError) -> None:
-        """The client has disconnected: whoever waits for records gets `error`."""
+        """Cancels the request of a client that disconnected: the reader of its records gets `error`."""
         self.outcome = "cancelled"
         self._cancelled = error
         if self._queued is not None:
@@ -270,12 +270,12 @@ class Run:
         """Ends the request at every worker, and gives all reserved load back. Safe to repeat."""
         for attempt in self._attempts:
             attempt.close()
-        # errors know the frames that they came through: reference cycles
+        # errors refer to the frames that they came through: reference cycles
         self._cancelled = self._send_limit = self._queued = None
         if self.decision.ended is None or self.outcome != "finished":
             self.decision.outcome, self.decision.ended = self.outcome, self._clock()
 
     def explained(self) -> bytes:
-        """The decision as JSON, for an answer whose last token is there."""
+        """Returns the decision as JSON. Called when the answer's last token has arrived."""
         self.decision.outcome, self.decision.ended = self.outcome, self._clock()
         return self.decision.header()

@@ -1,6 +1,6 @@
-"""Rate limits of API keys: requests and tokens per minute, answers at once.
+"""Rate limits of API keys: requests and tokens per minute, and concurrent answers.
 
-The limits are those of one frontend: several do not add up what they count.
+Each frontend enforces the limits by itself: several frontends do not add up their counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dynserve.frontend.keys import Key
 
 
 class Bucket:
-    """Tokens that come back steadily, a minute's worth at most. May be overdrawn by what was not known before."""
+    """A token bucket that refills steadily, up to one minute's amount. Amounts that are known late may overdraw it."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.capacity = per_minute
@@ -28,7 +28,7 @@ class Bucket:
         self._level = self.level(now) - amount
 
     def wait(self, amount: float, now: float) -> float:
-        """Seconds until so much is there; more than a minute's worth never is, and waits for a full bucket."""
+        """Returns the seconds until `amount` is available. An amount over the capacity waits for a full bucket."""
         return max(0.0, (min(amount, self.capacity) - self.level(now)) * 60 / self.capacity)
 
 
@@ -42,10 +42,12 @@ class KeyUsage:
         self.open = 0  # answers
 
     def admit(self, now: float) -> None:
-        """Counts one more request. Raises RateLimited when the key has too many, open or within the minute."""
+        """Counts one more request. Raises RateLimited if the key has too many, open or in this minute."""
         key = self.key
         if key.concurrency is not None and self.open >= key.concurrency:
-            raise _limited(f"key {key.name} has {self.open} answers being made, as many as it may", 1, self, now)
+            raise _limited(
+                f"key {key.name} has {self.open} answers in progress, its limit is {key.concurrency}", 1, self, now
+            )
         if self.requests is not None:
             if (wait := self.requests.wait(1, now)) > 0:
                 raise _limited(f"key {key.name} is over its limit of {key.rpm} requests a minute", wait, self, now)
@@ -64,8 +66,8 @@ class OpenRequests:
 class ChargedCall:
     """One API call from its headers to the last byte of its answer, charged to its key. Close it; closing twice is safe.
 
-    It holds one slot of its key's `concurrency`, and more of them with `acquire_slots`. All tokens that it may come to are
-    charged before any of them is computed; `settle` gives back those that were not.
+    It holds one slot of its key's `concurrency`, and more of them after `acquire_slots`. All tokens that it may use are
+    charged before any of them is computed; `settle` refunds those that were not computed.
     """
 
     def __init__(self, open_requests: OpenRequests, usage: KeyUsage | None, clock: Callable[[], float]) -> None:
@@ -83,14 +85,14 @@ class ChargedCall:
 
     @property
     def cache_owner(self) -> str:
-        """Requests with the same owner may find each other's prompts in the caches; empty where there are no keys."""
+        """The owner of the cached prompts. Requests of one owner reuse each other's; empty without API keys."""
         if self._usage is None:
             return ""
         key = self._usage.key
         return f"group:{key.group}" if key.group else f"key:{key.name}"
 
     def priority(self, wished: int | None) -> int:
-        """A key's priority is a ceiling; without keys everyone may wish."""
+        """Returns the priority of a request. The key's priority is the upper bound; without keys there is none."""
         if self._usage is None:
             return wished or 0
         most = self._usage.key.priority or 0
@@ -103,7 +105,7 @@ class ChargedCall:
         self.close()
 
     def acquire_slots(self, wanted: int) -> int:
-        """How many answers this request may make at once, at most `wanted`: as many as its key has free."""
+        """Acquires slots, at most `wanted` and as many as the key has free. Returns the number of concurrent answers."""
         usage = self._usage
         if usage is not None and usage.key.concurrency is not None:
             wanted = min(wanted, self._slots + max(0, usage.key.concurrency - usage.open))
@@ -118,15 +120,15 @@ class ChargedCall:
         return None if usage is None or usage.tokens is None else usage.tokens.capacity
 
     def charge(self, tokens: int) -> None:
-        """Charges what the request may come to, before it is computed. Raises RateLimited."""
+        """Charges the tokens that the request may use, before they are computed. Raises RateLimited."""
         usage, now = self._usage, self._clock()
         if usage is None or usage.tokens is None:
             return
         limit = usage.tokens.capacity
         if tokens > limit:
-            message = f"key {usage.key.name}: the request may take {tokens} tokens, and its limit is {limit} a minute"
-            error = _limited(f"{message}; ask for shorter or fewer answers, or with a shorter text", 60, usage, now)
-            error.headers += (("x-should-retry", "false"),)  # OpenAI's clients would, and it would never be let in
+            message = f"key {usage.key.name}: the request may use {tokens} tokens, and its limit is {limit} a minute"
+            error = _limited(f"{message}; request shorter or fewer answers, or shorten the prompt", 60, usage, now)
+            error.headers += (("x-should-retry", "false"),)  # OpenAI's clients would, and it would always fail
             raise error
         if (wait := usage.tokens.wait(tokens, now)) > 0:
             message = f"key {usage.key.name}: {tokens} tokens are over its limit of {limit} a minute"
@@ -135,21 +137,21 @@ class ChargedCall:
         self._charged += tokens
 
     def settle(self, computed: int) -> None:
-        """The request came to `computed` tokens, prompts and answers together: the rest is given back."""
+        """Replaces the charge by the `computed` tokens of prompts and answers: the rest is refunded."""
         if self._usage is not None and self._usage.tokens is not None:
             self._usage.tokens.spend(computed - self._charged, self._clock())
         self._charged = 0
 
     def keep_charge(self) -> None:
-        """Keeps the charge although the request failed: that much was computed."""
+        """Keeps the charge of a request that failed, because the work was done."""
         self._charged = 0
 
     def headers(self) -> list[tuple[str, str]]:
-        """OpenAI's `x-ratelimit-*`, for keys with limits."""
+        """OpenAI's `x-ratelimit-*` headers; none for a key without limits."""
         return [] if self._usage is None else _headers(self._usage, self._clock())
 
     def close(self) -> None:
-        """Ends the request, and gives back what is still charged."""
+        """Ends the call, and refunds what is still charged."""
         if not self._closed:
             self._closed = True
             if self._charged:

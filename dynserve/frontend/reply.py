@@ -1,4 +1,4 @@
-"""`Peer` and `Reply`: a worker as the frontend sees it, and one stream of its link.
+"""`Peer` and `Reply`: the frontend's record of a worker, and one stream of its link.
 
 A reply's records go to the task that reads them, or, once that task has nothing more to read and the client can be written
 to, straight from the link's callback to the client's socket.
@@ -31,9 +31,9 @@ class Peer:
     id: str
     instance: WorkerInstance | None = None
     link: Link | None = None
-    leaving: bool = False  # gone from discovery, link still up: it finishes its requests
+    leaving: bool = False  # removed from discovery, link still up: it finishes its requests
     load: Load | None = None
-    problem: str = ""  # why it is not routed to although it is there
+    problem: str = ""  # why it is not a target although it is linked
     target: RoutingTarget | None = None
     replies: dict[int, Reply] = field(default_factory=dict)  # by stream
 
@@ -53,8 +53,8 @@ class Peer:
 class Reply:
     """One stream of one worker.
 
-    `bound` is the most bytes that may wait for the client; `on_slow` is called when they are exceeded. `on_tokens` gets the
-    number of tokens that came, from time to time. The stream fails at `deadline`, of the loop's clock.
+    `bound` is the upper bound of bytes that wait for the client; `on_slow` is called when it is exceeded. `on_tokens` gets
+    the number of new tokens, from time to time. The stream fails at `deadline`, of the loop's clock.
     """
 
     __slots__ = (
@@ -72,11 +72,11 @@ class Reply:
         on_tokens: Callable[[int], None],
     ) -> None:
         self.peer, self.stream, self._on_slow, self._on_tokens = peer, stream, on_slow, on_tokens
-        self.tokens: list[int] = []  # all that came
+        self.tokens: list[int] = []  # all tokens received
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
-        self.refused = False  # the worker has said that it does not begin
-        self.handoff_declined = False  # the worker computes the prompt itself, and leaves the hand-off untouched
+        self.refused = False  # the worker has refused the request
+        self.handoff_declined = False  # the worker computes the prompt itself, and does not fetch the hand-off
         # writes to the client in the link's own callback, where the reader has read everything: no task is woken then
         self.write: ChunkWriter | None = None
         peer.replies[stream] = self
@@ -101,7 +101,7 @@ class Reply:
         self.channel.close()
 
     def count(self) -> None:
-        """Reports the tokens that came since the last call."""
+        """Reports the tokens received since the last call."""
         now = len(self.tokens)
         self._on_tokens(now - self._counted)
         self._counted = now
@@ -129,16 +129,16 @@ class Reply:
         return self.peer.replies.get(self.stream) is self
 
     def handoff_done(self) -> None:
-        """Tells the worker that the hand-off which the stream left has done its work."""
+        """Reports to the worker that the stream's hand-off was consumed."""
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(HandoffDone(self.stream))
 
     def close(self) -> None:
-        """Tells the worker to drop what it still has of this stream: the answer, or a hand-off that it left."""
+        """Cancels at the worker what remains of this stream: the answer, or a hand-off that the worker holds."""
         self._timer.cancel()
         self._cancel_at_worker()
         self.channel.drop()
-        # their owners know this reply: a reference cycle would wait for the garbage collector, which runs rarely
+        # their owners refer to this reply: a reference cycle would wait for the garbage collector, which runs rarely
         self._on_slow, self._on_tokens, self.write = _ignore, _ignore, None
 
     def _overdue(self) -> None:

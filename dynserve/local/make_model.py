@@ -1,7 +1,7 @@
-"""`dynserve make-model`: a checkpoint of a well-known model's shape with random weights, for work on speed without a hub.
+"""`dynserve make-model`: a checkpoint in a well-known model's shape with random weights, for work on speed without a hub.
 
-What it says is nonsense, but it says it at the speed of the real one. The tokenizer is trained on texts that come with
-Python, so that prompts of words have about as many tokens as they have elsewhere.
+Its answers are nonsense, but take as long as those of the original. The tokenizer is trained on texts that come with
+Python, so that prompts of words have about as many tokens as with the original.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynserve.config import exit_with, nearest
 from dynserve.errors import ConfigError
 
 SHARD_BYTES = 4 << 30
-LEARNED = 24_000  # tokens that the tokenizer learns; the rest of the vocabulary is made up
+LEARNED = 24_000  # tokens that the tokenizer learns; the rest of the vocabulary are placeholders
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -56,13 +56,13 @@ def make_model(like: str, folder: Path, *, seed: int = 0) -> None:
     """Writes the checkpoint.
 
     Raises:
-        ConfigError: there is no such shape, the folder is not empty, or a package is missing.
+        ConfigError: the shape is unknown, the folder is not empty, or a package is missing.
     """
     shape = SHAPES.get(like)
     if shape is None:
         raise ConfigError(f"--like {like}: unknown{nearest(like, SHAPES)}; there are {', '.join(SHAPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already and not empty")
+        raise ConfigError(f"{folder} exists and is not empty; give a new or an empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ends = _write_tokenizer(folder, shape["vocab_size"])
@@ -76,7 +76,7 @@ def make_model(like: str, folder: Path, *, seed: int = 0) -> None:
 
 
 def tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all tensors, as Hugging Face has them."""
+    """Yields names and shapes of all tensors, as in the Hugging Face checkpoint."""
     hidden, inner, family = shape["hidden_size"], shape["intermediate_size"], shape["model_type"]
     heads, kv = shape["num_attention_heads"], shape["num_key_value_heads"]
     dim = shape.get("head_dim") or hidden // heads
@@ -132,7 +132,7 @@ def _write_weights(folder: Path, shape: dict[str, Any], seed: int) -> None:
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> tuple[int, int]:
-    """The ids of the tokens that begin a text and end a turn."""
+    """Writes the tokenizer. Returns the ids of the tokens that begin a text and end a turn."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m dynserve make-model", description="Makes a model folder with random weights."
     )
     parser.add_argument("--like", required=True, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; default 0")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the weights; default 0")
     parser.add_argument("folder", type=Path, help="a new or empty folder")
     args = parser.parse_args(argv)
     try:

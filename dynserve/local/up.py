@@ -1,8 +1,8 @@
 """`dynserve up`: a whole cluster on this machine, and its supervisor.
 
-Everything starts at once: each process waits by itself for what it needs. What `up` does can be done by hand: it runs
-`python -m dynserve.frontend` and `python -m dynserve.worker` with the flags that `ps` shows,
-and with NATS_URL and ETCD_URL.
+All processes start at once: each one waits by itself for those that it needs. The same can be done by hand: `up` runs
+`python -m dynserve.frontend` and `python -m dynserve.worker` with the flags that `ps` shows, and with NATS_URL and
+ETCD_URL.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dynserve.tasks import OwnedTasks, task_group
 log = logging.getLogger("dynserve.up")
 
 POLL = 0.1  # seconds
-REPORT_EVERY = 2.0  # seconds between progress lines where there is no terminal
+REPORT_EVERY = 2.0  # seconds between progress lines
 
 
 class LaunchPlan(NamedTuple):
@@ -54,7 +54,7 @@ async def run(config: UpConfig, stop: StopSignal) -> None:
             cluster = _LocalCluster(config, plan, tasks)
             try:
                 if shared := sum("--free-gpu-memory-fraction" in spec.command for spec in plan.workers):
-                    print(f"there are fewer GPUs than workers: {shared} of them share one with others", flush=True)
+                    print(f"there are fewer GPUs than workers: {shared} workers share a GPU with others", flush=True)
                 await cluster.start()
                 cluster.show()
                 await stop.wait(cluster.broken)
@@ -64,12 +64,12 @@ async def run(config: UpConfig, stop: StopSignal) -> None:
 
 
 def check(config: UpConfig) -> None:
-    """Everything that would make a child fail at once is said here, once, before anything is started."""
+    """Raises ConfigError, before any process is started, for options with which a child would fail at once."""
     check_model_folder(Path(config.model_path))
     if config.executor not in ("torch", "simulated"):
         raise ConfigError(
-            "`up` does not start TensorRT-LLM workers, which need a GPU and options of their own each: start them one by "
-            "one, as the README's section on TensorRT-LLM does"
+            "`up` does not start TensorRT-LLM workers, because each needs its own GPU and options: start them one by one, "
+            "as in the README's section on TensorRT-LLM"
         )
     engine_args(
         WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
@@ -89,7 +89,7 @@ def make_plan(config: UpConfig, folder: Path) -> LaunchPlan:
     etcd_url = config.etcd_url or f"http://127.0.0.1:{etcd_port}"
     nats_url = config.nats_url or f"nats://127.0.0.1:{nats_port}"
     common = ["--namespace", config.namespace, "--log-level", config.log_level]
-    planes = {"NATS_URL": nats_url, "ETCD_URL": etcd_url}  # which may have passwords in them
+    planes = {"NATS_URL": nats_url, "ETCD_URL": etcd_url}  # not as flags: they may contain passwords
     frontend = [
         sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
         "--http-port", str(config.http_port), "--router-mode", config.router_mode,
@@ -116,17 +116,17 @@ def make_plan(config: UpConfig, folder: Path) -> LaunchPlan:
 
 
 def _handed_on(config: UpConfig, *names: str) -> list[str]:
-    """Flags of a child that are ours, too, where they were given."""
+    """Returns the flags of a child for those options of `up` that are set."""
     given = [(name, getattr(config, name)) for name in names if getattr(config, name) is not None]
     return [word for name, value in given for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def spread(device: str, gpus: int, workers: int) -> list[list[str]]:
-    """The flags that give each worker a GPU of its own, or, where there are fewer, a share of one."""
+    """Returns the flags that give each worker its own GPU, or a share of one if there are fewer GPUs than workers."""
     if not gpus:
         return [[] if device == "auto" else ["--device", device]] * workers
     sharing = [sum(other % gpus == number % gpus for other in range(workers)) for number in range(workers)]
-    # each looks at what is free when it starts, and the others of its GPU are starting, too
+    # each worker measures the free memory when it starts, while the others of its GPU are starting, too
     return [
         ["--device", f"cuda:{number % gpus}"]
         + (["--free-gpu-memory-fraction", f"{0.8 / share:.2f}"] if share > 1 else [])
@@ -137,7 +137,7 @@ def spread(device: str, gpus: int, workers: int) -> list[list[str]]:
 class _LocalCluster:
     def __init__(self, config: UpConfig, plan: LaunchPlan, tasks: OwnedTasks) -> None:
         self._config, self._plan = config, plan
-        # a server that dies takes its data with it; a worker or frontend is just started again
+        # a server loses its data when it dies, so only workers and the frontend are started again
         self._supervisor = Supervisor(
             [Group(plan.servers, restart=False), Group([plan.frontend]), Group(plan.workers)], tasks
         )
@@ -148,19 +148,26 @@ class _LocalCluster:
         self._instances: list[dict[str, Any]] = []
 
     async def start(self) -> None:
-        """Returns when every worker can be routed to."""
+        """Starts all processes, and returns when every worker can be routed to.
+
+        Raises:
+            ConfigError: the cluster was not ready within `start_timeout_s`.
+        """
         await self._supervisor.start()
-        said, last = 0.0, ""
-        # its own child: whoever else the certificate convinces is not asked
+        reported, last = 0.0, ""
+        # not verified: the frontend is a child of this process, and its certificate may name another host
         async with httpx.AsyncClient(trust_env=False, timeout=1.0, verify=False) as client:
             while missing := await self._missing(client):
                 if self.broken.done():
                     self.broken.result()
                 waited = time.monotonic() - self._began
                 if waited > self._config.start_timeout_s:
-                    raise ConfigError(f"not ready after {waited:.0f} s: still waiting for {missing}")
-                if missing != last or waited - said >= REPORT_EVERY:
-                    said, last = waited, missing
+                    raise ConfigError(
+                        f"the cluster is not ready after --start-timeout-s {self._config.start_timeout_s:.0f}: "
+                        f"still waiting for {missing}"
+                    )
+                if missing != last or waited - reported >= REPORT_EVERY:
+                    reported, last = waited, missing
                     print(f"waiting for {missing} ({waited:.1f} s)", flush=True)
                 await asyncio.sleep(POLL)
 
@@ -183,11 +190,11 @@ class _LocalCluster:
         print("Ctrl-C stops everything.", flush=True)
 
     async def stop(self) -> None:
-        """Workers first, so that the frontend can answer its clients; servers last."""
+        """Stops all processes: workers first, so that the frontend can still answer its clients; servers last."""
         await self._supervisor.stop()
 
     async def _missing(self, client: httpx.AsyncClient) -> str:
-        """What is not there yet, in words; empty when all is."""
+        """Returns the names of the processes that are not ready; empty when all are."""
         try:
             health = (await client.get(f"{self._url}/health")).json()
         except (httpx.HTTPError, ValueError):

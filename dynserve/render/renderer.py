@@ -1,7 +1,7 @@
-"""The bytes that a client reads: chunks while an answer grows, or one JSON body at its end.
+"""The renderer, which makes the bytes that a client reads: chunks during the answer, or one JSON body at its end.
 
-Runs in the worker, once per token: the constant parts of a chunk are rendered once per request, the rest is one JSON
-string. `replay` brings a renderer to any point of an answer, so that another worker continues it to the byte.
+It runs in the worker, once per token: the constant parts of a chunk are rendered once per request, the rest is one JSON
+string. `replay` restores the state at any point of an answer, so that another worker continues it to the exact byte.
 
     tokens ──detokenizer──▶ text ──stop strings──▶ text ──parsers──▶ pieces ──format──▶ bytes
 """
@@ -20,7 +20,7 @@ from dynserve.wire.requests import PriorOutput, RenderOptions, StopConditions, T
 
 
 class Renderer:
-    """One answer. `push` and `finish` return what to send now (maybe nothing). `prompt` is u32 token ids."""
+    """The renderer of one answer. `push` and `finish` return the bytes to send, maybe none. `prompt`: u32 token ids."""
 
     def __init__(self, render: RenderOptions, stop: StopConditions, prompt: bytes, vocabulary: Vocabulary) -> None:
         self._render, self._prompt, self._vocabulary = render, prompt, vocabulary
@@ -29,26 +29,26 @@ class Renderer:
         self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
         self._parser = chain(render.tools, render.reasoning)
         self._format = make_format(render)
-        self._transcript = Transcript(render)  # of a unary answer
+        self._transcript = Transcript(render)  # of an answer that is not streamed
         self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._opened = not render.stream
         self._echo = render.echo
-        self._has_reasoning = False  # something of a thought was said
+        self._has_reasoning = False  # some reasoning was emitted
         self._reasoning_tokens = 0
         self.tokens = 0
         self.cached_tokens = 0
-        self.stopped = False  # a stop string has been seen: nothing more comes out, and the engine need not go on
-        # where nothing looks at the text, what is around a token's is known beforehand
+        self.stopped = False  # a stop string was found: no more output follows, and the engine can stop
+        # where nothing inspects the text, the bytes around a token's text are constant
         plain = render.stream and self._stops is None and self._parser is None
         self._around = self._format.around() if plain else None
-        self._head = self._tail = b""  # of a chunk, once nothing but whole tokens can come
+        self._head = self._tail = b""  # of a chunk, while the detokenizer holds back no bytes
         self._note_usage()
 
     def replay(self, prior: PriorOutput) -> None:
-        """Goes through what an earlier worker already rendered, one token at a time as it did: what was held back then
-        is held back now."""
+        """Repeats the tokens that an earlier worker has rendered, one at a time as it did, so that the same text is held
+        back."""
         self.cached_tokens = prior.cached_tokens
-        # those of the prompt, if there are any, came with the first token
+        # log-probabilities of the prompt, if any, come with the first token
         ahead = max(0, len(prior.logprobs) - len(prior.token_ids))
         for i, token_id in enumerate(prior.token_ids):
             entries = prior.logprobs[ahead + i if i else 0 : ahead + i + 1]
@@ -79,7 +79,7 @@ class Renderer:
         return data + self._emit(text)
 
     def finish(self, reason: str, stop_token: int | None = None) -> tuple[bytes, Usage]:
-        """The end: what was held back, the finish reason, the usage. A `stop_token` counts as generated."""
+        """Returns the last bytes (held text, finish reason, usage) and the usage. A `stop_token` counts as generated."""
         if stop_token is not None:
             self._count(1)
         data = b""
@@ -100,7 +100,7 @@ class Renderer:
         return data + self._format.last(end, self._pop_logprobs()), usage
 
     def _echo_prompt(self, logprobs: list[TokenLogprob] | None) -> tuple[bytes, list[TokenLogprob] | None]:
-        """The prompt as text, with its own log-probabilities where there are some; and those of the answer."""
+        """Returns the prompt rendered with its log-probabilities, if any, and the log-probabilities of the answer."""
         self._echo = False
         ids = unpack_tokens(self._prompt)
         if logprobs is not None and self._render.logprobs is not None and len(logprobs) >= len(ids):
@@ -117,8 +117,9 @@ class Renderer:
             self._note_usage()
 
     def _note_usage(self) -> Usage:
-        thought = self._reasoning_tokens if self._has_reasoning else 0
-        self._format.usage = Usage(num_tokens(self._prompt), self.tokens, self.cached_tokens, reasoning_tokens=thought)
+        prompt = num_tokens(self._prompt)
+        reasoning = self._reasoning_tokens if self._has_reasoning else 0
+        self._format.usage = Usage(prompt, self.tokens, self.cached_tokens, reasoning_tokens=reasoning)
         return self._format.usage
 
     def _emit(self, text: str) -> bytes:
@@ -156,12 +157,12 @@ class Renderer:
     def _pop_logprobs(self) -> list[dict[str, Any]] | None:
         if self._render.logprobs is None:
             return None
-        taken, self._logprobs = self._logprobs, []
-        return taken
+        logprobs, self._logprobs = self._logprobs, []
+        return logprobs
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string, across tokens, and cuts at the first whole one."""
+    """Cuts the text at the first stop string, and holds back text that may be the beginning of one."""
 
     def __init__(self, strings: tuple[str, ...], *, keep: bool = False) -> None:
         self._strings, self._keep = strings, keep
@@ -174,7 +175,7 @@ class StopStrings:
         text = self._held + text
         found = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
-            # the one that a reader would meet first; of two at one place, the longer
+            # the first one in the text; of two at one position, the longer
             at, string = min(found, key=lambda f: (f[0], -len(f[1])))
             self.matched, self._held = string, ""
             return text[: at + len(string)] if self._keep else text[:at]
@@ -183,6 +184,6 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """At the end of the answer a beginning is just text."""
+        """Returns the held text at the end of the answer, where it cannot become a stop string any more."""
         held, self._held = self._held, ""
         return held

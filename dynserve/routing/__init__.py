@@ -1,1 +1,1 @@
-"""The synchronous core of placement: hashes, index, ledger, policy, router. No sockets, clocks or tasks."""
+"""The synchronous core of placement: index, ledger, policy, router. No sockets, clocks or tasks."""

@@ -1,10 +1,10 @@
-"""The load ledger: what every worker has been given and not yet finished.
+"""The load ledger: the work that was placed on every worker and is not finished.
 
-Three sources, one account per worker:
+Each worker has one account, with three sources:
 
-    own       charges of this frontend: from placement to the last byte, exact
-    others    what other frontends say of their own charges (whole sums: the next message replaces a lost one)
-    reported  what the worker says of itself: progress on prompts that it has begun, and load that nobody accounts for
+    own       this frontend's charges, exact, from placement to the last byte
+    others    sums that other frontends publish of their charges (whole sums: the next message replaces a lost one)
+    reported  load that the worker reports: progress on prompts that it has begun, and requests of no known frontend
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from dynserve.wire.events import Load, Share
 class OpenWork:
     """Open work on one worker."""
 
-    prefill_tokens: int = 0  # to be computed; those expected in its cache are not counted
+    prefill_tokens: int = 0  # to be computed, without those expected in the worker's cache
     decode_tokens: int = 0  # prompt and answer so far of requests that are being answered
     requests: int = 0
 
 
 @dataclass(slots=True)
 class Account:
-    """One worker's open work, as this frontend knows it. The three sums are read for every candidate of every placement:
-    they are kept, not computed."""
+    """The open work of one worker. The three sums are read for every candidate of every placement, so they are stored, not
+    computed."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
     own: OpenWork = field(default_factory=OpenWork)
     others: OpenWork = field(default_factory=OpenWork)
-    begun_tokens: int = 0  # reported: computed already, of prompts that are not done
+    begun_tokens: int = 0  # reported: computed tokens of prompts that are not complete
     unseen_tokens: int = 0  # reported: held by requests that no frontend accounts for
-    held_tokens: int | None = None  # reported: in blocks that requests hold; a block that several share counts once
+    held_tokens: int | None = None  # reported: in blocks that requests hold; a shared block counts once
     then_tokens: int = 0  # `decode_tokens` at that report
-    suspected: bool = False  # the last report had more requests than the books; twice in a row is no coincidence
+    suspected: bool = False  # the last report had more requests than the ledger; a second one in a row is trusted
 
     @property
     def full_tokens(self) -> int:
-        """Tokens of KV cache in use: as reported, and placed since; what requests share is not counted for each of them."""
+        """Tokens of KV cache in use: those of the last report, and those placed since. Shared blocks count once."""
         if self.held_tokens is None:
             return self.decode_tokens
         return min(self.decode_tokens, self.held_tokens + max(0, self.decode_tokens - self.then_tokens))
@@ -55,7 +55,7 @@ class Account:
 
 
 class Charge:
-    """One request's part in one worker's account. Everything is given back once, in any order, however often called."""
+    """One request's share of one worker's account. `prefilled` and `close` may be called in any order, and repeatedly."""
 
     __slots__ = ("_account", "_changed", "_open", "decode_tokens", "prefill_tokens", "worker")
 
@@ -71,7 +71,7 @@ class Charge:
         changed(worker)
 
     def prefilled(self) -> None:
-        """Its first token is there."""
+        """Removes the prefill tokens, because the first token has arrived."""
         if self.prefill_tokens:
             self._account.own.prefill_tokens -= self.prefill_tokens
             self._account.begun_tokens = max(0, self._account.begun_tokens - self.prefill_tokens)
@@ -80,7 +80,7 @@ class Charge:
             self._changed(self.worker)
 
     def add_tokens(self, tokens: int) -> None:
-        """Runs for every burst of tokens; nobody is told."""
+        """Adds tokens of the answer. Runs for every burst, and calls no listener."""
         if self._open and self.decode_tokens:
             self.decode_tokens += tokens
             self._account.own.decode_tokens += tokens
@@ -97,12 +97,12 @@ class Charge:
 
 
 class Ledger:
-    """Accounts by worker id. `listeners` hear of every change of this frontend's own charges."""
+    """Accounts by worker id. `listeners` get the worker's id after every change of this frontend's own charges."""
 
     def __init__(self) -> None:
         self.listeners: list[Callable[[str], None]] = []
         self._accounts: dict[str, Account] = {}
-        self._shared: dict[str, dict[str, OpenWork]] = {}  # by frontend, by worker
+        self._shared: dict[str, dict[str, OpenWork]] = {}  # by frontend, then by worker
 
     def account(self, worker: str) -> Account:
         found = self._accounts.get(worker)
@@ -117,21 +117,21 @@ class Ledger:
         return Charge(worker, self.account(worker), self._changed, prefill_tokens, decode_tokens)
 
     def drop(self, worker: str) -> None:
-        """Open charges of the worker keep their own account, so closing them later is safe."""
+        """Removes a worker's account. Open charges keep a reference to it, so closing them later is safe."""
         self._accounts.pop(worker, None)
 
     # other frontends
 
     def shares(self, workers: Iterable[str] | None = None) -> list[Share]:
-        """This frontend's own charges, for the others: of these workers, or of all that have any."""
+        """Returns this frontend's sums to publish: of these workers, or of all that have open requests here."""
         if workers is None:
             workers = [worker for worker, account in self._accounts.items() if account.own.requests]
-        nothing = Account()  # a worker that left: what was placed there is over
+        nothing = Account()  # of a departed worker, whose requests have ended
         sums = [(worker, self._accounts.get(worker, nothing).own) for worker in workers]
         return [Share(worker, own.prefill_tokens, own.decode_tokens, own.requests) for worker, own in sums]
 
     def shared(self, frontend: str, shares: Iterable[Share], *, all_of_them: bool) -> None:
-        """Another frontend's charges replace what it said before: of the workers it names, or of all."""
+        """Replaces another frontend's earlier sums: of the workers in `shares`, or of all workers."""
         known = self._shared.setdefault(frontend, {})
         if all_of_them:
             self._subtract(known)
@@ -145,7 +145,7 @@ class Ledger:
                     _add(self._accounts[share.worker], sums, 1)
 
     def forget(self, frontend: str) -> None:
-        """Another frontend is gone, and its requests with it."""
+        """Removes the charges of another frontend, which has ended with its requests."""
         self._subtract(self._shared.pop(frontend, {}))
 
     def _subtract(self, shares: dict[str, OpenWork]) -> None:
@@ -156,21 +156,21 @@ class Ledger:
     # workers' own reports
 
     def reported(self, worker: str, load: Load, block_size: int) -> None:
-        """Corrects drift. Only what cannot be a race with a placement on its way is believed: progress on prompts, and
-        requests beyond the books in two reports in a row."""
+        """Corrects drift by a worker's load report. Only values are used that no race with a placement in flight explains:
+        progress on prompts, and requests missing in the ledger in two reports in a row."""
         account = self.account(worker)
         known = account.own.requests + account.others.requests
         account.begun_tokens = min(load.begun_tokens, account.own.prefill_tokens + account.others.prefill_tokens)
         held = (load.total_blocks - load.free_blocks) * block_size
-        excess, there = load.running + load.waiting - known, load.running + load.waiting
-        # of what is held, the part of those that nobody knows
-        account.unseen_tokens = held * excess // there if excess > 0 and account.suspected else 0
+        excess, present = load.running + load.waiting - known, load.running + load.waiting
+        # the part of the held tokens that belongs to unknown requests
+        account.unseen_tokens = held * excess // present if excess > 0 and account.suspected else 0
         account.suspected = excess > 0
         account.sum_up()
         account.held_tokens, account.then_tokens = held, account.decode_tokens
 
     def check(self) -> None:
-        """Raises AssertionError when something was given back that was never taken."""
+        """Raises AssertionError if more was subtracted than was charged."""
         for worker, account in self._accounts.items():
             for sums in (account.own, account.others):
                 assert sums.prefill_tokens >= 0, worker

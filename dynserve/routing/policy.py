@@ -1,6 +1,6 @@
-"""Policies: given the candidates for one phase of one request, which one. Plain classes with one method.
+"""Policies: each chooses one of the candidates for one phase of one request. They are plain classes with one method.
 
-A policy of your own is a class without constructor arguments that has `choose`; `--router-policy package.module:Class`.
+A custom policy is a class without constructor arguments that has `choose`: `--router-policy package.module:Class`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from dynserve.wire.requests import Phase
 
 
 class IndexState(StrEnum):
-    """How well the router knows what a worker has cached."""
+    """The accuracy of the index of a worker's cache."""
 
     EXACT = "exact"  # every event applied, none missing
-    DEGRADED = "degraded"  # events missing, or entries gone for want of room: resyncing
-    APPROX = "approx"  # no events from it: what was sent there is assumed to be there
+    DEGRADED = "degraded"  # events are missing, or entries were evicted: a snapshot is due
+    APPROX = "approx"  # the worker sends no events: prompts placed there are assumed to be cached there
 
 
 class Candidate(msgspec.Struct, gc=False, array_like=True):
     """One worker as a policy sees it. Blocks are KV blocks of the model's size."""
 
     worker: str
-    overlap: int  # leading blocks of the prompt that it holds, or will hold when it comes to this request
+    overlap: int  # leading blocks of the prompt that it holds, or will hold when it starts this request
     waiting_prefill: float  # blocks placed on it and not yet computed
     decode_blocks: float  # blocks of requests that it is answering
     requests: int
-    ramp: float = 1.0  # part of its speed that a fresh worker is trusted with, up to 1
+    ramp: float = 1.0  # share of full load for a worker that joined recently, rising to 1
     index: str = IndexState.EXACT.value
-    index_age_s: float = 0.0  # since its cache was last heard of
+    index_age_s: float = 0.0  # since its index was last confirmed to be exact
 
 
 class PolicyInput(NamedTuple):
-    """What a policy may know of the request."""
+    """The properties of a request that a policy can use."""
 
     phase: Phase
     prompt_blocks: int
@@ -51,36 +51,37 @@ class PolicyInput(NamedTuple):
 
 class PolicyChoice(NamedTuple):
     candidate: Candidate
-    costs: list[float]  # of all candidates, in their order; empty when the policy has none
+    costs: list[float]  # of all candidates, in their order; empty if the policy computes none
 
 
 class Policy(Protocol):
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
-        """One of `candidates`, which has at least one. A policy that looks at `overlap` sets `uses_overlap = True`."""
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+        """Returns one of `candidates`, which is never empty. A policy that reads `overlap` sets `uses_overlap = True`."""
         ...
 
 
 class KvWeights(NamedTuple):
-    """The numbers of `Kv`. The defaults come from `benchmarks/replay.py --sweep`; the README has its table."""
+    """The weights of `Kv`. The defaults come from `benchmarks/replay.py --sweep`; `benchmarks/README.md` has its table."""
 
     prefill: float = 1.0  # one block to prefill, in decode blocks
-    overlap: float = 8.0  # one block that must be computed anew, in blocks that only wait to be computed
-    transfer: float = 0.1  # one block to be moved to a decode worker, in decode blocks
-    herd: float = 4.0  # a cache attracts until its wait is this many times the shortest
-    temperature: float = 0.0  # 0: the cheapest; above: cheaper ones more often
+    overlap: float = 8.0  # one uncached block of this prompt, in blocks that wait before it
+    transfer: float = 0.1  # one block to transfer to a decode worker, in decode blocks
+    herd: float = 4.0  # a cached prefix attracts requests until its wait is this many times the shortest
+    temperature: float = 0.0  # 0: the cheapest worker; above: a random one, cheaper ones more often
 
 
 class Kv:
-    """Fewest blocks of work, counting what must be prefilled, what waits before it, and what is being decoded.
+    """Chooses the worker with the fewest blocks of work: prefill of this prompt, waiting prefill, and running decodes.
 
         cost = (prefill · (waiting + overlap · new) + decode blocks) / ramp      new = prompt blocks − cached blocks
 
-    Waiting delays this request. What is computed anew delays it as well, and everyone behind it: therefore its own
-    weight. Decode blocks slow every step it takes part in. For a decode worker, `new` is what must be moved to it.
+    Waiting blocks delay this request. New blocks delay it as well, and all requests behind it; therefore they have their
+    own weight. Decode blocks slow every step that the request is part of. For a decode worker, `new` counts the blocks to
+    transfer.
 
-    A worker does not attract by its cache when `waiting + new` there is over `herd` times the least of all: it is left
-    out. So a burst that shares a prefix spills over, and then the next worker has that prefix, too. Ties go at random,
-    or idle workers would fill up in the order of their names.
+    A worker with cached blocks is excluded if its `waiting + new` is over `herd` times the smallest of all. So a burst of
+    requests with a common prefix spills over to another worker, which then has the prefix, too. Ties are broken at
+    random; otherwise idle workers would fill up in the order of their names.
     """
 
     uses_overlap = True
@@ -88,9 +89,9 @@ class Kv:
     def __init__(self, weights: KvWeights = KvWeights(), rng: random.Random | None = None) -> None:  # noqa: B008
         self.weights, self._rng = weights, rng or random.Random()
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
-        weights, prompt = self.weights, asked.prompt_blocks
-        if asked.phase == "decode":
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+        weights, prompt = self.weights, policy_input.prompt_blocks
+        if policy_input.phase == "decode":
             transfer = weights.transfer
             costs = [(c.decode_blocks + transfer * (prompt - c.overlap)) / c.ramp for c in candidates]
         else:
@@ -99,7 +100,7 @@ class Kv:
                 (prefill * (c.waiting_prefill + again * (prompt - c.overlap)) + c.decode_blocks) / c.ramp
                 for c in candidates
             ]
-            self._leave_out_herds(prompt, candidates, costs)
+            self._exclude_herds(prompt, candidates, costs)
         if weights.temperature > 0:
             return PolicyChoice(self._draw(candidates, costs), costs)
         least = min(costs)
@@ -108,17 +109,17 @@ class Kv:
         best = [c for c, cost in zip(candidates, costs, strict=True) if cost == least]
         return PolicyChoice(self._rng.choice(best), costs)
 
-    def _leave_out_herds(self, prompt: int, candidates: Sequence[Candidate], costs: list[float]) -> None:
+    def _exclude_herds(self, prompt: int, candidates: Sequence[Candidate], costs: list[float]) -> None:
         # prompt - overlap is never 0: one token is always computed
         delays = [c.waiting_prefill + prompt - c.overlap for c in candidates]
-        most = self.weights.herd * min(delays)  # which the least itself never passes
+        most = self.weights.herd * min(delays)  # the smallest itself never exceeds it
         if max(delays) > most:
             for i, delay in enumerate(delays):
                 if delay > most and candidates[i].overlap:
                     costs[i] = math.inf
 
     def _draw(self, candidates: Sequence[Candidate], costs: list[float]) -> Candidate:
-        """Softmax over the costs, scaled to their mean, so that one temperature fits short and long prompts."""
+        """Draws by a softmax over the costs, scaled to their mean, so that one temperature fits short and long prompts."""
         finite = [cost for cost in costs if cost < math.inf]
         scale = self.weights.temperature * (sum(finite) / len(finite) or 1.0)
         least = min(finite)
@@ -132,7 +133,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         self._turn += 1
         return PolicyChoice(candidates[self._turn % len(candidates)], [])
 
@@ -143,19 +144,19 @@ class Random:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         return PolicyChoice(self._rng.choice(candidates), [])
 
 
 class LeastLoaded:
-    """Fewest blocks waiting and being decoded; blind to caches."""
+    """Chooses the worker with the fewest blocks waiting and being decoded; ignores caches."""
 
     uses_overlap = False
 
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         costs = [(c.waiting_prefill + c.decode_blocks) / c.ramp for c in candidates]
         least = min(costs)
         best = [c for c, cost in zip(candidates, costs, strict=True) if cost == least]
@@ -163,7 +164,7 @@ class LeastLoaded:
 
 
 class PowerOfTwo:
-    """The less loaded of two drawn at random: nearly as even as the least loaded, and no herd when loads are stale."""
+    """Chooses the less loaded of two random workers: nearly as even as `LeastLoaded`, and no herd when loads are stale."""
 
     uses_overlap = False
 
@@ -171,33 +172,33 @@ class PowerOfTwo:
         self._rng = rng or random.Random()
         self._least = LeastLoaded(self._rng)
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         two = self._rng.sample(candidates, min(2, len(candidates)))
-        return PolicyChoice(self._least.choose(asked, two).candidate, [])
+        return PolicyChoice(self._least.choose(policy_input, two).candidate, [])
 
 
 class Direct:
-    """The instance that the request names; the least loaded one where it names none of this role."""
+    """Chooses the instance that the request names, or the least loaded worker if it names none of this role."""
 
     uses_overlap = False
 
     def __init__(self, rng: random.Random | None = None) -> None:
         self._least = LeastLoaded(rng)
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
-        if not asked.instances:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+        if not policy_input.instances:
             raise BadRequest("router mode direct: name an instance in the header x-dynserve-instance")
         for candidate in candidates:
-            if candidate.worker in asked.instances:
+            if candidate.worker in policy_input.instances:
                 return PolicyChoice(candidate, [])
-        role = "decode-" if asked.phase == "decode" else "prefill-"
-        if asked.phase != "aggregated" and not any(name.startswith(role) for name in asked.instances):
-            return self._least.choose(asked, candidates)
-        raise NoWorker(f"no such instance here at the moment: {', '.join(asked.instances)}")
+        role = "decode-" if policy_input.phase == "decode" else "prefill-"
+        if policy_input.phase != "aggregated" and not any(name.startswith(role) for name in policy_input.instances):
+            return self._least.choose(policy_input, candidates)
+        raise NoWorker(f"no such instance here at the moment: {', '.join(policy_input.instances)}")
 
 
 def policy_maker(mode: RouterMode, own: str | None, weights: KvWeights, rng: random.Random) -> Callable[[], Policy]:
-    """Makes policies, one for each pool of workers: of the user's class when `own` names one, else of the mode.
+    """Returns a function that creates a pool's policy: an instance of the class that `own` names, else the mode's policy.
 
     Raises:
         ConfigError: `own` does not name a class with a `choose`.
@@ -227,7 +228,7 @@ def _own_class(name: str) -> Callable[[], Policy]:
     except AttributeError as error:
         raise ConfigError(f"--router-policy {name}: {error}") from error
     except TypeError as error:
-        raise ConfigError(f"--router-policy {name}: the class is made without arguments: {error}") from error
+        raise ConfigError(f"--router-policy {name}: the class must be callable without arguments: {error}") from error
     if not callable_:
         raise ConfigError(f"--router-policy {name}: {attribute}.choose cannot be called")
     maker: Callable[[], Policy] = found

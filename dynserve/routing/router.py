@@ -1,6 +1,7 @@
-"""`Router`: where a request goes, and why. Synchronous; it knows workers by id and nothing of how they are reached.
+"""`Router`: chooses the worker for each phase of a request, and records why. It is synchronous, identifies workers by
+id, and opens no connections.
 
-Times are seconds of whatever clock the caller has; the router has none of its own.
+All times are seconds of the caller's clock; the router reads no clock itself.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
 from dynserve.wire.hashing import rolling_hashes
 from dynserve.wire.requests import Phase, num_tokens
 
-Overlaps = dict[str, int]  # worker -> leading blocks of a prompt that it holds, or will hold when it comes to it
+Overlaps = dict[str, int]  # worker -> leading blocks of a prompt that it holds, or will hold when it starts the prompt
 
-SLOWEST = 0.1  # part of its speed that a worker is trusted with in its first moment
+SLOWEST = 0.1  # share of its full load that a worker gets right after it joined
 
 
 class RouterOptions(NamedTuple):
-    """`FrontendConfig` has one flag for each."""
+    """The options of a router. `FrontendConfig` has one flag for each."""
 
     mode: RouterMode = "kv"
     policy: str | None = None  # package.module:Class, instead of a mode
@@ -45,15 +46,15 @@ class RouterOptions(NamedTuple):
     session_ttl_s: float = 300.0
     assume_ttl_s: float = 120.0
     index_bytes: int = 1 << 30
-    local_prefill_tokens: int = 1024  # at most so many uncached tokens are prefilled on the decode worker; 0: never
-    local_prefill_toll: int = 1024  # tokens that a prefill worker may take longer without losing the prompt
-    busy_prefill_tokens: int = 1 << 20  # a worker with more of them waiting is over its threshold
-    busy_kv_fraction: float = 1.0  # and so is one whose answers take more than this part of its blocks
+    local_prefill_tokens: int = 1024  # a decode worker prefills at most so many uncached tokens; 0: never
+    local_prefill_toll: int = 1024  # a prefill worker is preferred unless it is slower by more tokens than this
+    busy_prefill_tokens: int = 1 << 20  # a worker with more waiting prefill tokens is over its threshold
+    busy_kv_fraction: float = 1.0  # so is a worker whose answers fill more than this part of its KV blocks
 
 
 @dataclass(slots=True, eq=False)
 class RoutingTarget:
-    """A worker that requests can be placed on. `Router.join` makes it; its owner keeps `index` and `heard` up to date."""
+    """A worker that requests can be placed on. `Router.join` creates it; the KV feed updates `index` and `confirmed_at`."""
 
     worker: str
     block_size: int
@@ -61,7 +62,7 @@ class RoutingTarget:
     since: float  # when it joined
     account: Account
     index: IndexState
-    heard: float  # when its cache was last heard of
+    confirmed_at: float  # when `index` was last confirmed to be exact
     capacity: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class RoutingTarget:
 
 
 class PlacementQuery:
-    """One request as the router needs it. Its hashes are made once, when the first policy wants them."""
+    """The properties of a request that its placement needs. Block hashes are computed once, when they are first used."""
 
     __slots__ = ("_hashes", "_size", "instances", "model", "prompt", "salt", "session")
 
@@ -90,22 +91,22 @@ class PlacementQuery:
         return self._hashes
 
     def reusable(self, block_size: int) -> Sequence[int]:
-        """Hashes of the blocks that can be found in a cache: at least one token is always computed."""
+        """Hashes of the blocks that can be reused from a cache; at least one token is always computed."""
         return self.hashes(block_size)[: (self.tokens - 1) // block_size]
 
 
 class PlacementReason(NamedTuple):
-    """All that a choice was made of."""
+    """The inputs of a placement decision, for its record."""
 
     phase: Phase
-    why: str  # the policy's class, or `session`, or `local prefill`
+    why: str  # name of the policy's class, or `session`, or `local prefill`
     candidates: Sequence[Candidate]
     costs: list[float]  # empty where no costs were compared
     prompt_blocks: int
 
 
 class Reservation:
-    """One phase of a request on one worker. Must be closed when the phase has ended, however it ended."""
+    """The load of one phase of a request, reserved on one worker. It must be closed however the phase ends."""
 
     __slots__ = ("_charge", "_hashes", "_pending", "cached_tokens", "reason", "worker")
 
@@ -123,7 +124,7 @@ class Reservation:
             pending.add(charge.worker, hashes)
 
     def prefilled(self) -> None:
-        """Its first token is there, and its blocks are known or soon will be."""
+        """Releases the prefill load: the first token has arrived, and KV events report the blocks from now on."""
         self._charge.prefilled()
         if self._hashes:
             self._pending.discard(self.worker, self._hashes)
@@ -143,12 +144,12 @@ class Router:
     def __init__(self, options: RouterOptions = RouterOptions(), rng: random.Random | None = None) -> None:  # noqa: B008
         self.options = options
         self._make_policy = policy_maker(options.mode, options.policy, options.weights, rng or random.Random())
-        self.policies: dict[tuple[str, Phase], Policy] = {}  # of each model's pools: they must not share a turn
+        self.policies: dict[tuple[str, Phase], Policy] = {}  # one per pool: pools must not share a round-robin turn
         self.index = PrefixIndex(options.index_bytes)
         self.ledger = Ledger()
         self.sessions = Sessions(options.session_ttl_s)
         self.targets: dict[str, RoutingTarget] = {}
-        self._oldest = 0.0  # when the first of them joined
+        self._oldest = 0.0  # when the oldest target joined
         self.pending = PendingPrompts()
         self._assumed = AssumedCaches(self.index, options.assume_ttl_s)
 
@@ -161,7 +162,7 @@ class Router:
     # workers
 
     def join(self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True) -> RoutingTarget:
-        """From now on the worker can be placed on. `events`: it tells what its cache holds."""
+        """Makes the worker a routing target. `events`: it publishes KV events of its cache."""
         state = IndexState.DEGRADED if events else IndexState.APPROX
         target = RoutingTarget(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
         self.targets[worker] = target
@@ -169,7 +170,7 @@ class Router:
         return target
 
     def forget(self, worker: str) -> None:
-        """The worker is gone."""
+        """Removes a lost worker, with its index entries and its load."""
         self.targets.pop(worker, None)
         self._oldest = min((t.since for t in self.targets.values()), default=0.0)
         self.index.drop(worker)
@@ -177,7 +178,7 @@ class Router:
         self.ledger.drop(worker)
 
     def apply(self, worker: str, events: Iterable[KvEvent]) -> None:
-        """What the worker says of its cache."""
+        """Applies a worker's KV events to the index."""
         for event in events:
             match event:
                 case Stored(hashes=hashes):
@@ -188,7 +189,7 @@ class Router:
                     self.index.clear(worker)
 
     def expire(self, now: float) -> None:
-        """To be called every few seconds."""
+        """Drops expired assumptions and tidies the index. Call it every few seconds."""
         self._assumed.expire(now)
         self.index.tidy()
 
@@ -206,13 +207,13 @@ class Router:
     def local(
         self, query: PlacementQuery, decoders: Sequence[RoutingTarget], prefillers: Sequence[RoutingTarget]
     ) -> tuple[list[RoutingTarget], Overlaps | None]:
-        """The decode workers that should prefill this prompt themselves, without a hand-off; and the overlaps that this was
-        decided by, for the `place` that follows. There are no such workers when the policy does not use overlaps, or
+        """Returns the decode workers that should prefill this prompt themselves, without a hand-off, and the overlaps that
+        were computed for it, to be passed to `place`. There are no such workers if the policy does not use overlaps, or
         `local_prefill_tokens` is 0.
 
-        Such a worker lacks so little of the prompt, and has so little such work open, that its answers hardly notice; and
-        it would have the first token sooner than any prefill worker, even when the toll for disturbing its answers is
-        added. All in tokens to compute.
+        Such a worker has at most `local_prefill_tokens` to compute, with the prefills that wait there, so that its answers
+        are hardly delayed. It would produce the first token sooner than any prefill worker, even with
+        `local_prefill_toll` added for the delay of its answers. All quantities are tokens to compute.
         """
         limit, toll = self.options.local_prefill_tokens, self.options.local_prefill_toll
         if not limit or not decoders or not uses_overlap(self.policy(query.model, "prefill")):
@@ -241,8 +242,8 @@ class Router:
         why: str = "",
         overlaps: Overlaps | None = None,
     ) -> Reservation:
-        """Reserves one phase on one of `targets`. `why` overrides the record's word on who chose; `overlaps` are those that
-        `local` has just found.
+        """Reserves load for one phase on one of `targets`. `why` replaces the policy's name in the record; `overlaps` are
+        the result of a call of `local` just before.
 
         Raises:
             NoWorker: there are no targets. A policy may raise errors of its own.
@@ -260,7 +261,7 @@ class Router:
             overlaps = self._overlaps(query, size) if overlaps is None else overlaps
         candidates = self._candidates(targets, phase, overlaps, now)
         policy_input = PolicyInput(phase, -(-tokens // size), query.session, query.instances)
-        # a local prefill and a decode belong together: both end up where the session's cache is
+        # a local prefill and a decode share one pool: both leave the session's cache on the same worker
         pool = "decode" if why else phase
         choice, chosen_by = self._choose(policy, policy_input, candidates, f"{query.model}/{pool}", now)
         worker = choice.candidate.worker
@@ -279,7 +280,7 @@ class Router:
         return Reservation(charge, cached, reason, self.pending, () if approx else query.reusable(size))
 
     def _overlaps(self, query: PlacementQuery, size: int) -> Overlaps:
-        """Blocks of the prompt that each worker has, or will have computed when it comes to this one."""
+        """Leading blocks of the prompt that each worker holds, or will hold after the prompts already placed there."""
         hashes = query.reusable(size)
         found = self.index.overlap(hashes)
         self.pending.extend(found, hashes)
@@ -288,12 +289,12 @@ class Router:
     def _candidates(
         self, targets: Sequence[RoutingTarget], phase: Phase, overlaps: Overlaps, now: float
     ) -> list[Candidate]:
-        """Those under their thresholds; all of them when none is. Runs for every worker of every placement."""
+        """Returns the candidates under their thresholds, or all if none is. Runs for every worker of every placement."""
         options, size, get = self.options, targets[0].block_size, overlaps.get
-        # where all are fresh there is nobody who could take their part
+        # no slow start while all workers are new: no older worker could carry their load
         slow = options.slow_start_s if now - self._oldest >= options.slow_start_s else 0.0
-        most_prefill = math.inf if phase == "decode" else options.busy_prefill_tokens
-        most_decode = math.inf if phase == "prefill" else options.busy_kv_fraction
+        max_prefill = math.inf if phase == "decode" else options.busy_prefill_tokens
+        max_decode = math.inf if phase == "prefill" else options.busy_kv_fraction
         roomy: list[Candidate] = []
         busy: list[Candidate] = []
         for t in targets:
@@ -307,11 +308,11 @@ class Router:
                 account.requests,
                 1.0 if age >= slow else max(SLOWEST, age / slow),
                 t.index,
-                now - t.heard,
+                now - t.confirmed_at,
             )
-            most = most_decode * t.capacity
-            full = decoding > most and account.full_tokens > most
-            (busy if waiting > most_prefill or full else roomy).append(candidate)
+            bound = max_decode * t.capacity
+            full = decoding > bound and account.full_tokens > bound
+            (busy if waiting > max_prefill or full else roomy).append(candidate)
         return roomy or busy
 
     def _choose(
@@ -327,5 +328,5 @@ class Router:
 
 
 def uses_overlap(policy: Policy) -> bool:
-    """Whether the policy wants to know what is cached where. One that does not say so does not."""
+    """Whether the policy uses overlaps. A policy without this attribute does not."""
     return getattr(policy, "uses_overlap", False)

@@ -1,14 +1,14 @@
-"""Session affinity: requests that name a session go where that session went before, for as long as it is in use."""
+"""Session affinity: the requests of one session go to the same worker, as long as the session is in use."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-MAX_SESSIONS = 100_000  # sessions; the least recently used go first
+MAX_SESSIONS = 100_000  # the least recently used are dropped first
 
 
 class Sessions:
-    """`(session, pool)` to worker, with a time to live in seconds that each use renews."""
+    """The worker of each `(session, pool)`, with a time to live in seconds that each use renews."""
 
     def __init__(self, ttl_s: float, most: int = MAX_SESSIONS) -> None:
         self._ttl_s, self._most = ttl_s, most

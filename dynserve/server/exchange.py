@@ -1,7 +1,7 @@
-"""`Exchange`: one HTTP request and its response, with more than ASGI says about them.
+"""`Exchange`: one HTTP request and its response, with more than ASGI offers for them.
 
 Our own server puts a `DirectExchange` (`shortcuts.py`) into `scope["dynserve"]`. Under any other ASGI server an application
-gets an `Exchange`, which does everything in ASGI's own way.
+gets an `Exchange`, which uses nothing but ASGI.
 """
 
 from __future__ import annotations

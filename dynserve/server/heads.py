@@ -1,7 +1,7 @@
-"""Heads of requests: which of them are refused, and the bounds that a server sets.
+"""Heads of requests: the bounds that a server sets, and the checks that refuse a head.
 
-A header that frames or addresses a request and can be read in two ways is read differently by somebody in front of this
-server; so such a head is refused, whatever it may have meant.
+A header that frames or addresses a request must not be ambiguous: a proxy in front of this server could read it
+differently (request smuggling). So an ambiguous head is refused.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Fault = tuple[int, str]  # the status and the sentence of a refusal
 
 
 class HttpLimits(NamedTuple):
-    """The bounds of a connection, before it is known what it wants and while it reads nothing.
+    """The bounds of a connection, while its request's head arrives and while its client reads nothing.
 
     `hosts` are the names that a request's Host header may have, in lower case; an IP address is always accepted, because
-    no name of somebody else's can stand behind it. None accepts every name.
+    DNS rebinding needs a name. None accepts every name.
     """
 
     header_bytes: int = 64 << 10
     header_s: float = 60.0
-    write_s: float = 60.0  # without the client reading anything
+    write_s: float = 60.0  # while the client reads nothing
     hosts: frozenset[str] | None = None
 
 
 def allowed_hosts(wanted: str | None, bound_to: str) -> frozenset[str] | None:
     """The names of `HttpLimits.hosts`, from a comma-separated list or `*`.
 
-    Without a list, a server that listens on loopback only answers to names of this machine: a web page whose own name
-    was made to point at 127.0.0.1 (DNS rebinding) is refused. A server on another address answers to any name.
+    Without a list, a server on a loopback address accepts only names of this machine: a web page whose own name points
+    at 127.0.0.1 (DNS rebinding) is refused. A server on another address accepts any name.
 
     Raises:
         ConfigError: the list is empty.
@@ -66,8 +66,8 @@ def fault_of(
     limits: HttpLimits,
     accepted: bytes | None,
 ) -> tuple[Fault | None, bytes | None]:
-    """Why a head is refused, or None; and the Host header that is accepted from now on. `accepted` is the one that was
-    accepted last on the same connection, and needs no second look. Names of `headers` are in lower case."""
+    """Returns the fault of a head, or None, and the Host header that is accepted from now on. `accepted` is the one that
+    was accepted last on the same connection; it is not checked again. Names of `headers` are in lower case."""
     size = len(target)
     host: bytes | None = None
     coded = 0
@@ -76,7 +76,7 @@ def fault_of(
         if name == b"host":
             if host is not None:
                 return (400, "the request has more than one Host header"), accepted
-            host = value.rstrip(b" \t")  # which the parser leaves where a packet ended there
+            host = value.rstrip(b" \t")  # the parser keeps these where a packet ended there
         elif name == b"transfer-encoding":
             coded += 1
             if value.strip(b" \t").lower() != b"chunked":
@@ -94,7 +94,7 @@ def fault_of(
     if host is None:
         return (None if version == "1.0" else (400, "the request has no Host header")), accepted
     if b"://" in target and (named := _AUTHORITY.match(target)) is not None:
-        host = named[1]  # RFC 9112, section 3.2.2: it takes the header's place
+        host = named[1]  # RFC 9112, section 3.2.2: it replaces the header
     if host == accepted:
         return None, accepted
     fault = _host_fault(host, limits.hosts)
@@ -107,7 +107,7 @@ def _host_fault(host: bytes, hosts: frozenset[str] | None) -> Fault | None:
         return 400, "the Host header is not a host name with an optional port"
     name = found[1].decode("ascii").strip("[]").lower()
     if hosts is not None and name not in hosts and not name.endswith(".localhost") and not _is_address(name):
-        return 421, f"this server does not answer for the host {name[:100]!r}; --allowed-hosts can name more of them"
+        return 421, f"this server does not accept the host {name[:100]!r}; --allowed-hosts lists the accepted ones"
     return None
 
 

@@ -10,11 +10,11 @@ What a connection reads, and what moves it on:
 
     any ──the connection has sent its last request──▶ IGNORING
 
-One timer watches over all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body that
-nobody wants any more. Bodies that are wanted have the application's bounds.
+One timer bounds all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body that is no
+longer needed. Bodies that the application receives have the application's bounds.
 
-Reading is paused only while the body of the request that is being answered arrives faster than it is taken: a connection
-that is not read from cannot tell that its client has left.
+Reading is paused only while the body of the request that is being answered arrives faster than it is consumed: a paused
+connection cannot detect that its client has disconnected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dynserve.server.shortcuts import DirectExchange, ResponseTransport
 
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
-MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of those
+MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of these requests
 MAX_HEADERS = 256  # of a request, and as many trailers
 MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
 
@@ -47,8 +47,8 @@ class Reading(Enum):
     HEADERS = auto()
     UPGRADE = auto()  # headers are complete and offer another protocol, which is about to be declined
     BODY = auto()
-    DRAINING = auto()  # the rest of a body that nobody wants; the connection ends behind it
-    IGNORING = auto()  # nothing any more: what still comes is dropped
+    DRAINING = auto()  # the rest of a body that is not needed; the connection ends after it
+    IGNORING = auto()  # nothing any more: further bytes are dropped
 
 
 class _NoMoreRequests(Exception):
@@ -56,7 +56,7 @@ class _NoMoreRequests(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """The protocol of one connection."""
 
     limits = HttpLimits()
     _reading = Reading.IDLE
@@ -78,12 +78,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self.resume_writing()
         answering, self._answering = self._answering, None
-        if answering is not None and not answering.response_complete:  # uvicorn looks at the newest request only
+        if answering is not None and not answering.response_complete:  # uvicorn checks only the newest request
             answering.disconnected = True
             answering.message_event.set()
         super().connection_lost(exc)
         self.pipeline.clear()
-        self.cycle = None  # type: ignore[assignment]  # which knows this connection: a reference cycle
+        self.cycle = None  # type: ignore[assignment]  # which refers to this connection: a reference cycle
         watchers, self._watchers = self._watchers, []
         for callback in watchers:
             callback()
@@ -115,7 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._reading is before and before in _GROWING and not self._progressed:
             with suppress(_NoMoreRequests):
                 self._grow(len(data))
-        # headers that are not complete; or an empty line, say, that ended uvicorn's wait for a next request
+        # headers are incomplete; or an empty line has ended uvicorn's wait for a next request
         between = self._reading is Reading.IDLE and self._answered and self.timeout_keep_alive_task is None
         if (self._reading is Reading.HEADERS or between) and self._timer is None:
             self._start_timer(self.limits.header_s)
@@ -152,7 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reading, self._progressed, self._size = Reading.HEADERS, True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._reading is not Reading.HEADERS:  # a trailer, which nobody asks for
+        if self._reading is not Reading.HEADERS:  # a trailer, which is ignored
             self._grow(len(name) + len(value) + self.limits.header_bytes // MAX_HEADERS)
         elif len(self.headers) < MAX_HEADERS:
             super().on_header(name, value)
@@ -177,10 +177,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()  # which raises an error for a target that cannot be parsed
         self._reading, self._size = Reading.BODY, 0
         if self.pipeline:
-            self.flow.resume_reading()  # or nobody would notice that the client has left
+            self.flow.resume_reading()  # otherwise a disconnect would not be detected
         else:
             self._answering = self.cycle
-        if self.expect_100_continue:  # whoever gets another answer may send the body, or may not
+        if self.expect_100_continue:  # after another answer the client may or may not send the body
             self.cycle.keep_alive = False
         self.cycle.transport = ResponseTransport(  # type: ignore[assignment]
             self.transport, self._close_when_read, self.loop, without_body=self.scope["method"] == "HEAD"
@@ -215,7 +215,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
-            # a large body paused the reading, and it is not asked for again once all of it is there
+            # a large body paused the reading, and and is not resumed once all of it has arrived
             self.flow.resume_reading()
             if draining:
                 self.transport.close()
@@ -230,7 +230,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
 
     def _drop_newest(self) -> None:
-        """The request whose body is arriving is given up; the connection ends with the answer to the one before it."""
+        """Drops the request whose body is arriving; the connection ends with the answer to the request before it."""
         self.pipeline.popleft()
         before = self.pipeline[0][0] if self.pipeline else self._answering
         assert before is not None  # a request only waits while another one is being answered
@@ -251,11 +251,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         newest = not self.pipeline  # whose body `_reading` is about
         self._answering = self.pipeline[-1][0] if self.pipeline else None
-        if self._answering is not None:  # it does not wait any more, and nobody has taken anything of its body yet
+        if self._answering is not None:  # it waits no longer, and none of its body is consumed yet
             self._pipelined_body = max(0, self._pipelined_body - len(self._answering.body))
         super().on_response_complete()
         if newest and self._in_body and not self.transport.is_closing():
-            self._start_timer(DRAIN)  # who is still sending may read the answer first
+            self._start_timer(DRAIN)  # a client that is still sending may read the answer first
 
     # writing
 

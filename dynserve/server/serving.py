@@ -20,7 +20,7 @@ GOODBYE = 5  # seconds that open connections get when the server stops
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the program has its own idea of SIGTERM."""
+    """uvicorn without its signal handlers: the program handles SIGTERM itself."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -28,8 +28,8 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
-    """A bound socket; others of this user may bind a `shared` one as well, and the kernel spreads connections over those
-    that listen. Raises ConfigError that names the flag when the port is taken."""
+    """Returns a bound socket. Other processes of this user may bind the port of a `shared` one, too; the kernel spreads
+    connections over those that listen. Raises ConfigError that names the flag if the port is in use."""
     with translate({OSError: ConfigError}, f"{flag}: cannot listen on {host}:{port}"):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -51,14 +51,14 @@ def url_of(sock: socket.socket, scheme: str = "http") -> str:
 
 
 class Tls(NamedTuple):
-    """PEM files."""
+    """The paths of the PEM files of a certificate and its key."""
 
     certificate: str
     key: str
 
 
 def tls_of(certificate: str | None, key: str | None) -> Tls | None:
-    """None where there is none. Raises what `check_tls` raises."""
+    """Returns the checked files, or None if one is not given. Raises the errors of `check_tls`."""
     if certificate is None or key is None:
         return None
     check_tls(tls := Tls(certificate, key))
@@ -66,15 +66,17 @@ def tls_of(certificate: str | None, key: str | None) -> Tls | None:
 
 
 def check_tls(tls: Tls) -> None:
-    """Raises ConfigError for files that are not there, not PEM, not a pair, or need a password."""
+    """Raises ConfigError for files that are missing, not PEM, not a pair, or need a password."""
 
     def no_password() -> str:
-        raise ConfigError(f"--tls-key {tls.key} is encrypted; give one without a password")
+        raise ConfigError(f"--tls-key {tls.key} is encrypted; use a key without a password")
 
     for flag, path in (("--tls-certificate", tls.certificate), ("--tls-key", tls.key)):
         with translate({OSError: ConfigError}, f"{flag} {path}"):
             Path(path).read_bytes()
-    with translate({OSError: ConfigError}, f"--tls-certificate {tls.certificate} and --tls-key {tls.key} are no pair"):
+    with translate(
+        {OSError: ConfigError}, f"--tls-certificate {tls.certificate} and --tls-key {tls.key} are not a pair"
+    ):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, no_password)
 
 
@@ -82,7 +84,7 @@ def check_tls(tls: Tls) -> None:
 async def serving(
     app: Any, sock: socket.socket, limits: HttpLimits | None = None, tls: Tls | None = None
 ) -> AsyncIterator[None]:
-    """Serves `app` on `sock` as long as the block lives; open connections get a few seconds at the end.
+    """Serves `app` on `sock` while the block is open. At its end open connections get `GOODBYE` seconds.
 
     Raises:
         ConfigError: the certificate or its key cannot be used.

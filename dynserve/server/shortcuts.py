@@ -26,7 +26,7 @@ _SIZES = [b"%x\r\n" % size for size in range(1024)]
 
 
 class Connection(Protocol):
-    """The protocol of a connection, as its exchanges need it."""
+    """The part of a connection's protocol that its exchanges need."""
 
     @property
     def transport(self) -> asyncio.Transport: ...
@@ -43,7 +43,7 @@ class DirectExchange(Exchange):
 
     def __init__(self, scope: Scope, cycle: RequestResponseCycle, connection: Connection) -> None:
         super().__init__(scope)
-        self._cycle = ref(cycle)  # the cycle knows the scope: a strong reference would be a reference cycle
+        self._cycle = ref(cycle)  # the cycle refers to the scope: a strong reference would be a reference cycle
         self._connection = connection
 
     def small_body(self) -> bytes | None:
@@ -69,7 +69,7 @@ class DirectExchange(Exchange):
             size = len(data)
             try:
                 write((_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n")
-            except Exception:  # one client's connection must not cost the others their worker
+            except Exception:  # one client's connection must not end the worker's link
                 log.exception("a connection cannot be written to")
                 return False
             return True
@@ -79,13 +79,13 @@ class DirectExchange(Exchange):
     def respond(self, send: object, status: int, headers: Headers, body: bytes) -> bool:
         cycle = self._cycle()
         sender: object = getattr(send, "__self__", None)
-        # where `send` is not the server's own, somebody wraps the application and wants to see every message
+        # if `send` is not the server's own, a middleware wraps the application and must see every message
         if cycle is None or sender is not cycle:
             return False
         if cycle.response_started or cycle.disconnected or cycle.flow.write_paused:
             return False
         if cycle.scope["method"] == "HEAD" or _CONTROL.search(b"".join(chain.from_iterable(headers))):
-            return False  # ASGI's way knows what to do with it
+            return False  # ASGI's own path handles these
         content = [STATUS_LINE[status]]
         for name, value in chain(cycle.default_headers, headers):
             content += (name, b": ", value, b"\r\n")

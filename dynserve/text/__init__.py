@@ -1,1 +1,1 @@
-"""Text to token ids and back: templates, tokenizers, detokenizers."""
+"""Conversion of text to token ids and back: chat templates, tokenizers and detokenizers."""

@@ -1,7 +1,7 @@
-"""From token ids to text as they come, never half a character.
+"""Incremental conversion of token ids to text, which never emits half a character.
 
-Most models use byte-level BPE: a token is a run of bytes, and the text is their UTF-8. For those a table and Python's
-incremental decoder do all the work. Others (SentencePiece's) need the tokenizer, over a short window.
+Most models use byte-level BPE: a token is a run of bytes, and the text is their UTF-8. For these models a table and
+Python's incremental decoder suffice. Others (SentencePiece) need the tokenizer, over a short window.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from tokenizers import Tokenizer
 
 from dynserve.sse import one_line, to_json
 
-# A run of tokens that still ends in a broken character after this many is broken for good.
+# A run of tokens that still ends in an incomplete character after this many stays incomplete.
 MAX_CHARACTER_TOKENS = 8
 
 
 class Detokenizer(Protocol):
     @property
     def whole(self) -> bool:
-        """Nothing waits: the next token's text is what the token says."""
+        """Whether no bytes are held back, so that the next token's text is that of the token alone."""
         ...
 
     def push(self, token_ids: list[int]) -> str:
-        """The text that is certain now; an unfinished character waits."""
+        """Returns the text that is certain now; the bytes of an incomplete character are held back."""
         ...
 
     def flush(self) -> str:
-        """What still waits, broken characters as U+FFFD."""
+        """Returns the text held back, with incomplete characters as U+FFFD."""
         ...
 
 
 class Vocabulary:
-    """What all detokenizers of one model share."""
+    """The token tables that all detokenizers of one model share."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -47,22 +47,22 @@ class Vocabulary:
         self._byte_level = _is_byte_level(tokenizer)
 
     def detokenizer(self, *, skip_special: bool = True, keep: Sequence[str] = ()) -> Detokenizer:
-        """`keep`: tokens that are shown even when special ones are skipped."""
+        """Returns a detokenizer for one answer. `keep`: tokens that are shown even when special tokens are skipped."""
         skipped: frozenset[int] = self.special if skip_special else frozenset()
         if keep and skipped:
             skipped = skipped.difference(self.tokenizer.token_to_id(token) for token in keep)
         return ByteLevel(self, skipped) if self._byte_level else Windowed(self.tokenizer, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; for a token of a tokenizer that is not byte-level, those of its decoded text."""
+        """The bytes of one token; the UTF-8 of its decoded text where the tokenizer is not byte-level."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._lookup(token_id)
         return found
 
     def token_json(self, token_id: int) -> bytes:
-        """The token as a JSON string, for text that it only adds to. Empty for one that means something to a detokenizer:
-        a part of a character, a special token, any of a tokenizer that is not byte-level."""
+        """The token's text as a JSON string. Empty for a token that only a detokenizer can decode: a part of a character,
+        a special token, any token of a tokenizer that is not byte-level."""
         found = self._json.get(token_id)
         if found is None:
             found = self._json[token_id] = self._as_json(token_id)
@@ -114,12 +114,12 @@ class ByteLevel:
 class Windowed:
     """Decodes a window twice, without and with the new tokens: the difference is the new text."""
 
-    whole = False  # what a token says depends on the one before
+    whole = False  # a token's text depends on the token before it
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer, self._skipped = tokenizer, skipped
         self._ids: list[int] = []
-        self._shown = 0  # tokens of the window whose text was given out
+        self._shown = 0  # tokens of the window whose text was emitted
 
     def push(self, token_ids: list[int]) -> str:
         self._ids += [id_ for id_ in token_ids if id_ not in self._skipped]
@@ -127,7 +127,7 @@ class Windowed:
         if text.endswith("\ufffd") and len(self._ids) - self._shown < MAX_CHARACTER_TOKENS:
             return ""
         new = text[len(self._decode(self._ids[: self._shown])) :]
-        # what was just shown stays as context: how a token decodes depends on the one before
+        # the tokens just shown stay as context: a token's text depends on the token before it
         self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return new
@@ -143,7 +143,7 @@ class Windowed:
 
 
 def tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `tokenizer.json` says of how text is cut and put together; not its vocabulary, which takes long to write out."""
+    """The normalizer, pre-tokenizer and decoder of `tokenizer.json`, without the vocabulary, which is slow to serialise."""
     parts = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
     return {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
 

@@ -1,8 +1,8 @@
-"""Parity: whether a worker and a frontend make the same block hashes of the same conversation.
+"""Parity: a check that a worker and a frontend compute the same block hashes for the same conversation.
 
-Both sides render and tokenise a few probe conversations and hash the result. The digests are kept per stage, so that a
-difference names its cause: a template that renders otherwise, a tokenizer that cuts otherwise, hashes of another size,
-seed or salt. A worker that differs would be routed to with 0 % hits, and nobody would know why.
+Both sides render and tokenise a few probe conversations and hash the result. There is one digest per stage, so that a
+difference names its cause: the template, the tokenizer, or the size, seed or salt of the block hashes. Without this check,
+a worker that differs would be routed to with a cache hit rate of 0 %, for no visible reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dynserve.wire.hashing import rolling_hashes
 from dynserve.wire.requests import pack_tokens
 
 SALT = "parity"
-NOON = datetime(2000, 1, 1, 12)  # both sides must see the same day in templates that print it
+NOON = datetime(2000, 1, 1, 12)  # templates that print the date must print the same one on both sides
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. 0123456789 \t\n  def f(x):\n    return {'a': [1, 2.5e-3]}\n",
     "Grüße aus Köln, привет, 你好，世界。 こんにちは 👩‍👩‍👧 e\u0301 \u200d\u00a0 <|im_start|><s>[INST]",
@@ -43,7 +43,7 @@ CAUSES = {
 
 
 def parity(preprocessor: Preprocessor, block_size: int) -> dict[str, str]:
-    """Stage to digest, in the order in which a request passes them."""
+    """Returns stage to digest, in the order in which a request passes the stages."""
     ids = [preprocessor.tokenize(text) for text in TEXTS]
     # several times the block size, so that every size has full blocks to hash
     packed = pack_tokens(list(chain.from_iterable(ids)) * (1 + 4 * block_size // max(1, sum(map(len, ids)))))
@@ -57,7 +57,7 @@ def parity(preprocessor: Preprocessor, block_size: int) -> dict[str, str]:
 
 
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
-    """The first stage that differs, as a sentence; None when all agree."""
+    """Returns a sentence about the first stage that differs; None when all agree."""
     for stage, digest in ours.items():
         if theirs.get(stage) != digest:
             if stage == "block_size":
@@ -67,10 +67,10 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None
 
 
 def _rendered(preprocessor: Preprocessor, conversation: list[dict[str, Any]]) -> str:
-    """Templates may refuse (a system turn, say): a refusal is an answer that both sides must give."""
+    """Renders a conversation. A template may refuse it (a system turn, say); both sides must then refuse it alike."""
     try:
         return preprocessor.render(Conversation(conversation), now=NOON)
-    except Exception as refusal:  # a template is code from elsewhere: whatever it raises, both sides must raise
+    except Exception as refusal:  # a template may raise anything; both sides must raise the same
         return type(refusal).__name__
 
 

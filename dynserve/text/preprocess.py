@@ -1,4 +1,4 @@
-"""From messages to token ids: the model's own chat template, as transformers renders it, then its tokenizer."""
+"""Conversion of messages to token ids: the model's chat template, rendered as transformers does, then its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dynserve.errors import BadRequest, ContextTooLong, InternalError
 from dynserve.text.segments import Segments
 from dynserve.wire.requests import SamplingParams
 
-LIKELY_CHARACTERS = 8  # per token: a text that has fewer of them for each token of the context is just tokenised
-SLICE = 1 << 16  # characters of a longer text that are tokenised at a time, to see whether it can fit
+LIKELY_CHARACTERS = 8  # per token of the context: a text with at most this many is tokenised without a length check
+SLICE = 1 << 16  # characters that the length check of a longer text tokenises at a time
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Conversation(NamedTuple):
-    """What a chat template is given."""
+    """The input of a chat template."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -52,21 +52,21 @@ class Preprocessor:
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
     def chat(self, conversation: Conversation, most: int | None = None, owner: str = "") -> tuple[str, list[int]]:
-        """A conversation with the opening of the assistant's turn, as text and as token ids.
+        """Returns a conversation, with the opening of the assistant's turn, as text and as token ids.
         `owner`: see `Segments.encode`.
 
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
             ContextTooLong: the text certainly has over twice `most` tokens.
         """
-        said = "".join(str(message.get("content") or "") for message in conversation.messages)
-        self._check_length(said, most, "messages")  # before templates copy and search it
+        contents = "".join(str(message.get("content") or "") for message in conversation.messages)
+        self._check_length(contents, most, "messages")  # before the template copies and searches it
         text = self.render(conversation)
         self._check_length(text, most, "messages")
         return text, self.segments.encode(text, owner)
 
     def render(self, conversation: Conversation, now: datetime | None = None) -> str:
-        """The text that `chat` tokenises; raises what `chat` raises. `now` is what templates that print the date see."""
+        """Returns the text that `chat` tokenises; raises what `chat` raises. `now`: the time that a template may print."""
         ours: dict[str, Any] = {
             "messages": conversation.messages,
             "add_generation_prompt": not conversation.continue_last,
@@ -76,24 +76,22 @@ class Preprocessor:
         }
         if now is not None:
             ours["strftime_now"] = now.strftime
-        taken = sorted(ours.keys() & conversation.variables.keys() - {"add_generation_prompt", "documents"})
-        if taken:
-            raise BadRequest(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
+        reserved = sorted(ours.keys() & conversation.variables.keys() - {"add_generation_prompt", "documents"})
+        if reserved:
+            raise BadRequest(f"chat_template_kwargs cannot set {reserved[0]}", param="chat_template_kwargs")
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions")
         if conversation.continue_last:
             ours["messages"] = _marked(conversation.messages)
         try:
             text = self._template.render(ours | dict(conversation.variables))
-        except (
-            Exception
-        ) as error:  # a template is code from elsewhere, and may raise anything about messages it dislikes
+        except Exception as error:  # a template is foreign code and may raise anything to refuse messages
             reason = str(error) or type(error).__name__
             raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
         return _unbroken(_before_mark(text) if conversation.continue_last else text)
 
     def _opens_reasoning(self) -> bool:
-        """Whether it is the template that begins thoughts, rather than the model."""
+        """Whether the template opens the reasoning, rather than the model."""
         probe = Conversation([{"role": "user", "content": "x"}], variables={"enable_thinking": True})
         try:
             return self.render(probe).rstrip().endswith(reasoning.BEGIN)
@@ -103,7 +101,7 @@ class Preprocessor:
     def tokenize(
         self, text: str, *, special: bool = True, most: int | None = None, owner: str = "", param: str = "prompt"
     ) -> list[int]:
-        """`special`: with the tokens that the tokenizer puts around a text of its own (a BOS, for one).
+        """Returns the token ids of a text. `special`: with the tokens that the tokenizer adds around a text (such as BOS).
         `owner`: see `Segments.encode`.
 
         Raises:
@@ -113,16 +111,16 @@ class Preprocessor:
         if not special:
             return self.segments.encode(text, owner)
         if self._around is None:
-            # a batch, even of one: only that lets go of the interpreter's lock
+            # a batch, even of one text: only a batch releases the interpreter's lock
             ids: list[int] = self.tokenizer.encode_batch_fast([text])[0].ids
             return ids
         before, after = self._around
         return [*before, *self.segments.encode(text, owner), *after]
 
     def _check_length(self, text: str, most: int | None, param: str) -> None:
-        """Raises what `tokenize` raises, for a cost that grows with `most`, whatever the length of the text.
+        """Raises what `tokenize` raises. The cost is bounded by `most`, not by the length of the text.
 
-        A slice may cut words in two, which changes a few tokens of thousands: what has twice as many certainly has more.
+        A slice may cut a word in two, which changes a few tokens in thousands: hence the bound of twice `most`.
         """
         if most is None or len(text) <= LIKELY_CHARACTERS * most:
             return
@@ -138,7 +136,7 @@ class Preprocessor:
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """What the tokenizer puts before and behind any text; None where that cannot be told apart."""
+    """The token ids that the tokenizer adds before and after any text; None where they cannot be separated from it."""
     bare, whole = (tokenizer.encode("x", add_special_tokens=special).ids for special in (False, True))
     for at in range(len(whole) - len(bare) + 1):
         if bare and whole[at : at + len(bare)] == bare:
@@ -146,11 +144,11 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
     return None
 
 
-_MARK = "\ue000here the answer goes on\ue001"  # no text that anybody writes
+_MARK = "\ue000here the answer goes on\ue001"  # private-use characters, which no real text has
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last turn with a mark at its end, so that what a template writes behind it can be told apart."""
+    """The messages, with a mark at the end of the last one, so that the text which a template adds after it can be cut."""
     return [*messages[:-1], {**messages[-1], "content": str(messages[-1].get("content") or "") + _MARK}]
 
 
@@ -162,7 +160,7 @@ def _before_mark(text: str) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become replacement characters."""
+    """Replaces halves of surrogate pairs, which JSON can hold and UTF-8 cannot, with replacement characters."""
     try:
         text.encode()
         return text
@@ -180,7 +178,7 @@ def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> s
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What a request without sampling fields gets: the model makers' recommendation; greedy when they say so."""
+    """The sampling of a request without sampling fields: the model's recommended values; greedy for `do_sample: false`."""
     known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
     if generation_config.get("do_sample") is False:
@@ -192,7 +190,7 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox, options, filters and functions that chat templates are written for."""
+    """The sandbox, options, filters and functions that chat templates expect."""
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)

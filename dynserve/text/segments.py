@@ -1,8 +1,8 @@
-"""Tokenising what is new: pieces of a text between special tokens are remembered with their ids.
+"""A cache of token ids for the pieces of a text between special tokens, so that only new pieces are tokenised.
 
-A tokenizer cuts a text at its special tokens before anything else, and what it makes of a piece depends on nothing around
-it. So the turns of a conversation, which such tokens separate, can be tokenised one by one, and those that were seen before
-not at all. Where that would not be exact (`Segments.exact`), the whole text is tokenised.
+A tokenizer first cuts a text at its special tokens, and the ids of a piece do not depend on the text around it. So the
+turns of a conversation, which special tokens separate, can be tokenised one by one, and known turns come from the cache.
+Where that would not be exact (`Segments.exact`), the whole text is tokenised.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from tokenizers import Tokenizer
 from dynserve.text.detokenize import tokenizer_parts
 from dynserve.text.words import words_of
 
-ENTRY = 300  # bytes that an entry takes beside its text and ids
+ENTRY = 300  # bytes of an entry besides its text and ids
 
 
 class Segments:
-    """Used from several threads. `budget` is in bytes, of texts and ids together."""
+    """A tokenizer with a cache, safe for several threads. `budget`: bytes of the cache, texts and ids together."""
 
     def __init__(self, tokenizer: Tokenizer, budget: int = 64 << 20) -> None:
         self._tokenizer, self._budget = tokenizer, budget
-        # those that are found in the raw text; others are found after normalisation, within a piece
+        # the added tokens that match the raw text; the others match after normalisation, within a piece
         self._ids = {t.content: id_ for id_, t in tokenizer.get_added_tokens_decoder().items() if not t.normalized}
         self._cut = re.compile(f"({any_of(self._ids)})") if self._ids else None
         self._known: OrderedDict[tuple[str, str], array[int]] = OrderedDict()  # by owner and text
         self._bytes = 0
         self._lock = threading.Lock()
         self.exact = self._is_exact()
-        self._words = words_of(tokenizer) if self.exact else None  # a text's pieces only, without special tokens
+        self._words = words_of(tokenizer) if self.exact else None  # only for pieces, which hold no special tokens
         self.hits = self.misses = 0  # characters
 
     def encode(self, text: str, owner: str = "") -> list[int]:
-        """Exactly the ids that the tokenizer gives for the whole text, without special tokens around it. What was
-        remembered for another `owner` is not used: the time that it saves would tell what others have sent."""
+        """Returns exactly the ids that the tokenizer gives for the whole text, without special tokens around it. Entries of
+        another `owner` are not used: the time saved would reveal the texts that the other owner has sent."""
         if not self.exact or self._cut is None:
             return self._tokenise([text])[0]
         pieces = self._cut.split(text)
         if len(pieces) == 1:
-            return self._tokenise(pieces)[0]  # no turns: it will hardly come again as it is
+            return self._tokenise(pieces)[0]  # not a conversation: unlikely to be sent again
         found = [self._find(piece, owner) for piece in pieces]
         missing = [piece for piece, ids in zip(pieces, found, strict=True) if ids is None]
         fresh = iter(self._tokenise(missing))
@@ -86,21 +86,21 @@ class Segments:
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         found = [self._words.encode(text) if self._words is not None else None for text in texts]
         rest = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        # a batch, even of one: only that lets go of the interpreter's lock, so that the event loop runs on
+        # a batch, even of one text: only a batch releases the interpreter's lock, so that the event loop can run
         encoded = iter(self._tokenizer.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
         return [next(encoded).ids if ids is None else ids for ids in found]
 
     def _is_exact(self) -> bool:
         tokens = self._tokenizer.get_added_tokens_decoder().values()
         if any(t.lstrip or t.rstrip or t.single_word for t in tokens if not t.normalized):
-            return False  # these reach into their neighbours
-        # Metaspace's scheme `first` looks at whether a piece begins the text
+            return False  # such tokens depend on the text around them
+        # Metaspace's scheme `first` depends on whether a piece begins the text
         return '"prepend_scheme": "first"' not in json.dumps(tokenizer_parts(self._tokenizer)["pre_tokenizer"])
 
 
 def any_of(words: Iterable[str]) -> str:
-    """An expression for the longest of the words that begin at a place. What words have in common is looked at once: some
-    models have thousands of reserved tokens that begin alike, and a text of such beginnings would be searched for each."""
+    """Returns an expression for the longest of the words that begin at a position. Common prefixes are matched once: some
+    models have thousands of reserved tokens with one prefix, and a text of such prefixes would be compared with each."""
     tree: dict[str, Any] = {}
     for word in words:
         node = tree

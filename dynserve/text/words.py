@@ -1,10 +1,10 @@
-"""Tokenising ASCII text by its words, each of them once.
+"""A tokenizer for ASCII text that caches the ids of each word.
 
-A byte-level BPE tokenizer cuts a text into words with a regular expression and then looks at each word alone, so a word
-that was seen before has known ids. The library does it all again, with offsets that nobody asks for here: for a short
-prompt that was the largest part of all that a request needs of a frontend. On ASCII the expressions of these models
-mean the same to Python's `re`, once their letter and number classes are spelled out; other text, and tokenizers of another
-kind, are the library's.
+A byte-level BPE tokenizer cuts a text into words with a regular expression and then encodes each word alone, so the ids of
+a word can be cached. The `tokenizers` library encodes every word again, and computes offsets that are not needed here: for
+a short prompt that was the largest part of a request's cost in a frontend. On ASCII, Python's `re` matches the expressions
+of these models alike once their letter and number classes are spelled out. Other text, and other kinds of tokenizers, are
+left to the library.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from dynserve.text.detokenize import BYTE_ALPHABET, tokenizer_parts
 log = logging.getLogger(__name__)
 
 MAX_WORDS = 50_000
-MAX_WORD = 32  # characters of one that is remembered: all together are 40 MB at most
-TOO_LONG = 400  # characters of a word in a long text: the library reads it without holding the interpreter
-AT_ONCE = 1_000  # words between two looks at who else wants the interpreter
-MAX_NEW = 100  # different ones of those, in a long text: with more the library is faster
-SHORT_TEXT, MAX_TEXT = 4_000, 64_000  # characters; a short one is tokenised on the event loop
+MAX_WORD = 32  # characters of a cached word; the whole cache is 40 MB at most
+TOO_LONG = 400  # characters of a word in a long text: the library encodes it without holding the interpreter's lock
+AT_ONCE = 1_000  # words between two releases of the interpreter's lock
+MAX_NEW = 100  # different unknown words among those, in a long text: with more the library is faster
+SHORT_TEXT, MAX_TEXT = 4_000, 64_000  # characters; a short text is tokenised on the event loop
 
-# what Unicode's classes have of ASCII, as it is written within brackets
+# the ASCII characters of Unicode's classes, in the notation of a bracket expression
 _CLASSES = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "N": "0-9", "Nd": "0-9"}
 _PROBE = f"{string.printable}It's we'LL they'd  2024 \t\n\n  x=1;\r\n// done...\n    a_b(c)[d] 12345 Camel"
 _PROBE += "Case HTTPServer  'tis \n ab\na ab\n1112 111222"
 
 
 class _NoWord(Exception):
-    """The expression has found nothing, somewhere."""
+    """The expression has matched an empty word."""
 
 
 class Words:
-    """Use `words_of`. Used from several threads: what two of them add at once is the same."""
+    """A cache of words and their ids; made by `words_of`. Safe for several threads: all add the same ids."""
 
     def __init__(self, tokenizer: Tokenizer, pattern: re.Pattern[str]) -> None:
         self._model, self._pattern = tokenizer.model, pattern
         self._known: dict[str, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids of a text without special tokens; None for one that is the library's."""
+        """Returns the ids of a text without special tokens; None for a text that the library has to encode."""
         if len(text) > MAX_TEXT or not text.isascii():
             return None
         try:
@@ -69,7 +69,7 @@ class Words:
             if len(new) > MAX_NEW or any(len(word) > TOO_LONG for word in new):
                 return None
             ids += self._ids(words)
-            time.sleep(0)  # in a thread of its own: the event loop goes first
+            time.sleep(0)  # runs in a thread: gives the event loop a turn
         return ids if size == len(text) else None
 
     def _ids(self, words: list[str]) -> list[int]:
@@ -83,7 +83,7 @@ class Words:
         ids = self._known.get(word)
         if ids is None:
             if not word:
-                raise _NoWord  # where the next one begins after nothing is a matter of taste
+                raise _NoWord  # implementations differ in where matching resumes after an empty match
             ids = tuple(
                 token.id for token in self._model.tokenize("".join([BYTE_ALPHABET[ord(char)] for char in word]))
             )
@@ -94,34 +94,34 @@ class Words:
         return ids
 
     def _forget(self) -> None:
-        """The oldest tenth: those of them that are common come back at once."""
-        with contextlib.suppress(RuntimeError):  # another thread has added one meanwhile
+        """Drops the oldest tenth of the cache; common words are soon added again."""
+        with contextlib.suppress(RuntimeError):  # another thread has added a word meanwhile
             for word in list(islice(self._known, max(1, MAX_WORDS // 10))):
                 self._known.pop(word, None)
 
 
 def words_of(tokenizer: Tokenizer) -> Words | None:
-    """None for a tokenizer of another kind, or where a trial shows a difference."""
+    """Returns None for a tokenizer of another kind, or where a probe text gives other ids than the library."""
     parts = tokenizer_parts(tokenizer)
     added = tokenizer.get_added_tokens_decoder().values()
     source = _expression(parts["pre_tokenizer"])
     normalizer = parts["normalizer"]
-    plain = normalizer is None or normalizer["type"] in ("NFC", "NFKC", "NFD", "NFKD")  # which leave ASCII alone
+    plain = normalizer is None or normalizer["type"] in ("NFC", "NFKC", "NFD", "NFKD")  # these keep ASCII unchanged
     if source is None or not plain or type(tokenizer.model).__name__ != "BPE" or any(t.normalized for t in added):
         return None
     if tokenizer.model.dropout:
-        return None  # drawn anew each time
+        return None  # the ids are random
     try:
         pattern = re.compile(source, re.ASCII)
         words = Words(tokenizer, pattern)
         return words if words.encode(_PROBE) == tokenizer.encode(_PROBE, add_special_tokens=False).ids else None
-    except Exception as error:  # no model may be lost by what only makes it faster
-        log.debug("words are left to the tokenizer: %s", error)
+    except Exception as error:  # a failure of this optimisation must not make a model unusable
+        log.debug("the word cache is disabled for this tokenizer: %s", error)
         return None
 
 
 def _expression(pre_tokenizer: Any) -> str | None:
-    """The splitting expression, in `re`'s words for ASCII; None where there is none of this kind."""
+    """Returns the splitting expression in `re`'s syntax for ASCII; None for a pre-tokenizer of another kind."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [])
     if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
         return None
@@ -134,17 +134,17 @@ def _expression(pre_tokenizer: Any) -> str | None:
     return _in_ascii(pattern)
 
 
-# What both read alike: much of what is not here means something else to `re`, and no words need it.
+# Syntax that both read alike. Much of the rest means something else to `re`, and no known tokenizer needs it.
 _ESCAPES = frozenset("rntsSdDwW" + string.punctuation)
 _GROUPS = ("(?:", "(?i:", "(?=", "(?!")
 _CLASS = re.compile(r"\\p\{(\w+)\}")
 _REPEAT = re.compile(r"[*+?][+?]?|\{\d+(?:,\d*)?\}")
-_FOLDED = re.compile(r"\(\?i:[^()]*(?:\\[pP]|\()")  # upper-case letters are not always lower-case ones there, too
-Piece = tuple[str, int]  # and where the next one begins
+_FOLDED = re.compile(r"\(\?i:[^()]*(?:\\[pP]|\()")  # within `(?i:`, the library's classes differ from `re`'s
+Piece = tuple[str, int]  # a translated part of the expression, and the position after it
 
 
 def _in_ascii(pattern: str) -> str | None:
-    """None for what `re` might read differently."""
+    """Translates an expression; None for one that `re` might read differently."""
     out: list[str] = []
     at = 0
     if _FOLDED.search(pattern):
@@ -175,8 +175,8 @@ def _piece(pattern: str, at: int) -> Piece | None:
 
 
 def _set(pattern: str, at: int) -> Piece | None:
-    """What is left within brackets, once the classes are written out. None for sets within sets, and where a `-` would come
-    to stand between two other characters than it did."""
+    """Translates a bracket expression, with its classes written out. None for nested sets, and where a `-` would get other
+    neighbours than it had."""
     out = ["["]
     if pattern.startswith("^", at):
         out, at = ["[^"], at + 1
@@ -188,7 +188,7 @@ def _set(pattern: str, at: int) -> Piece | None:
         elif pattern[at] == "\\":
             piece = _escape(pattern, at)
         elif pattern[at] == "^" and not any(out[1:]):
-            piece = None  # behind classes that have nothing of ASCII it would come first
+            piece = None  # after classes without ASCII characters it would come first and negate the set
         elif pattern[at] != "[" and pattern[at : at + 2] not in ("&&", "--", "||", "~~") and pattern[at].isascii():
             piece = pattern[at], at + 1
         if piece is None:
@@ -199,7 +199,7 @@ def _set(pattern: str, at: int) -> Piece | None:
 
 
 def _class(pattern: str, at: int) -> Piece | None:
-    """What `\\p{...}` has of ASCII."""
+    """The ASCII characters of the class `\\p{...}` at a position; None where there is no such class."""
     name = _CLASS.match(pattern, at)
     return None if name is None or name[1] not in _CLASSES else (_CLASSES[name[1]], name.end())
 

@@ -1,1 +1,1 @@
-"""The planes' carriers: NATS and etcd for real, memory for tests and notebooks, and the TCP link."""
+"""Implementations of the planes: NATS, etcd and TCP links for clusters, and in memory for tests and notebooks."""

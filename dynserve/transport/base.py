@@ -1,4 +1,5 @@
-"""The seams of the planes. Each has a real side (NATS, etcd, TCP) and one in memory, and one contract test for both."""
+"""The interfaces of the planes. Each has an implementation on the network (NATS, etcd, TCP) and one in memory; one contract
+test runs against both."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 from dynserve.wire.link import FromFrontend, FromWorker
 
-Handler = Callable[[bytes], bytes | None]  # None: there is no reply, or it goes another way
+Handler = Callable[[bytes], bytes | None]  # None: no reply is sent over the bus
 Callback = Callable[[bytes], None]
 OnReply = Callable[[int, bytes | None], None]
 
 
 class Bus(Protocol):
-    """Small messages between processes: requests to one address, and publish to whoever listens.
+    """Small messages between processes: requests to one subject, and publish to all subscribers.
 
     Subjects are NATS's: dot-separated, `*` for one part and a final `>` for the rest, in `subscribe` only.
-    Leaving the block of `serve`, `mailbox` or `subscribe` ends it.
+    `serve`, `mailbox` and `subscribe` last until their block ends.
     """
 
     @property
@@ -30,13 +31,13 @@ class Bus(Protocol):
         ...
 
     def mailbox(self, on_reply: OnReply) -> AbstractAsyncContextManager[Mailbox]:
-        """Where requests are posted, and what is replied to them arrives."""
+        """Opens a mailbox, which posts requests. Their replies are passed to `on_reply`."""
         ...
 
     def serve(self, subject: str, handler: Handler) -> AbstractAsyncContextManager[None]: ...
 
     async def publish(self, subject: str, payload: bytes) -> None:
-        """To everyone who listens now. Lost, without an error, while the bus is down."""
+        """Sends to all current subscribers. Lost, without an error, while the bus is down."""
         ...
 
     def subscribe(self, subject: str, callback: Callback) -> AbstractAsyncContextManager[None]: ...
@@ -44,8 +45,8 @@ class Bus(Protocol):
 
 class Mailbox(Protocol):
     async def post(self, subject: str, payload: bytes, number: int) -> None:
-        """A request to the one that serves `subject`. Its reply, if there is one, comes with `number`; None comes when
-        nobody serves it.
+        """Sends a request to the process that serves `subject`. The mailbox's `on_reply` gets `number` and the reply, if
+        there is one, or None when no process serves the subject.
 
         Raises:
             Unavailable: the bus is down, or the payload is over `max_payload`.
@@ -66,49 +67,50 @@ Change = Put | Deleted
 
 
 class Registration(NamedTuple):
-    registered: asyncio.Event  # set once the key is there for the first time
+    registered: asyncio.Event  # set once the key has been written for the first time
 
 
 class Registry(Protocol):
-    """Who is there. Keys live as long as their process (a lease), and come back by themselves after an outage."""
+    """Discovery. Keys live as long as their process (a lease), and are written again after an outage of the registry."""
 
     def register(self, key: str, value: bytes) -> AbstractAsyncContextManager[Registration]:
-        """Entering does not wait for the registry; `registered` does. Leaving removes the key."""
+        """Keeps the key registered until the block ends. It begins before the first write, which sets `registered`."""
         ...
 
     def watch(self, prefix: str, on_change: Callable[[Change], None]) -> AbstractAsyncContextManager[None]:
-        """Every key under `prefix` now, then every change. An outage of the registry by itself changes nothing."""
+        """Passes every key under `prefix` to `on_change`, then every change. An outage of the registry is not a change."""
         ...
 
 
 class Link(Protocol):
-    """One worker, one frontend. `send` never blocks: it queues, and one frame leaves per turn of the loop."""
+    """A connection of one worker and one frontend. `send` never blocks: messages are queued, and sent as one frame per turn
+    of the event loop."""
 
     @property
     def closed(self) -> bool: ...
 
     def send(self, message: FromWorker | FromFrontend) -> None:
-        """Dropped silently when the link is closed: the other end hears of the loss from its own handler."""
+        """Queues a message. It is dropped silently when the link is closed: the peer's handler reports the loss there."""
         ...
 
     def send_token(self, stream: int, token_id: int, data: bytes) -> None:
-        """A worker's most frequent message, one `StepTokens` for all of a turn; as `send` otherwise."""
+        """Queues a worker's most frequent message: one `StepTokens` for all tokens of a turn. Otherwise like `send`."""
         ...
 
     def close(self) -> None:
-        """Sends what is queued, then closes."""
+        """Sends the queued messages, then closes."""
         ...
 
     def abort(self, reason: str) -> None: ...
 
 
 class LinkHandler(Protocol):
-    """What a side does with its link. Calls come from the loop, one after the other."""
+    """Handles the events of one side of a link. Called from the event loop, one call at a time."""
 
     def received(self, link: Link, messages: list[Any]) -> None: ...
 
     def lost(self, link: Link, reason: str) -> None:
-        """Exactly once, however the link ended."""
+        """Called exactly once, however the link ended."""
         ...
 
 
@@ -116,15 +118,15 @@ class Links(Protocol):
     """Makes links: a frontend listens, workers dial."""
 
     def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AbstractAsyncContextManager[str]:
-        """Yields the address to dial. Raises ConfigError when the port is taken."""
+        """Yields the address to dial. Raises ConfigError when the port is in use."""
         ...
 
     async def dial(self, address: str, handler: LinkHandler) -> Link:
-        """Raises Unavailable."""
+        """Connects to a frontend. Raises Unavailable when that fails."""
         ...
 
 
-# (system URL of a worker, SHA-256) -> a model file with that digest. Raises Unavailable for none, too large or another one.
+# (system URL of a worker, SHA-256) -> the model file. Raises Unavailable if it is missing, too large or has another digest.
 FetchFile = Callable[[str, str], Awaitable[bytes]]
 
 

@@ -1,8 +1,8 @@
 """`Registry` on etcd.
 
-A key hangs on a lease of `TTL` seconds. Whatever happens to etcd, the key comes back: the loop that keeps the lease
-grants a new one and writes the key again. A watch that breaks is resumed by a fresh read and a diff; keys that the
-fresh read lacks stay in the view for `GRACE` seconds, because their owners may just be about to write them again.
+A key has a lease of `TTL` seconds. After any outage of etcd the loop that keeps the lease requests a new one and writes
+the key again. A watch that breaks is resumed by a new read and a diff; keys that the new read lacks stay in the view for
+`GRACE` seconds, because their owners may be about to write them again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ limited = LimitedLog(log)
 TTL = 10  # seconds
 GRACE = TTL + 2  # seconds
 CALL_TIMEOUT = 3  # seconds, one call to etcd
-RESYNC = 15.0  # seconds of silence after which a watch is made anew: a watch can die without a word
+RESYNC = 15.0  # seconds without an event after which a watch is made anew: a watch can end without an error
 
 _ERRORS: dict[type[BaseException], Any] = {
     aetcd.ClientError: Unavailable,
@@ -44,7 +44,7 @@ _CHANNEL = {
 
 
 class EtcdRegistry:
-    """One etcd server (or the one address of a cluster)."""
+    """The registry on one etcd server, or on the one address of an etcd cluster."""
 
     def __init__(self, url: str) -> None:
         self._url = redacted(url)
@@ -74,24 +74,28 @@ class EtcdRegistry:
                     try:
                         await self._refresh(client, lease, key)
                     except asyncio.CancelledError:
-                        await within(1.0, lease.revoke(), "leaving discovery")
+                        await within(1.0, lease.revoke(), "removing this process from discovery")
                         raise
             except Unavailable as error:
                 await outage.wait(error)
 
     async def _refresh(self, client: aetcd.Client, lease: aetcd.Lease, key: str) -> None:
-        """Until the lease is lost. An etcd that answers but has forgotten the lease says a TTL of 0."""
+        """Renews the lease until it is lost. An etcd that answers but no longer has the lease returns a TTL of 0.
+
+        Raises:
+            Unavailable: the lease is lost, or etcd does not answer.
+        """
         while True:
             await asyncio.sleep(TTL / 4)
             with translate(_ERRORS, "etcd"):
                 answer = await client.refresh_lease(lease.id)
             if answer.TTL <= 0:
-                log.warning("etcd forgot the lease of %s; registering again", key)
+                log.warning("etcd no longer has the lease of %s; registering again", key)
                 raise Unavailable("the lease has expired")
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[aetcd.Client]:
-        """A fresh client: aetcd's own does not recover every broken watch, a new one always works."""
+        """Yields a new client. An aetcd client does not recover from every broken watch; a new one always works."""
         client = aetcd.Client(self._host, self._port, timeout=CALL_TIMEOUT, options=_CHANNEL)
         try:
             yield client
@@ -100,13 +104,13 @@ class EtcdRegistry:
 
 
 class _Watch:
-    """One view of one prefix: what was told to `on_change`, and what may have to be taken back."""
+    """One view of one prefix: the entries that were reported to `on_change`, and those that may have to be removed."""
 
     def __init__(self, registry: EtcdRegistry, prefix: str, on_change: Callable[[Change], None]) -> None:
         self._registry, self._prefix, self._on_change = registry, prefix, on_change
         self._known: dict[str, bytes] = {}
-        self._doubtful: dict[str, float] = {}  # key -> loop time when it goes unless it shows up
-        self._outage = _outage(registry._url, "to discover the others")
+        self._doubtful: dict[str, float] = {}  # key -> loop time at which it is removed unless it is found
+        self._outage = _outage(registry._url, "to discover other processes")
 
     async def run(self) -> None:
         while True:
@@ -125,10 +129,10 @@ class _Watch:
                 events = aiter(watch)
                 while True:
                     try:
-                        async with asyncio.timeout(self._patience()):
+                        async with asyncio.timeout(self._time_to_resync()):
                             event = await anext(events)
                     except (TimeoutError, StopAsyncIteration):
-                        return  # silence, or something is due: read afresh
+                        return  # no event for long, or a key is due for removal: read again
                     key = _name(event.kv.key)
                     if event.kind == EventKind.PUT:
                         self._put(key, event.kv.value)
@@ -143,7 +147,7 @@ class _Watch:
             if key not in found and now >= self._doubtful.setdefault(key, now + GRACE):
                 self._delete(key)
 
-    def _patience(self) -> float:
+    def _time_to_resync(self) -> float:
         now = asyncio.get_running_loop().time()
         return min([RESYNC, *(max(0.05, due - now) for due in self._doubtful.values())])
 
@@ -161,12 +165,12 @@ class _Watch:
     def _notify(self, change: Change) -> None:
         try:
             self._on_change(change)
-        except Exception:  # an entry is anybody's who can write to etcd: it must not end those who read it
+        except Exception:  # any etcd client can write an entry: a bad one must not end the processes that read it
             limited.exception("entry", change.key, "an entry in discovery cannot be handled: %r", change.key[:200])
 
 
 def _name(key: bytes) -> str:
-    """Keys that are not UTF-8 are not ours, and have a name all the same."""
+    """Decodes a key. Keys that are not UTF-8 are not from dynserve, and get a printable name."""
     return key.decode("utf-8", "backslashreplace")
 
 

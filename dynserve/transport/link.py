@@ -2,10 +2,10 @@
 
     frame   = u32 little-endian length, then a msgpack array of messages (wire/link.py)
 
-A worker that says nothing for `SILENCE` seconds is gone. A frontend may be silent for longer: it has one event loop for
-all its clients, and a worker that cuts its link ends every answer that goes over it. That its machine is still there is
-known from TCP. A peer that reads so slowly that `MAX_UNSENT` bytes wait is cut: one stuck process must not hold another's
-memory. Until a worker has said hello it is a stranger, and may send `MAX_HELLO` bytes.
+A worker that sends nothing for `SILENCE` seconds is lost. A frontend may be silent for longer: it has one event loop for
+all its clients, and a worker that closes its link ends every answer on it. TCP itself detects that a frontend's machine
+is down. A peer that reads so slowly that `MAX_UNSENT` bytes wait is disconnected: one stuck process must not use up
+another's memory. A connection that has not said hello may send `MAX_HELLO` bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dynserve.wire import MALFORMED
 from dynserve.wire import link as wire
 from dynserve.wire.link import FromFrontend, FromWorker
 
-HEARTBEAT = 0.5  # seconds between pings, and between looks at how long the peer has been silent
-SILENCE = 3.0  # seconds without a byte after which a worker is gone
+HEARTBEAT = 0.5  # seconds between pings, and between checks of the time since the peer's last bytes
+SILENCE = 3.0  # seconds without a byte after which a worker is lost
 FRONTEND_SILENCE = 30.0  # the same for a frontend, and for bytes that TCP does not acknowledge
-MAX_HELLO = 64 << 10  # bytes of the first frame, which says who it is
-HELLO_TIMEOUT = 3.0  # seconds that it may take
-MAX_UNGREETED = 256  # connections that have not said hello; with more, the oldest is cut
-MAX_FRAME = 64 << 20  # bytes; a longer frame is a broken or hostile peer
+MAX_HELLO = 64 << 10  # bytes of the first frame, which identifies the worker
+HELLO_TIMEOUT = 3.0  # seconds from the connection to that frame
+MAX_UNGREETED = 256  # connections that have not said hello; beyond that the oldest is closed
+MAX_FRAME = 64 << 20  # bytes; only a broken or hostile peer sends a longer frame
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
 
@@ -42,9 +42,9 @@ _length = struct.Struct("<I")
 
 
 class FramedLink:
-    """What a link is over any carrier: frames out once per turn, frames in, the heartbeat, the one end.
+    """A link over any carrier: sends frames once per turn of the loop, receives frames, sends pings, and ends once.
 
-    A carrier sets `write` and `hang_up`, and calls `feed` and `ended`.
+    A carrier implements `write` and `hang_up`, and calls `feed` and `ended`.
     """
 
     def __init__(self, *, worker_side: bool) -> None:
@@ -56,7 +56,7 @@ class FramedLink:
         self._handler: LinkHandler | None = None
         self._reason = ""
         self._closed = False
-        self._heard = self._due = self._loop.time()
+        self._received_at = self._due = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, frame: bytes | bytearray) -> None:
@@ -67,7 +67,7 @@ class FramedLink:
 
     def start(self, handler: LinkHandler) -> None:
         self._handler = handler
-        self._heard = self._loop.time()
+        self._received_at = self._loop.time()
         self._beat_in()
 
     @property
@@ -105,16 +105,16 @@ class FramedLink:
             self.hang_up(at_once=True)
 
     def feed(self, payloads: Sequence[bytes | memoryview]) -> int:
-        """Whole frames without their lengths; their messages are handled together: one who is behind catches up. Gives the
-        number of messages."""
-        self._heard = self._loop.time()
+        """Handles the messages of whole frames (without their lengths) in one call, so that a slow handler catches up.
+        Returns the number of messages."""
+        self._received_at = self._loop.time()
         messages: list[Any] = []
         try:
             for payload in payloads:
                 messages += self._decode(payload)
         except MALFORMED as error:
             self._handle(messages)
-            self.abort(f"sent something that is no frame: {error}")
+            self.abort(f"sent a frame that cannot be decoded: {error}")
         else:
             self._handle(messages)
         return len(messages)
@@ -123,12 +123,12 @@ class FramedLink:
         if self._handler is not None and messages:
             try:
                 self._handler.received(cast(Link, self), messages)
-            except Exception:  # one peer's messages must not take the process along, whatever is in them
-                log.exception("link", "handled", "a link is cut: its messages cannot be handled")
+            except Exception:  # one peer's messages must not end the process, whatever they hold
+                log.exception("link", "handled", "a link is closed: its messages cannot be handled")
                 self.abort("sent messages that cannot be handled")
 
     def ended(self, reason: str) -> None:
-        """The carrier is gone, for whatever reason; the first one said stays."""
+        """Called when the carrier has ended. An earlier reason of `close` or `abort` wins over `reason`."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -150,18 +150,18 @@ class FramedLink:
 
     def _beat(self) -> None:
         now = self._loop.time()
-        # When this very process was stalled, the peer's bytes may lie unread in the socket: judge at the next beat.
+        # When this process was stalled, the peer's bytes may be unread in the socket: check at the next beat.
         stalled = now - self._due > HEARTBEAT
-        if not stalled and now - self._heard > self._silence:
-            self.abort(f"silent for {now - self._heard:.1f} s")
+        if not stalled and now - self._received_at > self._silence:
+            self.abort(f"silent for {now - self._received_at:.1f} s")
             return
         self.send(self._ping)
         self._beat_in()
 
 
 class TcpLink(FramedLink, asyncio.Protocol):
-    """One TCP connection as a link. `accept` and `settled` are given on the side that listens: the first makes the handler
-    of a new connection, the second is called once the peer is no stranger any more, or is gone."""
+    """One TCP connection as a link. The listening side gives `accept`, which makes the handler of a new connection, and
+    `settled`, which is called once the peer has said hello, and when the connection has ended."""
 
     def __init__(
         self,
@@ -175,8 +175,8 @@ class TcpLink(FramedLink, asyncio.Protocol):
         self._ungreeted = accept is not None
         self._greeting: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
-        self._rest = bytearray()  # the beginning of a frame
-        self._need = 4  # bytes of it, to go on
+        self._rest = bytearray()  # the bytes received so far of an incomplete frame
+        self._need = 4  # bytes that it must have before it is parsed
 
     def write(self, frame: bytes | bytearray) -> None:
         transport = self._transport
@@ -201,33 +201,33 @@ class TcpLink(FramedLink, asyncio.Protocol):
         if self._rest:
             self._rest += data
             if len(self._rest) < self._need:
-                return  # or a large frame would be copied with every piece of it
+                return  # otherwise a large frame would be copied with every piece of it
             data = bytes(self._rest)
             self._rest.clear()
         view, at, end = memoryview(data), 0, len(data)
         self._need, size = 4, 0
         frames: list[bytes | memoryview] = []
-        most = MAX_HELLO if self._ungreeted else MAX_FRAME
+        max_size = MAX_HELLO if self._ungreeted else MAX_FRAME
         while end - at >= 4:
             (size,) = _length.unpack_from(view, at)
-            if size > most:
+            if size > max_size:
                 break
             if end - at - 4 < size:
                 self._need = 4 + size
                 break
             frames.append(view[at + 4 : at + 4 + size])
             at += 4 + size
-            if self._ungreeted:  # what it may send next depends on what it says now
+            if self._ungreeted:  # the limits of the next frame depend on this one
                 if not self.feed([frames.pop()]):
-                    self.abort("said nothing in its first frame")
+                    self.abort("sent no message in its first frame")
                 if self._closed:
                     return
                 self._greeted()
-                most = MAX_FRAME
+                max_size = MAX_FRAME
         if frames:
             self.feed(frames)
-        if size > most:
-            self.abort(f"sent a frame of {size} bytes; the most is {most}")
+        if size > max_size:
+            self.abort(f"sent a frame of {size} bytes; the maximum is {max_size}")
         elif at < end and not self._closed:
             self._rest += view[at:]
 
@@ -246,7 +246,7 @@ class TcpLink(FramedLink, asyncio.Protocol):
 
 
 def _watch_peer(sock: socket.socket) -> None:
-    """Lets the kernel find out that the peer's machine is gone; that of a peer which is only busy goes on answering."""
+    """Lets the kernel detect that the peer's machine is down. The kernel of a busy peer still answers its probes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if (number := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:  # Linux

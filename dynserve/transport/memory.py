@@ -1,7 +1,7 @@
-"""The planes in one process: for tests, notebooks and simulations. The same contracts, the same bytes, no sockets.
+"""The planes in one process, for tests, notebooks and simulations: the same contracts, the same bytes, no sockets.
 
-Every bus, registry and link of one `MemoryPlanes` meets the others. Its switches (`bus_up`, `registry_up`) take a plane
-away and bring it back, as a test of an outage needs it.
+All users of one `MemoryPlanes` are connected with each other. Its switches (`bus_up`, `registry_up`) stop a plane and start
+it again, for tests of outages.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MemoryPlanes:
 
     @property
     def bus_up(self) -> bool:
-        """While the bus is down, posting raises Unavailable and everything published is lost."""
+        """Switches the bus. While it is down, posting raises Unavailable and everything published is lost."""
         return self.bus.connected
 
     @bus_up.setter
@@ -51,7 +51,8 @@ class MemoryPlanes:
 
     @property
     def registry_up(self) -> bool:
-        """While the registry is down, nothing registers and no watcher hears of anything; both happen when it is back."""
+        """Switches the registry. While it is down, no key is registered and no change is reported; both happen when it is
+        up again."""
         return self.registry.up
 
     @registry_up.setter
@@ -59,7 +60,7 @@ class MemoryPlanes:
         self.registry.up = up
 
     def open(self) -> Planes:
-        """The planes as one process sees them."""
+        """Returns the planes for one process of the cluster."""
         return Planes(self.bus, self.registry, self.links, self._fetch)
 
     async def _fetch(self, system_url: str, digest: str) -> bytes:
@@ -69,6 +70,8 @@ class MemoryPlanes:
 
 
 class MemoryBus:
+    """`Bus` of one process."""
+
     def __init__(self, max_payload: int) -> None:
         self.connected = True
         self.max_payload = max_payload
@@ -120,7 +123,7 @@ class _MemoryMailbox:
         if not bus.connected:
             raise Unavailable("the bus is down")
         if len(payload) > bus.max_payload:
-            raise Unavailable(f"{len(payload)} bytes are over the bus's {bus.max_payload}")
+            raise Unavailable(f"{len(payload)} bytes are over the bus's limit of {bus.max_payload}")
         asyncio.get_running_loop().call_soon(self._carry, bus.handlers.get(subject), payload, number)
 
     def _carry(self, handler: Handler | None, payload: bytes, number: int) -> None:
@@ -130,7 +133,7 @@ class _MemoryMailbox:
 
 
 def matches(pattern: str, subject: str) -> bool:
-    """NATS's rule: `*` is one part, a final `>` one part or more."""
+    """Whether a subject matches a pattern, by NATS's rule: `*` is one part, a final `>` one part or more."""
     wanted, parts = pattern.split("."), subject.split(".")
     if wanted[-1] == ">":
         wanted, parts = wanted[:-1], parts[: len(wanted) - 1] if len(parts) >= len(wanted) else [""]
@@ -138,14 +141,14 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 class _Watcher:
-    """One view of one prefix: every key that `on_change` was told of, and its value."""
+    """One view of one prefix: the keys and values that were reported to `on_change`."""
 
     def __init__(self, prefix: str, on_change: Callable[[Change], None]) -> None:
         self._prefix, self._on_change = prefix, on_change
         self._known: dict[str, bytes] = {}
 
     def update(self, entries: Mapping[str, bytes], key: str) -> None:
-        """Tells of one key, unless nothing about it has changed."""
+        """Reports one key if it has changed."""
         value = entries.get(key)
         if not key.startswith(self._prefix) or value == self._known.get(key):
             return
@@ -162,7 +165,7 @@ class _Watcher:
 
 
 class MemoryRegistry:
-    """`Registry` of one process."""
+    """`Registry` of one process. `up` is the switch of an outage."""
 
     def __init__(self) -> None:
         self.entries: dict[str, bytes] = {}
@@ -186,7 +189,7 @@ class MemoryRegistry:
                 watcher.update_all(self.entries)
 
     def lose(self, key: str) -> bytes:
-        """Removes an entry whose owner is alive, as an expired lease does. Returns the value, for `put`."""
+        """Removes the entry of a live owner, like an expired lease. Returns the value, for `put`."""
         value = self.entries.pop(key)
         self._changed(key)
         return value
@@ -229,7 +232,7 @@ class MemoryRegistry:
 
 
 class MemoryLinks:
-    """`Links` of one process, by name."""
+    """`Links` of one process. Addresses are names."""
 
     def __init__(self) -> None:
         self._listeners: dict[str, Callable[[Link], LinkHandler]] = {}
@@ -270,8 +273,8 @@ class MemoryLinks:
 
 
 class MemoryLink(FramedLink):
-    """Half of a pair; frames cross as bytes, one turn of the loop later. `silence` makes it deaf and mute without closing
-    it, like a machine that lost power."""
+    """One side of a link. Frames reach the other side as bytes, one turn of the loop later. `silence` stops both directions
+    without closing the link, like a machine that lost power."""
 
     peer: MemoryLink | None = None
     mute = False

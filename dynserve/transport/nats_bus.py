@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 2  # seconds, one attempt
 NO_RESPONDERS = "503"  # NATS's status
-PING_EVERY = 5  # seconds; two missed and the connection is given up
+PING_EVERY = 5  # seconds; after two missed pongs the connection is closed
 
 _ERRORS: dict[type[BaseException], type[DynserveError]] = {
     nats.errors.TimeoutError: TimedOut,
@@ -32,7 +32,7 @@ _ERRORS: dict[type[BaseException], type[DynserveError]] = {
 
 
 class NatsBus:
-    """One connection, re-made by the client for as long as the process lives."""
+    """A bus over one NATS connection, which the NATS client makes again whenever it breaks."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -51,9 +51,9 @@ class NatsBus:
 
         async def deliver(message: Msg) -> None:
             number = message.subject.rpartition(".")[2]
-            nobody = (message.headers or {}).get("Status") == NO_RESPONDERS
+            not_served = (message.headers or {}).get("Status") == NO_RESPONDERS
             if number.isdecimal():
-                on_reply(int(number), None if nobody else message.data)
+                on_reply(int(number), None if not_served else message.data)
 
         subscription = await self._client.subscribe(f"{inbox}.*", cb=deliver)
         await self._flush()
@@ -77,7 +77,7 @@ class NatsBus:
             await within(1.0, subscription.unsubscribe(), f"unsubscribing from {subject}")
 
     async def publish(self, subject: str, payload: bytes) -> None:
-        # while disconnected the client would keep it for later: events are worth nothing then
+        # a disconnected client would buffer the message, and late events are useless
         if self.connected and len(payload) <= self.max_payload:
             with translate(_ERRORS, f"publish to {subject}"):
                 await self._client.publish(subject, payload)
@@ -95,14 +95,14 @@ class NatsBus:
             await within(1.0, subscription.unsubscribe(), f"unsubscribing from {subject}")
 
     async def _flush(self) -> None:
-        # until the server has answered, a subscription may not be there yet; a server that is away gets it on return
+        # a subscription is sure only once the server has answered; a server that is down gets it when it is up again
         if self.connected:
             with translate(_ERRORS, "NATS"):
                 await self._client.flush(timeout=CONNECT_TIMEOUT)
 
 
 class _NatsMailbox:
-    """The server itself answers for an address that nobody serves."""
+    """Posts requests. The NATS server itself replies for a subject that no process serves."""
 
     def __init__(self, bus: NatsBus, client: Client, inbox: str) -> None:
         self._bus, self._client, self._inbox = bus, client, inbox
@@ -111,7 +111,7 @@ class _NatsMailbox:
         if not self._bus.connected:
             raise Unavailable("NATS is down")
         if len(payload) > self._bus.max_payload:
-            raise Unavailable(f"{len(payload)} bytes are over NATS's {self._bus.max_payload}")
+            raise Unavailable(f"{len(payload)} bytes are over NATS's limit of {self._bus.max_payload}")
         try:  # on every request's path: `translate` would cost as much as the rest
             await self._client.publish(subject, payload, reply=f"{self._inbox}.{number}")
         except tuple(_ERRORS) as error:
@@ -121,20 +121,20 @@ class _NatsMailbox:
 
 @asynccontextmanager
 async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
-    """Connects, however long it takes for a server to be there, and closes with the block."""
-    said_down = False
+    """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers."""
+    reported_down = False
     shown = redacted(url)
 
     async def disconnected() -> None:
-        nonlocal said_down
+        nonlocal reported_down
         if not client.is_closed:
-            said_down = True
-            log.warning("NATS at %s is gone; requests take the links until it is back", shown)
+            reported_down = True
+            log.warning("NATS at %s is down; requests are sent over the links until it is back", shown)
 
     async def reconnected() -> None:
-        nonlocal said_down
-        if said_down:
-            said_down = False
+        nonlocal reported_down
+        if reported_down:
+            reported_down = False
             log.warning("NATS at %s is back", shown)
 
     async def quiet(error: Exception) -> None:
@@ -144,7 +144,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
 
     async def connect() -> None:
         nonlocal client
-        client = Client()  # one that has failed half-way is not used again
+        client = Client()  # a client whose connect failed half-way is not used again
         with translate(_ERRORS, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT + 1):
                 await client.connect(
@@ -161,7 +161,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
                 )
 
     async def first_connect() -> None:
-        # the client's own loop would try for ever without a word, so the first connection is probed before
+        # the client's own loop would retry for ever without a log line, so the server is probed first
         host, port = host_port(url, "NATS_URL", 4222)
         with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -169,7 +169,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
                 writer.close()
         await connect()
 
-    # a server that has just started may accept and not answer yet: that is a time-out
+    # a server that has just started may accept but not answer yet: that raises TimedOut
     await persist(first_connect, retry_on=ClusterError, waiting_for=f"NATS at {shown}")
     try:
         yield NatsBus(client)

@@ -1,4 +1,4 @@
-"""The real planes of one process, opened together from its configuration."""
+"""The planes of one process on NATS, etcd, TCP and HTTP, opened from its configuration."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dynserve.transport.link import TcpLinks
 from dynserve.transport.nats_bus import open_nats
 
 FETCH_TIMEOUT = 30.0  # seconds, one model file
-MAX_FILE = 256 << 20  # bytes; the largest tokenizers have 20 MB
+MAX_FILE = 256 << 20  # bytes; the largest tokenizer files have 20 MB
 
 
 @asynccontextmanager
 async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
-    """NATS, etcd, TCP and HTTP. Waits for NATS; etcd is waited for where it is needed."""
+    """Opens the planes. Waits for NATS, but not for etcd: `register` and `watch` retry until it answers."""
     async with AsyncExitStack() as stack:
-        registry = EtcdRegistry(config.etcd_url)  # a wrong URL is an error before anything is waited for
+        registry = EtcdRegistry(config.etcd_url)  # first, so that a wrong URL is an error before the wait for NATS
         bus = await stack.enter_async_context(open_nats(config.nats_url, name))
         client = await stack.enter_async_context(httpx.AsyncClient(timeout=FETCH_TIMEOUT, trust_env=False))
 
@@ -35,15 +35,15 @@ async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
 
 
 async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: str) -> bytes:
-    """A model file from a worker's system server, read no further than `MAX_FILE` bytes.
+    """Fetches a model file from a worker's system server. Reads at most `MAX_FILE` bytes.
 
     Raises:
-        Unavailable: the worker did not send it within `FETCH_TIMEOUT`, or sent too much or another content.
+        Unavailable: the file did not arrive within `FETCH_TIMEOUT`, is too large, or has another digest.
     """
     content = bytearray()
     with translate({httpx.HTTPError: Unavailable, TimeoutError: Unavailable}, f"model file from {system_url}"):
         async with asyncio.timeout(FETCH_TIMEOUT):
-            # unpacked, a small body could be of any size
+            # uncompressed, because a small compressed body could expand to any size
             async with client.stream(
                 "GET", f"{system_url}/files/{digest}", headers={"accept-encoding": "identity"}
             ) as response:
@@ -51,5 +51,5 @@ async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: s
                 async for part in response.aiter_raw():
                     content += part
                     if len(content) > MAX_FILE:
-                        raise Unavailable(f"{system_url} sends a model file of over {MAX_FILE:,} bytes")
+                        raise Unavailable(f"{system_url} sent a model file of over {MAX_FILE:,} bytes")
     return verified(bytes(content), digest, system_url)

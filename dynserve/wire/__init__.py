@@ -1,4 +1,4 @@
-"""The planes' messages: frozen msgspec structs, one closed union per plane, decoders built once."""
+"""The messages of the planes: frozen msgspec structs, one closed union per plane, with decoders built once."""
 
 import logging
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from dynserve.log_limit import LimitedLog
 log = LimitedLog(logging.getLogger(__name__))
 T = TypeVar("T")
 
-# What a decoder raises for bytes that are no message: msgspec leaves text that is no UTF-8 to Python's own error.
+# The errors of a decoder for a malformed message: for invalid UTF-8, msgspec raises Python's own error.
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
 
 
 def decoded(decode: Callable[[bytes], T], payload: bytes, what: str) -> T | None:
-    """None, with a warning, for what no version of ours has written."""
+    """Decodes a message. Returns None, with a warning, for a malformed one. `what` names it in the warning."""
     try:
         return decode(payload)
     except MALFORMED as error:

@@ -1,4 +1,4 @@
-"""The discovery plane: what a process says about itself in etcd, as JSON under
+"""The discovery plane: each process describes itself in etcd, as JSON under the key
 
 dynserve/v1/{namespace}/instances/{role}/{instance_id}
 """
@@ -17,7 +17,7 @@ from dynserve.wire.numbers import Count, Size, TokenId
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as one worker serves it: everything that a frontend needs and cannot guess."""
+    """The description of a model as one worker serves it, with everything that a frontend needs."""
 
     model: str
     block_size: Size
@@ -26,21 +26,19 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: Size
     eos_token_ids: list[TokenId]
     files: dict[str, str] = {}  # tokenizer and template: name -> SHA-256 of the content
-    kv_events: bool = True  # it tells what its cache holds
-    parity: dict[str, str] = {}  # how it understands text: stage -> digest (text/parity.py)
-    tool_parser: str = ""  # how the model writes tool calls (dialects); empty: not at all
-    reasoning_parser: str = ""  # how it marks its thoughts
-    grammars: bool = False  # its answers can be made to follow a grammar
-    pooling: Literal["", "mean", "last"] = ""  # how it makes embeddings; empty: it makes none
+    kv_events: bool = True  # the worker publishes events about its KV cache
+    parity: dict[str, str] = {}  # text processing: stage -> digest (text/parity.py)
+    tool_parser: str = ""  # the parser of the model's tool calls (dialects); empty: no tool calls
+    reasoning_parser: str = ""  # the parser of the model's reasoning; empty: no reasoning
+    grammars: bool = False  # grammars are supported
+    pooling: Literal["", "mean", "last"] = ""  # the pooling of embeddings; empty: no embeddings
     embedding_size: Count = 0
-    adapters: list[str] = []  # LoRA adapters: models by these names
-    pairing: dict[str, str] = {}  # what prefill and decode workers must have in common to hand over KV caches
-    single_use_handoffs: bool = (
-        False  # a hand-off that one worker may have begun to take cannot be given to a second one
-    )
+    adapters: list[str] = []  # names of the LoRA adapters, which clients use as model names
+    pairing: dict[str, str] = {}  # must be equal on prefill and decode workers that hand over KV caches
+    single_use_handoffs: bool = False  # a hand-off that a decode worker may have begun to fetch cannot be used again
 
     def serves(self, name: str) -> bool:
-        """Whether that is the model, or one of its adapters."""
+        """Whether `name` is the model, or one of its adapters."""
         return name == self.model or name in self.adapters
 
 
@@ -71,15 +69,15 @@ FRONTEND = "frontend"
 
 
 def unlike(theirs: Mapping[str, str], ours: Mapping[str, str], they: str, we: str) -> str:
-    """What two workers' `pairing` does not have in common, in words; empty when they can hand over KV caches."""
+    """Returns the first difference between two workers' `pairing`, in words; empty when they can hand over KV caches."""
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
-            return f"{name} is {theirs.get(name, 'not said')} on {they} and {ours.get(name, 'not said')} on {we}"
+            return f"{name} is {theirs.get(name, 'not set')} on {they} and {ours.get(name, 'not set')} on {we}"
     return ""
 
 
 def parse(key: str, value: bytes) -> Instance | None:
-    """None, with a warning, for what no version of ours has written, and for an entry under another one's key."""
+    """Decodes an entry. Returns None, with a warning, for a malformed entry and for one whose key and value disagree."""
     instance = decoded(decode, value, f"{key[:200]!r} in discovery")
     if instance is not None and not key.endswith(f"/{_role(instance)}/{instance.id}"):
         limited.warning("misplaced", key, "ignoring %r in discovery: its value names %r", key[:200], instance.id[:100])
@@ -96,7 +94,7 @@ def prefix(namespace: str) -> str:
 
 
 def frontends(namespace: str) -> str:
-    """Prefix of the frontends among them."""
+    """The key prefix of all frontends."""
     return f"{prefix(namespace)}{FRONTEND}/"
 
 

@@ -1,6 +1,6 @@
-"""The event plane: what workers' KV caches hold, how busy they are, and what frontends have placed on them.
+"""The event plane: the contents of workers' KV caches, their load, and the requests that frontends placed.
 
-Messages may be lost: KV events have ids that make it noticeable, the others are whole sums that the next one replaces.
+Messages may be lost. KV events have ids that reveal a gap; the other messages hold totals, which the next one replaces.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dynserve.wire.numbers import BlockHash, Count
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """Blocks that can be reused from now on: a chain, each the child of the one before; the first is `parent`'s child.
+    """The event that blocks were cached: a chain, where each block is the child of the one before, the first of `parent`.
 
-    Hashes are the rolling ones (each names its whole prefix); `parent` is None for a chain that begins a prompt.
+    Hashes are rolling hashes (each identifies its whole prefix); `parent` is None for a chain that begins a prompt.
     """
 
     parent: BlockHash | None
@@ -23,20 +23,20 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="r"):
-    """Blocks that are gone, children before their parents: no block is ever there without all before it."""
+    """The event that blocks were evicted, children before parents: a cached block always has its whole prefix cached."""
 
     hashes: list[BlockHash]
 
 
 class Cleared(msgspec.Struct, frozen=True, array_like=True, tag="c"):
-    """Nothing is cached any more."""
+    """The event that the whole cache was cleared."""
 
 
 KvEvent = Stored | Removed | Cleared
 
 
 class KvEvents(msgspec.Struct, frozen=True, array_like=True):
-    """A batch. `events[i]` has the id `first_id + i`; ids of one epoch are consecutive."""
+    """A batch of events. `events[i]` has the id `first_id + i`; ids of one epoch are consecutive."""
 
     instance_id: str
     epoch: Count
@@ -45,18 +45,18 @@ class KvEvents(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """A worker's own word on how busy it is."""
+    """The load of a worker, as the worker measures it."""
 
     running: Count = 0
     waiting: Count = 0
     free_blocks: Count = 0
     total_blocks: Count = 0
     open_handoffs: Count = 0
-    begun_tokens: Count = 0  # computed already, of prompts that are not done; those found in the cache are not counted
+    begun_tokens: Count = 0  # tokens already computed in unfinished prefills, without those found in the cache
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """`event_id` is the last KV event that was published before: a frontend that lacks it has missed some."""
+    """A worker's load. `event_id`: the last KV event published before it; a frontend without that event has a gap."""
 
     instance_id: str
     load: Load
@@ -65,7 +65,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Share(msgspec.Struct, frozen=True, array_like=True):
-    """What one frontend has placed on one worker and not seen ended."""
+    """The load of one frontend's unfinished requests on one worker."""
 
     worker: str
     prefill_tokens: Count
@@ -74,7 +74,7 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Shares(msgspec.Struct, frozen=True, array_like=True):
-    """A frontend's own charges, as sums: those that changed, or (`whole`) all that it has."""
+    """The shares of one frontend, as totals: those that have changed, or (`whole`) all of them."""
 
     frontend_id: str
     whole: bool

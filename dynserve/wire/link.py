@@ -1,6 +1,6 @@
-"""The link between one worker and one frontend: what each side says.
+"""The messages of the link between one worker and one frontend.
 
-A frame is a msgpack array of messages: all that one side sends in one turn of its event loop. Messages are arrays with a
+A frame is a msgpack array of all messages that one side sends in one turn of its event loop. Messages are arrays with a
 small integer in front (msgspec's array-like tagged structs). Most tokens travel in `StepTokens`, one message for all
 sequences of an engine step; `Tokens` carries those that do not fit into its columns.
 """
@@ -14,26 +14,26 @@ import msgspec
 from dynserve.wire.numbers import BlockHash, Count, Seconds, TokenId
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
-VERSION = 3  # of what follows; a field at a struct's end does not change it
+VERSION = 3  # of the messages below; a new field at the end of a struct does not change it
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of a whole answer, over all phases, and what this phase cost (seconds)."""
+    """Token counts of a whole answer, over all phases, and the durations of this phase."""
 
     prompt_tokens: Count
     completion_tokens: Count
     cached_tokens: Count
     queue_s: Seconds = 0.0
     transfer_s: Seconds = 0.0
-    prefill_s: Seconds = 0.0  # from leaving the queue to the first token
-    reasoning_tokens: Count = 0  # those of the completion that were a thought
+    prefill_s: Seconds = 0.0  # from the end of queueing to the first token
+    reasoning_tokens: Count = 0  # the part of `completion_tokens` that was reasoning
 
 
 # worker to frontend
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message of a worker. `epoch` changes with every start of the process; `frontend_id` is whom it looks for."""
+    """The first message of a worker. `epoch`: changes with every start of the process. `frontend_id`: the expected peer."""
 
     instance_id: str
     epoch: Count
@@ -42,7 +42,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
-    """New tokens of one stream and the bytes that the client reads for them (maybe none: an unfinished character)."""
+    """New tokens of one stream, and the bytes to send to the client for them (maybe none: an incomplete character)."""
 
     stream: Count
     data: bytes
@@ -51,8 +51,8 @@ class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
 
 
 class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
-    """What an engine step mostly is: one token each of many streams, in three columns of one length. `data` is what the
-    client reads for it, as in `Tokens`."""
+    """The usual result of an engine step: one token each of many streams, in three columns of equal length. `data`: the
+    bytes to send to the client, as in `Tokens`."""
 
     streams: list[Count]
     token_ids: list[TokenId]
@@ -60,7 +60,7 @@ class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The stream's last message: last tokens, last bytes. With a hand-off the answer goes on at a decode worker."""
+    """The last message of a stream: last tokens, last bytes. With a hand-off the answer continues at a decode worker."""
 
     stream: Count
     data: bytes
@@ -75,19 +75,19 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
     stream: Count
     code: str
     message: str
-    param: str | None = None  # the field that is at fault
+    param: str | None = None  # the invalid field
 
 
 class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Acknowledges a request, whichever road it came by."""
+    """The acknowledgement of a request, whichever transport carried it."""
 
     stream: Count
     ack: Ack
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """A part of the worker's prefix index, valid once `last` is seen; events after `event_id` apply on top. `request` is
-    that of the `SnapshotRequest` it answers."""
+    """A part of the worker's prefix index, valid once the part with `last` has arrived. Events after `event_id` apply on
+    top. `request`: copied from the `SnapshotRequest`."""
 
     epoch: Count
     event_id: Annotated[int, msgspec.Meta(ge=-1)]
@@ -101,7 +101,7 @@ class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """A decode stream begins without the hand-off that it was given: whoever left that one still holds its blocks."""
+    """A report that a decode stream starts without its hand-off, whose blocks are still allocated on the prefill worker."""
 
     stream: Count
 
@@ -110,20 +110,20 @@ class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
-    """First message of a frontend, in answer to `Hello`."""
+    """The first message of a frontend, in reply to `Hello`."""
 
     frontend_id: str
     version: int = VERSION
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
-    """Stop the stream, and give up a hand-off that it left behind. No answer follows."""
+    """A request to stop the stream and to free the blocks of its hand-off, if any. No reply follows."""
 
     stream: Count
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
-    """A request on the spare road: NATS is down, found nobody or was silent, or the request is larger than it carries."""
+    """A request sent over the link as fallback: NATS is down, has no subscriber, timed out, or the request is too large."""
 
     request: GenerateRequest
 
@@ -133,7 +133,7 @@ class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
 
 
 class HandoffDone(msgspec.Struct, frozen=True, array_like=True, tag=26):
-    """The hand-off that the stream left has done its work: its decode worker has answered. No answer follows."""
+    """A report that the stream's hand-off is not needed any more: its decode worker has answered. No reply follows."""
 
     stream: Count
 

@@ -1,5 +1,5 @@
-"""Numbers on the wire, with the bounds that decoding holds them to: not negative, not infinite, and not NaN, which no
-comparison is true of and which would spread through every sum that it gets into."""
+"""Number types of messages, with bounds that decoding enforces. Most exclude negative numbers, infinity and NaN: every
+comparison with NaN is false, and every sum with it is NaN."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The request plane: one request to one chosen instance, and the acknowledgement that comes back.
+"""The request plane: one request to one chosen instance, and its acknowledgement.
 
-A `GenerateRequest` is all that a worker needs; nothing below the frontend knows OpenAI's JSON.
+A `GenerateRequest` holds everything that a worker needs; workers never parse OpenAI's JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pooling = Literal["mean", "last"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token is chosen. `temperature` 0 is greedy; `seed` is always set, so any worker draws the same."""
+    """The sampling of tokens. `temperature` 0 is greedy. `seed` is always set, so all workers draw the same tokens."""
 
     temperature: Temperature = 1.0
     top_p: Fraction = 1.0
@@ -38,17 +38,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: Shift = 0.0
     repetition_penalty: Factor = 1.0
     logit_bias: dict[TokenId, Shift] = {}
-    logprobs: Count | None = None  # None: none; 0: of the sampled token; k: of the k likeliest as well
-    prompt_logprobs: bool = False  # and of the prompt's tokens: they come in front of those of the first token
+    logprobs: Count | None = None  # None: off; 0: only the sampled token; k: also the k likeliest tokens
+    prompt_logprobs: bool = False  # also for the prompt's tokens, before those of the first sampled token
 
     @property
     def greedy(self) -> bool:
-        # below this, dividing by the temperature overflows; the likeliest token is certain long before
+        # below this, division by the temperature overflows; the likeliest token is already certain at this value
         return self.temperature < 1e-5 or self.top_k == 1
 
 
 class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """When the answer ends."""
+    """The conditions that end an answer."""
 
     max_tokens: Count
     min_tokens: Count = 0
@@ -59,7 +59,7 @@ class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class ReasoningTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids around what a model thinks before it answers; `open`: the prompt has begun a thought already."""
+    """The token ids around a model's reasoning. `open`: the prompt has already opened the reasoning."""
 
     begin: TokenId
     end: TokenId
@@ -67,10 +67,10 @@ class ReasoningTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A grammar that the answer follows, from behind the model's thought where it has one.
+    """A grammar that the answer follows, after the model's reasoning, if any.
 
     `text` is a JSON schema, a regular expression, an EBNF grammar with the rule `root`, or a structural tag (xgrammar's
-    JSON description of tagged formats, which TensorRT-LLM takes too).
+    JSON description of tagged formats, which TensorRT-LLM accepts too).
     """
 
     kind: Literal["json", "regex", "grammar", "structural_tag"]
@@ -79,15 +79,15 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ReasoningParsing(msgspec.Struct, frozen=True, kw_only=True):
-    """The parser that keeps thoughts out of the answer; `open`: the prompt ends within a thought."""
+    """The parser that separates reasoning from the answer. `open`: the prompt ends within reasoning."""
 
     parser: str
     open: bool = False
 
 
 class ToolParsing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The parser that makes tool calls of text. `enforced`: a grammar holds the calls, so they may be shown as they grow.
-    `named`: the client has chosen the tool itself."""
+    """The parser that converts text to tool calls. `enforced`: a grammar enforces the calls, so they can be streamed.
+    `named`: the client has chosen the tool by name."""
 
     parser: str
     names: tuple[str, ...]
@@ -96,7 +96,7 @@ class ToolParsing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the client wants to see; the worker makes these bytes."""
+    """The options with which the worker renders the bytes of the answer."""
 
     kind: Literal["chat", "completion", "response", "message", "embedding"]
     response_id: str
@@ -104,11 +104,11 @@ class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     created: Count  # seconds since 1970
     stream: bool = False
     usage: bool = False  # a last chunk with the token counts
-    continuous_usage: bool = False  # and counts so far in every chunk
+    continuous_usage: bool = False  # the token counts so far in every chunk
     logprobs: Count | None = None
     skip_special_tokens: bool = True
     index: Count = 0
-    part: bool = False  # one of several choices: the frontend makes what is around them
+    part: bool = False  # one of several choices, which the frontend joins
     echo: bool = False  # the prompt's text first
     reasoning: ReasoningParsing | None = None
     tools: ToolParsing | None = None
@@ -117,16 +117,16 @@ class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     base64: bool = False  # an embedding as base64 of little-endian float32
 
 
-UNLIKELY = -9999.0  # for a probability that an engine did not give, or gave as no number; JSON has no infinity
+UNLIKELY = -9999.0  # for a log-probability that is missing, infinite or NaN; JSON has no infinity
 
 
 def finite(logprob: float) -> float:
-    """The log-probability itself, where it is one: a model whose numbers overflow must not cost others their link."""
+    """Returns a valid log-probability, or else `UNLIKELY`: one invalid number must not break the link for all requests."""
     return logprob if UNLIKELY <= logprob <= 1e6 else UNLIKELY
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probability of one sampled token, and of the likeliest tokens at its position, best first."""
+    """The natural-log probability of one sampled token, and of the likeliest tokens at its position, best first."""
 
     token_id: TokenId
     logprob: Logprob
@@ -134,7 +134,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What earlier phases of the same request already gave to the client."""
+    """The output that earlier phases of the same request have already sent to the client."""
 
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] = []
@@ -142,9 +142,9 @@ class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished prefill's KV cache, waiting on its owner for a decode worker to take it.
+    """The KV cache of a finished prefill, which its owner keeps for a decode worker.
 
-    `state` is the executor's own: for the torch executor the transceiver's address and memory layout, for
+    `state` depends on the executor: for the torch executor the transceiver's address and memory layout, for
     TensorRT-LLM its `disaggregated_params`.
     """
 
@@ -154,14 +154,14 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     sequence_hash: BlockHash  # rolling hash over the whole prompt, salt included
     num_tokens: Count
     num_bytes: Count
-    ttl_s: Seconds  # from the moment the owner wrote this; clocks are not shared
+    ttl_s: Seconds  # time to live, from the creation of this message; clocks are not shared
     state: bytes
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One answer that is to be generated: its prompt, and how it is sampled, ended, constrained and rendered.
+    """One answer to generate: its prompt, sampling, stop conditions, rendering and grammar.
 
-    `prompt` holds token ids as little-endian u32: compact, and the very bytes that block hashes are made of.
+    `prompt` holds token ids as little-endian u32: compact, and the exact input of block hashes.
     """
 
     prompt: bytes
@@ -173,36 +173,36 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         if len(self.prompt) % 4:
-            raise ValueError("the prompt is not made of 4-byte token ids")
+            raise ValueError(f"the prompt has {len(self.prompt)} bytes, which is not a multiple of 4 (u32 token ids)")
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return len(self.prompt) // 4
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether every position of the prompt has to be computed, so that nothing of it may come from a cache."""
+        """Whether every position of the prompt must be computed, without the prefix cache."""
         return self.pooling is not None or self.sampling.prompt_logprobs
 
 
 class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """A `Generation` on its way to one worker, for one phase."""
+    """A `Generation` for one worker and one phase."""
 
     id: str
-    stream: Count  # names the answer on the link to `reply_to`; never reused by a frontend
+    stream: Count  # identifies the answer on the link to `reply_to`; a frontend never reuses it
     reply_to: str
     model: str
     phase: Phase
     timeout_s: Seconds
     cache_salt: str = ""
     adapter: str = ""  # name of a LoRA adapter; empty: the model itself
-    priority: int = 0  # higher goes first, where the engine has a queue in order of priority
+    priority: int = 0  # higher goes first, where the engine has a priority queue
     prior: PriorOutput | None = None
     handoff: Handoff | None = None
 
 
-# The fields of a `Generation`, for the request that carries it to a worker.
+# Returns the fields of a `Generation`, from which a `GenerateRequest` is made.
 fields_of = msgspec.structs.asdict
 
 
@@ -211,21 +211,21 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
 
 class Busy(msgspec.Struct, frozen=True, tag="busy"):
-    """The queue is full; another worker may not be."""
+    """The worker's queue is full; another worker may accept the request."""
 
     waiting: Count
 
 
 class Draining(msgspec.Struct, frozen=True, tag="draining"):
-    """The worker is leaving."""
+    """The worker is shutting down and accepts no requests."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """This worker cannot serve this request, now or later."""
+    """The worker cannot serve this request, now or later."""
 
     code: str
     message: str
-    param: str | None = None  # the field that is at fault
+    param: str | None = None  # the invalid field
 
 
 Ack = Accepted | Busy | Draining | Refused
@@ -236,7 +236,7 @@ decode_ack = msgspec.msgpack.Decoder(Ack).decode
 
 
 def pack_tokens(token_ids: list[int]) -> bytes:
-    """Token ids as little-endian u32."""
+    """Returns token ids as little-endian u32."""
     return array("I", token_ids).tobytes()
 
 
@@ -248,6 +248,6 @@ def unpack_tokens(packed: bytes) -> list[int]:
     return array("I", packed).tolist()
 
 
-# `array("I")` writes the machine's own order and width; every machine that serves models has this one.
+# `array("I")` uses the machine's byte order and int width; the wire format needs little-endian and 4 bytes.
 if array("I", [1]).tobytes() != b"\x01\x00\x00\x00":
     raise ImportError("dynserve needs a little-endian machine with 4-byte ints")

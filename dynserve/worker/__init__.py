@@ -1,1 +1,1 @@
-"""The worker role: an executor on the planes."""
+"""The worker role: an executor that serves requests over the planes."""

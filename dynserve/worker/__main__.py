@@ -29,7 +29,7 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
         sock = bind(config.system_host, config.system_port, "--system-port")
         system_url = url_of(sock)
         await stack.enter_async_context(serving(system_app(lambda: workers), sock))
-        # torch takes a second to import: that second is there while the planes are waited for
+        # torch takes a second to import, which overlaps with the wait for the planes
         importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
         planes = await stack.enter_async_context(open_planes(config, instance_id))
         await importing
@@ -38,7 +38,7 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
         settle_memory()
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
-        log.info("%s leaves: finishing what it has", instance_id)
+        log.info("%s stops: it accepts no new requests and finishes the open ones", instance_id)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

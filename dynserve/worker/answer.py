@@ -1,4 +1,4 @@
-"""One answer: from the executor's outputs to messages on the link. Runs once per token, so it only renders and sends."""
+"""One answer: turns the executor's outputs into messages on the link. Runs once per token, so it only renders and sends."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ log = logging.getLogger(__name__)
 
 
 class Answer:
-    """`ended(outcome)` is called once: `finished`, `handed off` or `failed`. A cancelled answer is just closed."""
+    """The answer to one request. Calls `ended(self, outcome)` once, with `finished`, `handed off` or `failed`; a cancelled
+    answer is closed without that call."""
 
     def __init__(
         self, request: GenerateRequest, link: Link, vocabulary: Vocabulary, ended: Callable[[Answer, str], None]
     ) -> None:
         self.request, self.link = request, link
-        self.ticket = 0  # set once the executor has taken the request
+        self.ticket = 0  # set once the executor has accepted the request
         self._ended = ended
         self._closed = False
-        self._first: Output | None = None  # knows what the prompt has cost
+        self._first: Output | None = None  # has the cached tokens and times of the prompt
         self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
         if request.prior is not None:
             self._renderer.replay(request.prior)
 
     def start(self, executor: Executor) -> None:
-        """Raises CallerError for a request that cannot run."""
+        """Submits the request. Raises CallerError for a request that cannot run."""
         self._executor = executor
         self.ticket = executor.submit(self.request, self._deliver)
         self._timer = asyncio.get_running_loop().call_later(self.request.timeout_s, self._overdue)
 
     def close(self) -> None:
-        """Nothing more is sent. The executor drops the request, and a hand-off that it left."""
+        """Stops sending. The executor drops the request and its hand-off, if there is one."""
         self._closed = True
         self._timer.cancel()
         self._executor.abort(self.ticket)
@@ -86,12 +87,12 @@ class Answer:
             self._finish(output, data, output.reason)
 
     def _finish(self, output: Output, data: bytes, reason: str) -> None:
-        told = output if output.reason is not None or self._first is None else self._first
+        accounted = output if output.reason is not None or self._first is None else self._first
         if not self.request.prior:
-            self._renderer.cached_tokens = told.cached_tokens
+            self._renderer.cached_tokens = accounted.cached_tokens
         last, usage = self._renderer.finish(reason, output.stop_token)
         usage = msgspec.structs.replace(
-            usage, queue_s=told.queue_s, transfer_s=told.transfer_s, prefill_s=told.prefill_s
+            usage, queue_s=accounted.queue_s, transfer_s=accounted.transfer_s, prefill_s=accounted.prefill_s
         )
         self.link.send(
             Finished(self.request.stream, data + last, output.token_ids, reason, usage, None, output.logprobs)

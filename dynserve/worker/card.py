@@ -1,4 +1,4 @@
-"""What a worker says of its model beyond numbers: how it writes calls and thoughts, and how it makes embeddings."""
+"""The parts of a worker's card that depend on its model: the tool and reasoning parsers, and the pooling of embeddings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dynserve.model_files import model_config
 
 
 def answer_parsers(config: WorkerConfig, template: str) -> tuple[str, str]:
-    """Names of the tool and the reasoning parser, empty for none; `auto` goes by the chat template."""
-    tools, thoughts = config.tool_call_parser, config.reasoning_parser
+    """Returns the names of the tool and reasoning parser, empty for none; `auto` detects them from the chat template."""
+    tools, reasoning = config.tool_call_parser, config.reasoning_parser
     if tools == "auto":
         tools = detect_tools(template, model_config(Path(config.model_path)))
-    if thoughts == "auto":
-        thoughts = detect_reasoning(template)
-    return "" if tools == "none" else tools, "" if thoughts == "none" else thoughts
+    if reasoning == "auto":
+        reasoning = detect_reasoning(template)
+    return "" if tools == "none" else tools, "" if reasoning == "none" else reasoning
 
 
 def pooling(config: WorkerConfig) -> Literal["", "mean", "last"]:
-    """`auto` goes by the folder's sentence-transformers configuration; without one it is the mean."""
+    """Returns how embeddings are pooled, empty for no embeddings. `auto` reads the folder's sentence-transformers
+    configuration; without one it is the mean."""
     if config.pooling == "none":
         return ""
     if config.pooling != "auto":

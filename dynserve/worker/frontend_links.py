@@ -1,4 +1,4 @@
-"""A worker's links to all frontends: dialled as discovery names them, and kept for as long as they hold."""
+"""A worker's links to all frontends: one is dialled for each frontend in discovery, and kept while it is connected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEADY = 2.0  # seconds after which a link that ended is dialled again at once
 
 
 class FrontendLink:
-    """The link to one frontend, dialled again whenever it ends while the frontend is `wanted`. Also its message handler."""
+    """The link to one frontend, dialled again whenever it ends while `wanted` is set. Also the link's message handler."""
 
     def __init__(self, frontend: FrontendInstance, worker: Worker, links: Links) -> None:
         self.frontend, self._worker, self._links = frontend, worker, links
@@ -41,7 +41,7 @@ class FrontendLink:
                     self._worker.linked(self.frontend.id, self._link)
                     if not self._link.closed:
                         await self._ended.wait()
-                    if clock() - began > STEADY:  # one that is turned away is not to hammer
+                    if clock() - began > STEADY:  # a link that is refused at once is dialled ever more slowly
                         backoff.reset()
                 await asyncio.sleep(backoff.next())
         finally:
@@ -57,8 +57,8 @@ class FrontendLink:
 
 
 class FrontendLinks:
-    """A link to each frontend that discovery knows. One that leaves discovery keeps its link for as long as that holds:
-    its registration may have been lost, and its streams must not be lost with it."""
+    """A link to each frontend in discovery. A frontend that disappears from there keeps its link while it is connected:
+    only its registration may have been lost, and its streams must not end for that."""
 
     def __init__(self, worker: Worker, links: Links, tasks: OwnedTasks) -> None:
         self._worker, self._links, self._tasks = worker, links, tasks

@@ -1,4 +1,4 @@
-"""The KV journal: a worker's prefix cache as numbered events, with a snapshot for whoever missed some."""
+"""The KV journal: changes of a worker's prefix cache as numbered events, with a snapshot for frontends that missed some."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ MAX_BATCH = 2_000  # events per message: under NATS's megabyte unless prompts ar
 
 
 class KvJournal:
-    """Numbers events from 1, mirrors what they add up to, and keeps what was not published yet."""
+    """Numbers events from 1, keeps the set of cached hashes that results from them, and queues events until they are
+    published."""
 
     def __init__(self, instance_id: str, epoch: int, wake: Callable[[], None]) -> None:
         self._instance_id, self._epoch, self._wake = instance_id, epoch, wake
@@ -34,16 +35,16 @@ class KvJournal:
         self._last_id += len(events)
         self._pending += events
         if len(self._pending) > MAX_PENDING:
-            self._pending.clear()  # the gap in ids makes every frontend ask for a snapshot
+            self._pending.clear()  # the gap in ids makes every frontend request a snapshot
         self._wake()
 
     @property
     def published(self) -> int:
-        """The last event that was taken."""
+        """The id of the last event that `next_batch` returned, or that was dropped."""
         return self._last_id - len(self._pending)
 
     def next_batch(self) -> KvEvents | None:
-        """What is to be published next, as one batch."""
+        """Removes and returns the next events to publish, or None."""
         if not self._pending:
             return None
         first = self.published + 1

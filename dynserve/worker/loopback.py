@@ -1,4 +1,4 @@
-"""`Loopback`: the link of a request that a worker asks of itself."""
+"""`Loopback`: the link for a request that a worker sends to itself."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dynserve.wire.requests import Accepted, Ack, GenerateRequest, Refused
 log = logging.getLogger(__name__)
 
 TIMEOUT = 120.0  # seconds until the answer must be there
-AGAIN = 2.0  # seconds until the request is sent once more: NATS may lose one
+AGAIN = 2.0  # seconds until the request is sent again: NATS may lose one
 
 
 class Loopback:
-    """It ends where it begins, and waits for one answer."""
+    """A link whose messages stay in this process. It waits for one answer."""
 
     def __init__(self) -> None:
         self.name = f"self-{token_hex(4)}"
         self.closed = False
         self._messages: Channel[Any] = Channel(1000)
-        self._problem = ""  # the latest, which may pass
+        self._problem = ""  # the latest one; it may be temporary
 
     def send(self, message: Any) -> None:
         self._messages.put(message)
@@ -41,11 +41,11 @@ class Loopback:
     def abort(self, reason: str) -> None:
         self.closed = True
 
-    async def ask(self, bus: Bus, subject: str, request: GenerateRequest) -> None:
-        """Returns when the request is answered. It goes out as often as that takes; a worker takes it once.
+    async def submit(self, bus: Bus, subject: str, request: GenerateRequest) -> None:
+        """Returns when the request is answered. Sends it again until then; a worker runs it only once.
 
         Raises:
-            InternalError: it was refused, it failed, or there was no answer in time.
+            InternalError: the request was refused or failed, or there was no answer in time.
         """
         payload = requests.encode(request)
         try:
@@ -59,20 +59,28 @@ class Loopback:
                     except ClusterError as error:
                         self._problem = str(error)
                         await asyncio.sleep(AGAIN)
-                    log.info("%s: no answer yet %s", request.id, self._problem and f"({self._problem})")
+                    log.info(
+                        "%s: no answer yet, sending the request again %s",
+                        request.id,
+                        self._problem and f"({self._problem})",
+                    )
         except TimeoutError:
             why = f": {self._problem}" if self._problem else ""
             raise InternalError(f"the {request.id} took longer than {TIMEOUT:.0f} s{why}") from None
 
     def _replied(self, stream: int, payload: bytes | None) -> None:
-        """The bus has something to say itself."""
+        """Handles a reply of the bus: an acknowledgement, or None when the subject is not served."""
         if payload is None:
-            self._problem = "nobody serves its subject on NATS"
+            self._problem = "no process serves this worker's subject on NATS"
         elif (ack := decoded(requests.decode_ack, payload, "an acknowledgement")) is not None:
             self.send(SubmitReply(stream, ack))
 
     async def _finished(self) -> bool:
-        """False when it has taken so long that the request may be lost."""
+        """Waits for the answer. Returns False when none came within `AGAIN` seconds and the request may be lost.
+
+        Raises:
+            InternalError: the request was refused or failed.
+        """
         deadline = asyncio.get_running_loop().time() + AGAIN
         while True:
             try:
@@ -85,7 +93,7 @@ class Loopback:
                     case Finished():
                         return True
                     case SubmitReply(ack=ack) if not isinstance(ack, Accepted):
-                        raise InternalError(f"this worker refuses its own request: {_in_words(ack)}")
+                        raise InternalError(f"this worker refused its own request: {_in_words(ack)}")
                     case Failed(message=text):
                         raise InternalError(f"this worker's own request failed: {text}")
 

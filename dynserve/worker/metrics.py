@@ -1,4 +1,4 @@
-"""A worker's `/metrics`, in Prometheus's format: read from the workers per scrape."""
+"""A worker's `/metrics` in Prometheus's format, read from the workers at each scrape."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dynserve.worker.worker import Worker
 
 
 class WorkerMetrics:
-    """Reads the workers when it is asked; they themselves only count in plain dicts. Those of several KV caches of one
-    engine are told apart by the label `rank`."""
+    """Reads the workers' plain counters at each scrape. The label `rank` distinguishes the workers of an engine with
+    several KV caches."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -36,9 +36,7 @@ class _WorkerCollector(Collector):
         yield GaugeMetricFamily("dynserve_worker_ready", "1 when registered", float(ready))
         if not workers:
             return
-        requests = CounterMetricFamily(
-            "dynserve_worker_requests", "Requests by what became of them", labels=["what", *names]
-        )
+        requests = CounterMetricFamily("dynserve_worker_requests", "Requests by outcome", labels=["what", *names])
         for worker, rank in zip(workers, ranks, strict=True):
             for what in ("accepted", "finished", "failed", "cancelled", "refused"):
                 requests.add_metric([what, *rank], worker.counts[what])

@@ -1,5 +1,4 @@
-"""How a worker begins and ends to serve: the parts are opened in the order in which they depend on each other, and closed
-in reverse."""
+"""Start and stop of a worker's service: its parts are opened in the order of their dependencies, and closed in reverse."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from dynserve.worker.worker import Worker
 async def serving_worker(
     config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
 ) -> AsyncIterator[Worker]:
-    """A worker that serves: warmed up, registered, linked to every frontend. Leaving drains it first."""
+    """Yields a worker that serves: warmed up, registered, linked to every frontend. Drains it at the end of the block."""
     worker = Worker(config, executor, planes, instance_id)
     async with planes.bus.serve(worker.subject, worker.accept):
         await worker.warm_up()
@@ -43,7 +42,7 @@ async def serving_worker(
 
 
 def new_instance_id(role: str) -> str:
-    """Readable in logs and unique: `prefill-1f6c0a52b9d3`."""
+    """Returns a unique id that is readable in logs, as `prefill-1f6c0a52b9d3`."""
     return f"{role.replace('_', '-')}-{token_hex(6)}"
 
 
@@ -51,8 +50,8 @@ def new_instance_id(role: str) -> str:
 async def serving_targets(
     config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
 ) -> AsyncIterator[list[Worker]]:
-    """A worker for each target of the executor: one, or several where an engine has several KV caches. Those leave
-    together: while one drains, another must not be given anything new."""
+    """Yields a worker for each target of the executor: one, or several when an engine has several KV caches. Those stop
+    together: while one drains, the others must not accept new requests."""
     targets = executor.targets
     if len(targets) == 1:
         async with serving_worker(config, executor, planes, instance_id, system_url) as worker:

@@ -13,8 +13,8 @@ from dynserve.worker.worker import Worker
 
 
 def system_app(get_workers: Callable[[], Sequence[Worker]]) -> FastAPI:
-    """`get_workers` gives none until the executor is open: the server answers from the first second on. There are several
-    when one engine has several KV caches."""
+    """Makes the system server's app. It answers before the executor is open, while `get_workers` still returns an empty
+    list. The list has several workers when one engine has several KV caches."""
     app = FastAPI(title="dynserve worker", docs_url=None, redoc_url=None)
     metrics = WorkerMetrics(get_workers)
 
@@ -24,11 +24,11 @@ def system_app(get_workers: Callable[[], Sequence[Worker]]) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        told = [_told(worker) for worker in get_workers()]
-        if not told:
+        reports = [_health_of(worker) for worker in get_workers()]
+        if not reports:
             return JSONResponse({"status": "starting"}, 503)
-        worst = next((one["status"] for one in told if one["status"] != "ready"), "ready")
-        body = told[0] if len(told) == 1 else {"status": worst, "ranks": told}
+        worst = next((one["status"] for one in reports if one["status"] != "ready"), "ready")
+        body = reports[0] if len(reports) == 1 else {"status": worst, "ranks": reports}
         return JSONResponse(body, 200 if worst == "ready" else 503)
 
     @app.get("/metrics")
@@ -45,7 +45,7 @@ def system_app(get_workers: Callable[[], Sequence[Worker]]) -> FastAPI:
     return app
 
 
-def _told(worker: Worker) -> dict[str, Any]:
+def _health_of(worker: Worker) -> dict[str, Any]:
     load = worker.executor.load()
     return {
         "status": "draining" if worker.draining else "ready" if worker.ready else "starting",
@@ -55,5 +55,5 @@ def _told(worker: Worker) -> dict[str, Any]:
         "frontends": list(worker.links),
         "load": {name: getattr(load, name) for name in load.__struct_fields__},
         "requests": dict(worker.counts),
-        **({"executor": said} if (said := dict(worker.executor.describe())) else {}),
+        **({"executor": state} if (state := dict(worker.executor.describe())) else {}),
     }

@@ -1,4 +1,4 @@
-"""`Worker`: takes requests from the planes, gives them to its executor, and publishes its cache and its load."""
+"""`Worker`: accepts requests from the planes, submits them to its executor, and publishes KV events and load."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
 STEADY = 2.0  # seconds after which a link that ended is dialled again at once
-MAX_DONE = 20_000  # ended requests that a late copy is compared with
+MAX_DONE = 20_000  # ended requests that are remembered, so that a late copy of one is not run
 
 
 class Worker:
-    """One executor on the planes. Requests come in through `accept` (NATS) or over a link; both end in `take`."""
+    """One executor on the planes. Requests arrive through `accept` (NATS) or over a link; both call `take`."""
 
     def __init__(self, config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str) -> None:
         self.config, self.executor, self._planes = config, executor, planes
@@ -66,8 +66,8 @@ class Worker:
         self._vocabulary = Vocabulary(preprocessor.tokenizer)
         self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.template)
         self._answers: dict[tuple[str, int], Answer] = {}
-        self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend says that it is done with them
-        self._done: dict[tuple[str, int], None] = {}  # the latest that ended, oldest first
+        self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend sends HandoffDone or Cancel
+        self._done: dict[tuple[str, int], None] = {}  # the latest that ended; oldest first
         self._links: dict[str, Link] = {}
         self._new_events = asyncio.Event()
         self._journal = KvJournal(instance_id, self.epoch, self._new_events.set)
@@ -120,12 +120,12 @@ class Worker:
     # requests
 
     def accept(self, payload: bytes) -> bytes | None:
-        """The request plane's handler. The acknowledgement goes over the link, as the answer will; back over the bus where
-        there is none."""
+        """Handles a request from the bus. Acknowledges it over the link, as it will be answered; without a link, returns
+        the acknowledgement as the bus's reply."""
         try:
             request = requests.decode_request(payload)
         except MALFORMED as error:
-            return requests.encode(Refused(InternalError.code, f"not a request of this version: {error}"))
+            return requests.encode(Refused(InternalError.code, f"the request is not of this version: {error}"))
         link = self._links.get(request.reply_to)
         if link is None:
             return requests.encode(self.take(request))
@@ -133,10 +133,10 @@ class Worker:
         return None
 
     def take(self, request: GenerateRequest) -> Ack:
-        """Starts the request, or says why not. Taking the same request twice is taking it once."""
+        """Starts the request, or returns why it cannot. A second copy of the same request is acknowledged but not run."""
         key = (request.reply_to, request.stream)
         if key in self._answers or key in self._handed_off or key in self._done:
-            return Accepted()  # it came by both roads, maybe long after it was cancelled
+            return Accepted()  # it came over NATS and the link, maybe long after it was cancelled
         if self.draining:
             return Draining()
         link = self._links.get(request.reply_to)
@@ -145,7 +145,7 @@ class Worker:
         if request.model != self.config.model_name:
             return Refused(Unavailable.code, f"this worker serves {self.config.model_name}, not {request.model}")
         waiting = self.executor.load().waiting
-        if waiting >= self.config.max_queue or len(self._answers) >= self._most_answers:
+        if waiting >= self.config.max_queue or len(self._answers) >= self._max_answers:
             return Busy(waiting)
         try:
             answer = Answer(request, link, self._vocabulary, self._ended)
@@ -153,7 +153,7 @@ class Worker:
         except (CallerError, ClusterError, InternalError) as error:
             self.counts["refused"] += 1
             return Refused(error.code, str(error), error.param)
-        except Exception as error:  # one request must never cost the link that it came by
+        except Exception as error:  # one request must never end the link that it came over
             log.exception("request %s cannot be started", request.id)
             self.counts["refused"] += 1
             return Refused(InternalError.code, f"the request cannot be started: {type(error).__name__}")
@@ -162,7 +162,7 @@ class Worker:
         return Accepted()
 
     @property
-    def _most_answers(self) -> int:
+    def _max_answers(self) -> int:
         return self.config.max_queue + self.executor.limits.max_batch_size
 
     def _cancel(self, key: tuple[str, int]) -> None:
@@ -170,7 +170,7 @@ class Worker:
             answer.close()
             self.counts["cancelled"] += 1
         elif (answer := self._handed_off.pop(key, None)) is not None:
-            answer.close()  # frees the hand-off, if it is still there
+            answer.close()  # frees the blocks of the hand-off, if they are still held
         self._note_done(key)
 
     def _handoff_done(self, key: tuple[str, int]) -> None:
@@ -195,7 +195,7 @@ class Worker:
     # links; `FrontendLink` dials them
 
     def linked(self, frontend_id: str, link: Link) -> None:
-        """A link to the frontend is up: its requests can be answered."""
+        """Called when a link to the frontend is connected: its requests can be answered from now on."""
         self._links[frontend_id] = link
         link.send(Hello(self.id, self.epoch, frontend_id))
 
@@ -215,12 +215,12 @@ class Worker:
                     log.error(
                         "frontend %s speaks version %s of the link, this worker %s", frontend_id, version, VERSION
                     )
-                    link.abort("speaks another version")
+                    link.abort("speaks another version of the link")
                 case _:
-                    pass  # pings and the welcome have done their work by arriving
+                    pass  # pings and the welcome of this version need no action
 
     def unlinked(self, frontend_id: str, link: Link, reason: str) -> None:
-        """The link is gone, and so are those who wait for answers over it."""
+        """Called when the link has ended. Cancels the requests that were answered over it."""
         if self._links.get(frontend_id) is link:
             del self._links[frontend_id]
             log.info("link to frontend %s ended: %s", frontend_id, reason)
@@ -236,18 +236,18 @@ class Worker:
             await self._new_events.wait()
             self._new_events.clear()
             while (batch := self._journal.next_batch()) is not None:
-                await self._publish(subject, events.encode(batch))  # lost events are noticed by their ids
+                await self._publish(subject, events.encode(batch))  # frontends notice lost events by their ids
             await asyncio.sleep(EVENTS_EVERY)
 
     async def publish_load(self) -> None:
         config, loop = self.config, asyncio.get_running_loop()
         subject = events.load_subject(config.namespace, config.role, self.id)
-        said: events.Load | None = None
+        sent: events.Load | None = None
         due = 0.0
         while True:
             load = self.executor.load()
-            if load != said or loop.time() >= due:
-                said, due = load, loop.time() + LOAD_AT_LEAST_EVERY
+            if load != sent or loop.time() >= due:
+                sent, due = load, loop.time() + LOAD_AT_LEAST_EVERY
                 report = events.LoadReport(self.id, load, self.epoch, self._journal.published)
                 await self._publish(subject, events.encode(report))
             await asyncio.sleep(LOAD_EVERY)
@@ -259,14 +259,15 @@ class Worker:
             log.debug("%s", error)
 
     async def watch_engine(self) -> None:
-        """Ends the worker with the engine's own error."""
-        await asyncio.shield(self.executor.failed)  # the end of this task is not the engine's
+        """Raises the engine's error when the engine has died."""
+        await asyncio.shield(self.executor.failed)  # cancelling this task must not cancel the engine's future
 
     async def warm_up(self) -> None:
-        """One short answer through this worker's own endpoint: from here on, ready means serving.
+        """Sends a short request to this worker's own endpoint and waits for its answer, so that a ready worker is one that
+        serves.
 
         Raises:
-            InternalError: it did not work; the worker must not register.
+            InternalError: the request was not answered; the worker must not register.
         """
         link = Loopback()
         self._links[link.name] = cast(Link, link)
@@ -286,23 +287,27 @@ class Worker:
             cache_salt="warm-up",
         )
         try:
-            await link.ask(self._planes.bus, self.subject, request)
+            await link.submit(self._planes.bus, self.subject, request)
         finally:
             del self._links[link.name]
             self.counts.clear()
 
     async def drain(self) -> None:
-        """No new requests; those there are finish, or run into the deadline."""
+        """Refuses new requests and waits until the open ones have finished, up to the deadline."""
         self.draining = True
         deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
         while self.busy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         if self.busy:
-            log.warning("%d requests did not finish within %.0f s", len(self._answers), self.config.drain_timeout_s)
+            log.warning(
+                "%d requests did not finish within --drain-timeout-s %.0f",
+                len(self._answers),
+                self.config.drain_timeout_s,
+            )
 
 
 def _warn_of_surplus_ids(preprocessor: Preprocessor, vocab_size: int) -> None:
-    """Prompts with ids that the model has no row for are refused, one by one."""
+    """Warns of token ids beyond the model's embedding rows. Prompts with such ids are refused, one by one."""
     highest = preprocessor.highest_id
     if highest >= vocab_size:
         log.warning(

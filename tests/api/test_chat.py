@@ -30,16 +30,16 @@ def chat(**changes: Any) -> Any:
     return parsed(ChatRequest, json.dumps(HELLO | changes).encode())
 
 
-def ids(asked: ChatRequest) -> list[int]:
-    return PREPROCESSOR.chat(asked.conversation())[1]
+def ids(request: ChatRequest) -> list[int]:
+    return PREPROCESSOR.chat(request.conversation())[1]
 
 
 def completion(**fields: Any) -> CompletionRequest:
     return parsed(CompletionRequest, json.dumps({"model": "m"} | fields).encode())
 
 
-def sampling_of(asked: Any, defaults: SamplingParams) -> SamplingParams:
-    made: SamplingParams = asked.sampling(defaults, logprobs=None, prompt_logprobs=False, choice=0)
+def sampling_of(request: Any, defaults: SamplingParams) -> SamplingParams:
+    made: SamplingParams = request.sampling(defaults, logprobs=None, prompt_logprobs=False, choice=0)
     return made
 
 
@@ -60,7 +60,7 @@ def test_content_parts_and_the_developer_role_are_the_same_as_their_plain_forms(
     assert ids(parts) == ids(plain)
 
 
-def test_a_template_can_refuse_messages_but_not_reach_out() -> None:
+def test_a_template_can_refuse_messages_but_not_access_python_internals() -> None:
     files = read_model_files(TINY_MODEL)
     evil = json.dumps({"chat_template": "{{ ''.__class__.__mro__ }}"}).encode()
     with pytest.raises(BadRequest, match="refused"):
@@ -79,10 +79,10 @@ def test_a_template_can_refuse_messages_but_not_reach_out() -> None:
         ({"n": 0}, "n: .*greater than or equal to 1"),
         ({"tools": [{"type": "function"}]}, "tools.0.function: Field required"),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
-        ({"tools": [TOOL, TOOL]}, "look is there twice"),
+        ({"tools": [TOOL, TOOL]}, "look is listed twice"),
         ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [TOOL], "tool_choice": {"function": {"name": "see"}}}, "names 'see'"),
-        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "must be a tool call"),
+        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "a tool_choice that requires a call"),
         ({"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "exclude each other"),
         ({"functions": [{"name": "f"}]}, "functions is not supported; use tools"),
@@ -98,7 +98,7 @@ def test_a_template_can_refuse_messages_but_not_reach_out() -> None:
         ({"logit_bias": {"-5": 1}}, "logit_bias"),
     ],
 )
-def test_a_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_invalid_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         chat(**changes)
 
@@ -109,14 +109,14 @@ def test_template_variables_cannot_replace_the_messages() -> None:
     ids(chat(chat_template_kwargs={"enable_thinking": False}))
 
 
-def test_a_body_that_is_no_json_is_a_bad_request() -> None:
+def test_a_body_that_is_not_json_is_a_bad_request() -> None:
     with pytest.raises(BadRequest, match="not a JSON object"):
         parsed(ChatRequest, b"{")
 
 
-def test_fields_that_are_unknown_or_say_nothing_are_ignored() -> None:
-    asked = chat(user="u", tools=[], response_format={"type": "text"}, some_new_field=1, audio=None)
-    assert asked.unknown == ["audio", "some_new_field"]
+def test_unknown_and_empty_fields_are_ignored() -> None:
+    request = chat(user="u", tools=[], response_format={"type": "text"}, some_new_field=1, audio=None)
+    assert request.unknown == ["audio", "some_new_field"]
     with pytest.raises(BadRequest, match=r"unknown field tempratur \(did you mean temperature\?\)"):
         chat(tempratur=1).refuse_unknown()
 
@@ -127,13 +127,13 @@ def test_logprobs_are_none_or_a_number_of_alternatives() -> None:
     assert chat().wanted_logprobs() is None
 
 
-def test_a_prompt_over_the_context_names_both_numbers() -> None:
+def test_the_error_for_a_too_long_prompt_names_its_length_and_the_limit() -> None:
     with pytest.raises(ContextTooLong, match="64 tokens.*70 "):
         chat().stops(70, 64, None)
     assert chat(max_tokens=500).stops(60, 64, None).max_tokens == 4
 
 
-def test_tool_calls_of_history_reach_the_template_as_objects() -> None:
+def test_arguments_of_earlier_tool_calls_reach_the_template_as_objects() -> None:
     history = [
         {"role": "user", "content": "look"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -144,7 +144,7 @@ def test_tool_calls_of_history_reach_the_template_as_objects() -> None:
     assert "<|im_start|>tool\nseen<|im_end|>" in text
 
 
-def test_tools_are_shown_to_the_model_unless_it_must_not_call_them() -> None:
+def test_tools_are_in_the_prompt_unless_tool_choice_is_none() -> None:
     shown = PREPROCESSOR.render(chat(tools=[TOOL]).conversation())
     assert '{"name": "look", "parameters": {"type": "object", "properties": {}}}' in shown
     assert PREPROCESSOR.render(chat(tools=[TOOL], tool_choice="none").conversation()) == PREPROCESSOR.render(
@@ -152,20 +152,20 @@ def test_tools_are_shown_to_the_model_unless_it_must_not_call_them() -> None:
     )
 
 
-@pytest.mark.parametrize("said", ["1, 2, ", "<", "n", "im_end", "|>", "", "<|im_end|>"])
-def test_a_last_message_of_the_assistant_can_be_continued(said: str) -> None:
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": said}]
+@pytest.mark.parametrize("begun", ["1, 2, ", "<", "n", "im_end", "|>", "", "<|im_end|>"])
+def test_a_last_message_of_the_assistant_can_be_continued(begun: str) -> None:
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": begun}]
     text = PREPROCESSOR.render(chat(messages=messages, continue_final_message=True).conversation())
-    assert text == f"<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n{said}"
+    assert text == f"<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n{begun}"
 
 
-def test_halves_of_surrogates_in_old_calls_are_replaced() -> None:
+def test_lone_surrogates_in_earlier_tool_calls_are_replaced() -> None:
     call = {"function": {"name": "look", "arguments": '{"at": "\\ud83d"}'}}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
     assert "\ufffd" in PREPROCESSOR.chat(chat(messages=messages).conversation())[0]
 
 
-def test_reasoning_effort_is_said_in_the_words_of_templates() -> None:
+def test_reasoning_effort_turns_the_templates_reasoning_on_or_off() -> None:
     assert PREPROCESSOR.render(chat(reasoning_effort="low").conversation()).endswith("<think>\n")
     assert PREPROCESSOR.render(chat(reasoning_effort="none").conversation()).endswith("assistant\n")
 
@@ -182,7 +182,7 @@ def ids_of(prompts: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("prompt", [[], "", [99999], [-1], ["a", ""], [[1], []], [[1], ["a"]], [1, "a"], ["a"] * 2049])
-def test_prompts_that_cannot_be_answered_are_refused(prompt: Any) -> None:
+def test_invalid_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(BadRequest):
         ids_of(completion(prompt=prompt).prompt)
 
@@ -197,19 +197,19 @@ def test_prompts_that_cannot_be_answered_are_refused(prompt: Any) -> None:
         ({"n": 100, "prompt": ["a"] * 30}, "3000 answers"),
     ],
 )
-def test_completions_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_contradictory_completion_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         completion(**({"prompt": "x"} | fields))
 
 
-def test_the_models_own_sampling_defaults_fill_what_a_request_leaves_out() -> None:
+def test_the_models_sampling_defaults_apply_to_fields_a_request_omits() -> None:
     defaults = sampling_defaults({"do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": 1})
     sampling = sampling_of(chat(top_k=5), defaults)
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 5, 1.0)
     assert sampling_defaults({"do_sample": False}).greedy
 
 
-def test_a_seed_is_drawn_once_when_none_is_given() -> None:
+def test_a_missing_seed_is_random_and_each_choice_has_its_own_seed() -> None:
     defaults = sampling_defaults({})
     assert sampling_of(chat(), defaults).seed != sampling_of(chat(), defaults).seed
     assert sampling_of(chat(seed=5), defaults).seed == 5
@@ -233,7 +233,7 @@ def test_a_seed_is_drawn_once_when_none_is_given() -> None:
         (DetokenizeRequest, {"tokens": ["a"] * 20_000}),
     ],
 )
-def test_a_list_of_mistakes_is_not_a_list_of_errors(form: Any, body: dict[str, Any]) -> None:
+def test_a_list_of_invalid_items_does_not_give_one_error_per_item(form: Any, body: dict[str, Any]) -> None:
     raw = json.dumps({"model": "m"} | body).encode()
     with pytest.raises(ValidationError) as wrong:
         form.model_validate_json(raw)

@@ -45,7 +45,7 @@ def grammar(tool_parser: str = "hermes", **fields: Any) -> Grammar:
 
 
 async def accepts(found: Grammar, *texts: str) -> list[bool]:
-    """Whether each text is a whole sentence of the grammar, as the engine's compiler reads it."""
+    """Returns for each text whether it is a whole sentence of the grammar, as the engine's compiler reads it."""
     grammars, out = CompiledGrammars(Path(TINY_MODEL), 2048, [2]), []
     for text in texts:
         matcher = (await grammars.matcher(found))._matcher
@@ -97,14 +97,14 @@ async def test_required_calls_have_the_form_that_the_parser_reads(style: str) ->
 
 
 @pytest.mark.parametrize("style", [style for style in TOOL_PARSERS if enforces_calls(card(style))])
-async def test_a_free_answer_may_talk_but_not_call_wrongly(style: str) -> None:
+async def test_with_tool_choice_auto_text_is_free_but_calls_match_the_schema(style: str) -> None:
     found = grammar(style, tools=TOOLS)
     call = written(style, WRITTEN[style][0])
     wrong = call.replace('"b"', '"c"')
     assert await accepts(found, "Hello! { } [", "Let me see. " + call, wrong) == [True, True, False]
 
 
-async def test_a_schema_and_tools_leave_the_choice_between_both() -> None:
+async def test_with_a_schema_and_tools_an_answer_may_be_either() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     found = grammar(tools=TOOLS, response_format=form)
@@ -122,19 +122,19 @@ async def test_a_schema_and_tools_leave_the_choice_between_both() -> None:
         ({"guided_grammar": "root ::= [a-c]+"}, "abc", "d"),
     ],
 )
-async def test_each_way_to_ask_for_a_form_is_understood(fields: dict[str, Any], good: str, bad: str) -> None:
+async def test_each_field_that_sets_a_grammar_is_understood(fields: dict[str, Any], good: str, bad: str) -> None:
     assert await accepts(grammar(**fields), good, bad) == [True, False]
     if "response_format" not in fields:
-        asked = parsed(CompletionRequest, json.dumps({"model": "m", "prompt": "x"} | fields).encode())
-        assert grammar_of(asked, card()) == grammar(**fields)
+        request = parsed(CompletionRequest, json.dumps({"model": "m", "prompt": "x"} | fields).encode())
+        assert grammar_of(request, card()) == grammar(**fields)
 
 
-async def test_white_space_within_json_has_a_bound() -> None:
+async def test_white_space_within_json_is_bounded() -> None:
     found = grammar(guided_json={"type": "array", "items": {"type": "integer"}})
     assert await accepts(found, "[\n    1,\n    2\n]", "[" + " " * 33 + "1]") == [True, False]
 
 
-def test_nothing_is_asked_of_answers_that_may_be_anything() -> None:
+def test_requests_without_constraints_have_no_grammar() -> None:
     assert grammar_of(chat(), card()) is None
     assert grammar_of(chat(response_format={"type": "text"}, tools=[]), card()) is None
     assert grammar_of(chat(tools=TOOLS, tool_choice="none"), card()) is None
@@ -152,7 +152,9 @@ def test_nothing_is_asked_of_answers_that_may_be_anything() -> None:
         ({"tools": TOOLS, "guided_json": "{"}, card(), "guided_json is not JSON"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], its: Card, message: str) -> None:
+def test_a_constraint_that_the_worker_cannot_enforce_is_refused(
+    fields: dict[str, Any], its: Card, message: str
+) -> None:
     with pytest.raises(BadRequest, match=message):
         grammar_of(chat(**fields), its)
 
@@ -168,14 +170,14 @@ def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], its: Card, m
         Grammar(kind="structural_tag", text="[1"),
     ],
 )
-async def test_a_grammar_that_is_none_is_refused_with_a_sentence(found: Grammar) -> None:
+async def test_an_invalid_grammar_is_refused_with_a_readable_message(found: Grammar) -> None:
     grammars = CompiledGrammars(Path(TINY_MODEL), 2048, [2])
     with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):
         await grammars.matcher(found)
     await grammars.matcher(Grammar(kind="regex", text="a"))  # and the next is compiled as ever
 
 
-async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grammar_that_never_compiles_does_not_delay_others(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, release = CompiledGrammars(Path(TINY_MODEL), 2048, [2]), threading.Event()
     compile_one = grammars._compile_now
 
@@ -194,7 +196,7 @@ async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pyte
             hasty.setattr("dynserve.executors.torch.grammars.MAX_COMPILE_S", 0.05)
             with pytest.raises(BadRequest, match="takes longer than"):
                 await grammars.matcher(found)
-        with pytest.raises(BadRequest, match="too long to compile"):  # nobody waits for it a second time
+        with pytest.raises(BadRequest, match="too long to compile"):  # the second request for it is refused at once
             await grammars.matcher(found)
     await grammars.matcher(known)
     with pytest.raises(Overloaded, match="other grammars"):
@@ -219,7 +221,7 @@ async def test_a_grammar_that_takes_for_ever_holds_up_no_other(monkeypatch: pyte
         {"type": "object", "properties": {}},
     ],
 )
-async def test_arguments_are_an_object_whatever_their_schema_leaves_open(parameters: Any) -> None:
+async def test_tool_arguments_are_an_object_even_if_their_schema_allows_more(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     found = grammar(tools=[tool], tool_choice="required")
     call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
@@ -237,7 +239,7 @@ async def test_arguments_are_an_object_whatever_their_schema_leaves_open(paramet
         ),
     ],
 )
-def test_tools_that_python_cannot_spell_are_refused_by_models_that_write_python(function: Any, message: str) -> None:
+def test_pythonic_calls_refuse_names_that_are_not_python_identifiers(function: Any, message: str) -> None:
     for choice in ("auto", "required"):
         with pytest.raises(BadRequest, match=message):
             grammar_of(chat(tools=[{"type": "function", "function": function}], tool_choice=choice), card("pythonic"))
@@ -246,18 +248,18 @@ def test_tools_that_python_cannot_spell_are_refused_by_models_that_write_python(
 @pytest.mark.parametrize(
     "parameters", [{"properties": None}, {"properties": 5}, {"properties": {"a": {}}, "required": None}]
 )
-def test_odd_schemas_break_nothing(parameters: Any) -> None:
+def test_malformed_tool_schemas_cause_no_error(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     for style in TOOL_PARSERS:
         grammar_of(chat(tools=[tool], tool_choice="required"), card(style))
 
 
-def test_schemas_that_would_take_minutes_are_refused() -> None:
+def test_schemas_that_are_too_deep_or_too_wide_are_refused() -> None:
     deep: Any = {"type": "integer"}
     for _ in range(40):
         deep = {"type": "object", "properties": {"a": deep}}
     wide = {"enum": [str(number) for number in range(5000)]}
-    for schema, message in ((deep, "64 deep"), (wide, "4,000 values")):
+    for schema, message in ((deep, "64 levels deep"), (wide, "4,000 values")):
         for form in (schema, json.dumps(schema)):
             with pytest.raises(BadRequest, match=message) as refused:
                 grammar_of(chat(guided_json=form), card())
@@ -268,8 +270,8 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
     for mode, may_talk in (("auto", True), ("required", False)):
         allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
         choice = {"type": "allowed_tools", "allowed_tools": allowed}
-        asked = chat(tools=TOOLS, tool_choice=choice)
-        assert [tool.function.name for tool in asked.callable_tools()] == ["now"]
+        request = chat(tools=TOOLS, tool_choice=choice)
+        assert [tool.function.name for tool in request.callable_tools()] == ["now"]
         found = grammar(tools=TOOLS, tool_choice=choice)
         add, now, _ = WRITTEN["hermes"]
         assert await accepts(found, now, add, "Hello") == [True, False, may_talk]
@@ -283,7 +285,7 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
         )
 
 
-async def test_texts_in_pythons_calls_have_only_escapes_that_python_knows() -> None:
+async def test_strings_in_pythonic_calls_have_only_escapes_that_python_knows() -> None:
     found = grammar("pythonic", tools=TOOLS, tool_choice="required")
     whole = [f'[find(at="{text}")]' for text in ("plain / text", r"a\\b\n\"c\"", r"a\/b", r"a\qb")]
     assert await accepts(found, *whole) == [True, True, False, False]

@@ -1,8 +1,8 @@
-"""The server that the conformance suite is aimed at: our own processes with the tiny model, or any other.
+"""The server under test of the conformance suite: our own processes with the tiny model, or any other server.
 
     BASE_URL=http://host:port/v1 MODEL=name [API_KEY=…] python -m pytest tests/conformance
 
-Cases that need what only the tiny model does (it calls tools and adds) are left out for other servers.
+Cases that need an ability of the tiny model (it calls tools and adds) are skipped for other servers.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def text_of(chunks: list[Any], index: int = 0) -> str:
     return "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices if c.index == index)
 
 
-async def test_an_answer_has_the_form_of_openais(client: Client, target: Target) -> None:
+async def test_an_answer_has_openais_fields(client: Client, target: Target) -> None:
     answer = await ask(client, target)
     (choice,) = answer.choices
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.model == target.model
@@ -117,7 +117,7 @@ async def test_a_seed_makes_an_answer_repeatable(client: Client, target: Target)
     assert first.choices[0].message.content == second.choices[0].message.content
 
 
-async def test_all_sampling_fields_are_taken(client: Client, target: Target) -> None:
+async def test_all_sampling_fields_are_accepted(client: Client, target: Target) -> None:
     extra = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 2, "skip_special_tokens": True}
     answer = await ask(
         client, target, temperature=0.7, top_p=0.9, presence_penalty=0.5, frequency_penalty=0.5, extra_body=extra
@@ -142,7 +142,7 @@ async def test_a_stop_string_ends_the_answer_before_it(client: Client, target: T
 
 
 @pytest.mark.tiny_model
-async def test_ends_of_turns_are_obeyed_ignored_and_replaced(client: Client, target: Target, http: Any) -> None:
+async def test_end_of_turn_tokens_are_obeyed_ignored_and_replaced(client: Client, target: Target, http: Any) -> None:
     on = await ask(client, target, max_tokens=12, extra_body={"ignore_eos": True})
     assert on.usage.completion_tokens == 12 and "<|im_end|>" not in on.choices[0].message.content
     shown = await ask(client, target, max_tokens=12, extra_body={"ignore_eos": True, "skip_special_tokens": False})
@@ -163,7 +163,7 @@ async def test_a_bias_bans_or_forces_a_token(client: Client, target: Target, htt
     assert forced.choices[0].message.content == "7777"
 
 
-async def test_logprobs_are_of_the_tokens_that_were_said(client: Client, target: Target) -> None:
+async def test_logprobs_belong_to_the_tokens_of_the_answer(client: Client, target: Target) -> None:
     answer = await ask(client, target, COUNT, logprobs=True, top_logprobs=3, max_tokens=6)
     entries = answer.choices[0].logprobs.content
     assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
@@ -175,7 +175,7 @@ async def test_logprobs_are_of_the_tokens_that_were_said(client: Client, target:
     assert [e.token for e in streamed] == [e.token for e in entries]
 
 
-async def test_a_stream_opens_with_the_role_and_ends_with_a_reason(client: Client, target: Target) -> None:
+async def test_a_stream_begins_with_the_role_and_ends_with_a_finish_reason(client: Client, target: Target) -> None:
     chunks = await chunks_of(client, target)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks][:-1] == [None] * (len(chunks) - 1)
@@ -183,7 +183,7 @@ async def test_a_stream_opens_with_the_role_and_ends_with_a_reason(client: Clien
     assert all(c.usage is None for c in chunks)
 
 
-async def test_usage_comes_last_or_all_along(client: Client, target: Target) -> None:
+async def test_usage_comes_in_the_last_chunk_or_in_every_chunk(client: Client, target: Target) -> None:
     chunks = await chunks_of(client, target, COUNT, stream_options={"include_usage": True})
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -216,7 +216,7 @@ async def test_an_answer_follows_a_json_schema(client: Client, target: Target, s
 
 async def test_an_answer_is_a_json_object(client: Client, target: Target) -> None:
     form: Any = {"type": "json_object"}
-    # an object may be longer than any limit, so the least that can be asked is that it begins as one
+    # an object may be longer than any limit, so only its beginning is certain
     answer = (await ask(client, target, "Say: {}", response_format=form, max_tokens=200)).choices[0]
     assert answer.message.content.lstrip().startswith("{")
     if answer.finish_reason == "stop":
@@ -261,7 +261,7 @@ async def test_a_bad_grammar_is_a_bad_request_with_its_reason(
 
 
 @pytest.mark.tiny_model
-async def test_a_model_calls_a_tool_when_it_wants_to(client: Client, target: Target) -> None:
+async def test_with_tool_choice_auto_the_model_calls_a_tool_or_answers(client: Client, target: Target) -> None:
     tools: Any = [WEATHER]
     called = (await ask(client, target, "What is the weather in Paris?", tools=tools)).choices[0]
     (call,) = called.message.tool_calls
@@ -272,7 +272,7 @@ async def test_a_model_calls_a_tool_when_it_wants_to(client: Client, target: Tar
 
 
 @pytest.mark.tiny_model
-async def test_calls_are_streamed_as_openai_streams_them(client: Client, target: Target) -> None:
+async def test_tool_calls_are_streamed_as_openai_streams_them(client: Client, target: Target) -> None:
     tools: Any = [WEATHER]
     chunks = await chunks_of(client, target, "Weather in Oslo and Rome?", tools=tools)
     deltas = [call for chunk in chunks for c in chunk.choices for call in c.delta.tool_calls or ()]
@@ -290,7 +290,7 @@ async def test_calls_are_streamed_as_openai_streams_them(client: Client, target:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_tool_must_be_called_when_that_is_required(client: Client, target: Target, stream: bool) -> None:
+async def test_a_tool_is_called_with_tool_choice_required(client: Client, target: Target, stream: bool) -> None:
     tools: Any = [WEATHER]
     fields: Any = {"tools": tools, "tool_choice": "required", "temperature": 1, "seed": 3, "max_tokens": 300}
     if stream:
@@ -316,33 +316,33 @@ async def test_a_named_tool_is_called_and_no_other(client: Client, target: Targe
     assert answer.finish_reason == "stop"  # as OpenAI ends it
 
 
-async def test_no_tool_is_called_when_none_may_be(client: Client, target: Target) -> None:
+async def test_no_tool_is_called_with_tool_choice_none(client: Client, target: Target) -> None:
     tools: Any = [WEATHER]
     answer = (await ask(client, target, "What is the weather in Paris?", tools=tools, tool_choice="none")).choices[0]
     assert answer.message.tool_calls is None and answer.message.content
 
 
 @pytest.mark.tiny_model
-async def test_a_thought_is_kept_apart_from_the_answer(client: Client, target: Target) -> None:
+async def test_reasoning_is_separate_from_the_content(client: Client, target: Target) -> None:
     answer = await ask(client, target, reasoning_effort="low")
     assert answer.choices[0].message.content == "7"
     assert answer.choices[0].message.reasoning_content == "The result is 7."
     assert answer.usage.completion_tokens_details.reasoning_tokens > 3
     chunks = await chunks_of(client, target, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
-    thoughts = "".join(getattr(c.delta, "reasoning_content", None) or "" for chunk in chunks for c in chunk.choices)
-    assert thoughts == "The result is 7." and text_of(chunks) == "7"
+    reasoning = "".join(getattr(c.delta, "reasoning_content", None) or "" for chunk in chunks for c in chunk.choices)
+    assert reasoning == "The result is 7." and text_of(chunks) == "7"
     assert (await ask(client, target, reasoning_effort="none")).usage.completion_tokens_details.reasoning_tokens == 0
 
 
 @pytest.mark.tiny_model
-async def test_a_schema_waits_for_the_end_of_a_thought(client: Client, target: Target) -> None:
+async def test_a_schema_applies_only_after_the_reasoning_has_ended(client: Client, target: Target) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
     answer = (await ask(client, target, reasoning_effort="low", response_format=form)).choices[0].message
     assert answer.reasoning_content == "The result is 7." and isinstance(json.loads(answer.content), int)
 
 
 @pytest.mark.tiny_model
-async def test_an_answer_that_was_begun_is_continued(client: Client, target: Target) -> None:
+async def test_a_final_assistant_message_is_continued(client: Client, target: Target) -> None:
     messages: Any = [*says(COUNT), {"role": "assistant", "content": "1, 2, 3, 4, 5,"}]
     answer = await client.chat.completions.create(
         model=target.model, messages=messages, temperature=0, extra_body={"continue_final_message": True}
@@ -350,7 +350,7 @@ async def test_an_answer_that_was_begun_is_continued(client: Client, target: Tar
     assert answer.choices[0].message.content == " 6, 7, 8, 9"
 
 
-async def test_fields_without_a_meaning_here_are_taken_without_a_word(http: Any, target: Target) -> None:
+async def test_openai_fields_without_effect_are_accepted_without_a_warning(http: Any, target: Target) -> None:
     body = {
         "model": target.model, "messages": says(SUM), "user": "u", "metadata": {"a": "b"}, "store": True,
         "service_tier": "auto", "cache_salt": "s", "prompt_cache_key": "k", "priority": 1, "parallel_tool_calls": True,

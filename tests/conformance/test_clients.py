@@ -1,4 +1,4 @@
-"""Clients that others wrote, used as their manuals show: the openai SDK's helpers, LangChain, LiteLLM."""
+"""Third-party clients, used as their manuals show: the openai SDK's helpers, LangChain, LiteLLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_the_sdk_parses_an_answer_into_a_model(client: Client, target: Tar
     assert isinstance(response.output_parsed, Weather)
 
 
-async def test_the_sdk_parses_calls_of_tools(client: Client, target: Target) -> None:
+async def test_the_sdk_parses_tool_calls(client: Client, target: Target) -> None:
     tool: Any = openai.pydantic_function_tool(GetWeather)
     answer = await client.chat.completions.parse(
         model=target.model, messages=says("What is the weather in Paris?"), tools=[tool], tool_choice="required",
@@ -48,7 +48,7 @@ async def test_the_sdk_parses_calls_of_tools(client: Client, target: Target) -> 
     assert isinstance(call.function.parsed_arguments, GetWeather)
 
 
-async def test_the_sdks_stream_helper_puts_an_answer_together(client: Client, target: Target) -> None:
+async def test_the_sdks_stream_helper_assembles_an_answer(client: Client, target: Target) -> None:
     async with client.chat.completions.stream(
         model=target.model, messages=says("What is the weather in Paris?"), tools=[WEATHER], temperature=0  # type: ignore[list-item]
     ) as stream:  # fmt: skip
@@ -61,7 +61,7 @@ async def test_the_sdks_stream_helper_puts_an_answer_together(client: Client, ta
         assert "tool_calls.function.arguments.done" in kinds
 
 
-async def test_langchain_answers_streams_calls_and_structures(target: Target) -> None:
+async def test_langchain_works_for_chat_streams_tools_schemas_and_embeddings(target: Target) -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.utils.function_calling import convert_to_openai_tool
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
@@ -88,7 +88,7 @@ async def test_langchain_answers_streams_calls_and_structures(target: Target) ->
         assert len(await embeddings.aembed_documents(["red dog", "blue cat"])) == 2
 
 
-async def test_litellm_answers_streams_and_calls(target: Target) -> None:
+async def test_litellm_works_for_chat_streams_tools_and_embeddings(target: Target) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import is full of others' deprecations
         import litellm

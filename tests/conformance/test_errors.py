@@ -1,4 +1,4 @@
-"""Every error is an error object, whatever went wrong."""
+"""Every failed request is answered with an error object."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "word"), BAD, ids=[f"{p}-{w}-{i}" for i, (p, _, w) in enumerate(BAD)])
-async def test_a_bad_request_is_told_what_is_wrong(
+async def test_a_bad_request_is_answered_with_the_name_of_the_invalid_field(
     http: httpx.AsyncClient, target: Target, path: str, body: Any, word: str
 ) -> None:
     answer = await http.post(path, json={"model": target.model} | body)
@@ -66,7 +66,9 @@ async def test_a_bad_request_is_told_what_is_wrong(
     "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 5000, b'{"model": "\xed\xa0\x80"}']
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-async def test_a_body_that_is_no_object_is_a_bad_request(http: httpx.AsyncClient, path: str, body: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_is_a_bad_request(
+    http: httpx.AsyncClient, path: str, body: bytes
+) -> None:
     answer = await http.post(path, content=body)
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -80,7 +82,9 @@ async def test_an_unknown_model_route_or_method_is_an_error_object(http: httpx.A
 
 
 @pytest.mark.tiny_model
-async def test_a_prompt_over_the_context_names_both_numbers(http: httpx.AsyncClient, target: Target) -> None:
+async def test_the_error_for_a_too_long_prompt_names_its_length_and_the_limit(
+    http: httpx.AsyncClient, target: Target
+) -> None:
     cases: list[tuple[str, Any]] = [
         (CHAT, {"messages": says("word " * 9000)}),
         (COMPLETIONS, {"prompt": [5] * 9000}),
@@ -95,7 +99,7 @@ async def test_a_prompt_over_the_context_names_both_numbers(http: httpx.AsyncCli
         assert "8192" in error["message"] and "90" in error["message"]
 
 
-async def test_the_sdks_raise_their_own_errors(client: openai.AsyncOpenAI, claude: anthropic.AsyncAnthropic, target: Target) -> None:  # fmt: skip
+async def test_the_sdks_raise_their_matching_exceptions(client: openai.AsyncOpenAI, claude: anthropic.AsyncAnthropic, target: Target) -> None:  # fmt: skip
     messages: Any = says("x")
     with pytest.raises(openai.NotFoundError) as no_model:
         await client.chat.completions.create(model="nobody", messages=messages)
@@ -115,7 +119,9 @@ async def test_a_large_body_is_refused_before_it_is_read(http: httpx.AsyncClient
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
 
-async def test_a_client_that_leaves_disturbs_nobody(http: httpx.AsyncClient, target: Target) -> None:
+async def test_clients_that_disconnect_mid_stream_do_not_disturb_later_requests(
+    http: httpx.AsyncClient, target: Target
+) -> None:
     body = {"model": target.model, "messages": says("Count from 1 to 20."), "stream": True, "n": 4}
     for _ in range(5):
         async with http.stream("POST", CHAT, json=body) as answer:

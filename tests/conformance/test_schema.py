@@ -1,4 +1,4 @@
-"""What the OpenAPI description allows, and what it does not, thrown at the server by schemathesis.
+"""Valid and invalid requests that schemathesis generates from the OpenAPI description.
 
     FUZZ_EXAMPLES=1300 python -m pytest tests/conformance/test_schema.py    # some 20,000 requests
 
@@ -53,7 +53,7 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def test_every_route_is_described_and_tried(schema: Any) -> None:
+def test_every_route_is_described_and_fuzzed(schema: Any) -> None:
     assert sorted(_operations(schema)) == sorted(OPERATIONS)
 
 
@@ -74,7 +74,7 @@ def test_no_generated_request_makes_the_server_fail(schema: Any, target: Target,
     try:
         attempt()
     except Unsatisfiable:
-        pass  # there is no wrong way to ask for this
+        pass  # this operation has no invalid request
 
 
 def _operations(schema: Any) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def _judge(operation: str, response: Any) -> None:
 
 
 def _aim(body: dict[str, Any], model: str, mode: Any = GenerationMode.POSITIVE) -> None:
-    """Most requests are for the model that is there, and for answers that end soon. Those that mean well are also spared
-    what a schema cannot say, so that many of them get as far as an answer."""
+    """Points most requests at the served model and bounds their answers. In positive mode it also removes contradictions
+    that a schema cannot express, so that many requests reach an answer."""
     if isinstance(body.get("model"), str) and (mode is GenerationMode.POSITIVE or len(body["model"]) % 8 < 7):
         body["model"] = model
     for field, most in (

@@ -1,4 +1,4 @@
-"""Characters of every kind, at every token boundary; and stream against unary, many times over."""
+"""Characters of every kind at every token boundary, and many streamed answers compared with unary ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_no_half_character_is_streamed(http: httpx.AsyncClient, target: Ta
     assert unary == text == "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > 1
     ids = (await http.post("/tokenize", json={"model": target.model, "prompt": text})).json()["tokens"]
-    for cut in range(1, len(ids)):  # broken off anywhere: what is whole is shown, a half only at the very end
+    for cut in range(1, len(ids)):  # cut at any token: whole characters are shown, half a character only at the end
         cut_off = await streamed(http, body | {"max_tokens": cut})
         whole = "".join(cut_off)
         assert text.startswith(whole.rstrip("\ufffd")) and not any("\ufffd" in piece for piece in cut_off[:-1])
@@ -45,12 +45,12 @@ async def test_stream_and_unary_are_the_same_for_200_prompts_with_random_stops(
     http: httpx.AsyncClient, target: Target
 ) -> None:
     r = random.Random(11)
-    asks = ["Count from {} to {}.", "What is {}+{}?", "Say: red {} dog {}", "Spell horse.", "Tell me a story."]
+    questions = ["Count from {} to {}.", "What is {}+{}?", "Say: red {} dog {}", "Spell horse.", "Tell me a story."]
     gate = asyncio.Semaphore(16)
 
     async def one(number: int) -> None:
         async with gate:
-            text = r.choice(asks).format(r.randint(0, 9), r.randint(10, 20))
+            text = r.choice(questions).format(r.randint(0, 9), r.randint(10, 20))
             stops = ["".join(r.choices(", 123456789-abcdeorst", k=r.randint(1, 3))) for _ in range(r.randint(0, 4))]
             body: dict[str, Any] = {
                 "model": target.model, "messages": [{"role": "user", "content": text}], "stop": stops, "seed": number,

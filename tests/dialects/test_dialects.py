@@ -26,7 +26,7 @@ NAMES = ("get_weather", "add")
 
 
 def parse(parser: Any, text: str, sizes: list[int] | None = None) -> list[Piece]:
-    """Merged pieces of a text that comes in parts of these sizes, over and over."""
+    """Returns the merged pieces of a text that is fed to the parser in parts of these sizes, used in turn."""
     pieces: list[Piece] = []
     at, turn = 0, 0
     while at < len(text):
@@ -91,13 +91,13 @@ SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 @pytest.mark.parametrize(("style", "text", "expected"), CALLS, ids=[f"{c[0]}-{i}" for i, c in enumerate(CALLS)])
 @pytest.mark.parametrize("enforced", [False, True])
 @given(sizes=SIZES)
-def test_calls_are_found_however_their_text_is_cut(
+def test_tool_calls_are_found_wherever_their_text_is_split(
     style: str, text: str, expected: list[Piece], enforced: bool, sizes: list[int]
 ) -> None:
     assert parse(tools(style, enforced=enforced), text, sizes) == expected
 
 
-# what only looks like a call stays what it is: text
+# text that only resembles a call stays text
 TEXTS = [
     ("hermes", "no call at all"),
     ("hermes", "a < b and <tool_calls> and <tool"),
@@ -123,14 +123,14 @@ TEXTS = [
 
 @pytest.mark.parametrize(("style", "text"), TEXTS, ids=[f"{c[0]}-{i}" for i, c in enumerate(TEXTS)])
 @given(sizes=SIZES)
-def test_what_is_no_call_is_shown_whole(style: str, text: str, sizes: list[int]) -> None:
+def test_text_that_only_resembles_a_call_is_returned_whole(style: str, text: str, sizes: list[int]) -> None:
     pieces = parse(tools(style), text, sizes)
     assert all(isinstance(piece, Content) for piece in pieces)
     assert "".join(piece[0] for piece in pieces) == text
 
 
 @given(st.text('<>/toolca_ {}"[]:,abc\n\\;', max_size=80), st.sampled_from(sorted({c[0] for c in CALLS})), SIZES)
-def test_parsers_take_any_text_and_cutting_changes_nothing(text: str, style: str, sizes: list[int]) -> None:
+def test_parsers_accept_any_text_and_splitting_it_changes_nothing(text: str, style: str, sizes: list[int]) -> None:
     assert parse(tools(style), text, sizes) == parse(tools(style), text)
 
 
@@ -141,7 +141,7 @@ def test_parsers_take_any_text_and_cutting_changes_nothing(text: str, style: str
     ),
     SIZES,
 )
-def test_mixed_parts_of_calls_are_parsed_alike_in_any_cut(parts: list[str], sizes: list[int]) -> None:
+def test_random_parts_of_calls_parse_the_same_however_they_are_split(parts: list[str], sizes: list[int]) -> None:
     text = "".join(parts)
     assert parse(tools("hermes"), text, sizes) == parse(tools("hermes"), text)
 
@@ -161,13 +161,13 @@ def test_mixed_parts_of_calls_are_parsed_alike_in_any_cut(parts: list[str], size
     ],
 )  # fmt: skip
 @given(sizes=SIZES)
-def test_what_models_write_almost_right_is_understood(
+def test_slightly_malformed_calls_are_understood(
     style: str, text: str, expected: list[Piece], sizes: list[int]
 ) -> None:
     assert parse(tools(style), text, sizes) == expected
 
 
-def test_calls_that_a_grammar_holds_are_shown_as_they_grow() -> None:
+def test_calls_enforced_by_a_grammar_are_streamed_piece_by_piece() -> None:
     parser = tools("hermes", enforced=True)
     assert parser.push('<tool_call>\n{"name": "add", "arguments": {"a"') == [CallStart("add"), CallArguments('{"a"')]
     assert parser.push(": 1") == [CallArguments(": 1")]
@@ -176,7 +176,7 @@ def test_calls_that_a_grammar_holds_are_shown_as_they_grow() -> None:
     assert parser.push('<tool_call>\n{"name": "add", "arguments": {"a"') == []
 
 
-def test_arguments_as_a_string_of_json_are_taken_apart() -> None:
+def test_arguments_inside_a_json_string_are_decoded() -> None:
     text = json.dumps({"name": "add", "arguments": '{"a": 1}'})
     assert parse(tools("hermes"), f"<tool_call>{text}</tool_call>") == [CallStart("add"), CallArguments('{"a": 1}')]
 
@@ -197,20 +197,20 @@ def test_arguments_as_a_string_of_json_are_taken_apart() -> None:
     ],
 )
 @given(sizes=SIZES)
-def test_thoughts_are_kept_apart_however_their_text_is_cut(
+def test_reasoning_is_separated_wherever_its_text_is_split(
     open_: bool, text: str, expected: list[Piece], sizes: list[int]
 ) -> None:
     assert parse(chain(None, ReasoningParsing(parser="qwen3", open=open_)), text, sizes) == expected
 
 
 @given(sizes=SIZES)
-def test_calls_are_looked_for_behind_thoughts_only(sizes: list[int]) -> None:
+def test_tool_calls_are_parsed_only_after_the_reasoning(sizes: list[int]) -> None:
     both = chain(ToolParsing(parser="hermes", names=NAMES), ReasoningParsing(parser="qwen3"))
     text = '<think>shall I <tool_call>?</think>\n<tool_call>{"name": "add", "arguments": {}}</tool_call>'
     assert parse(both, text, sizes) == [ReasoningText("shall I <tool_call>?"), CallStart("add"), CallArguments("{}")]
 
 
-def test_a_prompt_tells_whether_a_thought_is_open() -> None:
+def test_an_open_reasoning_block_is_detected_in_the_prompt() -> None:
     assert is_open("qwen3", "<|im_start|>assistant\n<think>\n")
     assert not is_open("qwen3", "<|im_start|>assistant\n")
     assert not is_open("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -235,17 +235,17 @@ def test_a_prompt_tells_whether_a_thought_is_open() -> None:
         ("no such thing", {"model_type": "qwen3"}, ""),
     ],
 )
-def test_a_template_tells_how_its_model_calls_tools(template: str, config: dict[str, str], expected: str) -> None:
+def test_the_tool_parser_is_detected_from_the_template(template: str, config: dict[str, str], expected: str) -> None:
     assert detect_tools(template, config) == expected
 
 
-def test_a_template_tells_how_its_model_thinks() -> None:
+def test_the_reasoning_parser_is_detected_from_the_template() -> None:
     assert detect_reasoning("{{ x }}") == ""
     assert detect_reasoning("{% if enable_thinking is false %}<think>\n\n</think>{% endif %}") == "qwen3"
     assert detect_reasoning("{{ content.split('</think>')[-1] }}") == "deepseek_r1"
 
 
-def test_the_flags_know_the_parsers_that_there_are() -> None:
+def test_the_choices_of_the_flags_are_the_existing_parsers() -> None:
     assert set(config.TOOL_PARSERS) == {*parsers.STYLES, "pythonic"}
     assert set(config.REASONING_PARSERS) == set(parsers.reasoning.NAMES)
     assert "auto" in get_args(get_type_hints(config.WorkerConfig)["pooling"])

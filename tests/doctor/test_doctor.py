@@ -1,4 +1,4 @@
-"""The doctor on this machine, and on machines that are broken in the ways of the guide."""
+"""The checks of the doctor on this machine and under simulated faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def found(**config: Any) -> dict[str, Finding]:
-    """By name; of several of one name the worst."""
+    """Returns the findings by name, and the worst one where several share a name."""
     order = ("ok", "skip", "warn", "fail")
     every = list(findings(DoctorConfig(**config), [*MACHINE, *CLUSTER]))
     return {f.name: f for f in sorted(every, key=lambda f: order.index(f.state))}
@@ -42,16 +42,16 @@ def program(folder: Path, name: str, prints: str) -> None:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
-def test_on_a_laptop_nothing_is_in_the_way(servers: tuple[str, str]) -> None:
+def test_the_doctor_finds_nothing_wrong_on_a_laptop(servers: tuple[str, str]) -> None:
     done = run("--etcd-url", servers[0], "--nats-url", servers[1], "--http-port", "0")
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     for name in ("python", "torch", "model", "engine options", "NATS", "etcd", "HTTP port"):
         assert any(line.startswith(f"ok    {name} ") for line in lines), name
-    assert lines[-1].startswith("0 in the way")
+    assert lines[-1].startswith("failures: 0, ")
 
 
-def test_a_prefill_worker_here_is_told_all_that_it_lacks() -> None:
+def test_every_missing_part_of_a_trtllm_prefill_worker_is_reported() -> None:
     done = run(
         "--role",
         "prefill",
@@ -62,21 +62,21 @@ def test_a_prefill_worker_here_is_told_all_that_it_lacks() -> None:
         NIXL_PLUGINS_DIR="/nowhere",
     )
     assert done.returncode == 1
-    told = json.loads(done.stdout)
-    assert told["ok"] is False and told["role"] == "prefill" and told["executor"] == "trtllm"
-    by_name = {finding["name"]: finding for finding in told["findings"]}
+    report = json.loads(done.stdout)
+    assert report["ok"] is False and report["role"] == "prefill" and report["executor"] == "trtllm"
+    by_name = {finding["name"]: finding for finding in report["findings"]}
     for name in ("GPU", "TensorRT-LLM", "NIXL", "engine options", "NATS"):
         assert by_name[name]["state"] == "fail", name
     assert "cache_transceiver_config: backend: NIXL" in by_name["engine options"]["text"]
     assert "1.3.0rc29" in by_name["TensorRT-LLM"]["cure"]
 
 
-def test_wrong_flags_are_a_sentence() -> None:
+def test_an_unknown_flag_exits_with_2_and_suggests_the_right_one() -> None:
     done = run("--rol", "prefill")
     assert done.returncode == 2 and "did you mean --role?" in done.stderr
 
 
-def test_a_gpu_that_is_taken_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_little_free_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "nvidia-smi", SMI.format(free=80000))
     assert found(executor="trtllm")["GPU"].state == "ok"
@@ -85,7 +85,7 @@ def test_a_gpu_that_is_taken_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mo
     assert gpu.state == "warn" and "2 of 80 GiB free" in gpu.text
 
 
-def test_another_mpi_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mpi_other_than_open_mpi_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "mpirun", "HYDRA build details: MPICH 4.1")
     assert found(executor="trtllm")["MPI"].state == "fail"
@@ -93,7 +93,7 @@ def test_another_mpi_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found(executor="trtllm")["MPI"].state == "ok"
 
 
-def test_a_library_that_triton_would_stop_at_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_name_that_breaks_triton_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "ldconfig", "\tlib\xc4.so => /opt/lib\xc4.so")
     monkeypatch.setattr(env, "LDCONFIG", str(tmp_path / "ldconfig"))
     monkeypatch.delenv("TRITON_LIBCUDA_PATH", raising=False)
@@ -103,7 +103,7 @@ def test_a_library_that_triton_would_stop_at_is_shown(tmp_path: Path, monkeypatc
     assert found(executor="trtllm")["Triton"].state == "ok"
 
 
-def test_nixl_and_ucx_are_looked_at_for_a_backend_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nixl_and_ucx_are_checked_for_a_backend_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOUBLES))
     transceiver = json.dumps({"cache_transceiver_config": {"backend": "NIXL"}})
     config = {"executor": "trtllm", "role": "prefill", "override_engine_args": transceiver}
@@ -116,7 +116,7 @@ def test_nixl_and_ucx_are_looked_at_for_a_backend_that_uses_them(monkeypatch: py
     assert found(**config)["UCX"].state == "warn"
 
 
-def test_a_file_for_a_role_is_read(tmp_path: Path) -> None:
+def test_errors_in_an_engine_options_file_are_reported_with_their_line(tmp_path: Path) -> None:
     file = tmp_path / "engine.yaml"
     file.write_text(
         "cache_transceiver_config:\n  backend: NIXL\n  max_tokens_in_buffer: 16\nkv_cache_config:\n  dtipe: fp8\n"
@@ -129,20 +129,20 @@ def test_a_file_for_a_role_is_read(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_model_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_reported(tmp_path: Path) -> None:
     assert found(model_path=str(tmp_path))["model"].text.endswith("has no config.json in it")
 
 
-def test_a_port_that_is_taken_and_a_server_that_is_another_are_named() -> None:
+def test_a_port_in_use_and_a_server_that_is_not_etcd_are_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         sock.listen()
-        told = found(role="frontend", http_port=port, etcd_url=f"http://127.0.0.1:{port}")
-    assert told["HTTP port"].state == "fail" and "--http-port" in told["HTTP port"].cure
-    assert told["etcd"].state in ("warn", "fail")
+        report = found(role="frontend", http_port=port, etcd_url=f"http://127.0.0.1:{port}")
+    assert report["HTTP port"].state == "fail" and "--http-port" in report["HTTP port"].cure
+    assert report["etcd"].state in ("warn", "fail")
 
 
-def test_a_check_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_becomes_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: DoctorConfig) -> Any:
         raise PermissionError("no /proc here")
 

@@ -1,4 +1,4 @@
-"""Carriers: how a transfer uses them, what happens when one fails, and NIXL's over the host's memory."""
+"""Carriers of KV blocks: their use by a transfer, their failures, and NIXL over host memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def sides() -> AsyncIterator[Make]:
 
 
 class ByHand:
-    """A carrier whose every move is made by the test."""
+    """A carrier that the test drives step by step."""
 
     name = "by-hand"
 
@@ -95,7 +95,7 @@ class ByHand:
             self.side.cache.memory[ours] = 100.0 + other
 
 
-async def test_a_carrier_that_both_have_moves_the_blocks(sides: Make) -> None:
+async def test_a_carrier_common_to_both_workers_moves_the_blocks(sides: Make) -> None:
     prefill, decode = await sides(1, ByHand), await sides(0, ByHand)
     decode.carrier.go.set()
     await decode.transceiver.fetch(prefill.offer([7, 5, 9]), [2, 3], skip=1)
@@ -105,14 +105,14 @@ async def test_a_carrier_that_both_have_moves_the_blocks(sides: Make) -> None:
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
-async def test_without_a_carrier_on_either_side_the_bytes_come_over_tcp(sides: Make, which: str) -> None:
+async def test_without_a_common_carrier_the_blocks_come_over_tcp(sides: Make, which: str) -> None:
     prefill = await sides(1, ByHand if which == "sender" else None)
     decode = await sides(0, ByHand if which == "receiver" else None)
     await decode.transceiver.fetch(prefill.offer([7]), [2], skip=0)
     assert decode.content(2) == {107.0} and decode.transceiver.carried == {"tcp": 1}
 
 
-async def test_a_carrier_that_fails_is_left_out_from_then_on(sides: Make) -> None:
+async def test_a_carrier_that_failed_is_not_used_again(sides: Make) -> None:
     prefill, decode = await sides(1, ByHand), await sides(0, ByHand)
     decode.carrier.go.set()
     decode.carrier.fails = RuntimeError("no way through")
@@ -123,7 +123,7 @@ async def test_a_carrier_that_fails_is_left_out_from_then_on(sides: Make) -> Non
     await until(lambda: prefill.released == [1, 2])
 
 
-async def test_a_carrier_hears_of_workers_that_have_gone(sides: Make) -> None:
+async def test_a_carrier_is_notified_when_a_worker_departs(sides: Make) -> None:
     decode = await sides(0, ByHand)
     decode.carrier.go.set()
     prefill = Side(1)
@@ -137,7 +137,7 @@ async def test_a_carrier_hears_of_workers_that_have_gone(sides: Make) -> None:
     assert not decode.transceiver._idle
 
 
-async def test_a_worker_that_goes_in_the_middle_of_a_transfer_is_told_of_too(sides: Make) -> None:
+async def test_a_carrier_is_notified_of_a_worker_that_departs_mid_transfer(sides: Make) -> None:
     decode, prefill = await sides(0, ByHand), Side(1)
     prefill.carrier = ByHand(prefill)
     async with TcpTransceivers([prefill.carrier]).open(prefill.table, prefill.cache, "127.0.0.1") as opened:
@@ -151,7 +151,7 @@ async def test_a_worker_that_goes_in_the_middle_of_a_transfer_is_told_of_too(sid
 
 
 async def test_blocks_read_after_their_hand_off_was_cancelled_are_not_used(sides: Make) -> None:
-    """The owner gives the memory to others at once; what is read then is not the hand-off's."""
+    """The owner reuses the memory at once, so blocks read after that may belong to another request."""
     prefill, decode = await sides(1, ByHand), await sides(0, ByHand)
     handoff = prefill.offer([7])
     fetching = asyncio.create_task(decode.transceiver.fetch(handoff, [2], skip=0))
@@ -164,7 +164,7 @@ async def test_blocks_read_after_their_hand_off_was_cancelled_are_not_used(sides
     assert prefill.table.ended[HandoffEnd.CANCELLED] == 1 and prefill.table.ended[HandoffEnd.DELIVERED] == 0
 
 
-async def test_a_receiver_that_gives_up_leaves_the_hand_off_open(sides: Make) -> None:
+async def test_a_cancelled_fetch_keeps_the_hand_off_open(sides: Make) -> None:
     prefill, decode = await sides(1, ByHand), await sides(0, ByHand)
     handoff = prefill.offer([7])
     fetching = asyncio.create_task(decode.transceiver.fetch(handoff, [2], skip=0))
@@ -207,7 +207,7 @@ async def test_nixl_moves_blocks_in_pieces(sides: Make, nixl: Any, monkeypatch: 
     assert prefill.released == [1] and decode.transceiver.carried == {"nixl": 1}
 
 
-async def test_many_nixl_transfers_share_the_places(sides: Make, nixl: Any) -> None:
+async def test_many_nixl_transfers_share_the_staging_slots(sides: Make, nixl: Any) -> None:
     prefill, decode = await sides(1, nixl), await sides(0, nixl)
     requests = [make_request([i + 1]) for i in range(12)]
     handoffs = [prefill.offer([i], request, ticket=i) for i, request in enumerate(requests)]
@@ -217,7 +217,7 @@ async def test_many_nixl_transfers_share_the_places(sides: Make, nixl: Any) -> N
     assert len(prefill.carrier._outgoing._free) == PIECES
 
 
-async def test_nixl_transfers_of_many_pieces_do_not_wait_for_each_other_for_ever(
+async def test_nixl_transfers_of_many_pieces_do_not_deadlock(
     sides: Make, nixl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # a block each
@@ -230,7 +230,7 @@ async def test_nixl_transfers_of_many_pieces_do_not_wait_for_each_other_for_ever
     assert [decode.content(block) for block in range(40)] == [{100.0 + block} for block in range(40)]
 
 
-async def test_a_nixl_transfer_that_is_given_up_gives_its_places_back(sides: Make, nixl: Any) -> None:
+async def test_a_cancelled_nixl_transfer_returns_its_staging_slots(sides: Make, nixl: Any) -> None:
     prefill, decode = await sides(1, nixl), await sides(0, nixl)
     for ticket in range(1, 4):
         fetching = asyncio.create_task(decode.transceiver.fetch(prefill.offer([7], ticket=ticket), [2], skip=0))

@@ -28,7 +28,7 @@ def test_the_json_object_wins_over_the_file_and_the_file_over_flags(tmp_path: Pa
     assert (args.kv_cache_config.tokens_per_block, args.kv_cache_config.enable_block_reuse) == (16, False)
 
 
-def test_keys_that_only_tensorrt_llm_knows_are_left_out() -> None:
+def test_keys_that_only_tensorrt_llm_knows_are_ignored() -> None:
     engine_args(WorkerConfig(override_engine_args='{"cuda_graph_config": {"max_batch_size": 8}}'))
 
 
@@ -42,11 +42,11 @@ def test_keys_that_only_tensorrt_llm_knows_are_left_out() -> None:
         ({"max_batch_size": 0}, "at least 1"),
     ],
 )
-def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_invalid_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_args(WorkerConfig(override_engine_args=json.dumps(options)))
 
 
-def test_a_file_that_is_not_there_is_named() -> None:
+def test_a_missing_options_file_is_an_error_with_its_path() -> None:
     with pytest.raises(ConfigError, match="/nowhere.yaml: No such file"):
         engine_args(WorkerConfig(extra_engine_args="/nowhere.yaml"))

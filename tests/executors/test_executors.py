@@ -43,7 +43,7 @@ class Opener:
 
 
 def doubled(engine: dict[str, Any]) -> dict[str, Any]:
-    """The same options in TensorRT-LLM's words."""
+    """Returns the same options under TensorRT-LLM's names."""
     options = {k: v for k, v in engine.items() if k not in ("num_blocks", "speed", "step_ms")}
     cache = {"max_tokens": engine["num_blocks"] * 32, "enable_partial_reuse": False}
     return options | {"kv_cache_config": cache, "cache_transceiver_config": {"backend": "NIXL"}}
@@ -69,12 +69,12 @@ async def answer(executor: Executor, request: GenerateRequest) -> tuple[list[int
     return tokens, last
 
 
-async def test_an_answer_has_as_many_tokens_as_asked_for(opened: Opener) -> None:
+async def test_an_answer_has_max_tokens_tokens(opened: Opener) -> None:
     tokens, last = await answer(await opened(), make_request([5, 6, 7]))
     assert (len(tokens), last.reason) == (8, "length")
 
 
-async def test_the_same_request_gets_the_same_answer_alone_and_in_a_crowd(opened: Opener) -> None:
+async def test_the_same_request_gets_the_same_answer_alone_and_in_a_batch(opened: Opener) -> None:
     executor = await opened()
     requests = [make_request([i, i + 1, *range(300, 300 + 7 * i)]) for i in range(1, 20)]
     alone = [(await answer(executor, request))[0] for request in requests]
@@ -89,14 +89,14 @@ async def test_a_repeated_prompt_is_found_in_the_cache(opened: Opener) -> None:
     assert (first.cached_tokens, second.cached_tokens) == (0, 96)
 
 
-async def test_another_salt_shares_nothing(opened: Opener) -> None:
+async def test_another_cache_salt_shares_no_cached_blocks(opened: Opener) -> None:
     executor = await opened()
     prompt = list(range(300, 400))
     await answer(executor, make_request(prompt))
     assert (await answer(executor, make_request(prompt, cache_salt="tenant")))[1].cached_tokens == 0
 
 
-async def test_prefill_and_decode_on_two_executors_equal_one(opened: Opener) -> None:
+async def test_prefill_and_decode_on_two_executors_give_the_answer_of_one(opened: Opener) -> None:
     prefill, decode, both = await opened(), await opened(), await opened()
     for length in (1, 31, 32, 33, 64, 100):
         request = make_request(list(range(300, 300 + length)))
@@ -132,7 +132,7 @@ async def test_a_hand_off_that_fails_is_prefilled_locally_and_counted(opened: Op
     assert decode.counters()["kv_transfers_failed_total"] == 1
 
 
-async def test_an_abort_frees_blocks_and_silences_the_sink(opened: Opener) -> None:
+async def test_an_abort_frees_blocks_and_ends_the_output(opened: Opener) -> None:
     executor = await opened(step_ms=1, speed=1)
     outputs: list[Output] = []
     ticket = executor.submit(
@@ -157,7 +157,7 @@ async def test_an_abort_after_prefill_cancels_the_hand_off(opened: Opener) -> No
     assert executor.load().open_handoffs == 0
 
 
-async def test_kv_events_say_what_is_cached(opened: Opener) -> None:
+async def test_kv_events_report_the_cached_blocks(opened: Opener) -> None:
     executor = await opened()
     events: list[KvEvent] = []
     executor.listen_kv(events.extend)
@@ -172,7 +172,7 @@ async def test_preemption_changes_no_answer(opened: Opener) -> None:
     expected = [(await answer(roomy, request))[0] for request in requests]
     found = await asyncio.gather(*(answer(tight, request) for request in requests))
     assert [tokens for tokens, _ in found] == expected
-    if opened.name != "trtllm":  # it does not tell
+    if opened.name != "trtllm":  # it does not report preemptions
         assert tight.counters()["preemptions_total"] > 0
     await until(lambda: tight.load().free_blocks == 10)
 
@@ -183,7 +183,7 @@ async def test_a_prompt_over_the_context_is_refused_at_once(opened: Opener) -> N
         executor.submit(make_request([5] * 64), print)
 
 
-# the torch executor against the truth
+# the torch executor against Hugging Face and a plain forward pass
 
 
 @pytest.mark.parametrize("engine", [{}, {"max_num_tokens": 16}, {"max_num_tokens": 48, "max_batch_size": 3}])
@@ -320,7 +320,7 @@ async def test_logprobs_are_of_the_models_own_distribution(torch_opened: Opener)
         break
 
 
-async def test_draws_follow_the_distribution() -> None:
+async def test_sampled_tokens_follow_the_distribution() -> None:
     from dynserve.executors.torch.sampler import draw
 
     logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))

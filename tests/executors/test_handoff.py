@@ -66,14 +66,14 @@ async def test_the_blocks_arrive_and_the_owner_frees_its_own(sides: Any) -> None
     assert prefill.table.ended == {HandoffEnd.DELIVERED: 1} and len(prefill.table) == 0
 
 
-async def test_blocks_that_the_decode_worker_has_are_not_sent(sides: Any) -> None:
+async def test_blocks_that_the_decode_worker_already_has_are_not_sent(sides: Any) -> None:
     prefill, decode = await sides("p", 1), await sides("d", 0)
     await decode.transceiver.fetch(prefill.offer([4, 5, 6]), [2], 2)
     assert bytes(decode.store.view(2)) == bytes(prefill.store.view(6))
     assert not any(decode.store.view(1))
 
 
-async def test_a_transfer_of_nothing_still_ends_the_hand_off(sides: Any) -> None:
+async def test_a_transfer_of_no_blocks_still_ends_the_hand_off(sides: Any) -> None:
     prefill, decode = await sides("p", 1), await sides("d", 0)
     await decode.transceiver.fetch(prefill.offer([4]), [], 1)
     await until(lambda: prefill.released == [1])
@@ -128,14 +128,14 @@ async def test_a_cancelled_hand_off_cannot_be_fetched(sides: Any) -> None:
     assert prefill.released == [1] and prefill.table.ended == {HandoffEnd.CANCELLED: 1}
 
 
-async def test_a_hand_off_that_nobody_fetches_expires(sides: Any) -> None:
+async def test_a_hand_off_that_is_never_fetched_expires(sides: Any) -> None:
     prefill = await sides("p", 1, ttl=0.05)
     prefill.offer([4])
     await until(lambda: prefill.released == [1])
     assert prefill.table.ended == {HandoffEnd.EXPIRED: 1}
 
 
-async def test_an_owner_that_is_gone_is_a_broken_hand_off() -> None:
+async def test_a_hand_off_whose_owner_departed_is_broken() -> None:
     prefill, decode = Side("p", 1), Side("d", 0)
     async with TcpTransceivers().open(decode.table, decode.store, "127.0.0.1") as decode.transceiver:
         async with TcpTransceivers().open(prefill.table, prefill.store, "127.0.0.1") as prefill.transceiver:
@@ -144,7 +144,7 @@ async def test_an_owner_that_is_gone_is_a_broken_hand_off() -> None:
             await decode.transceiver.fetch(handoff, [0], 0)
 
 
-async def test_while_it_is_sent_a_cancel_waits_for_the_sending_to_stop() -> None:
+async def test_a_cancelled_hand_off_is_released_when_its_sending_has_stopped() -> None:
     prefill = Side("p", 1)
     async with TcpTransceivers().open(prefill.table, prefill.store, "127.0.0.1") as prefill.transceiver:
         handoff = prefill.offer([4])
@@ -155,7 +155,7 @@ async def test_while_it_is_sent_a_cancel_waits_for_the_sending_to_stop() -> None
         assert prefill.released == [1] and prefill.table.ended == {HandoffEnd.CANCELLED: 1}
 
 
-async def test_a_peer_that_talks_nonsense_loses_its_connection_only() -> None:
+async def test_a_peer_that_sends_invalid_bytes_loses_only_its_connection() -> None:
     prefill, decode = Side("p", 1), Side("d", 0)
     async with (
         TcpTransceivers().open(prefill.table, prefill.store, "127.0.0.1") as prefill.transceiver,
@@ -172,7 +172,7 @@ async def test_a_peer_that_talks_nonsense_loses_its_connection_only() -> None:
         await decode.transceiver.fetch(handoff, [0], 0)
 
 
-async def test_ids_of_two_owners_never_meet() -> None:
+async def test_hand_off_ids_of_two_owners_are_distinct() -> None:
     one, two = Side("p1", 0), Side("p2", 0)
     ids = {side.table.open(i, REQUEST, [], 0, b"").id for side in (one, two) for i in range(100)}
     assert len(ids) == 200
@@ -180,5 +180,5 @@ async def test_ids_of_two_owners_never_meet() -> None:
     two.table.cancel_all()
 
 
-def test_all_hand_off_errors_are_one_family() -> None:
+def test_all_hand_off_errors_are_subclasses_of_handoff_error() -> None:
     assert all(issubclass(e, HandoffError) for e in (HandoffGone, HandoffMismatch, HandoffBroken))

@@ -21,7 +21,7 @@ def test_sealed_blocks_are_found_again_after_release() -> None:
     assert blocks.free == 2
 
 
-def test_eviction_takes_the_tail_of_the_oldest_prefix_first() -> None:
+def test_eviction_removes_the_tail_of_the_oldest_prefix_first() -> None:
     blocks = BlockManager(3, 2)
     held = blocks.allocate(3)
     blocks.seal(held, 0, [1, 2, 3])
@@ -32,7 +32,7 @@ def test_eviction_takes_the_tail_of_the_oldest_prefix_first() -> None:
     assert blocks.drain_events() == [Removed([3])]
 
 
-def test_events_name_the_parent_of_a_chain() -> None:
+def test_stored_events_name_the_parent_block() -> None:
     blocks = BlockManager(4, 2)
     held = blocks.allocate(3)
     blocks.seal(held, 0, [1])
@@ -40,7 +40,7 @@ def test_events_name_the_parent_of_a_chain() -> None:
     assert blocks.drain_events() == [Stored(None, [1]), Stored(1, [2, 3])]
 
 
-def test_a_second_copy_of_a_block_gives_way_to_the_first_and_what_follows_it_is_named() -> None:
+def test_a_duplicate_block_is_replaced_by_the_first_and_its_successor_is_reported() -> None:
     blocks = BlockManager(6, 2)
     first, second = blocks.allocate(2), blocks.allocate(3)
     blocks.seal(first, 0, [1, 2])
@@ -54,7 +54,7 @@ def test_a_second_copy_of_a_block_gives_way_to_the_first_and_what_follows_it_is_
     assert blocks.overlap([1, 2, 3]) == 3 and blocks.free == 6
 
 
-def test_after_a_clear_nothing_is_named_that_could_not_be_reached() -> None:
+def test_after_a_clear_blocks_without_a_cached_parent_are_not_cached() -> None:
     blocks = BlockManager(4, 2)
     held = blocks.allocate(2)
     blocks.seal(held, 0, [1])
@@ -65,7 +65,7 @@ def test_after_a_clear_nothing_is_named_that_could_not_be_reached() -> None:
     blocks.check()
 
 
-def test_can_take_counts_blocks_that_reuse_would_wake() -> None:
+def test_can_allocate_counts_free_blocks_that_reuse_would_occupy() -> None:
     blocks = BlockManager(2, 2)
     held = blocks.allocate(1)
     blocks.seal(held, 0, [1])
@@ -83,7 +83,7 @@ def test_releasing_twice_is_an_error() -> None:
         blocks.release(held)
 
 
-def test_without_reuse_nothing_is_kept() -> None:
+def test_without_reuse_no_block_is_cached() -> None:
     blocks = BlockManager(2, 2, reuse=False)
     held = blocks.allocate(1)
     blocks.seal(held, 0, [1])
@@ -91,7 +91,7 @@ def test_without_reuse_nothing_is_kept() -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Random sequences of what an engine does; the books must always add up, and events must mirror the cache."""
+    """Random sequences of an engine's operations. Block counts must stay consistent, and events must mirror the cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         self.blocks.clear()
 
     @invariant()
-    def books_add_up(self) -> None:
+    def counts_are_consistent(self) -> None:
         self.blocks.check()
         for event in self.blocks.drain_events():
             if isinstance(event, Stored):

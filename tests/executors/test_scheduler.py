@@ -83,7 +83,7 @@ def test_at_least_one_token_is_computed_even_when_all_blocks_are_cached() -> Non
     assert (slice_.start, slice_.size) == (8, 4)
 
 
-def test_when_blocks_run_out_the_last_to_come_waits_and_still_finishes() -> None:
+def test_when_blocks_run_out_the_newest_sequence_is_preempted_and_finishes() -> None:
     s = scheduler(num_blocks=6)
     s.add(sequence(1, 8, answer=12))
     s.add(sequence(2, 8, answer=12, base=100))
@@ -147,19 +147,19 @@ def begun(scheduler: Scheduler, *prompts: list[int], **options: Any) -> list[Sli
     return scheduler.schedule(0.0)
 
 
-def test_a_step_ahead_decodes_behind_the_token_that_is_not_known_yet() -> None:
+def test_a_step_ahead_decodes_after_a_token_that_is_not_known_yet() -> None:
     scheduler = Scheduler(BlockManager(20, 4), max_batch_size=4, max_num_tokens=64, max_seq_len=64, chunked=True)
     work = begun(scheduler, [1, 2, 3], [4, 5, 6, 7])
     ahead = scheduler.ahead(work)
     assert [(s.start, s.size, s.samples) for s in ahead] == [(3, 1, True), (4, 1, True)]
-    assert len(ahead[1].sequence.blocks) == 2  # one for the token that is behind a full block
+    assert len(ahead[1].sequence.blocks) == 2  # the second is for the token after a full block
     scheduler.commit(work, [[Sampled(8)], [Sampled(9)]])
     scheduler.commit(ahead, [[Sampled(10)], [Sampled(11)]])
     assert [s.sequence.tokens for s in ahead] == [[1, 2, 3, 8, 10], [4, 5, 6, 7, 9, 11]]
     scheduler.check()
 
 
-def test_what_a_step_ahead_computed_of_an_ended_sequence_is_left_out() -> None:
+def test_tokens_of_a_step_ahead_are_dropped_for_a_sequence_that_ended() -> None:
     scheduler = Scheduler(BlockManager(20, 4), max_batch_size=4, max_num_tokens=64, max_seq_len=64, chunked=True)
     stop = StopConditions(max_tokens=8, token_ids=(99,))
     work = begun(scheduler, [1, 2, 3, 4], [5], stop=stop)
@@ -172,7 +172,7 @@ def test_what_a_step_ahead_computed_of_an_ended_sequence_is_left_out() -> None:
     scheduler.check()
 
 
-def test_no_step_is_begun_ahead_where_something_has_to_be_decided() -> None:
+def test_no_step_is_begun_ahead_where_the_next_step_needs_a_decision() -> None:
     def made(**changes: Any) -> Scheduler:
         options: dict[str, Any] = {"max_batch_size": 2, "max_num_tokens": 8, "max_seq_len": 64, "chunked": True}
         return Scheduler(BlockManager(changes.pop("num_blocks", 20), 4), **(options | changes))
@@ -182,17 +182,17 @@ def test_no_step_is_begun_ahead_where_something_has_to_be_decided() -> None:
     newcomer = made()
     work = begun(newcomer, [1])
     newcomer.add(Sequence(9, make_request([2]), 4, frozenset(), 0.0))
-    assert newcomer.ahead(work) == []  # somebody can be let in
+    assert newcomer.ahead(work) == []  # a waiting sequence can be admitted
     last = made()
     assert last.ahead(begun(last, [1], stop=StopConditions(max_tokens=1))) == []  # it ends, whatever the token is
     prefill = made()
     assert prefill.ahead(begun(prefill, [1], phase="prefill")) == []
     full = made(num_blocks=1)
-    assert full.ahead(begun(full, [1, 2, 3, 4])) == []  # there is no block left
-    guided = made()
-    work = begun(guided, [1])
+    assert full.ahead(begun(full, [1, 2, 3, 4])) == []  # no block is free
+    constrained = made()
+    work = begun(constrained, [1])
     work[0].sequence.matcher = object()
-    assert guided.ahead(work) == []  # its grammar has to see the token
+    assert constrained.ahead(work) == []  # its grammar has to see the token
     fullhouse = made()
     work = begun(fullhouse, [1], [2], [3])
-    assert len(work) == 2 and len(fullhouse.ahead(work)) == 2  # who waits cannot be let in anyway
+    assert len(work) == 2 and len(fullhouse.ahead(work)) == 2  # the waiting sequence cannot be admitted anyway

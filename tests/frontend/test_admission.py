@@ -7,11 +7,11 @@ import pytest
 from dynserve import clock
 from dynserve.errors import Cancelled, Overloaded
 from dynserve.frontend.admission import Queue, QueuedRequest
-from tests.conftest import left_to_the_collector
+from tests.conftest import reference_cycles
 
 
 class Pool:
-    """`slots` places on workers; a request that was let in takes one when it runs."""
+    """Workers with `slots` free slots behind a queue; an admitted request occupies one while it runs."""
 
     def __init__(self, slots: int, most: int = 10, most_s: float = 30.0) -> None:
         self.slots = slots
@@ -30,14 +30,14 @@ class Pool:
         self.queue.recheck()
 
 
-def test_requests_go_straight_through_while_there_is_room() -> None:
+def test_requests_are_admitted_at_once_while_slots_are_free() -> None:
     async def main() -> None:
         assert Pool(1).queue.enter(0) is None
 
     clock.run(main())
 
 
-def test_who_waits_is_let_in_by_priority_and_then_by_arrival_and_never_over_the_room() -> None:
+def test_waiting_requests_are_admitted_by_priority_and_then_by_arrival() -> None:
     async def main() -> None:
         pool = Pool(2)
         await asyncio.gather(
@@ -52,7 +52,7 @@ def test_who_waits_is_let_in_by_priority_and_then_by_arrival_and_never_over_the_
     clock.run(main())
 
 
-def test_a_full_queue_refuses_with_the_time_that_those_ahead_will_take() -> None:
+def test_a_full_queue_refuses_with_the_estimated_wait_as_retry_after() -> None:
     async def main() -> None:
         pool = Pool(1, most=4)
         asking = [asyncio.create_task(pool.request(str(i), seconds=3.0)) for i in range(5)]
@@ -67,7 +67,7 @@ def test_a_full_queue_refuses_with_the_time_that_those_ahead_will_take() -> None
     clock.run(main())
 
 
-def test_a_higher_priority_takes_the_place_of_the_last_of_the_lowest() -> None:
+def test_a_higher_priority_displaces_the_newest_request_of_the_lowest() -> None:
     async def main() -> None:
         pool = Pool(1, most=2)
         running = asyncio.create_task(pool.request("running"))
@@ -85,7 +85,7 @@ def test_a_higher_priority_takes_the_place_of_the_last_of_the_lowest() -> None:
     clock.run(main())
 
 
-def test_nobody_waits_longer_than_allowed() -> None:
+def test_no_request_waits_longer_than_the_limit() -> None:
     async def main() -> None:
         pool = Pool(0, most_s=5.0)
         with pytest.raises(Overloaded, match="stayed busy for 5 s"):
@@ -96,15 +96,15 @@ def test_nobody_waits_longer_than_allowed() -> None:
     clock.run(main())
 
 
-def test_one_who_leaves_the_queue_frees_its_place_and_holds_up_nobody() -> None:
+def test_a_cancelled_request_frees_its_place_in_the_queue() -> None:
     async def main() -> None:
         pool = Pool(1, most=2)
         running = asyncio.create_task(pool.request("running"))
         await asyncio.sleep(0)
-        leaver = asyncio.create_task(pool.request("leaver"))
+        cancelled = asyncio.create_task(pool.request("cancelled"))
         stayer = asyncio.create_task(pool.request("stayer"))
         await asyncio.sleep(0)
-        leaver.cancel()
+        cancelled.cancel()
         await asyncio.sleep(0)
         late = asyncio.create_task(pool.request("late"))
         await asyncio.gather(running, stayer, late)
@@ -113,7 +113,7 @@ def test_one_who_leaves_the_queue_frees_its_place_and_holds_up_nobody() -> None:
     clock.run(main())
 
 
-def test_quiet_times_do_not_make_the_queue_look_slow() -> None:
+def test_idle_times_do_not_raise_the_estimated_wait() -> None:
     async def main() -> None:
         pool = Pool(1, most=4)
         for _ in range(3):  # lone waits, far apart
@@ -129,7 +129,7 @@ def test_quiet_times_do_not_make_the_queue_look_slow() -> None:
     clock.run(main())
 
 
-async def test_who_leaves_the_queue_leaves_nothing_to_the_garbage_collector() -> None:
+async def test_a_cancelled_request_in_the_queue_leaves_no_reference_cycle() -> None:
     queue = Queue("m", 10, 30.0, lambda: False)
 
     async def request() -> None:
@@ -141,8 +141,8 @@ async def test_who_leaves_the_queue_leaves_nothing_to_the_garbage_collector() ->
         except Cancelled:
             del waiting
 
-    with left_to_the_collector(QueuedRequest, Cancelled) as left:
+    with reference_cycles(QueuedRequest, Cancelled) as cyclic:
         for _ in range(3):
             await asyncio.create_task(request())
         await asyncio.sleep(0)
-    assert left == [] and len(queue) == 0
+    assert cyclic == [] and len(queue) == 0

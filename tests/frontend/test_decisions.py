@@ -20,31 +20,35 @@ def placed(worker: str, costs: list[float]) -> Reservation:
 def test_of_many_candidates_the_cheapest_are_kept_and_the_rest_counted() -> None:
     decision = Decision("r", "m", 320, 0.0)
     decision.placed(placed("w199", [float(200 - i) for i in range(200)]))
-    (told,) = decision.as_dict()["placements"]
-    assert len(told["candidates"]) == MAX_CANDIDATES and told["candidates_omitted"] == 200 - MAX_CANDIDATES
-    assert told["candidates"][0] == told["candidates"][0] | {"worker": "w199", "cost": 1.0, "overlap_blocks": 199}
-    assert (told["runner_up"], told["margin"]) == ("w198", 1.0)
+    (placement,) = decision.as_dict()["placements"]
+    assert len(placement["candidates"]) == MAX_CANDIDATES and placement["candidates_omitted"] == 200 - MAX_CANDIDATES
+    assert placement["candidates"][0] == placement["candidates"][0] | {
+        "worker": "w199",
+        "cost": 1.0,
+        "overlap_blocks": 199,
+    }
+    assert (placement["runner_up"], placement["margin"]) == ("w198", 1.0)
     header = json.loads(decision.header())["placements"][0]
     assert len(header["candidates"]) == IN_HEADER and len(decision.header()) < 4000
 
 
-def test_candidates_that_were_left_out_have_no_cost_in_the_record() -> None:
+def test_excluded_candidates_have_no_cost_in_the_record() -> None:
     decision = Decision("r", "m", 320, 0.0)
     decision.placed(placed("w0", [1.0] + [math.inf] * 199))
-    (told,) = decision.as_dict()["placements"]
-    assert [c["cost"] for c in told["candidates"][:2]] == [1.0, None]
-    assert told["margin"] is None
+    (placement,) = decision.as_dict()["placements"]
+    assert [c["cost"] for c in placement["candidates"][:2]] == [1.0, None]
+    assert placement["margin"] is None
     json.dumps(decision.as_dict(), allow_nan=False)
 
 
-def test_policies_without_costs_have_records_too() -> None:
+def test_placements_of_policies_without_costs_are_recorded() -> None:
     decision = Decision("r", "m", 320, 0.0)
     decision.placed(placed("w0", []))
-    (told,) = decision.as_dict()["placements"]
-    assert told["runner_up"] is None and told["candidates"][0]["cost"] is None
+    (placement,) = decision.as_dict()["placements"]
+    assert placement["runner_up"] is None and placement["candidates"][0]["cost"] is None
 
 
-def test_a_few_wrong_tokens_are_no_drift_and_it_ends_when_predictions_are_right_again() -> None:
+def test_drift_needs_large_errors_and_ends_when_predictions_are_right_again() -> None:
     predictions = Predictions()
     for _ in range(20):
         predictions.note("w", 96, 90)
@@ -59,7 +63,7 @@ def test_a_few_wrong_tokens_are_no_drift_and_it_ends_when_predictions_are_right_
     assert predictions.ratios() == {}
 
 
-def test_a_policys_odd_costs_do_not_fail_the_record() -> None:
+def test_costs_of_a_wrong_length_or_type_do_not_break_the_record() -> None:
     decision = Decision("r", "m", 320, 0.0)
     decision.placed(placed("w0", [1.0, 2.0]))
     decision.placed(placed("w0", [np.float64(i) for i in range(200)]))

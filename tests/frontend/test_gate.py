@@ -38,31 +38,31 @@ def keys(tmp_path: Path) -> Path:
     return path
 
 
-def test_without_a_file_everyone_may_and_priorities_are_free() -> None:
+def test_without_a_keys_file_all_requests_and_priorities_are_accepted() -> None:
     gate = Gate(None, 10)
-    visit = gate.enter({})
-    visit.charge(10**9)
-    assert visit.priority(7) == 7 and visit.priority(None) == 0 and visit.headers() == []
+    call = gate.enter({})
+    call.charge(10**9)
+    assert call.priority(7) == 7 and call.priority(None) == 0 and call.headers() == []
 
 
 @pytest.mark.parametrize(
     "headers", [{}, bearer("wrong"), bearer(""), {"authorization": f"Basic {SECRET}"}, {"x-api-key": "no"}]
 )
-def test_a_key_that_is_none_is_turned_away(keys: Path, headers: dict[str, str]) -> None:
+def test_an_invalid_key_is_refused(keys: Path, headers: dict[str, str]) -> None:
     gate = Gate(str(keys), 10)
     with pytest.raises(Unauthorized):
         gate.enter(headers)
     assert gate.open_requests.count == 0
 
 
-def test_keys_are_taken_as_openais_and_as_anthropics_clients_send_them(keys: Path) -> None:
+def test_keys_are_accepted_in_the_headers_of_openai_and_anthropic_clients(keys: Path) -> None:
     gate = Gate(str(keys), 10)
     assert gate.enter(bearer(SECRET)).name == "ann"
     assert gate.enter({"x-api-key": OTHER}).name == "bob"
     assert gate.enter({"authorization": f"bearer {OTHER}"}).name == "bob"
 
 
-def test_requests_a_minute_come_back_steadily(keys: Path) -> None:
+def test_the_quota_of_requests_per_minute_refills_steadily(keys: Path) -> None:
     clock = Clock()
     gate = Gate(str(keys), 10, clock)
     for _ in range(2):
@@ -75,47 +75,47 @@ def test_requests_a_minute_come_back_steadily(keys: Path) -> None:
     gate.enter(bearer(SECRET)).close()
 
 
-def test_tokens_a_minute_are_charged_before_and_what_was_not_computed_is_given_back(keys: Path) -> None:
+def test_tokens_are_charged_in_advance_and_unused_ones_are_refunded(keys: Path) -> None:
     clock = Clock()
     gate = Gate(str(keys), 10, clock)
-    visit = gate.enter(bearer(SECRET))
-    visit.charge(90)
+    call = gate.enter(bearer(SECRET))
+    call.charge(90)
     with pytest.raises(RateLimited, match="limit of 100 a minute") as limited:
-        visit.charge(47)
+        call.charge(47)
     assert limited.value.retry_after == 23
-    visit.settle(30)
-    visit.charge(70)
+    call.settle(30)
+    call.charge(70)
     with pytest.raises(RateLimited, match="limit of 100 a minute"):
-        visit.charge(1)
+        call.charge(1)
     clock.now += 300
     with pytest.raises(
-        RateLimited, match="may take 101 tokens, and its limit is 100 a minute; ask for shorter"
+        RateLimited, match="may use 101 tokens, and its limit is 100 a minute; request shorter"
     ) as never:
-        visit.charge(101)  # however long it waits
+        call.charge(101)  # however long it waits
     assert ("x-should-retry", "false") in never.value.headers
 
 
-def test_what_was_computed_is_not_given_back_when_the_request_fails(keys: Path) -> None:
+def test_computed_tokens_are_not_refunded_when_the_request_fails(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
-    with gate.enter(bearer(SECRET)) as visit:
-        visit.charge(40)
-        visit.keep_charge()
-    with gate.enter(bearer(SECRET)) as visit:
-        visit.charge(50)
-    visit = gate.enter(bearer(OTHER))
-    assert visit.tokens_per_minute is None and visit.headers() == []
+    with gate.enter(bearer(SECRET)) as call:
+        call.charge(40)
+        call.keep_charge()
+    with gate.enter(bearer(SECRET)) as call:
+        call.charge(50)
+    call = gate.enter(bearer(OTHER))
+    assert call.tokens_per_minute is None and call.headers() == []
     gate.clock.now += 60  # type: ignore[attr-defined]
-    visit = gate.enter(bearer(SECRET))
-    assert visit.tokens_per_minute == 100
+    call = gate.enter(bearer(SECRET))
+    assert call.tokens_per_minute == 100
 
 
 def test_concurrency_counts_the_answers_of_a_request(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
-    visit = gate.enter(bearer(SECRET))
-    assert visit.acquire_slots(64) == 2
-    with pytest.raises(RateLimited, match="2 answers being made"):
+    call = gate.enter(bearer(SECRET))
+    assert call.acquire_slots(64) == 2
+    with pytest.raises(RateLimited, match="2 answers in progress"):
         gate.enter(bearer(SECRET))
-    visit.close()
+    call.close()
     assert gate.enter(bearer(SECRET)).acquire_slots(1) == 1
     assert gate.enter(bearer(OTHER)).acquire_slots(64) == 64
 
@@ -130,12 +130,12 @@ def test_keys_share_cached_prompts_only_within_a_group(tmp_path: Path) -> None:
         parse_keys(line("eve", "5", "group="), "keys")
 
 
-def test_a_key_has_so_many_requests_open_and_all_keys_together_too(keys: Path) -> None:
+def test_open_requests_are_limited_per_key_and_in_total(keys: Path) -> None:
     clock = Clock()
     gate = Gate(str(keys), 3, clock)
     first, second = gate.enter(bearer(SECRET)), gate.enter(bearer(SECRET))
     clock.now += 600
-    with pytest.raises(RateLimited, match="2 answers being made"):
+    with pytest.raises(RateLimited, match="2 answers in progress"):
         gate.enter(bearer(SECRET))
     gate.enter(bearer(OTHER))
     with pytest.raises(Overloaded, match="3 requests are being answered"):
@@ -154,16 +154,16 @@ def test_a_keys_priority_is_a_ceiling(keys: Path) -> None:
     assert [bob.priority(wish) for wish in (None, 9, -4)] == [0, 0, -4]
 
 
-def test_what_is_left_is_told_as_openai_tells_it(keys: Path) -> None:
-    visit = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
-    visit.charge(40)
-    assert dict(visit.headers()) == {
+def test_remaining_quotas_are_in_openais_rate_limit_headers(keys: Path) -> None:
+    call = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
+    call.charge(40)
+    assert dict(call.headers()) == {
         "x-ratelimit-limit-requests": "2", "x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "30.000s",
         "x-ratelimit-limit-tokens": "100", "x-ratelimit-remaining-tokens": "60", "x-ratelimit-reset-tokens": "24.000s",
     }  # fmt: skip
 
 
-def test_a_changed_file_is_read_again_and_a_broken_one_is_not(keys: Path) -> None:
+def test_a_changed_keys_file_is_reloaded_and_an_invalid_one_is_ignored(keys: Path) -> None:
     gate = Gate(str(keys), 10)
     held = gate.enter(bearer(SECRET))
     keys.write_text(line("bob", OTHER) + line("cy", "sk-dyn-three"))
@@ -181,7 +181,9 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(keys: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["eve sha256:" + "0" * 64 + " rpm=" + "9" * 400, "\udcff", "nonsense"])
-def test_no_text_in_the_file_ends_a_running_server(keys: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_text_in_the_keys_file_does_not_stop_a_running_server(
+    keys: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = Gate(str(keys), 10)
     keys.write_bytes(text.encode("utf-8", "surrogateescape"))
     os.utime(keys, ns=(1, 1))
@@ -191,15 +193,15 @@ def test_no_text_in_the_file_ends_a_running_server(keys: Path, text: str, caplog
     assert gate.enter(bearer(SECRET)).name == "ann"
 
 
-def test_what_was_charged_can_be_given_back_once(keys: Path) -> None:
-    visit = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
-    visit.charge(70)
-    visit.settle(0)
-    visit.settle(0)
-    assert dict(visit.headers())["x-ratelimit-remaining-tokens"] == "100"
+def test_a_charge_can_be_refunded_only_once(keys: Path) -> None:
+    call = Gate(str(keys), 10, Clock()).enter(bearer(SECRET))
+    call.charge(70)
+    call.settle(0)
+    call.settle(0)
+    assert dict(call.headers())["x-ratelimit-remaining-tokens"] == "100"
 
 
-def test_limits_survive_a_reading_of_the_file_that_does_not_change_them(keys: Path) -> None:
+def test_spent_quotas_survive_a_reload_that_does_not_change_the_limits(keys: Path) -> None:
     gate = Gate(str(keys), 10, Clock())
     for _ in range(2):
         gate.enter(bearer(SECRET)).close()
@@ -219,23 +221,23 @@ def test_limits_survive_a_reading_of_the_file_that_does_not_change_them(keys: Pa
         (line("ann", SECRET, "rpm=many"), "'rpm=many' is not a whole number"),
         (line("ann", SECRET, "rpm=0"), "rpm must be between 1 and"),
         (line("ann", SECRET, "rpm=" + "9" * 400), "rpm must be between 1 and|not a whole number"),
-        (line("ann", SECRET) + line("bob", SECRET), "line 2: this key is there twice"),
-        (line("ann", SECRET) + line("ann", OTHER), "line 2: ann is there twice"),
+        (line("ann", SECRET) + line("bob", SECRET), "line 2: this key is listed twice"),
+        (line("ann", SECRET) + line("ann", OTHER), "line 2: ann is listed twice"),
     ],
 )
-def test_a_wrong_line_is_named(text: str, message: str) -> None:
+def test_an_invalid_line_of_the_keys_file_is_reported(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_keys(text, "keys")
 
 
-def test_a_bucket_is_never_fuller_than_a_minute() -> None:
+def test_a_bucket_never_holds_more_than_one_minutes_quota() -> None:
     bucket = Bucket(60, 0.0)
     bucket.spend(30, 0.0)
     assert bucket.level(10.0) == 40 and bucket.wait(50, 10.0) == 10
     assert bucket.level(1000.0) == 60 and bucket.wait(600, 1000.0) == 0
 
 
-def test_dynserve_key_makes_a_key_that_opens_its_file(tmp_path: Path) -> None:
+def test_dynserve_key_creates_a_key_that_the_gate_accepts(tmp_path: Path) -> None:
     path = tmp_path / "keys"
 
     def key(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -246,7 +248,7 @@ def test_dynserve_key_makes_a_key_that_opens_its_file(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600 and secret not in path.read_text()
     assert Gate(str(path), 1).enter(bearer(secret)).name == "ann"
     again = key("--name", "ann", "--file", str(path))
-    assert again.returncode == 2 and "ann is there twice" in again.stderr
+    assert again.returncode == 2 and "ann is listed twice" in again.stderr
     shown = key("--name", "bob", "--priority", "3").stdout
     assert shown.startswith("sk-dyn-") and "bob sha256:" in shown and "priority=3" in shown
     for name in ("two words", "#x", ""):

@@ -21,7 +21,7 @@ from tests.conftest import MODEL, free_ports
 
 
 def pids(base: str, count: int, seconds: float = 30.0) -> set[int]:
-    """Of the processes that answer, once there are so many; each question is a new connection."""
+    """Returns the pids of the answering processes, once there are `count`; each request is a new connection."""
     deadline, found = time.monotonic() + seconds, set[int]()
     while len(found) < count:
         assert time.monotonic() < deadline, found
@@ -35,7 +35,7 @@ def pids(base: str, count: int, seconds: float = 30.0) -> set[int]:
 
 
 def two_ports() -> tuple[int, int]:
-    """Free ones in a row."""
+    """Returns two consecutive free ports."""
     while True:
         (first,) = free_ports(1)
         with contextlib.suppress(ConfigError), bind("127.0.0.1", first + 1, "--system-port"):
@@ -48,7 +48,7 @@ def completion(base: str) -> int:
     return int(response.json()["usage"]["completion_tokens"])
 
 
-def test_two_processes_serve_one_port_and_one_that_dies_comes_back(deploy: Any) -> None:
+def test_two_processes_serve_one_port_and_a_dead_one_is_restarted(deploy: Any) -> None:
     deployment = deploy()
     first, second = two_ports()
     group = deployment.frontend("--workers", "2", "--system-port", str(first))
@@ -59,22 +59,22 @@ def test_two_processes_serve_one_port_and_one_that_dies_comes_back(deploy: Any) 
     own = [httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).json()["pid"] for port in (first, second)]
     assert set(own) == both
     metrics = httpx.get(f"http://127.0.0.1:{first}/metrics", trust_env=False).text
-    assert "dynserve_frontends 2.0" in metrics  # they hear of each other's placements
+    assert "dynserve_frontends 2.0" in metrics  # they receive each other's placements
     assert httpx.post(f"http://127.0.0.1:{first}/v1/completions", json={}, trust_env=False).status_code == 404
 
     os.kill(own[0], signal.SIGKILL)
-    with squatting(first):  # so that it cannot start again at first: what it finds wrong now does not end the group
+    with squatting(first):  # so that it cannot restart at first: this error does not end the group
         deadline = time.monotonic() + 30
         while "died with exit code 2" not in group.output():
             assert time.monotonic() < deadline, group.output()
             assert group.alive()
         assert completion(deployment.base) == 3
     answers = {httpx.get(f"{deployment.base}/v1/models/{MODEL}", trust_env=False).status_code for _ in range(100)}
-    assert answers == {200}  # the one that starts again is not asked before it knows the worker
+    assert answers == {200}  # the restarted process receives no request before it knows the worker
     again = pids(deployment.base, 2)
     assert own[1] in again and own[0] not in again
 
-    late = deployment.frontend("--workers", "2")  # the port is taken, although it could be shared
+    late = deployment.frontend("--workers", "2")  # the port is in use, although it could be shared
     assert late.wait() == 2 and "--http-port" in late.output()
     group.kill(signal.SIGTERM)
     assert group.wait() == 0, group.output()
@@ -85,9 +85,9 @@ def test_two_processes_serve_one_port_and_one_that_dies_comes_back(deploy: Any) 
 
 def test_a_group_ends_with_the_error_of_its_processes(deploy: Any) -> None:
     deployment = deploy()
-    with bind("127.0.0.1", 0, "--system-port") as taken:
-        taken.listen()
-        group = deployment.frontend("--workers", "2", "--system-port", str(taken.getsockname()[1]))
+    with bind("127.0.0.1", 0, "--system-port") as occupied:
+        occupied.listen()
+        group = deployment.frontend("--workers", "2", "--system-port", str(occupied.getsockname()[1]))
         assert group.wait() == 2
     assert "--system-port" in group.output()
 
@@ -109,7 +109,7 @@ def test_numbers_of_processes_and_ports_are_checked(flags: dict[str, int]) -> No
         FrontendConfig(**flags)
 
 
-def test_a_port_is_shared_only_between_those_that_both_ask_for_it() -> None:
+def test_a_port_is_shared_only_if_both_sockets_request_it() -> None:
     with bind("127.0.0.1", 0, "--http-port", shared=True) as one:
         port = one.getsockname()[1]
         one.listen()
@@ -118,7 +118,7 @@ def test_a_port_is_shared_only_between_those_that_both_ask_for_it() -> None:
             bind("127.0.0.1", port, "--http-port")
 
 
-def test_ports_that_lie_side_by_side_or_on_other_addresses_are_fine() -> None:
+def test_adjacent_ports_and_ports_of_other_addresses_do_not_conflict() -> None:
     FrontendConfig(workers=4, link_port=9000, system_port=9004)
     FrontendConfig(http_port=9000, workers=4, system_port=9000, system_host="127.0.0.2")
     FrontendConfig(http_port=0, link_port=0, system_port=0, workers=4)
@@ -126,8 +126,8 @@ def test_ports_that_lie_side_by_side_or_on_other_addresses_are_fine() -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_port_can_be_had_again_at_once_however_it_was_held(before: bool, after: bool) -> None:
-    """The connections that its last owner closed are remembered by the kernel for a minute."""
+def test_a_closed_port_can_be_bound_again_at_once(before: bool, after: bool) -> None:
+    """The kernel remembers the connections that the last owner closed for a minute."""
     with bind("127.0.0.1", 0, "--http-port", shared=before) as one:
         one.listen()
         address = one.getsockname()
@@ -139,7 +139,7 @@ def test_a_port_can_be_had_again_at_once_however_it_was_held(before: bool, after
         again.listen()
 
 
-def test_a_group_that_starts_beside_another_finds_the_port_taken_before_anyone_listens() -> None:
+def test_a_second_group_is_refused_the_port_before_the_first_one_listens() -> None:
     (port,) = free_ports(1)
     with hold(FrontendConfig(http_port=port)):
         with pytest.raises(ConfigError, match="--http-port"):
@@ -147,12 +147,12 @@ def test_a_group_that_starts_beside_another_finds_the_port_taken_before_anyone_l
         with bind("127.0.0.1", port, "--http-port", shared=True) as child:
             child.listen()
             bind("127.0.0.1", port, "--http-port", shared=True).close()
-        hold(FrontendConfig(http_port=port, reuse_port=True)).close()  # which says that it is meant
+        hold(FrontendConfig(http_port=port, reuse_port=True)).close()  # the flag states that sharing is intended
 
 
 @contextlib.contextmanager
 def squatting(port: int) -> Iterator[None]:
-    """Someone else has taken it, as soon as it was free."""
+    """Binds the port as soon as it is free, as another process would."""
     deadline = time.monotonic() + 10
     while True:
         try:

@@ -15,16 +15,16 @@ class World:
 
     def __init__(self) -> None:
         self.router = Router()
-        self.asked = 0
-        self.feeds = KvFeeds(self.router, self.ask, lambda: 0.0)
+        self.requested = 0
+        self.feeds = KvFeeds(self.router, self.request_snapshot, lambda: 0.0)
         self.start(1)
 
     def start(self, epoch: int) -> None:
         self.epoch = epoch
         self.journal = KvJournal("w", epoch, lambda: None)
 
-    def ask(self, worker: str, request: int) -> None:
-        self.asked += 1
+    def request_snapshot(self, worker: str, request: int) -> None:
+        self.requested += 1
         self.request = request
 
     def say(self, *events: KvEvent) -> KvEvents:
@@ -45,7 +45,7 @@ class World:
         return {hash_ for hash_ in range(100) if self.router.index.overlap([hash_])}
 
 
-def test_a_late_joiner_learns_everything_from_the_snapshot() -> None:
+def test_the_snapshot_contains_all_events_from_before_a_frontend_joined() -> None:
     world = World()
     world.say(Stored(None, [1, 2, 3]), Removed([3]))
     world.join()
@@ -59,20 +59,20 @@ def test_events_that_come_before_the_snapshot_are_applied_after_it() -> None:
     assert not world.feeds.exact("w")
     world.snapshot()
     world.feeds.events(world.say(Stored(1, [2])))
-    assert world.known() == {1, 2} and world.asked == 1
+    assert world.known() == {1, 2} and world.requested == 1
 
 
-def test_a_gap_is_noticed_and_healed() -> None:
+def test_a_gap_in_the_events_is_repaired_by_a_snapshot() -> None:
     world = World()
     world.join()
     world.say(Stored(None, [1]))  # lost
     world.feeds.events(world.say(Stored(1, [2])))
-    assert not world.feeds.exact("w") and world.asked == 2
+    assert not world.feeds.exact("w") and world.requested == 2
     world.snapshot()
     assert world.known() == {1, 2} and world.feeds.exact("w")
 
 
-def test_a_batch_that_comes_twice_changes_nothing() -> None:
+def test_a_duplicate_batch_changes_nothing() -> None:
     world = World()
     world.join()
     first = world.say(Stored(None, [1]))
@@ -82,7 +82,7 @@ def test_a_batch_that_comes_twice_changes_nothing() -> None:
     assert world.known() == set() and world.feeds.exact("w")
 
 
-def test_a_restarted_worker_begins_with_nothing() -> None:
+def test_a_restarted_worker_begins_with_an_empty_index() -> None:
     world = World()
     world.join()
     world.feeds.events(world.say(Stored(None, [1])))
@@ -92,7 +92,7 @@ def test_a_restarted_worker_begins_with_nothing() -> None:
     assert world.known() == {2}
 
 
-def test_a_worker_that_left_is_forgotten() -> None:
+def test_the_index_of_a_departed_worker_is_removed() -> None:
     world = World()
     world.say(Stored(None, [1]))
     world.join()
@@ -100,7 +100,7 @@ def test_a_worker_that_left_is_forgotten() -> None:
     assert world.known() == set() and not world.feeds.exact("w")
 
 
-def test_with_random_losses_the_index_ends_as_the_cache() -> None:
+def test_with_random_losses_the_index_equals_the_cache_in_the_end() -> None:
     r = random.Random(5)
     world, cache = World(), set[int]()
     world.join()
@@ -120,31 +120,31 @@ def test_with_random_losses_the_index_ends_as_the_cache() -> None:
     assert world.known() == cache | {1}
 
 
-def test_a_loss_that_nothing_follows_is_noticed_by_the_second_load_report() -> None:
+def test_a_lost_last_batch_is_detected_by_the_second_load_report() -> None:
     world = World()
     world.join()
     lost = world.say(Stored(None, [1]))
     world.feeds.reported("w", 1, world.journal.published)
-    assert world.asked == 1  # the report may have overtaken the events
+    assert world.requested == 1  # the report may have overtaken the events
     world.feeds.reported("w", 1, world.journal.published)
-    assert world.asked == 2 and not world.feeds.exact("w")
+    assert world.requested == 2 and not world.feeds.exact("w")
     world.snapshot()
     assert world.known() == {1} and world.feeds.exact("w")
-    world.feeds.events(lost)  # it was only late: what it says is known
+    world.feeds.events(lost)  # it was only late: its content is known
     assert world.known() == {1} and world.feeds.exact("w")
 
 
-def test_reports_that_overtake_events_cost_nothing() -> None:
+def test_load_reports_that_overtake_events_cause_no_snapshot() -> None:
     world = World()
     world.join()
     for hash_ in range(5):
         batch = world.say(Stored(None, [hash_]))
         world.feeds.reported("w", 1, world.journal.published)
         world.feeds.events(batch)
-    assert world.asked == 1 and world.feeds.exact("w")
+    assert world.requested == 1 and world.feeds.exact("w")
 
 
-def test_batches_that_change_places_are_healed() -> None:
+def test_batches_in_the_wrong_order_are_repaired_by_a_snapshot() -> None:
     world = World()
     world.join()
     first, second = world.say(Stored(None, [1])), world.say(Removed([1]), Stored(None, [2]))
@@ -154,7 +154,7 @@ def test_batches_that_change_places_are_healed() -> None:
     assert world.known() == {2} and world.feeds.exact("w")
 
 
-def test_the_routers_target_says_what_state_its_index_is_in() -> None:
+def test_the_state_of_the_index_is_set_on_the_routers_target() -> None:
     world = World()
     world.feeds.joined("w", 1)
     target = world.router.join("w", 32, 100, 0.0)
@@ -167,7 +167,7 @@ def test_the_routers_target_says_what_state_its_index_is_in() -> None:
     assert target.index == IndexState.DEGRADED
 
 
-def test_a_worker_without_events_is_approximated_whatever_else_it_says() -> None:
+def test_the_index_of_a_worker_without_events_stays_approximate() -> None:
     world = World()
     world.feeds.joined("w", 1)
     target = world.router.join("w", 32, 100, 0.0, events=False)
@@ -177,7 +177,7 @@ def test_a_worker_without_events_is_approximated_whatever_else_it_says() -> None
     assert target.index is IndexState.APPROX and world.known() == {7}
 
 
-def test_an_index_out_of_room_is_degraded_and_made_whole_when_there_is_room() -> None:
+def test_an_index_over_its_memory_limit_is_degraded_until_there_is_room() -> None:
     world = World()
     world.router.index._max_bytes = 64 * world.router.index._max_bytes // world.router.index.capacity
     world.join()
@@ -191,7 +191,7 @@ def test_an_index_out_of_room_is_degraded_and_made_whole_when_there_is_room() ->
     assert world.feeds.exact("w") and world.known() == set(range(80, 100))
 
 
-def test_a_long_journal_is_published_in_pieces_that_follow_one_another() -> None:
+def test_a_long_journal_is_published_in_consecutive_batches() -> None:
     world = World()
     world.join()
     world.journal.add([Stored(None, [i % 100]) for i in range(5_000)])
@@ -201,15 +201,15 @@ def test_a_long_journal_is_published_in_pieces_that_follow_one_another() -> None
     assert len(batches) > 1
     for batch in batches:
         world.feeds.events(batch)
-    assert world.asked == 1 and world.known() == set(range(100))
+    assert world.requested == 1 and world.known() == set(range(100))
 
 
-def test_parts_of_a_snapshot_that_was_given_up_do_not_complete_the_next() -> None:
+def test_parts_of_an_abandoned_snapshot_do_not_complete_the_next_one() -> None:
     world = World()
     world.say(Stored(None, [1, 2, 3, 4]))
     world.feeds.joined("w", 1)
     first = world.request
-    world.feeds.joined("w", 1)  # asked again while the first is on its way
+    world.feeds.joined("w", 1)  # requested again while the first is on its way
     world.feeds.snapshot("w", Snapshot(1, 1, [1, 2], False, first))
     world.feeds.snapshot("w", Snapshot(1, 1, [3], True, first))
     assert not world.feeds.exact("w")

@@ -1,4 +1,4 @@
-"""Requests on their way: the roads, the acknowledgement, and what follows when there is none."""
+"""The submission of requests: the transports, the acknowledgement, and the fallback when none arrives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def handlers(c: Cluster) -> dict[str, Handler]:
     return found
 
 
-def taken(c: Cluster) -> list[int]:
+def accepted(c: Cluster) -> list[int]:
     return [worker.counts["accepted"] for worker in c.workers]
 
 
@@ -38,25 +38,25 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "ACK_TIMEOUT", 0.05)
 
 
-async def test_a_request_that_nobody_serves_on_the_bus_takes_the_link_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_subscriber_on_the_bus_a_request_uses_the_link_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "ACK_TIMEOUT", 60.0)
     async with simulated() as c, c.client() as client:
         handlers(c).clear()
         answer = await client.post("/v1/completions", json=ASK)
-        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert answer.json()["usage"]["completion_tokens"] == 3 and accepted(c) == [1]
         assert not c.frontend.pipeline.submissions._open
 
 
-async def test_a_request_that_the_bus_swallows_takes_the_link_after_the_time_for_it() -> None:
+async def test_a_request_that_the_bus_loses_uses_the_link_after_the_timeout() -> None:
     async with simulated() as c, c.client() as client:
         for subject in handlers(c):
             handlers(c)[subject] = lambda payload: None
         answer = await client.post("/v1/completions", json=ASK)
-        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert answer.json()["usage"]["completion_tokens"] == 3 and accepted(c) == [1]
         assert "dynserve_requests_by_link_total 1.0" in (await client.get("/metrics")).text
 
 
-async def test_a_request_that_came_by_both_roads_is_taken_once() -> None:
+async def test_a_request_received_by_both_transports_is_accepted_once() -> None:
     async with simulated() as c, c.client() as client:
         held = hold(c)
         answer = await client.post("/v1/completions", json=ASK)
@@ -64,21 +64,21 @@ async def test_a_request_that_came_by_both_roads_is_taken_once() -> None:
         for late in held:
             late()
         await asyncio.sleep(0.05)
-        assert taken(c) == [1] and len(held) == 1
+        assert accepted(c) == [1] and len(held) == 1
 
 
 @pytest.mark.parametrize("ack", [Busy(7), Draining(), Refused("unavailable", "no link")])
-async def test_a_worker_that_refuses_is_left_for_another(ack: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refused_request_is_sent_to_another_worker(ack: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulated(2) as c, c.client() as client:
         refusing = c.workers[0]
         monkeypatch.setattr(refusing, "take", lambda request: ack)
         for _ in range(6):
             assert (await client.post("/v1/completions", json=ASK)).status_code == 200
-        assert taken(c) == [0, 6]
+        assert accepted(c) == [0, 6]
         assert all(not peer.replies for peer in c.frontend.fleet.peers.values())
 
 
-async def test_a_refusal_for_the_callers_fault_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_workers_refusal_of_an_invalid_request_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulated(2) as c, c.client() as client:
         for worker in c.workers:
             monkeypatch.setattr(worker, "take", lambda request: Refused("invalid_request", "no such thing", "prompt"))
@@ -86,24 +86,24 @@ async def test_a_refusal_for_the_callers_fault_is_the_callers(monkeypatch: pytes
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
 
 
-async def test_a_worker_without_a_link_back_says_so_on_the_bus() -> None:
+async def test_a_worker_without_a_link_to_the_frontend_refuses_on_the_bus() -> None:
     async with simulated(2) as c, c.client() as client:
         one = c.workers[0]
         links, one._links = one._links, {}  # the frontend's side of it stands
         for _ in range(4):
             assert (await client.post("/v1/completions", json=ASK)).status_code == 200
         one._links = links
-        assert taken(c) == [0, 4]
+        assert accepted(c) == [0, 4]
 
 
-async def test_silence_on_both_roads_is_another_workers_chance_and_then_a_timeout(
+async def test_without_an_acknowledgement_other_workers_are_tried_until_a_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with simulated(2) as c, c.client() as client:
         silence(c, c.workers[0], monkeypatch)
         for _ in range(3):
             assert (await client.post("/v1/completions", json=ASK)).status_code == 200
-        assert taken(c) == [0, 3]
+        assert accepted(c) == [0, 3]
         silence(c, c.workers[1], monkeypatch)
         answer = await client.post("/v1/completions", json=ASK)
         assert answer.status_code == 504
@@ -113,21 +113,21 @@ async def test_silence_on_both_roads_is_another_workers_chance_and_then_a_timeou
 
 
 def silence(c: Cluster, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hears, and says nothing."""
+    """Makes the worker ignore everything that it receives."""
     handlers(c)[worker.subject] = lambda payload: None
     monkeypatch.setattr(worker, "received", lambda frontend, link, messages: None)
 
 
-async def test_an_acknowledgement_that_is_none_is_left_alone() -> None:
+async def test_an_invalid_or_unknown_acknowledgement_is_ignored() -> None:
     async with simulated() as c, c.client() as client:
         for subject in handlers(c):
             handlers(c)[subject] = lambda payload: b"\xc1 nonsense"
         answer = await client.post("/v1/completions", json=ASK)
-        assert answer.status_code == 200 and taken(c) == [1]
-        c.frontend.pipeline.submissions.acknowledged(12345, requests.Accepted())  # of nobody
+        assert answer.status_code == 200 and accepted(c) == [1]
+        c.frontend.pipeline.submissions.acknowledged(12345, requests.Accepted())  # of an unknown request
 
 
-async def test_a_copy_that_comes_after_the_worker_refused_another_is_computed_for_nobody(
+async def test_a_late_copy_of_a_refused_request_is_not_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with simulated() as c, c.client() as client:
@@ -135,29 +135,29 @@ async def test_a_copy_that_comes_after_the_worker_refused_another_is_computed_fo
         with monkeypatch.context() as patch:
             patch.setattr(worker, "take", lambda request: Busy(7))
             assert (await client.post("/v1/completions", json=ASK)).status_code == 429
-        await asyncio.sleep(0.02)  # what the frontend has to say of it is on its way
+        await asyncio.sleep(0.02)  # the frontend's messages about it are on their way
         assert len(held) == 1
         held[0]()
         await asyncio.sleep(0.02)
-        assert taken(c) == [0] and not worker.busy
+        assert accepted(c) == [0] and not worker.busy
 
 
-async def test_a_copy_that_comes_after_the_link_was_made_anew_is_cancelled() -> None:
+async def test_a_late_copy_that_arrives_after_a_reconnect_is_cancelled() -> None:
     async with simulated(speed=1) as c, c.client() as client:
         worker, held = c.workers[0], hold(c)
-        asked = asyncio.create_task(client.post("/v1/completions", json=ASK | {"max_tokens": 1500}))
+        pending = asyncio.create_task(client.post("/v1/completions", json=ASK | {"max_tokens": 1500}))
         await until(lambda: bool(held))
         next(iter(worker.links.values())).abort("cut")
-        assert (await asked).status_code == 503
+        assert (await pending).status_code == 503
         await until(lambda: c.frontend.fleet.serves(MODEL))
         held[0]()
-        assert taken(c) == [1]
+        assert accepted(c) == [1]
         await until(lambda: not worker.busy)
         assert worker.counts["cancelled"] == 1
 
 
 @pytest.mark.parametrize("silent", [True, False])
-async def test_one_refusal_of_two_copies_does_not_say_that_nothing_was_begun(
+async def test_a_reply_counts_as_refused_only_if_no_other_copy_is_in_flight(
     silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with simulated() as c, c.client() as client:
@@ -173,13 +173,13 @@ async def test_one_refusal_of_two_copies_does_not_say_that_nothing_was_begun(
         if silent:
             hold(c)
         else:
-            handlers(c).clear()  # known to be nobody's: there is one copy
+            handlers(c).clear()  # the bus reports no subscriber: there is one copy
         assert (await client.post("/v1/completions", json=ASK)).status_code == 429
         assert [reply.refused for reply in replies] == [not silent]
 
 
 def hold(c: Cluster) -> list[Callable[[], Any]]:
-    """What was sent over the bus, which does not arrive until it is called."""
+    """Returns the messages sent over the bus from now on; each is delivered when it is called."""
     held: list[Callable[[], Any]] = []
     for subject, handler in list(handlers(c).items()):
 
@@ -191,10 +191,10 @@ def hold(c: Cluster) -> list[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("sent", [True, False])
-async def test_a_client_of_the_bus_that_never_returns_holds_nobody_up(
+async def test_a_post_to_the_bus_that_never_returns_does_not_delay_the_request(
     sent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the request has gone out before, or not."""
+    """The post hangs after the request was sent, or before."""
     if sent:
         monkeypatch.setattr(submissions, "ACK_TIMEOUT", 60.0)  # it is acknowledged at once
     async with simulated() as c, c.client() as client:
@@ -209,5 +209,5 @@ async def test_a_client_of_the_bus_that_never_returns_holds_nobody_up(
 
         monkeypatch.setattr(mailbox, "post", hangs)
         answer = await client.post("/v1/completions", json=ASK)
-        assert answer.json()["usage"]["completion_tokens"] == 3 and taken(c) == [1]
+        assert answer.json()["usage"]["completion_tokens"] == 3 and accepted(c) == [1]
         assert ("dynserve_requests_by_link_total 0.0" in (await client.get("/metrics")).text) is sent

@@ -1,4 +1,4 @@
-"""`dynserve make-model`: the checkpoint that it writes is one, and says what it is."""
+"""The checkpoints that `dynserve make-model` writes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-async def test_an_executor_answers_from_it(small: str, tmp_path: Path) -> None:
+async def test_an_executor_answers_from_a_made_model(small: str, tmp_path: Path) -> None:
     make_model(small, tmp_path / "model")
     config: Any = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] in small.replace("qwen2.5", "qwen2")
@@ -49,7 +49,7 @@ async def test_an_executor_answers_from_it(small: str, tmp_path: Path) -> None:
     assert len(tokens) == 8
 
 
-def test_its_tokenizer_takes_words_apart_and_puts_them_together(small: str, tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_made_model_encodes_and_decodes_text(small: str, tmp_path: Path) -> None:
     make_model(small, tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
     text = "Hello, how are you? Größe 你好"
@@ -60,7 +60,7 @@ def test_its_tokenizer_takes_words_apart_and_puts_them_together(small: str, tmp_
     assert tokenizer.token_to_id("<|im_end|>") == config["eos_token_id"]
 
 
-def test_the_same_seed_makes_the_same_weights_and_another_one_others(tmp_path: Path, small: str) -> None:
+def test_the_same_seed_makes_the_same_weights_and_another_seed_others(tmp_path: Path, small: str) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_model(small, tmp_path / name, seed=seed)
     first, second, other = (
@@ -69,7 +69,7 @@ def test_the_same_seed_makes_the_same_weights_and_another_one_others(tmp_path: P
     assert first == second != other and len(first) > 1
 
 
-def test_sizes_are_those_of_the_models() -> None:
+def test_shapes_have_the_parameter_counts_of_the_real_models() -> None:
     def parameters(name: str) -> float:
         total = 0
         for _, sizes in tensors(SHAPES[name]):
@@ -84,7 +84,7 @@ def test_sizes_are_those_of_the_models() -> None:
     assert parameters("qwen3-8b") == pytest.approx(8.191, abs=0.001)
 
 
-def test_what_is_wrong_is_a_sentence(tmp_path: Path) -> None:
+def test_an_unknown_shape_or_a_used_folder_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"did you mean qwen3-8b\?"):
         make_model("qwen3-80b", tmp_path / "model")
     (tmp_path / "model").mkdir()

@@ -1,4 +1,4 @@
-"""`python -m dynserve up`, as typed."""
+"""`python -m dynserve up`, run as a command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gone(processes: list[psutil.Process], seconds: float = 15) -> bool:
     return not alive
 
 
-def test_up_answers_restarts_a_dead_worker_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+def test_up_answers_restarts_a_dead_worker_and_stops_everything_at_ctrl_c(tmp_path: Path) -> None:
     up = Up(tmp_path)
     try:
         text = up.until("Ctrl-C stops everything.")
@@ -78,12 +78,12 @@ def test_up_answers_restarts_a_dead_worker_and_ctrl_c_leaves_nothing(tmp_path: P
         up.process.kill()
 
 
-def test_a_second_ctrl_c_kills_and_a_killed_up_takes_everything_along(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_kills_up_and_all_its_processes(tmp_path: Path) -> None:
     up = Up(tmp_path, *SMALL)
     try:
         up.until("Ctrl-C stops everything.")
         children = up.children()
-        up.child("--disaggregation-mode decode").send_signal(signal.SIGSTOP)  # one that would hold up the end
+        up.child("--disaggregation-mode decode").send_signal(signal.SIGSTOP)  # this process would delay the shutdown
         up.process.kill(signal.SIGINT)
         up.until("stopping")
         up.process.kill(signal.SIGINT)
@@ -106,22 +106,22 @@ def test_a_second_ctrl_c_kills_and_a_killed_up_takes_everything_along(tmp_path: 
         (["--override-engine-args", '{"num_block": 1}'], "unknown key 'num_block' (did you mean num_blocks?)"),
     ],
 )
-def test_what_cannot_work_is_one_sentence_and_exit_code_2(flags: list[str], message: str) -> None:
+def test_a_wrong_option_is_one_line_of_error_and_exit_code_2(flags: list[str], message: str) -> None:
     done = subprocess.run([sys.executable, "-m", "dynserve", "up", *flags], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_taken_port_is_one_sentence_and_exit_code_2() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_a_port_in_use_is_an_error_and_exit_code_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
         done = subprocess.run(
             [sys.executable, "-m", "dynserve", "up", "--http-port", port], capture_output=True, text=True, timeout=30
         )
     assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
-def test_a_missing_binary_is_one_sentence_and_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nats_binary_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from dynserve.errors import ConfigError
     from dynserve.local import embedded
 
@@ -131,6 +131,6 @@ def test_a_missing_binary_is_one_sentence_and_exit_code_2(monkeypatch: pytest.Mo
         embedded.nats_command(1)
 
 
-def test_an_unknown_command_names_the_right_one() -> None:
+def test_an_unknown_command_suggests_the_right_one() -> None:
     done = subprocess.run([sys.executable, "-m", "dynserve", "worke"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "did you mean worker?" in done.stderr

@@ -1,4 +1,4 @@
-"""The bytes of each API: streamed and whole they say the same, and a replayed renderer goes on to the byte."""
+"""The bytes of each API: streamed and unary answers are equal, and a replayed renderer continues with the same bytes."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def rendered(
 
 
 def events(data: bytes) -> list[Any]:
-    assert b"\xe2\x80\xa8" not in data and b"\xc2\x85" not in data  # no client may take these for line ends
+    assert b"\xe2\x80\xa8" not in data and b"\xc2\x85" not in data  # clients must not read these as line ends
     blocks = [block for block in data.decode().split("\n\n") if block]
     lines = [line for block in blocks for line in block.split("\n") if line.startswith("data: ")]
     return [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
 
 
 def together(kind: str, chunks: list[Any]) -> Any:
-    """What a client makes of a stream: thoughts, text and calls, in order, and the reason of the end."""
+    """Returns the reasoning, text and calls that a client assembles from a stream, in order, and the finish reason."""
     if kind == "chat":
         message: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
         for choice in (c for chunk in chunks for c in chunk["choices"]):
@@ -100,7 +100,7 @@ def together(kind: str, chunks: list[Any]) -> Any:
             try:
                 block["input"] = json.loads(block["input"])
             except ValueError:
-                continue  # cut by the end: in a whole message it cannot be said
+                continue  # truncated: a unary message does not contain it
         whole.append(block)
     reason = next(chunk["delta"] for chunk in chunks if chunk["type"] == "message_delta")
     return whole, reason["stop_reason"]
@@ -121,7 +121,7 @@ def whole(kind: str, body: Any) -> Any:
 @pytest.mark.parametrize("enforced", [False, True])
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_streamed_and_whole_an_answer_is_the_same(kind: str, answer: str, enforced: bool, reason: str) -> None:
+def test_streamed_and_unary_answers_have_the_same_content(kind: str, answer: str, enforced: bool, reason: str) -> None:
     parts, usage = rendered(spec(kind, stream=True, enforced=enforced), ANSWERS[answer], reason)
     (*empty, body), usage_again = rendered(spec(kind, stream=False, enforced=enforced), ANSWERS[answer], reason)
     assert not any(empty) and usage == usage_again
@@ -131,7 +131,7 @@ def test_streamed_and_whole_an_answer_is_the_same(kind: str, answer: str, enforc
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_replayed_renderer_goes_on_to_the_byte(kind: str, answer: str, stream: bool) -> None:
+def test_a_replayed_renderer_continues_with_the_same_bytes(kind: str, answer: str, stream: bool) -> None:
     ids, render = tokens_of(ANSWERS[answer]), spec(kind, stream=stream, logprobs=1)
     parts, usage = rendered(render, ANSWERS[answer])
     for cut in range(1, len(ids)):
@@ -161,11 +161,11 @@ def test_an_echo_with_log_probabilities_is_replayed() -> None:
     assert choice["text"] == "zeroone two three"
     columns = choice["logprobs"]
     assert columns["token_logprobs"][0] is None and columns["top_logprobs"][0] is None
-    said = {VOCABULARY.token_text(id_): -1.0 for id_ in ids[:1]}
-    assert columns["top_logprobs"][len(prompt)] == {VOCABULARY.token_text(5): -0.5} | said
+    chosen = {VOCABULARY.token_text(id_): -1.0 for id_ in ids[:1]}
+    assert columns["top_logprobs"][len(prompt)] == {VOCABULARY.token_text(5): -0.5} | chosen
 
 
-def test_thoughts_are_counted_and_calls_are_not_thoughts() -> None:
+def test_reasoning_tokens_are_counted_without_tool_calls() -> None:
     _, usage = rendered(spec("chat", stream=False), ANSWERS["all"])
     reasoning = len(tokens_of("<think>\nHm.\n</think>"))
     assert reasoning - 1 <= usage.reasoning_tokens <= reasoning
@@ -174,7 +174,7 @@ def test_thoughts_are_counted_and_calls_are_not_thoughts() -> None:
     assert usage.reasoning_tokens == 0
 
 
-def test_a_named_tool_ends_with_stop_and_others_with_tool_calls() -> None:
+def test_the_finish_reason_of_a_named_tool_is_stop_and_of_others_tool_calls() -> None:
     for named, expected in ((True, "stop"), (False, "tool_calls")):
         tools = ToolParsing(parser="hermes", names=("add",), named=named)
         render = RenderOptions(kind="chat", response_id="c", model="m", created=1, tools=tools)
@@ -192,14 +192,14 @@ def test_mistrals_calls_have_ids_of_nine_characters() -> None:
     assert len(message["tool_calls"][0]["id"]) == 9
 
 
-def test_the_stop_string_that_ended_a_message_is_named() -> None:
+def test_the_stop_string_that_ended_a_message_is_reported() -> None:
     stop = StopConditions(max_tokens=9, strings=("nothing", " two"))
     render = RenderOptions(kind="message", response_id="c", model="m", created=1)
     body = json.loads(rendered(render, "one two three", stop=stop)[0][-1])
     assert (body["stop_reason"], body["stop_sequence"], body["content"][0]["text"]) == ("stop_sequence", " two", "one")
 
 
-def test_marks_that_a_tokenizer_takes_for_special_are_seen_by_parsers_only() -> None:
+def test_parsers_read_marks_that_the_tokenizer_declares_as_special() -> None:
     special = Tokenizer.from_str(TOKENIZER.to_str().replace('"special":false', '"special":true'))
     vocabulary = Vocabulary(special)
     assert special.token_to_id("<think>") in vocabulary.special

@@ -51,7 +51,7 @@ def test_any_tokens_pushed_one_by_one_give_the_tokenizers_own_text(token_ids: li
 
 
 @given(st.lists(st.integers(0, 2047), max_size=40), st.sampled_from(["chat", "completion", "message", "response"]))
-def test_the_short_way_of_a_token_gives_the_same_bytes_as_the_long_one(token_ids: list[int], kind: str) -> None:
+def test_the_fast_path_for_a_token_gives_the_same_bytes_as_the_slow_one(token_ids: list[int], kind: str) -> None:
     short, long = (
         Renderer(render(kind, stream=True), StopConditions(max_tokens=99), prompt(2), VOCABULARY) for _ in range(2)
     )
@@ -70,7 +70,7 @@ def test_no_piece_has_a_broken_character(text: str) -> None:
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
-def test_stop_strings_cut_where_a_reader_would_first_meet_one(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_text_is_cut_at_the_first_stop_string(text: str, stops: list[str], data: st.DataObject) -> None:
     matcher, out, at = StopStrings(tuple(stops)), "", 0
     while at < len(text) and matcher.matched is None:
         size = data.draw(st.integers(1, 3))
@@ -82,11 +82,11 @@ def test_stop_strings_cut_where_a_reader_would_first_meet_one(text: str, stops: 
     assert out == (text[: min(ends)] if matcher.matched is not None else text)
 
 
-def test_a_stop_string_can_be_kept() -> None:
+def test_a_stop_string_can_be_kept_in_the_output() -> None:
     assert StopStrings(("END",), keep=True).push("one END two") == "one END"
 
 
-def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done() -> None:
+def test_a_stream_begins_with_the_role_and_ends_with_reason_usage_and_done() -> None:
     renderer = Renderer(render(stream=True, usage=True), StopConditions(max_tokens=9), prompt(5), VOCABULARY)
     data = b"".join(renderer.push([id_], None) for id_ in TOKENIZER.encode("Hello there").ids)
     last, usage = renderer.finish("stop", 2)
@@ -101,7 +101,7 @@ def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done() -> N
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @pytest.mark.parametrize("stop", [(), ("wor",), ("lo th", "zzz")])
 @pytest.mark.parametrize("text", ["Hello there world", *TEXTS])
-def test_a_replayed_renderer_continues_to_the_byte(kind: str, stop: tuple[str, ...], text: str) -> None:
+def test_a_replayed_renderer_continues_with_the_same_bytes(kind: str, stop: tuple[str, ...], text: str) -> None:
     ids = TOKENIZER.encode(text).ids
     rules, spec = StopConditions(max_tokens=99, strings=stop), render(kind, stream=True, logprobs=0)
     probs = [TokenLogprob(id_, -1.0) for id_ in ids]
@@ -115,7 +115,7 @@ def test_a_replayed_renderer_continues_to_the_byte(kind: str, stop: tuple[str, .
         assert parts[cut:] == rest and second.finish("stop")[0] == end
 
 
-def test_a_unary_body_is_one_object() -> None:
+def test_a_unary_body_is_one_json_object() -> None:
     renderer = Renderer(render("completion", logprobs=1), StopConditions(max_tokens=9), prompt(5), VOCABULARY)
     ids = TOKENIZER.encode("one two").ids
     for id_ in ids:
@@ -126,13 +126,13 @@ def test_a_unary_body_is_one_object() -> None:
     assert body["usage"]["total_tokens"] == 5 + len(ids)
 
 
-def test_special_tokens_are_shown_only_when_asked_for() -> None:
+def test_special_tokens_are_shown_only_if_skip_special_tokens_is_false() -> None:
     for skip, expected in ((True, ""), (False, "<|im_end|>")):
         renderer = Renderer(render(skip_special_tokens=skip), StopConditions(max_tokens=9), prompt(1), VOCABULARY)
         renderer.push([2], None)
         assert json.loads(renderer.finish("stop")[0])["choices"][0]["message"]["content"] == expected
 
 
-def test_render_survives_the_wire() -> None:
+def test_render_options_survive_encoding_and_decoding() -> None:
     spec = render(stream=True, logprobs=3)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=RenderOptions) == spec

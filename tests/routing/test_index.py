@@ -18,12 +18,12 @@ OPERATIONS = st.lists(
 
 
 def chain(path: list[int]) -> list[int]:
-    """Hashes as rolling ones are: each names all that comes before it, too."""
+    """Returns hashes like rolling ones: each depends on all that come before it."""
     return list(accumulate(path, lambda hash_, way: 2 * hash_ + way, initial=1))
 
 
 class Model:
-    """What the index is meant to be: a set of hashes per worker, none without all before it."""
+    """A plain model of the index: a set of hashes per worker, none without all before it."""
 
     def __init__(self) -> None:
         self.held: dict[str, set[int]] = {}
@@ -85,7 +85,7 @@ class Branches(Model):
         return self.followers.get(hash_, [])
 
 
-def test_ten_thousand_random_operations_leave_index_and_model_alike() -> None:
+def test_the_index_equals_a_plain_model_after_10000_random_operations() -> None:
     """Seventy workers that come and go, long chains that fork, and wiping that takes many turns."""
     r = random.Random(7)
     index, model = PrefixIndex(), Branches()
@@ -140,7 +140,7 @@ def small_index(blocks: int) -> PrefixIndex:
     return PrefixIndex(blocks * one._max_bytes // one.capacity)
 
 
-def test_over_its_budget_the_least_recently_stored_or_matched_go_and_their_workers_are_degraded() -> None:
+def test_over_budget_least_recently_used_blocks_go_and_workers_are_degraded() -> None:
     index = small_index(64)
     hot, cold = list(range(10)), list(range(100, 140))
     index.store("hot", hot)
@@ -156,7 +156,7 @@ def test_over_its_budget_the_least_recently_stored_or_matched_go_and_their_worke
     assert index.degraded == {"new"}
 
 
-def test_what_was_dropped_for_want_of_room_never_makes_more_of_a_match() -> None:
+def test_eviction_never_makes_an_overlap_longer() -> None:
     index = small_index(64)
     hashes = list(range(40))
     index.store("a", hashes)
@@ -168,7 +168,7 @@ def test_what_was_dropped_for_want_of_room_never_makes_more_of_a_match() -> None
     assert index.overlap(hashes).get("a", 0) <= 40
 
 
-def test_the_estimate_of_its_size_is_near_what_python_says() -> None:
+def test_the_estimated_size_of_the_index_is_near_the_measured_size() -> None:
     import tracemalloc
 
     tracemalloc.start()

@@ -11,7 +11,7 @@ def sums(ledger: Ledger, worker: str = "w") -> tuple[int, int, int]:
     return account.prefill_tokens, account.decode_tokens, account.requests
 
 
-def test_closing_a_charge_after_its_worker_is_gone_is_safe() -> None:
+def test_closing_a_charge_after_its_worker_departed_is_safe() -> None:
     ledger = Ledger()
     charge = ledger.charge("w", prefill_tokens=5, decode_tokens=1)
     ledger.drop("w")
@@ -19,7 +19,7 @@ def test_closing_a_charge_after_its_worker_is_gone_is_safe() -> None:
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_a_charge_grows_with_the_answer_and_goes_whole() -> None:
+def test_a_charge_grows_with_the_answer_and_is_removed_entirely() -> None:
     ledger = Ledger()
     charge = ledger.charge("w", prefill_tokens=100, decode_tokens=100)
     charge.prefilled()
@@ -30,7 +30,7 @@ def test_a_charge_grows_with_the_answer_and_goes_whole() -> None:
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_a_prefill_does_not_grow() -> None:
+def test_a_prefill_charge_does_not_grow() -> None:
     ledger = Ledger()
     ledger.charge("w", prefill_tokens=100).add_tokens(1)
     assert sums(ledger) == (100, 0, 1)
@@ -62,7 +62,7 @@ def test_no_charge_survives_its_request_in_any_order_of_events() -> None:
     assert [sums(ledger, w) for w in "abc"] == [(0, 0, 0)] * 3
 
 
-def test_what_other_frontends_say_counts_and_is_replaced_not_added() -> None:
+def test_shares_of_other_frontends_replace_their_earlier_shares() -> None:
     ledger = Ledger()
     ledger.charge("w", prefill_tokens=10)
     for _ in range(3):  # as if two of three messages had come twice
@@ -76,23 +76,23 @@ def test_what_other_frontends_say_counts_and_is_replaced_not_added() -> None:
     assert sums(ledger, "v") == (0, 0, 0)
 
 
-def test_others_charges_on_a_worker_that_joins_later_are_not_lost() -> None:
+def test_shares_of_other_frontends_on_a_worker_that_joins_later_are_kept() -> None:
     ledger = Ledger()
     ledger.shared("other", [Share("w", 100, 0, 1)], all_of_them=True)
     ledger.drop("w")
     assert sums(ledger) == (100, 0, 1)
 
 
-def test_a_frontend_tells_others_its_own_charges_only() -> None:
+def test_a_frontend_shares_only_its_own_charges() -> None:
     ledger = Ledger()
     ledger.charge("w", prefill_tokens=10, decode_tokens=3)
     ledger.charge("v", prefill_tokens=5).close()
     ledger.shared("other", [Share("w", 100, 0, 1)], all_of_them=True)
     assert ledger.shares() == [Share("w", 10, 3, 1)]
-    assert ledger.shares(["v"]) == [Share("v", 0, 0, 0)]  # a change to nothing is told, too
+    assert ledger.shares(["v"]) == [Share("v", 0, 0, 0)]  # a change to zero is reported, too
 
 
-def test_progress_that_a_worker_reports_is_taken_off_and_given_back_once() -> None:
+def test_prefill_progress_that_a_worker_reports_is_subtracted_once() -> None:
     ledger = Ledger()
     first, second = ledger.charge("w", prefill_tokens=1000), ledger.charge("w", prefill_tokens=500)
     ledger.reported("w", Load(running=2, begun_tokens=800), 32)
@@ -104,7 +104,7 @@ def test_progress_that_a_worker_reports_is_taken_off_and_given_back_once() -> No
     ledger.check()
 
 
-def test_load_that_nobody_accounts_for_is_believed_the_second_time() -> None:
+def test_unaccounted_load_counts_from_the_second_report_on() -> None:
     ledger = Ledger()
     load = Load(running=3, free_blocks=60, total_blocks=100)
     ledger.reported("w", load, 32)
@@ -115,7 +115,7 @@ def test_load_that_nobody_accounts_for_is_believed_the_second_time() -> None:
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_a_worker_that_left_is_not_brought_back_by_what_is_said_of_it() -> None:
+def test_shares_of_a_departed_worker_do_not_recreate_its_account() -> None:
     ledger = Ledger()
     charge = ledger.charge("w", prefill_tokens=10)
     ledger.drop("w")
@@ -126,7 +126,7 @@ def test_a_worker_that_left_is_not_brought_back_by_what_is_said_of_it() -> None:
     assert not ledger._accounts and not ledger._shared["other"]
 
 
-def test_only_the_part_of_those_that_nobody_knows_is_unseen() -> None:
+def test_only_the_part_of_unaccounted_requests_is_added_to_the_load() -> None:
     ledger = Ledger()
     for _ in range(3):
         ledger.charge("w", prefill_tokens=300)

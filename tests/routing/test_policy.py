@@ -27,9 +27,9 @@ def candidate(worker: str, overlap: int = 0, waiting: float = 0, decode: float =
 
 
 class TakesTheLast:
-    """A policy as a user would bring it."""
+    """A policy as a user would write it."""
 
-    def choose(self, asked: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
+    def choose(self, policy_input: PolicyInput, candidates: Sequence[Candidate]) -> PolicyChoice:
         return PolicyChoice(candidates[-1], [])
 
 
@@ -38,7 +38,7 @@ class NeedsArguments:
         pass
 
 
-def test_kv_weighs_what_must_be_computed_against_what_waits() -> None:
+def test_kv_weighs_the_blocks_to_compute_against_the_waiting_work() -> None:
     cached, idle = candidate("cached", overlap=80, waiting=50), candidate("idle")
     assert Kv(KvWeights(overlap=1.0)).choose(PREFILL, [cached, idle]).candidate is cached
     busier = candidate("cached", overlap=80, waiting=95)
@@ -46,7 +46,7 @@ def test_kv_weighs_what_must_be_computed_against_what_waits() -> None:
     assert Kv(KvWeights(overlap=2.0)).choose(PREFILL, [busier, idle]).candidate is busier
 
 
-def test_kv_takes_the_decode_worker_with_the_least_to_do_and_to_move() -> None:
+def test_kv_chooses_the_decode_worker_with_least_load_and_least_transfer() -> None:
     policy = Kv(KvWeights(transfer=0.1))
     assert policy.choose(DECODE, [candidate("a", decode=50), candidate("b", decode=49)]).candidate.worker == "b"
     has_it = candidate("a", overlap=100, decode=50)
@@ -68,15 +68,15 @@ def test_a_burst_that_shares_a_prefix_does_not_stay_on_one_worker() -> None:
     for _ in range(400):
         candidates = [candidate(w, overlap=98 if w in has_it else 0, waiting=waiting[w]) for w in "abcd"]
         waiting[without.choose(PREFILL, candidates).candidate.worker] += 2
-    assert waiting["a"] > 700  # what the rule is there for
+    assert waiting["a"] > 700  # the case that the rule prevents
 
 
-def test_a_cost_of_a_candidate_that_was_left_out_is_infinite() -> None:
+def test_the_cost_of_an_excluded_candidate_is_infinite() -> None:
     choice = Kv().choose(PREFILL, [candidate("hot", overlap=99, waiting=500), candidate("idle")])
     assert choice.candidate.worker == "idle" and choice.costs[0] == float("inf")
 
 
-def test_a_fresh_worker_costs_more_until_it_has_shown_itself() -> None:
+def test_a_worker_that_just_joined_costs_more_during_its_slow_start() -> None:
     fresh, busy = candidate("fresh", ramp=0.1), candidate("busy", waiting=100)
     assert Kv().choose(PREFILL, [fresh, busy]).candidate is busy
     assert Kv().choose(PREFILL, [candidate("fresh"), busy]).candidate.worker == "fresh"
@@ -95,7 +95,7 @@ def test_temperature_draws_cheaper_workers_more_often() -> None:
     assert drawn["cheap"] > drawn["dear"] > 20
 
 
-def test_power_of_two_never_takes_the_busiest() -> None:
+def test_power_of_two_never_chooses_the_busiest() -> None:
     policy = PowerOfTwo(random.Random(1))
     candidates = [candidate("a", waiting=5), candidate("b", waiting=1), candidate("c")]
     drawn = Counter(policy.choose(PREFILL, candidates).candidate.worker for _ in range(300))
@@ -103,19 +103,19 @@ def test_power_of_two_never_takes_the_busiest() -> None:
     assert policy.choose(PREFILL, candidates[:1]).candidate.worker == "a"
 
 
-def test_direct_goes_where_it_is_told_and_says_what_is_wrong() -> None:
+def test_direct_chooses_the_named_instance_and_refuses_a_missing_name() -> None:
     policy = Direct(random.Random(1))
     candidates = [candidate("prefill-1", waiting=9), candidate("prefill-2")]
-    asked = PolicyInput("prefill", 1, "", ("prefill-1",))
-    assert policy.choose(asked, candidates).candidate.worker == "prefill-1"
-    assert policy.choose(asked._replace(phase="decode"), [candidate("decode-1")]).candidate.worker == "decode-1"
+    query = PolicyInput("prefill", 1, "", ("prefill-1",))
+    assert policy.choose(query, candidates).candidate.worker == "prefill-1"
+    assert policy.choose(query._replace(phase="decode"), [candidate("decode-1")]).candidate.worker == "decode-1"
     with pytest.raises(BadRequest, match="x-dynserve-instance"):
         policy.choose(PolicyInput("prefill", 1), candidates)
     with pytest.raises(NoWorker, match="prefill-9"):
         policy.choose(PolicyInput("prefill", 1, "", ("prefill-9",)), candidates)
 
 
-def test_a_policy_of_ones_own_is_a_plain_class() -> None:
+def test_a_custom_policy_is_a_plain_class() -> None:
     policy = policy_maker("kv", "tests.routing.test_policy:TakesTheLast", KvWeights(), random.Random(1))()
     assert policy.choose(PREFILL, [candidate("a"), candidate("b")]).candidate.worker == "b"
 
@@ -130,6 +130,6 @@ def test_a_policy_of_ones_own_is_a_plain_class() -> None:
         ("tests.routing.test_policy:random", "Random|random|callable"),
     ],
 )
-def test_a_wrong_policy_name_says_what_is_wrong(name: str, says: str) -> None:
+def test_an_invalid_policy_name_is_an_error_with_its_cause(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         policy_maker("kv", name, KvWeights(), random.Random(1))

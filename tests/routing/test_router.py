@@ -37,11 +37,11 @@ def test_a_partial_block_has_no_hash() -> None:
     assert len(rolling_hashes(pack_tokens(list(range(63))), 32)) == 1
 
 
-def test_equal_tokens_under_different_salts_never_meet() -> None:
+def test_equal_tokens_under_different_salts_have_different_hashes() -> None:
     assert not set(rolling_hashes(PROMPT, 32)) & set(rolling_hashes(PROMPT, 32, "tenant"))
 
 
-def test_kv_mode_sends_a_prompt_where_its_prefix_is() -> None:
+def test_kv_mode_sends_a_prompt_to_the_worker_that_caches_its_prefix() -> None:
     router = make_router()
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32))])
     placed = place(router)
@@ -49,14 +49,14 @@ def test_kv_mode_sends_a_prompt_where_its_prefix_is() -> None:
     assert (placed.worker, placed.cached_tokens) == ("b", 96)
 
 
-def test_kv_mode_leaves_a_prefix_for_a_worker_that_is_far_less_busy() -> None:
+def test_kv_mode_prefers_a_far_less_busy_worker_to_a_cached_prefix() -> None:
     router = make_router()
     router.apply("b", [Stored(None, rolling_hashes(PROMPT, 32))])
     router.ledger.charge("b", decode_tokens=3200)
     assert place(router, phase="aggregated").worker == "a"
 
 
-def test_removed_and_cleared_blocks_no_longer_attract() -> None:
+def test_removed_and_cleared_blocks_no_longer_count_as_overlap() -> None:
     router, hashes = make_router(), rolling_hashes(PROMPT, 32)
     router.apply("b", [Stored(None, hashes), Removed(hashes[:0:-1])])
     assert router.index.overlap(hashes) == {"b": 1}
@@ -64,14 +64,14 @@ def test_removed_and_cleared_blocks_no_longer_attract() -> None:
     assert router.index.overlap(hashes) == {}
 
 
-def test_the_reason_holds_every_candidates_terms() -> None:
+def test_the_reason_of_a_placement_lists_every_candidate_and_its_cost() -> None:
     reason = place(make_router()).reason
     assert [c.worker for c in reason.candidates] == ["a", "b"]
     assert reason.costs == [32.0, 32.0]  # four blocks to compute, at eight times the weight of waiting
     assert (reason.prompt_blocks, reason.why, reason.phase) == (4, "Kv", "prefill")
 
 
-def test_a_placement_is_given_back_whole_however_it_ends() -> None:
+def test_a_closed_reservation_removes_all_its_charges() -> None:
     router = make_router()
     first, second, third = place(router), place(router, phase="decode"), place(router, phase="aggregated")
     first.prefilled()
@@ -88,7 +88,7 @@ def test_a_placement_is_given_back_whole_however_it_ends() -> None:
     assert len(router.pending) == 0
 
 
-def test_prompts_on_their_way_attract_those_that_share_their_prefix() -> None:
+def test_pending_prompts_count_as_overlap_for_prompts_with_the_same_prefix() -> None:
     router = make_router(weights=KvWeights(overlap=8.0, herd=10.0))
     shared = list(range(1024))
     first = place(router, pack_tokens([*shared, 1]))
@@ -100,23 +100,23 @@ def test_prompts_on_their_way_attract_those_that_share_their_prefix() -> None:
 
 
 @pytest.mark.parametrize("mode", ["round-robin", "random", "least-loaded", "power-of-two"])
-def test_the_blind_modes_reach_every_worker(mode: str) -> None:
+def test_the_modes_without_overlaps_use_every_worker(mode: str) -> None:
     router = make_router(mode=mode)
     assert {place(router).worker for _ in range(20)} == {"a", "b"}
 
 
-def test_round_robin_takes_turns() -> None:
+def test_round_robin_alternates_between_workers() -> None:
     router = make_router(mode="round-robin")
     workers = [place(router).worker for _ in range(4)]
     assert workers[0] == workers[2] != workers[1] == workers[3]
 
 
-def test_without_workers_placement_says_so() -> None:
+def test_placement_without_workers_raises_no_worker() -> None:
     with pytest.raises(NoWorker):
         make_router("").place(PlacementQuery(PROMPT), "prefill", [], 0.0)
 
 
-def test_a_session_goes_where_it_went_until_it_is_forgotten() -> None:
+def test_a_session_stays_on_its_worker_until_it_expires() -> None:
     router = make_router("abcdef", mode="random", session_ttl_s=10.0)
     first = place(router, session="s").worker
     again = [place(router, session="s", now=float(i)) for i in range(9)]
@@ -124,7 +124,7 @@ def test_a_session_goes_where_it_went_until_it_is_forgotten() -> None:
     assert {place(router, session="s", now=100.0 * i).worker for i in range(1, 30)} != {first}
 
 
-def test_a_session_leaves_a_worker_that_is_over_its_threshold() -> None:
+def test_a_session_moves_away_from_a_worker_over_its_threshold() -> None:
     router = make_router(mode="least-loaded", busy_prefill_tokens=1000)
     first = place(router, session="s").worker
     router.ledger.charge(first, prefill_tokens=2000)
@@ -139,7 +139,7 @@ def test_workers_over_their_threshold_are_candidates_only_when_all_are() -> None
     assert {place(router).worker for _ in range(30)} == {"a", "b"}
 
 
-def test_a_worker_without_events_is_assumed_to_have_what_it_was_sent_for_a_while() -> None:
+def test_prompts_sent_to_a_worker_without_events_count_as_cached_for_a_while() -> None:
     router = Router(RouterOptions(assume_ttl_s=60.0))
     target = router.join("a", 32, 10, -1000.0, events=False)
     assert target.index is IndexState.APPROX
@@ -152,7 +152,7 @@ def test_a_worker_without_events_is_assumed_to_have_what_it_was_sent_for_a_while
     assert place(router, now=102.0).cached_tokens == 0
 
 
-def test_a_short_remainder_is_prefilled_on_a_decode_worker_that_has_the_rest() -> None:
+def test_a_short_remainder_is_prefilled_on_a_decode_worker_that_caches_the_rest() -> None:
     router = make_router("abp", local_prefill_tokens=64, local_prefill_toll=16)
     a, b, prefill = router.targets.values()
     ask = PlacementQuery(PROMPT)
@@ -179,7 +179,7 @@ def test_a_prefill_worker_that_is_nearly_as_quick_keeps_the_prompt() -> None:
     assert router.local(PlacementQuery(PROMPT), [decode], [prefill])[0] == [decode]
 
 
-def test_a_fresh_worker_takes_its_share_slowly() -> None:
+def test_a_worker_that_just_joined_receives_requests_only_gradually() -> None:
     router = make_router("a", slow_start_s=10.0)
     router.join("new", 32, 1000, 0.0)
     router.ledger.charge("a", prefill_tokens=128)
@@ -187,7 +187,7 @@ def test_a_fresh_worker_takes_its_share_slowly() -> None:
     assert place(router, now=10.0).worker == "new"
 
 
-def test_workers_that_are_all_fresh_share_alike() -> None:
+def test_workers_that_all_joined_recently_share_requests_equally() -> None:
     router = make_router("", slow_start_s=10.0)
     router.join("first", 32, 1000, 0.0)
     router.join("second", 32, 1000, 1.0)
@@ -205,7 +205,7 @@ def test_each_model_and_pool_has_a_policy_of_its_own() -> None:
     assert seen == {"x": {"x0", "x1"}, "y": {"y0", "y1"}}
 
 
-def test_sessions_of_different_models_do_not_mix() -> None:
+def test_sessions_of_different_models_are_separate() -> None:
     router = make_router("", mode="random")
     pools = {m: [router.join(f"{m}{i}", 32, 1000, -1000.0) for i in range(8)] for m in ("x", "y")}
     placed = [
@@ -223,13 +223,13 @@ def test_a_session_that_was_prefilled_locally_is_decoded_there_later() -> None:
     assert {router.place(ask, "decode", targets, 1.0).worker for _ in range(5)} == {local}
 
 
-def test_a_named_instance_wins_over_a_session() -> None:
+def test_a_named_instance_takes_precedence_over_a_session() -> None:
     router = make_router("ab", mode="direct")
     for name in "abab":
         assert place(router, phase="aggregated", session="s", instances=(name,)).worker == name
 
 
-def test_a_prefix_that_many_requests_share_does_not_fill_a_worker_in_the_books() -> None:
+def test_a_load_report_corrects_the_charges_of_a_prefix_shared_by_many_requests() -> None:
     router = make_router("a", mode="least-loaded", busy_kv_fraction=1.0)
     (target,) = router.targets.values()
     for _ in range(40):
@@ -238,5 +238,5 @@ def test_a_prefix_that_many_requests_share_does_not_fill_a_worker_in_the_books()
     router.ledger.reported("a", Load(running=40, free_blocks=800, total_blocks=1000), 32)
     assert router.has_room(target, "decode")
     for _ in range(10):
-        router.ledger.charge("a", decode_tokens=3200)  # since that report: nobody knows yet what they share
+        router.ledger.charge("a", decode_tokens=3200)  # since that report: it is not known yet which blocks they share
     assert not router.has_room(target, "decode")

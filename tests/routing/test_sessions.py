@@ -18,7 +18,7 @@ def test_use_renews_a_session_and_disuse_ends_it() -> None:
     assert sessions.worker("s", "prefill", 20.0) is None
 
 
-def test_the_table_is_bounded_and_sheds_what_has_ended() -> None:
+def test_the_table_of_sessions_is_bounded_and_drops_expired_ones() -> None:
     sessions = Sessions(10.0, most=3)
     for i in range(5):
         sessions.note(f"s{i}", "prefill", "a", 0.0)

@@ -1,4 +1,4 @@
-"""Generated HTTP byte streams, and what two independent parsers make of each: our server's protocol, and h11."""
+"""Generated HTTP byte streams, each read by two independent parsers: our server's protocol, and h11."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Seen(NamedTuple):
 
 class Reading(NamedTuple):
     requests: list[Seen]
-    refused: bool  # the stream ends with something that is no request
-    incomplete: bool = False  # it ends in the middle of a request; told by h11 only
-    closed: bool = False  # behind the last request, whatever follows; told by h11 only
+    refused: bool  # the stream ends with something that is not a request
+    incomplete: bool = False  # it ends in the middle of a request; reported by h11 only
+    closed: bool = False  # after the last request, whatever follows; reported by h11 only
 
 
 class Transport(asyncio.Transport):
@@ -61,7 +61,7 @@ class Transport(asyncio.Transport):
 
 
 class Harness:
-    """Feeds byte streams to the protocol that serves HTTP, with an application that takes every request to its end."""
+    """Feeds byte streams to the protocol that serves HTTP, with an application that reads every request to its end."""
 
     def __init__(self) -> None:
         self._seen: list[Seen] = []
@@ -113,7 +113,7 @@ class Harness:
 
     @staticmethod
     async def _settle(state: ServerState) -> None:
-        """Until every answer that can be made has been made."""
+        """Waits until every answer that can be sent has been sent."""
         still = 0
         for _ in range(400):
             before = len(state.tasks), state.total_requests
@@ -148,7 +148,7 @@ _EMPTY_LINES = re.compile(rb"\A[\r\n]+")
 
 
 def _one_request(connection: h11.Connection) -> Seen | None:
-    """None for one that is not complete. Raises RemoteProtocolError for one that is none, or that our rules refuse."""
+    """Returns None for an incomplete request. Raises RemoteProtocolError for one that is invalid or refused by our rules."""
     request, body = None, b""
     while True:
         event = connection.next_event()
@@ -168,7 +168,7 @@ def _one_request(connection: h11.Connection) -> Seen | None:
 
 
 def _refused_by_rule(request: h11.Request) -> bool:
-    """What this server refuses although h11 would accept it: these are rules, not differences of parsing."""
+    """Whether this server refuses a request that h11 accepts, by a rule and not by a difference of parsing."""
     headers = [(bytes(name), bytes(value)) for name, value in request.headers]
     hosts = [value for name, value in headers if name == b"host"]
     codings = [value for name, value in headers if name == b"transfer-encoding"]
@@ -180,7 +180,7 @@ def _refused_by_rule(request: h11.Request) -> bool:
     return bool(hosts) and HOST.fullmatch(hosts[0]) is None
 
 
-# What this server refuses in streams that h11 accepts, as patterns of the raw bytes.
+# Parts that this server refuses in streams that h11 accepts, as patterns of the raw bytes.
 STRICTER = {
     "a line that ends without a carriage return": re.compile(rb"(?<!\r)\n"),
     "a header that goes on in the next line": re.compile(rb"\n[ \t]"),
@@ -251,7 +251,7 @@ class Generator:
         return b"\r\n".join([b"%b %b HTTP/%b" % (method, target, version), *lines, b"", b""]) + body
 
     def _framed(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """Adds the headers that frame a body, and gives the body as it is sent."""
+        """Adds the headers that frame a body, and returns the body as it is sent."""
         r = self._random
         body = r.choice(_BODIES)
         kind = r.random()
@@ -288,7 +288,7 @@ class Generator:
 
 
 def differs(ours: Reading, theirs: Reading, stream: bytes) -> str:
-    """Why the two readings of a stream contradict each other; empty when they do not."""
+    """Returns the contradiction between two readings of a stream, empty if there is none."""
     if ours.requests != theirs.requests[: len(ours.requests)]:
         return "other requests"
     if not ours.refused:
@@ -298,5 +298,5 @@ def differs(ours: Reading, theirs: Reading, stream: bytes) -> str:
     if len(ours.requests) == len(theirs.requests) and (theirs.refused or theirs.incomplete or theirs.closed):
         return ""
     if theirs.requests[len(ours.requests) :] and theirs.requests[len(ours.requests)].method not in _METHODS:
-        return ""  # h11 takes any word for a method
+        return ""  # h11 accepts any word as a method
     return "" if any(pattern.search(stream) for pattern in STRICTER.values()) else "refused what h11 accepts"

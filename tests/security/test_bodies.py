@@ -46,7 +46,7 @@ JSON = st.recursive(
 
 
 @given(JSON, st.booleans())
-def test_values_are_counted_without_parsing(node: Any, ascii_only: bool) -> None:
+def test_json_values_are_counted_without_parsing(node: Any, ascii_only: bool) -> None:
     body = json.dumps(node, ensure_ascii=ascii_only).encode()
     counted = BodyBounds()._count_values(body)
     # an empty list or object counts one value more than it has
@@ -54,7 +54,7 @@ def test_values_are_counted_without_parsing(node: Any, ascii_only: bool) -> None
 
 
 @given(st.lists(st.integers(0, 99999)) | st.lists(st.lists(st.integers(0, 99999))) | st.lists(st.text()))
-def test_token_ids_are_counted_apart(prompt: Any) -> None:
+def test_token_ids_are_counted_separately(prompt: Any) -> None:
     import msgspec
 
     raw = msgspec.Raw(json.dumps(prompt).encode())
@@ -66,7 +66,7 @@ def test_token_ids_are_counted_apart(prompt: Any) -> None:
         assert counted[1] == 1 + sum(isinstance(item, list) for item in prompt)
 
 
-def test_a_body_within_its_bounds_passes_whatever_it_is() -> None:
+def test_a_body_within_its_bounds_passes_even_if_it_is_invalid() -> None:
     for body in (b"", b"{", b"[1,2]", b'"x"', b"\xff", b'{"prompt": "x"}', b'{"a": ' + b"[" * 500, b'{"\\ud800": 1}'):
         BOUNDS.check(body)
     BOUNDS.check(json.dumps({"prompt": [7] * 4900}).encode())
@@ -107,25 +107,25 @@ def test_json_within_json_is_bounded_too() -> None:
     for arguments in ('{"a": [' + "[]," * 40_000 + "1]}", '{"a": [' + '"",' * 40_000 + "1]}"):
         with pytest.raises(BodyTooLarge, match="messages: over 32,000 values in JSON texts"):
             parsed(ChatRequest, body(arguments))
-    card = CARD_WITH_GUIDES
+    card = CARD_WITH_GRAMMARS
     for schema in ("[" * 300_000, '{"enum": [' + "1," * 20_000 + "1]}"):
-        asked = parsed(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "guided_json": schema}).encode())  # fmt: skip
+        request = parsed(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "guided_json": schema}).encode())  # fmt: skip
         with pytest.raises(BodyTooLarge, match="guided_json"):
-            grammar_of(asked, card)
+            grammar_of(request, card)
 
 
-CARD_WITH_GUIDES = Card(
+CARD_WITH_GRAMMARS = Card(
     model="m", block_size=32, max_seq_len=100, num_blocks=4, max_batch_size=2, eos_token_ids=[], grammars=True
 )
 
 
 @given(st.lists(st.text(alphabet="<|ab>", min_size=1, max_size=6), min_size=1, max_size=12), st.text(alphabet="<|ab>x"))
-def test_special_tokens_are_found_as_by_trying_the_longest_first(words: list[str], text: str) -> None:
+def test_special_tokens_are_matched_longest_first(words: list[str], text: str) -> None:
     plain = re.compile("|".join(map(re.escape, sorted(set(words), key=len, reverse=True))))
     assert re.findall(any_of(words), text) == plain.findall(text)
 
 
-def test_many_special_tokens_that_begin_alike_are_looked_for_once() -> None:
+def test_many_special_tokens_with_a_common_prefix_are_matched_quickly() -> None:
     tokens = [f"<unused{number}>" for number in range(6000)]
     began = time.process_time()
     assert re.findall(any_of(tokens), "<unused" * 20_000 + "<unused5999>") == ["<unused5999>"]
@@ -133,7 +133,7 @@ def test_many_special_tokens_that_begin_alike_are_looked_for_once() -> None:
 
 
 async def test_large_bodies_are_answered_like_small_ones() -> None:
-    """They go through threads, by another way than small ones."""
+    """They are parsed in threads, unlike small ones."""
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster, cluster.client() as client:
         for path, ask in (
             ("/v1/completions", {"prompt": "one two", "max_tokens": 3}),
@@ -169,7 +169,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised_whole() -> None:
 LIMITS = ExecutorLimits(block_size=32, num_blocks=8, max_seq_len=256, max_batch_size=4, vocab_size=100)
 
 
-def test_ids_that_the_model_has_no_row_for_are_refused_by_every_executor() -> None:
+def test_token_ids_beyond_the_models_vocabulary_are_refused() -> None:
     check_request(make_request([0, 99]), LIMITS, None)
     check_request(make_request([5], prior=PriorOutput([99])), LIMITS, None)
     check_request(make_request([5], prior=PriorOutput([])), LIMITS, None)
@@ -182,11 +182,11 @@ def test_ids_that_the_model_has_no_row_for_are_refused_by_every_executor() -> No
     st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 300), min_size=1),
     st.integers(1, 2**31 - 1) | st.integers(1, 300),
 )
-def test_ids_are_compared_all_at_once_as_one_by_one(ids: list[int], rows: int) -> None:
+def test_the_vectorised_check_of_token_ids_equals_a_check_one_by_one(ids: list[int], rows: int) -> None:
     assert _any_beyond(pack_tokens(ids), rows) == any(id_ >= rows for id_ in ids)
 
 
-async def test_a_token_that_only_the_tokenizer_has_kills_no_worker(
+async def test_a_token_id_that_only_the_tokenizer_has_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "surplus"

@@ -1,4 +1,4 @@
-"""Connections and the memory behind them: pipelines, bodies that do not end, clients that leave."""
+"""Connections and the memory behind them: pipelines, bodies that do not end, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ async def served(engine: dict[str, Any] | None = None, **options: Any) -> AsyncI
 
 
 @pytest.mark.parametrize("kind", ["prompt", "many prompts", "pipelined"])
-async def test_a_client_that_leaves_after_a_large_body_is_noticed(kind: str) -> None:
-    """Reading is paused while a large body comes: an end that is not read is not seen."""
+async def test_a_disconnect_after_a_large_body_is_detected(kind: str) -> None:
+    """Reading is paused while a large body arrives, and a disconnect that is not read goes undetected."""
     async with served({"step_ms": 200}) as (port, cluster):
         prompt: Any = ["one two"] * 8 if kind == "many prompts" else "one two"
         body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": 500, "user": "x" * 60_000}).encode()
@@ -47,7 +47,7 @@ async def test_a_client_that_leaves_after_a_large_body_is_noticed(kind: str) -> 
         await until(lambda: cluster.workers[0].executor.load().running == 0)
 
 
-async def test_the_slowest_bodies_are_given_up_when_the_budget_is_spent() -> None:
+async def test_the_slowest_bodies_are_refused_when_the_memory_budget_is_spent() -> None:
     async with served(max_bodies_bytes=4_000_000, max_body_bytes=2_000_000) as (port, cluster):
         slow = []
         for _ in range(4):
@@ -68,7 +68,7 @@ async def test_the_slowest_bodies_are_given_up_when_the_budget_is_spent() -> Non
         await until(lambda: cluster.frontend.gate.open_requests.count == 0)
 
 
-async def test_the_budget_is_whole_again_when_nobody_is_left() -> None:
+async def test_the_memory_budget_is_restored_when_all_clients_disconnected() -> None:
     async with served(max_body_bytes=2_000_000) as (port, cluster):
         bodies = _bodies_of(cluster)
         writers = []

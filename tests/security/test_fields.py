@@ -1,4 +1,4 @@
-"""Fields whose cost is paid for every token: bounded, and the same whatever is in them."""
+"""Fields that cost time at every token: they are bounded, and their cost does not depend on their content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB = 50
 @pytest.mark.parametrize(
     ("field", "most"), [("stop_token_ids", MAX_STOP_IDS), ("logit_bias", MAX_BIASES), ("stop", 16)]
 )
-def test_lists_of_what_is_looked_at_for_every_token_have_a_bound(field: str, most: int) -> None:
+def test_lists_that_are_checked_at_every_token_are_bounded(field: str, most: int) -> None:
     def body(count: int) -> dict[str, Any]:
         value: Any = {str(i): 1 for i in range(count)} if field == "logit_bias" else list(range(count))
         return {"model": "m", "prompt": "x", field: [str(i) for i in value] if field == "stop" else value}
@@ -39,7 +39,7 @@ def test_lists_of_what_is_looked_at_for_every_token_have_a_bound(field: str, mos
 
 
 def plainly(raw: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Bias and penalties as their definitions say them, token by token."""
+    """Applies bias and penalties by their definitions, token by token."""
     sampling, stop, logits = sequence.request.sampling, sequence.request.stop, raw.clone()
     for token, bias in sampling.logit_bias.items():
         if token < len(logits):
@@ -70,7 +70,7 @@ def plainly(raw: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 def test_bias_and_penalties_are_those_of_their_definitions_for_every_token(
     sampling: SamplingParams, burst: int
 ) -> None:
-    """Kept from token to token, also where several come at once, and behind tokens of an earlier phase."""
+    """State is kept from token to token, also where several come at once, and after tokens of an earlier phase."""
     rng = random.Random(4)
     prompt = [rng.randrange(VOCAB) for _ in range(20)]
     request = make_request(
@@ -93,7 +93,7 @@ def slowly_held_back(text: str, strings: list[str]) -> int:
     return max(lengths, default=0)
 
 
-def test_the_beginning_of_a_stop_string_is_held_back_as_by_its_definition() -> None:
+def test_the_possible_beginning_of_a_stop_string_is_held_back() -> None:
     rng = random.Random(1)
     for _ in range(2000):
         strings = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 8))) for _ in range(rng.randrange(4))]
@@ -101,17 +101,17 @@ def test_the_beginning_of_a_stop_string_is_held_back_as_by_its_definition() -> N
         assert held_back(text, strings) == slowly_held_back(text, strings)
 
 
-def test_stop_strings_that_nearly_match_do_not_cost_a_look_at_each_of_their_letters() -> None:
-    looks = 0
+def test_stop_strings_that_nearly_match_need_few_comparisons_per_token() -> None:
+    comparisons = 0
 
     class Counted(str):
         def startswith(self, *args: Any) -> bool:
-            nonlocal looks
-            looks += 1
+            nonlocal comparisons
+            comparisons += 1
             return super().startswith(*args)
 
     strings = (*(Counted("b" * 255) for _ in range(15)), Counted("a" * 256))
     stops = StopStrings(strings)
     for _ in range(250):
         stops.push("a")
-    assert looks <= 250 * 16 * 2
+    assert comparisons <= 250 * 16 * 2

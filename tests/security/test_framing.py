@@ -1,4 +1,4 @@
-"""Where a request ends: an answer must never reach somebody else, whoever sits in front of this server."""
+"""The end of a request: an answer must never reach another client, whichever proxy is in front of this server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_generated_streams_are_read_as_h11_reads_them() -> None:
 
 @pytest.mark.parametrize("upgrade", [b"h2c", b"websocket", b"h2c,foo", b"h2c;q=1", b"TLS/1.0", b"H2C", b""])
 @pytest.mark.parametrize("together", [True, False])
-async def test_an_offer_of_another_protocol_does_not_lose_the_body(upgrade: bytes, together: bool) -> None:
+async def test_an_upgrade_header_does_not_lose_the_body(upgrade: bytes, together: bool) -> None:
     head = b"POST /a HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: " + upgrade + b"\r\n"
     smuggled = b"GET /smuggled HTTP/1.1\r\n" + HOST + b"\r\n"
     length = b"Content-Length: %d\r\n\r\n" % len(smuggled)
@@ -52,7 +52,7 @@ async def test_an_offer_of_another_protocol_does_not_lose_the_body(upgrade: byte
     assert reading.requests == [Seen(b"POST", b"/a", smuggled), Seen(b"GET", b"/b", b"")] and not reading.refused
 
 
-async def test_no_byte_of_a_body_is_touched() -> None:
+async def test_no_byte_of_a_chunked_body_is_changed() -> None:
     chunk = b"a\r\nupgrade: h2c\r\nb"
     head = b"POST /a HTTP/1.1\r\n" + HOST + b"Upgrade: h2c\r\nConnection: Upgrade\r\nTransfer-Encoding: chunked\r\n\r\n"
     body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunk), chunk)
@@ -84,7 +84,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-async def test_what_can_be_read_in_two_ways_is_refused(case: str) -> None:
+async def test_requests_that_can_be_read_in_two_ways_are_refused(case: str) -> None:
     request, status = REFUSED[case]
     answer = await exchange(request + b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 %d " % status) and answer.count(b"content-type") == 1, answer
@@ -94,12 +94,12 @@ async def test_what_can_be_read_in_two_ways_is_refused(case: str) -> None:
 @pytest.mark.parametrize(
     "host", [b"localhost", b"LOCALHOST:8000", b"127.0.0.1:8000", b"[::1]:8000", b"10.0.0.7", b"api.localhost"]
 )
-async def test_names_of_this_machine_and_addresses_are_answered(host: bytes) -> None:
+async def test_host_names_of_this_machine_and_ip_addresses_are_accepted(host: bytes) -> None:
     answer = await exchange(b"GET /live HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_hosts_are_open_on_public_addresses_and_can_be_named() -> None:
+def test_all_hosts_are_allowed_on_public_addresses_unless_configured() -> None:
     assert allowed_hosts(None, "0.0.0.0") is None and allowed_hosts("*", "127.0.0.1") is None
     assert allowed_hosts("API.example, b.example", "127.0.0.1") == {"api.example", "b.example"}
     for loopback in ("127.0.0.1", "127.5.0.1", "::1", "localhost"):
@@ -109,19 +109,19 @@ def test_hosts_are_open_on_public_addresses_and_can_be_named() -> None:
         allowed_hosts(" , ", "127.0.0.1")
 
 
-async def test_complete_requests_in_front_of_a_broken_one_are_answered() -> None:
+async def test_complete_requests_before_an_invalid_one_are_answered() -> None:
     good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
     answer = await exchange(good * 2 + b"GET /live HTTP/9.9\r\n" + HOST + b"\r\n" + good)
     assert answer.count(b"HTTP/1.1 200 ") == 2 and answer.count(b"HTTP/1.1 ") == 2
 
 
-async def test_a_pipeline_ends_at_its_bound() -> None:
+async def test_the_number_of_pipelined_requests_is_bounded() -> None:
     good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
     answer = await exchange(good * 5000)
     assert answer.count(b"HTTP/1.1 200 ") == 1 + MAX_PIPELINED
 
 
-async def test_a_large_body_behind_an_unanswered_request_is_not_kept() -> None:
+async def test_a_large_body_after_an_unanswered_request_is_not_buffered() -> None:
     good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
     answer = await exchange(good + b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 200000\r\n\r\n" + b"x" * 200_000)
     assert answer.count(b"HTTP/1.1 ") == 1
@@ -141,17 +141,17 @@ async def test_headers_are_bounded_in_number(head: bytes) -> None:
 
 
 @pytest.mark.parametrize("target", [b"http://localhost", b"http://"])
-async def test_a_target_that_is_none_behind_a_good_request_does_not_cost_its_answer(target: bytes) -> None:
+async def test_an_invalid_target_does_not_prevent_answers_to_earlier_requests(target: bytes) -> None:
     good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
     assert (await exchange(b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n")).startswith(b"HTTP/1.1 4")
     answer = await exchange(good * 2 + b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n")
     assert answer.count(b"HTTP/1.1 200 ") == 2 and answer.count(b"HTTP/1.1 ") == 2
 
 
-async def test_bodies_that_waited_and_were_answered_do_not_count_any_more() -> None:
+async def test_answered_pipelined_bodies_no_longer_count_against_the_bound() -> None:
     """A client that always has a few requests on their way is served for ever."""
     post = b"POST /a HTTP/1.1\r\n" + HOST + b"Content-Length: 9000\r\n\r\n" + b"x" * 9000
-    async with taking_its_time() as port:
+    async with slow_server() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(post * 3)
         for _ in range(20):
@@ -161,9 +161,9 @@ async def test_bodies_that_waited_and_were_answered_do_not_count_any_more() -> N
         writer.close()
 
 
-async def test_clients_that_leave_a_pipeline_cause_no_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_clients_that_disconnect_from_a_pipeline_cause_no_error(caplog: pytest.LogCaptureFixture) -> None:
     good = b"GET /live HTTP/1.1\r\n" + HOST + b"\r\n"
-    async with taking_its_time() as port:
+    async with slow_server() as port:
         for _ in range(5):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(good * 3)
@@ -173,7 +173,7 @@ async def test_clients_that_leave_a_pipeline_cause_no_error(caplog: pytest.LogCa
     assert not caplog.records
 
 
-async def test_nothing_is_said_behind_an_answer_to_a_body_that_broke_off() -> None:
+async def test_nothing_follows_the_answer_to_a_request_whose_body_is_invalid() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
@@ -190,7 +190,7 @@ async def test_nothing_is_said_behind_an_answer_to_a_body_that_broke_off() -> No
 
 
 @asynccontextmanager
-async def taking_its_time() -> AsyncIterator[int]:
+async def slow_server() -> AsyncIterator[int]:
     """A server that takes a moment for each answer, so that requests which come together wait behind each other."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -206,8 +206,8 @@ async def taking_its_time() -> AsyncIterator[int]:
 
 
 async def exchange(request: bytes) -> bytes:
-    """What a server on loopback answers, up to the end of the connection."""
-    async with taking_its_time() as port:
+    """Returns the answer of a server on loopback, up to the end of the connection."""
+    async with slow_server() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         answer = b""

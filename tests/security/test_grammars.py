@@ -1,4 +1,4 @@
-"""Grammars that take long or much memory cost their own request, and nothing stays of them."""
+"""Grammars that need much time or memory fail only their own request, and their resources are released."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def grammars() -> CompiledGrammars:
 
 
 async def compiling() -> psutil.Process:
-    """The process that compiles, once it is there."""
+    """Returns the compiling process as soon as it runs."""
     found: list[psutil.Process] = []
 
     def there() -> bool:
@@ -58,29 +58,29 @@ async def test_light_grammars_do_not_wait_for_heavy_ones() -> None:
     await asyncio.gather(*heavy, return_exceptions=True)
 
 
-async def test_a_grammar_that_is_given_up_is_not_compiled_any_further(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_compilation_of_a_grammar_stops_at_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_COMPILE_S", 0.5)
     ours = grammars()
-    asked = asyncio.create_task(ours.matcher(HEAVY))
+    pending = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
     with pytest.raises(BadRequest, match="takes longer than"):
-        await asked
+        await pending
     await until(lambda: not process.is_running())
-    with pytest.raises(BadRequest, match="too long to compile"):  # and nobody waits for it a second time
+    with pytest.raises(BadRequest, match="too long to compile"):  # and a second request for it is refused at once
         await ours.matcher(HEAVY)
 
 
-async def test_an_abandoned_request_ends_the_process_that_compiles_for_it() -> None:
+async def test_a_cancelled_request_ends_the_process_that_compiles_its_grammar() -> None:
     ours = grammars()
-    asked = asyncio.create_task(ours.matcher(HEAVY))
+    pending = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
-    asked.cancel()
-    await asyncio.gather(asked, return_exceptions=True)
+    pending.cancel()
+    await asyncio.gather(pending, return_exceptions=True)
     await until(lambda: not process.is_running())
     assert not ours._processes.locked()
 
 
-async def test_a_request_given_up_while_its_process_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_cancelled_while_its_process_starts_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     started, spawn = threading.Event(), module._spawn
     processes = []
 
@@ -91,27 +91,27 @@ async def test_a_request_given_up_while_its_process_starts_leaves_none(monkeypat
 
     monkeypatch.setattr(module, "_spawn", slowly)
     ours = grammars()
-    asked = asyncio.create_task(ours.matcher(HEAVY))
+    pending = asyncio.create_task(ours.matcher(HEAVY))
     await asyncio.sleep(0.05)
-    asked.cancel()
-    await asyncio.gather(asked, return_exceptions=True)
+    pending.cancel()
+    await asyncio.gather(pending, return_exceptions=True)
     started.set()
     await until(lambda: bool(processes) and processes[0].returncode is not None)
     assert not ours._processes.locked()
 
 
-async def test_a_process_that_dies_of_a_grammar_is_the_requests_fault() -> None:
+async def test_a_killed_compiler_process_fails_the_request_with_the_cause() -> None:
     ours = grammars()
-    asked = asyncio.create_task(ours.matcher(HEAVY))
+    pending = asyncio.create_task(ours.matcher(HEAVY))
     process = await compiling()
     while process.memory_info().rss < 50 << 20:
         await asyncio.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(Exception, match="too much memory|did not start"):
-        await asked
+        await pending
 
 
-async def test_what_a_process_compiles_is_followed_like_what_a_thread_does() -> None:
+async def test_a_grammar_compiled_in_a_process_constrains_like_one_of_a_thread() -> None:
     schema: dict[str, Any] = {"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": 30}
     grammar = Grammar(kind="json", text=json.dumps(schema))
     ours = grammars()
@@ -122,7 +122,7 @@ async def test_what_a_process_compiles_is_followed_like_what_a_thread_does() -> 
         await ours.matcher(Grammar(kind="regex", text="((" + "[a-z]{0,900}b{0,900}"))
 
 
-def test_compiled_grammars_are_kept_up_to_so_many_bytes() -> None:
+def test_the_cache_of_compiled_grammars_is_bounded_in_bytes() -> None:
     class Compiled:
         memory_size_bytes = 300
 
@@ -167,12 +167,12 @@ SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in 
         ("json", {"enum": ["x" * MAX_TEXT]}, HEAVIEST, HEAVIEST),
     ],
 )  # fmt: skip
-def test_what_takes_long_is_known_beforehand(kind: str, grammar: Any, least: float, most: float) -> None:
+def test_the_cost_of_compiling_a_grammar_is_estimated(kind: str, grammar: Any, least: float, most: float) -> None:
     text = grammar if isinstance(grammar, str) else json.dumps(grammar)
     assert least <= weight(kind, text) <= most
 
 
-async def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grammar_of_many_simultaneous_requests_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, compiled = grammars(), []
     compile_one = ours._compile_now
     monkeypatch.setattr(ours, "_compile_now", lambda key: compiled.append(key) or compile_one(key))
@@ -190,7 +190,9 @@ async def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(monkeypatch:
     await until(lambda: not process.is_running())
 
 
-async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grammar_compiled_after_its_timeout_is_cached_for_later_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ours, release = grammars(), threading.Event()
     compile_one = ours._compile_now
     monkeypatch.setattr(ours, "_compile_now", lambda key: release.wait(10) and compile_one(key))
@@ -205,7 +207,7 @@ async def test_what_a_thread_has_compiled_too_late_is_there_for_the_next(monkeyp
     await ours.matcher(wanted)
 
 
-def test_slow_masks_of_all_answers_share_a_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_masks_of_all_answers_share_one_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     held_up = module.MaskBudget()
@@ -216,7 +218,7 @@ def test_slow_masks_of_all_answers_share_a_little_time(monkeypatch: pytest.Monke
     assert held_up.add(0.1)
 
 
-async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_compile_slot_is_lost_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = grammars()
 
     def no_thread(*args: Any) -> Any:
@@ -230,7 +232,7 @@ async def test_no_place_is_lost_when_no_thread_can_be_started(monkeypatch: pytes
     await ours.matcher(Grammar(kind="regex", text="a"))
 
 
-async def test_a_machine_that_is_too_busy_is_not_the_grammars_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_compiler_that_cannot_start_in_time_raises_overloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_START_S", 0.001)
     ours = grammars()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a key may do, and what it may know of other keys."""
+"""The limits of a key, and the isolation of keys from each other."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ async def ask(client: httpx.AsyncClient, key: str, path: str = "/v1/completions"
     return await client.post(path, json=body, headers=headers)
 
 
-def left(answer: httpx.Response) -> int:
+def remaining(answer: httpx.Response) -> int:
     return int(answer.headers["x-ratelimit-remaining-tokens"])
 
 
-async def test_a_key_makes_no_more_answers_at_once_than_it_may(tmp_path: Path) -> None:
+async def test_a_key_has_no_more_concurrent_answers_than_its_limit(tmp_path: Path) -> None:
     async with cluster(tmp_path, step_ms=5, speed=1) as (c, client):
         most: dict[str, int] = {}
 
@@ -69,15 +69,15 @@ async def test_a_key_makes_no_more_answers_at_once_than_it_may(tmp_path: Path) -
         await asyncio.gather(running, watching, return_exceptions=True)
 
 
-async def test_one_request_does_not_get_more_tokens_than_a_minute_has(tmp_path: Path) -> None:
+async def test_one_request_cannot_exceed_the_tokens_per_minute_of_its_key(tmp_path: Path) -> None:
     async with cluster(tmp_path) as (_, client):
         over = await ask(client, "ann", n=64, max_tokens=150, ignore_eos=True)
         assert over.status_code == 429 and "its limit is 2000 a minute" in over.json()["error"]["message"]
         within = await ask(client, "ann", n=4, max_tokens=150, ignore_eos=True)
         used = within.json()["usage"]["total_tokens"]
         assert within.status_code == 200 and 600 < used < 620
-        rest = left(await ask(client, "ann", max_tokens=1, prompt="x"))
-        assert 2000 - used - 60 < rest < 2000 - used + 100  # some has come back by now
+        rest = remaining(await ask(client, "ann", max_tokens=1, prompt="x"))
+        assert 2000 - used - 60 < rest < 2000 - used + 100  # the quota has refilled a little by now
         chat = {
             "messages": [{"role": "user", "content": "Hello"}],
             "ignore_eos": True,
@@ -87,35 +87,37 @@ async def test_one_request_does_not_get_more_tokens_than_a_minute_has(tmp_path: 
         unbounded = await ask(client, "ann", "/v1/chat/completions", **chat)
         assert unbounded.status_code == 200 and unbounded.json()["usage"]["total_tokens"] <= 2000
         assert unbounded.json()["choices"][0]["finish_reason"] == "length"
-        over = await ask(client, "ann", max_tokens=5)  # what it took beyond what was charged is made up for
+        over = await ask(client, "ann", max_tokens=5)  # the tokens used beyond the charge are deducted afterwards
         assert over.status_code == 429 and int(over.headers["retry-after"]) > 5
 
 
-async def test_what_was_not_made_is_given_back_and_what_was_computed_is_not(tmp_path: Path) -> None:
+async def test_unused_tokens_are_refunded_and_computed_ones_are_not(tmp_path: Path) -> None:
     async with cluster(tmp_path, step_ms=20, speed=1) as (c, client):
-        asked = asyncio.create_task(ask(client, "ann", prompt=[7] * 300, max_tokens=1500, ignore_eos=True, stream=True))
+        pending = asyncio.create_task(
+            ask(client, "ann", prompt=[7] * 300, max_tokens=1500, ignore_eos=True, stream=True)
+        )
         await until(lambda: c.workers[0].executor.load().running == 1)
-        asked.cancel()
-        await asyncio.gather(asked, return_exceptions=True)
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
         await until(lambda: c.frontend.gate.open_requests.count == 0)
-        rest = left(await ask(client, "ann", prompt="x", max_tokens=1))
+        rest = remaining(await ask(client, "ann", prompt="x", max_tokens=1))
         assert 1500 < rest < 1760  # its prompt is paid for, and some tokens
         wrong = await ask(client, "ann", prompt=[99999], max_tokens=100)
         assert wrong.status_code == 400
-        assert left(await ask(client, "ann", prompt="x", max_tokens=1)) >= rest - 5
+        assert remaining(await ask(client, "ann", prompt="x", max_tokens=1)) >= rest - 5
 
 
-async def test_tokenising_is_charged(tmp_path: Path) -> None:
+async def test_tokenizing_is_charged(tmp_path: Path) -> None:
     async with cluster(tmp_path) as (_, client):
         for path in ("/tokenize", "/v1/messages/count_tokens"):
             fields = {"prompt": LONG} if path == "/tokenize" else {"messages": [{"role": "user", "content": LONG}]}
-            before = left(await ask(client, "ann", prompt="x", max_tokens=1))
+            before = remaining(await ask(client, "ann", prompt="x", max_tokens=1))
             assert (await ask(client, "ann", path, **fields)).status_code == 200
-            assert left(await ask(client, "ann", prompt="x", max_tokens=1)) < before - 50, path
+            assert remaining(await ask(client, "ann", prompt="x", max_tokens=1)) < before - 50, path
         assert (await ask(client, "ann", "/tokenize", prompt=LONG * 40)).status_code == 429
 
 
-async def test_records_belong_to_the_key_that_made_them(tmp_path: Path) -> None:
+async def test_decision_records_are_visible_only_to_the_key_of_their_request(tmp_path: Path) -> None:
     async with cluster(tmp_path) as (_, client):
         mine = {"x-request-id": "mine"}
         assert (await ask(client, "bob", headers=mine, prompt="one two three four")).status_code == 200
@@ -129,7 +131,7 @@ async def test_records_belong_to_the_key_that_made_them(tmp_path: Path) -> None:
         assert (await why("bob")).json()["prompt_tokens"] == 4 and (await why("eve")).json()["prompt_tokens"] == 1
 
 
-async def test_caches_do_not_tell_what_other_keys_have_sent(tmp_path: Path) -> None:
+async def test_cached_tokens_do_not_reveal_prompts_of_other_keys(tmp_path: Path) -> None:
     async with cluster(tmp_path) as (_, client):
 
         async def cached(key: str, **fields: Any) -> int:
@@ -141,7 +143,7 @@ async def test_caches_do_not_tell_what_other_keys_have_sent(tmp_path: Path) -> N
         assert await cached("eve") == 0
         assert await cached("cy") == 0
         assert await cached("dan") > 0  # of the same group
-        for salt in ("key:bob", "key:bob\x1f", "group:team\x1f"):  # nobody can take another's salt
+        for salt in ("key:bob", "key:bob\x1f", "group:team\x1f"):  # no key can use another key's salt
             assert await cached("eve", cache_salt=salt) == 0
         assert await cached("bob", cache_salt="own") == 0 and await cached("bob", cache_salt="own") > 0
 

@@ -1,4 +1,4 @@
-"""Strangers on the planes: half frames, entries that are none, numbers that are none, ports without file descriptors."""
+"""Hostile input on the planes: partial frames, invalid entries and numbers, and ports without file descriptors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def connected(address: str, count: int, data: bytes) -> list[asyncio.Strea
     return writers
 
 
-async def test_a_stranger_cannot_make_a_frontend_hold_half_frames() -> None:
+async def test_a_connection_without_a_hello_cannot_make_a_frontend_buffer_frames() -> None:
     frontend = End()
     half = struct.pack("<I", 50 << 20) + b"x" * (4 << 20)
     async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
@@ -52,18 +52,18 @@ async def test_a_stranger_cannot_make_a_frontend_hold_half_frames() -> None:
         for writer in await connected(address, 20, half[:64]):
             writer.close()
         await until(lambda: len(frontend.reasons) == 20)
-        assert all(f"the most is {MAX_HELLO}" in reason for reason in frontend.reasons)
+        assert all(f"the maximum is {MAX_HELLO}" in reason for reason in frontend.reasons)
         assert psutil.Process().memory_info().rss - before < 16 << 20
 
 
-async def test_who_does_not_say_hello_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_does_not_say_hello_in_time_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HELLO_TIMEOUT", 0.2)
     frontend, worker, links = End(), End(), TcpLinks()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         (writer,) = await connected(address, 1, struct.pack("<I", 1000))
         honest = await links.dial(address, worker)
         honest.send(wire.Hello("w", 1))
-        while not frontend.reasons:  # byte by byte: not silent, and not a word
+        while not frontend.reasons:  # byte by byte: it is not silent, and never completes a frame
             writer.write(b"x")
             await asyncio.sleep(0.02)
         assert frontend.reasons == ["did not say hello in time"]
@@ -78,11 +78,13 @@ async def test_an_empty_frame_is_no_hello() -> None:
     async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
         (writer,) = await connected(address, 1, b"\x01\0\0\0\x90" + struct.pack("<I", 60 << 20))
         await until(lambda: bool(frontend.reasons))
-        assert frontend.reasons == ["said nothing in its first frame"]
+        assert frontend.reasons == ["sent no message in its first frame"]
         writer.close()
 
 
-async def test_a_flood_of_strangers_leaves_room_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_connections_without_a_hello_does_not_keep_workers_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(link_module, "MAX_UNGREETED", 5)
     frontend, worker, links = End(), End(), TcpLinks()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
@@ -96,7 +98,7 @@ async def test_a_flood_of_strangers_leaves_room_for_workers(monkeypatch: pytest.
         honest.close()
 
 
-async def test_links_that_ended_are_forgotten() -> None:
+async def test_links_that_ended_are_released() -> None:
     frontend, links = End(), TcpLinks()
     made: list[TcpLink] = []
 
@@ -147,7 +149,7 @@ async def watched(servers: tuple[str, str]) -> AsyncIterator[tuple[EtcdRegistry,
         yield registry, seen
 
 
-async def test_no_entry_in_etcd_ends_those_who_read_it(servers: tuple[str, str]) -> None:
+async def test_no_invalid_entry_in_etcd_stops_its_readers(servers: tuple[str, str]) -> None:
     prefix = b"dynserve/v1/hostile/instances/"
     entries = {b"\xff\xfe": b"\x00", b"decode/x": b"poison", b"decode/ok": b"fine"}
 
@@ -179,12 +181,12 @@ def test_cards_with_impossible_numbers_are_ignored(changes: dict[str, Any], capl
     assert discovery.parse(key, discovery.encode(wrong)) is None and len(caplog.records) == 1
 
 
-def test_an_entry_under_another_ones_key_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_under_the_key_of_another_instance_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     key = discovery.key("n", msgspec.structs.replace(INSTANCE, id="decode-2"))
     assert discovery.parse(key, discovery.encode(INSTANCE)) is None and "its value names" in caplog.text
 
 
-async def test_an_address_that_is_none_is_only_unavailable() -> None:
+async def test_dialling_an_invalid_address_raises_unavailable() -> None:
     for address in ("nowhere", "host:99999", "", "[::1"):
         with pytest.raises((Unavailable, ConfigError)) as raised:
             await TcpLinks().dial(address, End())
@@ -195,7 +197,7 @@ async def test_an_address_that_is_none_is_only_unavailable() -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), -1.0])
-def test_numbers_that_no_worker_can_mean_are_refused_where_they_are_decoded(number: float) -> None:
+def test_impossible_numbers_are_refused_when_a_message_is_decoded(number: float) -> None:
     encode = msgspec.msgpack.encode
     whole = int(number) if number == -1.0 else number
     messages: list[tuple[Any, bytes]] = [
@@ -245,7 +247,7 @@ def address_of(transceiver: Any) -> str:
     return address
 
 
-async def test_a_stranger_at_the_kv_port_learns_nothing_of_the_memory() -> None:
+async def test_a_fetch_of_an_unknown_hand_off_reveals_nothing_about_the_memory() -> None:
     table = HandoffTable("p", 60, lambda ticket, how: None)
     async with TcpTransceivers().open(table, Store(), "127.0.0.1") as transceiver:
         address = address_of(transceiver)
@@ -257,7 +259,7 @@ async def test_a_stranger_at_the_kv_port_learns_nothing_of_the_memory() -> None:
         ):
             reply = await ask(address, fetch)
             assert reply.code and "secret" not in reply.message, reply
-        assert reply.code == HandoffMismatch.code  # who knows the hand-off is told why
+        assert reply.code == HandoffMismatch.code  # a fetch of a known hand-off gets the reason
         table.cancel_all()
 
 
@@ -283,14 +285,14 @@ async def test_the_kv_port_survives_having_no_file_descriptors(caplog: pytest.Lo
         assert (await ask(address, _FetchRequest(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
 
 
-async def test_strangers_at_the_kv_port_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynserve.executors.transceiver.MAX_STRANGERS", 5)
+async def test_new_idle_connections_at_the_kv_port_are_closed_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynserve.executors.transceiver.MAX_NEW_CONNECTIONS", 5)
     table = HandoffTable("p", 60, lambda ticket, how: None)
     async with TcpTransceivers().open(table, Store(), "127.0.0.1") as transceiver:
         address = address_of(transceiver)
         writers = await connected(address, 20, b"\x01")
         assert (await ask(address, _FetchRequest(1, "x", 1, "guess", 0, 1))).code == "handoff_gone"
-        await until(lambda: len(transceiver._strangers) <= 5)  # type: ignore[attr-defined]
+        await until(lambda: len(transceiver._new_connections) <= 5)  # type: ignore[attr-defined]
         for writer in writers:
             writer.close()
 
@@ -310,13 +312,13 @@ async def test_strangers_at_the_kv_port_make_room(monkeypatch: pytest.MonkeyPatc
         ("host:4222/x@y", "host:4222/x@y"),
     ],
 )
-def test_passwords_of_addresses_are_never_shown(url: str, shown: str) -> None:
+def test_passwords_in_addresses_are_redacted(url: str, shown: str) -> None:
     assert redacted(url) == shown
     with pytest.raises(ConfigError) as raised:
         host_port(url.replace(":4222", ":port").replace(":1", ":port"), "NATS_URL", 4222)
     assert "secret" not in str(raised.value)
 
 
-def test_children_of_a_group_get_addresses_by_the_environment() -> None:
+def test_processes_of_a_group_receive_addresses_by_the_environment() -> None:
     argv = ["--nats-url", "nats://u:p@h", "--workers", "2", "--etcd-url=http://u:p@h", "--namespace", "x"]
     assert _without_planes(argv) == ["--workers", "2", "--namespace", "x"]

@@ -1,4 +1,4 @@
-"""A frontend that stands still for a while costs nobody a link: its clients go on where they were."""
+"""A frontend that stalls for a while loses no link, and its streams continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynserve.transport.link import SILENCE
 from tests.conftest import MODEL
 
 
-def test_streams_go_on_behind_a_frontend_that_was_stalled(deploy: Any) -> None:
+def test_streams_continue_after_their_frontend_has_stalled(deploy: Any) -> None:
     deployment = deploy()
     frontend = deployment.frontend()
     worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})

@@ -54,7 +54,7 @@ def error_of(answer: bytes) -> tuple[int, str]:
     return int(head.split()[1]), json.loads(body)["error"]["message"]
 
 
-async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
+async def test_headers_are_bounded_in_one_piece_and_in_many() -> None:
     async with served(HttpLimits(header_bytes=2000)) as (port, _):
         start = b"GET /live HTTP/1.1\r\nhost: localhost\r\n"
         whole = await raw(port, start + b"a: " + b"x" * 3000 + b"\r\n\r\n")
@@ -67,7 +67,7 @@ async def test_headers_have_a_bound_in_one_piece_and_in_many() -> None:
         assert fine.startswith(b"HTTP/1.1 200")
 
 
-async def test_a_large_body_in_one_piece_with_its_headers_is_no_large_header() -> None:
+async def test_a_large_body_in_one_piece_with_its_headers_is_not_counted_as_headers() -> None:
     async with (
         served(HttpLimits(header_bytes=2000)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
@@ -77,13 +77,13 @@ async def test_a_large_body_in_one_piece_with_its_headers_is_no_large_header() -
             assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
 
-async def test_headers_that_do_not_come_are_not_waited_for() -> None:
+async def test_headers_that_do_not_arrive_in_time_are_answered_with_408() -> None:
     async with served(HttpLimits(header_s=0.2)) as (port, _):
         assert error_of(await raw(port, b"GET /live HTTP/1.1\r\nhost:"))[0] == 408
         assert error_of(await raw(port))[0] == 408
 
 
-async def test_trailers_have_a_bound_and_are_never_kept() -> None:
+async def test_trailers_over_their_bound_close_the_connection() -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
     async with served(HttpLimits(header_bytes=2000)) as (port, _):
         for trailers in ([b"a: b\r\n" * 100] * 40, [b"a: ", *[b"x" * 500] * 40]):
@@ -98,7 +98,7 @@ async def test_trailers_have_a_bound_and_are_never_kept() -> None:
             writer.close()
 
 
-async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_rest_of_an_unread_body_is_awaited_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynserve.server.protocol.DRAIN", 0.2)
     start = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
     async with served(HttpLimits(header_s=0.3)) as (port, _):
@@ -109,7 +109,7 @@ async def test_a_body_that_nobody_wants_any_more_is_not_waited_for(monkeypatch: 
         assert (await raw(port, start, rest, pause=0.05)).count(b"HTTP/1.1") == 2
 
 
-async def test_requests_one_behind_the_other_are_all_answered() -> None:
+async def test_pipelined_requests_are_all_answered() -> None:
     body = b"x" * 3000
     post = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 3000\r\n\r\n"
     get = b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
@@ -121,7 +121,7 @@ async def test_requests_one_behind_the_other_are_all_answered() -> None:
 
 
 @pytest.mark.parametrize("header", [b"connection: close\r\n", b"expect: 100-continue\r\n", b""])
-async def test_who_is_still_sending_can_read_an_early_answer(header: bytes) -> None:
+async def test_a_client_that_is_still_sending_can_read_an_early_answer(header: bytes) -> None:
     async with served(max_body_bytes=1000) as (port, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(
@@ -139,14 +139,14 @@ async def test_who_is_still_sending_can_read_an_early_answer(header: bytes) -> N
         writer.close()
 
 
-async def test_a_body_that_breaks_off_in_nonsense_is_told_so() -> None:
+async def test_an_invalid_chunk_in_a_body_is_answered_with_400() -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
     async with served() as (port, cluster):
         assert error_of(await raw(port, head, b"ZZ\r\nfoo\r\n", pause=0.05))[0] == 400
         await until(lambda: cluster.frontend.gate.open_requests.count == 0)
 
 
-async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
+async def test_a_client_that_pipelines_and_reads_no_answer_is_disconnected() -> None:
     ask = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with served(HttpLimits(write_s=0.3)) as (port, _):
         sock = socket.create_connection(("127.0.0.1", port))
@@ -165,13 +165,13 @@ async def test_who_reads_nothing_is_cut_whatever_it_asked_for() -> None:
         sock.close()
 
 
-async def test_an_empty_line_does_not_hold_a_connection() -> None:
+async def test_an_empty_line_does_not_keep_a_connection_open() -> None:
     async with served(HttpLimits(header_s=0.3)) as (port, _):
         answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\r\n", pause=0.05)
         assert answer.startswith(b"HTTP/1.1 200") and b"408" in answer
 
 
-async def test_nonsense_behind_a_request_does_not_get_into_its_answer() -> None:
+async def test_invalid_bytes_after_a_request_do_not_change_its_answer() -> None:
     async with Cluster(aggregated=1, executor="simulated", engine={"step_ms": 20}) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         body = json.dumps(ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
@@ -182,7 +182,7 @@ async def test_nonsense_behind_a_request_does_not_get_into_its_answer() -> None:
         await until(lambda: cluster.frontend.gate.open_requests.count == 0)
 
 
-async def test_an_offer_of_http2_is_passed_over() -> None:
+async def test_an_upgrade_to_http2_is_ignored() -> None:
     body = json.dumps(ASK).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     head += b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -194,7 +194,7 @@ async def test_an_offer_of_http2_is_passed_over() -> None:
         writer.close()
 
 
-async def test_a_client_that_does_not_read_loses_its_connection(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_does_not_read_its_stream_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
     engine = {"speed": 0}
     options = {"max_stream_bytes": 200_000}
     async with Cluster(aggregated=1, executor="simulated", engine=engine, options=options) as cluster:
@@ -214,7 +214,7 @@ async def test_a_client_that_does_not_read_loses_its_connection(caplog: pytest.L
     assert "without completing response" not in caplog.text and "cannot be handled" not in caplog.text
 
 
-async def test_a_connection_that_is_kept_alive_is_no_slow_request() -> None:
+async def test_an_idle_keep_alive_connection_is_not_a_slow_request() -> None:
     async with (
         served(HttpLimits(header_s=0.2)) as (port, _),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
@@ -224,12 +224,12 @@ async def test_a_connection_that_is_kept_alive_is_no_slow_request() -> None:
             await asyncio.sleep(0.3)
 
 
-async def test_what_is_no_http_is_answered_with_an_error_object() -> None:
+async def test_bytes_that_are_not_http_are_answered_with_an_error_object() -> None:
     async with served() as (port, _):
         assert error_of(await raw(port, b"HELLO\r\n\r\n")) == (400, "this is not a valid HTTP request")
 
 
-async def test_a_body_has_a_bound_in_size_and_in_time() -> None:
+async def test_a_body_is_bounded_in_size_and_in_time() -> None:
     async with served(max_body_bytes=1000, receive_timeout_s=0.2) as (port, cluster):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             large = await client.post("/v1/chat/completions", content=b"x" * 2000)
@@ -240,7 +240,7 @@ async def test_a_body_has_a_bound_in_size_and_in_time() -> None:
         assert cluster.frontend.gate.open_requests.count == 0
 
 
-async def test_a_page_from_elsewhere_may_call_only_when_it_is_named() -> None:
+async def test_cors_headers_are_sent_only_for_configured_origins() -> None:
     asking = {"origin": "https://a.example", "access-control-request-method": "POST"}
     for origins, allowed in ((None, None), ("https://a.example, https://b.example", "https://a.example"), ("*", "*")):
         async with served(cors_origins=origins) as (port, _):
@@ -252,7 +252,7 @@ async def test_a_page_from_elsewhere_may_call_only_when_it_is_named() -> None:
                 assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-async def test_more_requests_than_the_bound_are_told_to_come_back() -> None:
+async def test_requests_over_the_bound_are_refused_with_retry_after() -> None:
     engine = {"step_ms": 50}
     async with Cluster(aggregated=1, executor="simulated", engine=engine, options={"max_requests": 2}) as cluster:
         async with cluster.client() as client:
@@ -296,7 +296,7 @@ async def test_https_is_served_with_a_certificate(pem: Tls) -> None:
                 assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_key_with_a_password_is_a_sentence_and_no_question(pem: Tls, tmp_path: Path) -> None:
+async def test_an_encrypted_tls_key_is_an_error_and_prompts_for_no_password(pem: Tls, tmp_path: Path) -> None:
     locked = tmp_path / "locked.pem"
     command = ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", pem.key, "-out", str(locked)]
     subprocess.run(command, check=True, capture_output=True)
@@ -304,12 +304,12 @@ async def test_a_key_with_a_password_is_a_sentence_and_no_question(pem: Tls, tmp
         check_tls(Tls(pem.certificate, str(locked)))
 
 
-async def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+async def test_an_invalid_or_missing_certificate_is_a_configuration_error(tmp_path: Path) -> None:
     sock = bind("127.0.0.1", 0, "--http-port")
     nothing = tmp_path / "empty.pem"
     nothing.write_text("")
     for path, message in (
-        (str(nothing), "are no pair"),
+        (str(nothing), "are not a pair"),
         ("/nowhere.pem", "--tls-certificate /nowhere.pem: .*No such file"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -320,7 +320,7 @@ async def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 async def test_an_answer_without_a_body_is_complete_before_anything_else_is_written(method: str) -> None:
-    """What a bad request behind it is told, say."""
+    """For example the answer to an invalid request after it."""
     written: list[bytes] = []
     at_the_end: list[bytes] = []
 
@@ -352,8 +352,8 @@ async def test_an_answer_without_a_body_is_complete_before_anything_else_is_writ
     protocol.connection_lost(None)
 
 
-async def test_short_answers_follow_each_other_on_one_connection_and_the_last_one_ends_it() -> None:
-    """They go past ASGI."""
+async def test_short_answers_on_one_connection_are_complete_and_in_order() -> None:
+    """They bypass ASGI."""
     async with served() as (port, _):
         body = json.dumps({"model": MODEL, "prompt": [5, 6], "max_tokens": 2, "ignore_eos": True}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n" % len(body)
@@ -368,7 +368,7 @@ async def test_short_answers_follow_each_other_on_one_connection_and_the_last_on
             assert json.loads(content)["usage"]["completion_tokens"] == 2
 
 
-async def test_whoever_wraps_the_application_sees_all_that_is_sent() -> None:
+async def test_a_wrapper_of_the_application_sees_every_asgi_message() -> None:
     kinds: list[str] = []
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as cluster:
 
@@ -382,12 +382,12 @@ async def test_whoever_wraps_the_application_sees_all_that_is_sent() -> None:
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
         async with serving(wrapped, sock), httpx.AsyncClient() as client:
-            asked = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
-            assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=asked)).status_code == 200
+            completion = {"model": MODEL, "prompt": [5, 6], "max_tokens": 2}
+            assert (await client.post(f"http://127.0.0.1:{port}/v1/completions", json=completion)).status_code == 200
     assert kinds == ["http.response.start", "http.response.body"]
 
 
-async def test_an_answer_at_once_comes_behind_the_word_that_the_body_may_be_sent() -> None:
+async def test_an_immediate_answer_comes_after_100_continue() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         assert scope["dynserve"].respond(send, 200, [(b"content-length", b"2")], b"ok")

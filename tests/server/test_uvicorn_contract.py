@@ -1,5 +1,5 @@
 """The parts of uvicorn that `dynserve.server` extends or reads. A new minor version may rename any of them: then this test
-says which, before a connection hangs somewhere else."""
+names it, before a connection hangs."""
 
 from __future__ import annotations
 
@@ -74,24 +74,24 @@ async def connection() -> HttpToolsProtocol:
     return protocol
 
 
-def test_the_version_is_the_minor_one_that_is_extended() -> None:
+def test_the_installed_version_is_the_supported_minor_version() -> None:
     assert version("uvicorn").split(".")[:2] == ["0", "54"]
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_callback_exists_and_takes_what_ours_passes_on(name: str) -> None:
+def test_a_callback_exists_with_the_parameters_that_dynserve_passes(name: str) -> None:
     found = inspect.signature(getattr(HttpToolsProtocol, name)).parameters
     assert [parameter for parameter in found if parameter != "self"] == CALLBACKS[name]
 
 
-async def test_a_connection_has_the_attributes_that_ours_reads(connection: HttpToolsProtocol) -> None:
+async def test_a_connection_has_the_attributes_that_dynserve_reads(connection: HttpToolsProtocol) -> None:
     assert vars(connection).keys() >= CONNECTION
     assert all(hasattr(connection.flow, name) for name in FLOW)
     assert not connection.pipeline
     await _end(connection)
 
 
-async def test_a_request_in_progress_has_the_attributes_that_ours_reads(connection: HttpToolsProtocol) -> None:
+async def test_a_request_in_progress_has_the_attributes_that_dynserve_reads(connection: HttpToolsProtocol) -> None:
     cycle = connection.cycle
     assert isinstance(cycle, RequestResponseCycle)
     assert vars(cycle).keys() >= CYCLE
@@ -101,7 +101,7 @@ async def test_a_request_in_progress_has_the_attributes_that_ours_reads(connecti
     await _end(connection)
 
 
-async def test_requests_that_wait_are_pairs_with_the_newest_in_front(connection: HttpToolsProtocol) -> None:
+async def test_pipelined_requests_are_pairs_with_the_newest_first(connection: HttpToolsProtocol) -> None:
     connection.data_received(b"hi" + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
     (newest, _), (older, _) = connection.pipeline
     assert connection.cycle is newest and older is not newest

@@ -29,7 +29,7 @@ def test_the_first_stage_that_differs_is_the_cause(preprocessor: Preprocessor) -
     for stage, word in (("template", "template"), ("tokenizer", "tokenizer"), ("hashes", "seed"), ("salt", "salt")):
         cause = difference(ours | {stage: "other"}, ours)
         assert cause is not None and word in cause
-    assert difference({}, ours) is not None  # a worker that says nothing is not trusted
+    assert difference({}, ours) is not None  # a worker that reports nothing is not trusted
 
 
 def test_a_model_without_a_template_can_be_compared() -> None:
@@ -38,7 +38,7 @@ def test_a_model_without_a_template_can_be_compared() -> None:
     assert difference(parity(bare, 32), parity(bare, 32)) is None
 
 
-def test_templates_that_print_the_date_agree_on_other_days() -> None:
+def test_parity_renders_templates_that_print_the_date_at_a_fixed_time() -> None:
     files = read_model_files(TINY_MODEL)
     dated = files | {
         "chat_template.jinja": b"{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -49,6 +49,6 @@ def test_templates_that_print_the_date_agree_on_other_days() -> None:
     assert parity(preprocessor, 32)["template"] != parity(Preprocessor(files), 32)["template"]
 
 
-def test_a_template_that_fails_is_an_answer_too() -> None:
+def test_two_templates_that_fail_alike_have_no_difference() -> None:
     broken = read_model_files(TINY_MODEL) | {"chat_template.jinja": b"{{ 1 / 0 }}"}
     assert difference(parity(Preprocessor(broken), 32), parity(Preprocessor(broken), 32)) is None

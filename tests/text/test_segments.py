@@ -19,11 +19,11 @@ PARTS = st.one_of(
     ),
     st.text(max_size=12),
 )
-SHARED = Segments(TOKENIZER)  # remembers what earlier examples left
+SHARED = Segments(TOKENIZER)  # keeps the segments of earlier examples
 
 
 @given(st.lists(PARTS, max_size=12))
-def test_ids_are_exactly_those_of_the_whole_text(parts: list[str]) -> None:
+def test_token_ids_are_exactly_those_of_the_whole_text(parts: list[str]) -> None:
     text = "".join(parts)
     whole = TOKENIZER.encode(text, add_special_tokens=False).ids
     assert Segments(TOKENIZER).encode(text) == whole
@@ -33,13 +33,13 @@ def test_ids_are_exactly_those_of_the_whole_text(parts: list[str]) -> None:
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=60)), min_size=1, max_size=8))
 def test_every_turn_of_a_conversation_has_the_ids_of_its_whole_text(turns: list[tuple[str, str]]) -> None:
     segments, text = Segments(TOKENIZER), ""
-    for role, said in turns:
-        text += f"<|im_start|>{role}\n{said}<|im_end|>\n"
+    for role, content in turns:
+        text += f"<|im_start|>{role}\n{content}<|im_end|>\n"
         prompt = text + "<|im_start|>assistant\n"
         assert segments.encode(prompt) == TOKENIZER.encode(prompt, add_special_tokens=False).ids
 
 
-def test_a_next_turn_tokenises_only_what_is_new() -> None:
+def test_the_next_turn_tokenizes_only_its_new_text() -> None:
     segments = Segments(TOKENIZER)
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     first = turn.format("word " * 2000)
@@ -49,7 +49,7 @@ def test_a_next_turn_tokenises_only_what_is_new() -> None:
     assert segments.misses - before < 100 < len(first) <= segments.hits + 100
 
 
-def test_what_is_remembered_has_a_bound_and_the_oldest_goes_first() -> None:
+def test_cached_segments_are_bounded_and_the_oldest_are_evicted_first() -> None:
     segments = Segments(TOKENIZER, budget=20_000)
     for number in range(200):
         segments.encode(f"<|im_start|>{number} {'x' * 100}<|im_end|>")
@@ -60,7 +60,7 @@ def test_what_is_remembered_has_a_bound_and_the_oldest_goes_first() -> None:
     misses = segments.misses
     segments.encode(f"<|im_start|>0 {'x' * 100}<|im_end|>")
     assert segments.misses > misses
-    segments.encode("y" * 50_000)  # one that would push out all others is not kept
+    segments.encode("y" * 50_000)  # a segment that would evict all others is not kept
     assert "y" * 50_000 not in segments._known
 
 
@@ -83,14 +83,14 @@ def made(pre_tokenizer: Any, **flags: bool) -> Tokenizer:
         (made(pre_tokenizers.Metaspace(prepend_scheme="always"), single_word=True), False),
     ],
 )
-def test_tokenizers_that_look_around_a_piece_are_given_the_whole_text(tokenizer: Tokenizer, exact: bool) -> None:
+def test_tokenizers_that_depend_on_neighbouring_text_get_the_whole_text(tokenizer: Tokenizer, exact: bool) -> None:
     segments = Segments(tokenizer)
     assert segments.exact is exact
     for text in ("[S]ab[S] c d[S]", "ab [S]  cd", "a[S]", "[S]", "", " [S][S] x"):
         assert segments.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_a_tokenizer_without_special_tokens_is_used_as_it_is() -> None:
+def test_a_tokenizer_without_special_tokens_is_used_unchanged() -> None:
     raw = json.loads(TOKENIZER.to_str())
     raw["added_tokens"] = []
     plain = Tokenizer.from_str(json.dumps(raw))

@@ -23,7 +23,7 @@ PATTERNS = [
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
-# special tokens within a text are looked for before words are
+# special tokens are split off a text before words are
 SPECIAL = [token["content"] for token in json.loads(SOURCE)["added_tokens"]]
 ASCII = st.text(st.characters(max_codepoint=127), max_size=80).filter(lambda text: not any(t in text for t in SPECIAL))
 PROSE = st.lists(
@@ -49,7 +49,7 @@ WORDS = [words_of(one) for one in TOKENIZERS]
 @pytest.mark.parametrize("number", range(len(PATTERNS)))
 @settings(max_examples=150)
 @given(text=st.one_of(ASCII, PROSE.map("".join)))
-def test_words_give_the_tokenizers_own_ids(number: int, text: str) -> None:
+def test_the_word_cache_gives_the_tokenizers_own_ids(number: int, text: str) -> None:
     words = WORDS[number]
     assert words is not None
     ids = words.encode(text)
@@ -57,14 +57,14 @@ def test_words_give_the_tokenizers_own_ids(number: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(PATTERNS)))
-def test_a_long_text_gives_the_same_in_pieces(number: int) -> None:
+def test_a_long_text_in_pieces_gives_the_tokenizers_own_ids(number: int) -> None:
     text = "It's 2024;  def f(x):\n    return [x, 'y']\n\n" * 400
     words = WORDS[number]
     assert words is not None
     assert words.encode(text) == TOKENIZERS[number].encode(text, add_special_tokens=False).ids
 
 
-def test_a_long_text_of_new_words_is_left_to_the_library_and_so_is_a_very_long_one() -> None:
+def test_texts_that_are_too_long_or_have_too_many_new_words_use_the_library() -> None:
     words = words_of(TOKENIZERS[0])
     assert words is not None
     assert words.encode(" ".join(f"w{number}x" for number in range(2000))) is not None
@@ -73,7 +73,7 @@ def test_a_long_text_of_new_words_is_left_to_the_library_and_so_is_a_very_long_o
     assert words.encode("a " * (MAX_TEXT // 2 + 1)) is None
 
 
-def test_other_tokenizers_are_left_to_the_library() -> None:
+def test_other_kinds_of_tokenizers_use_the_library() -> None:
     lower = tokenizer()
     lower.normalizer = normalizers.Lowercase()
     own = tokenizer()
@@ -126,7 +126,7 @@ def test_other_tokenizers_are_left_to_the_library() -> None:
         "\\w+|\\",
     ],
 )
-def test_an_expression_that_may_mean_something_else_is_left_to_the_library(pattern: str) -> None:
+def test_a_pattern_that_may_mean_something_else_in_python_uses_the_library(pattern: str) -> None:
     assert in_ascii(pattern) is None or words_of(tokenizer(pattern)) is None
 
 
@@ -141,7 +141,7 @@ def test_an_expression_that_may_mean_something_else_is_left_to_the_library(patte
 )
 @settings(max_examples=60)
 @given(text=ASCII)
-def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, text: str) -> None:
+def test_a_pattern_that_means_the_same_in_python_gives_the_same_words(pattern: str, text: str) -> None:
     made, words = EXPRESSIONS.setdefault(pattern, (one := tokenizer(pattern), words_of(one)))
     assert words is not None
     assert words.encode(text) == made.encode(text, add_special_tokens=False).ids
@@ -150,7 +150,7 @@ def test_an_expression_that_means_the_same_gives_the_same_words(pattern: str, te
 EXPRESSIONS: dict[str, tuple[Tokenizer, Words | None]] = {}
 
 
-def test_a_text_in_which_the_expression_finds_nothing_somewhere_is_left_to_the_library() -> None:
+def test_a_text_that_the_pattern_does_not_match_everywhere_uses_the_library() -> None:
     made = tokenizer(r"(?=xyq)|\S+|\s+")
     words = words_of(made)
     assert words is not None
@@ -159,7 +159,7 @@ def test_a_text_in_which_the_expression_finds_nothing_somewhere_is_left_to_the_l
         assert words.encode(text) is None
 
 
-def test_a_model_is_not_lost_by_what_only_makes_it_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_word_cache_falls_back_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Words, text: str) -> list[int]:
         raise TypeError("not a word")
 
@@ -167,7 +167,7 @@ def test_a_model_is_not_lost_by_what_only_makes_it_faster(monkeypatch: pytest.Mo
     assert words_of(tokenizer()) is None
 
 
-def test_a_long_word_of_a_long_text_is_left_to_the_library() -> None:
+def test_a_long_word_in_a_long_text_uses_the_library() -> None:
     words = words_of(TOKENIZERS[0])
     assert words is not None
     text = "the end. " * (SHORT_TEXT // 9)
@@ -175,13 +175,13 @@ def test_a_long_word_of_a_long_text_is_left_to_the_library() -> None:
     assert words.encode(text + "x" * TOO_LONG) is None
 
 
-def test_a_pattern_that_leaves_gaps_is_left_to_the_library() -> None:
+def test_a_pattern_with_gaps_uses_the_library() -> None:
     gaps = tokenizer(r"\p{L}+")
     words = words_of(gaps)
     assert words is None or words.encode("a b") is None
 
 
-def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_WORDS > 10_000
     monkeypatch.setattr("dynserve.text.words.MAX_WORDS", 10)
     words = words_of(TOKENIZERS[0])
@@ -202,14 +202,14 @@ def test_special_tokens_within_a_text_and_around_it_are_kept() -> None:
     )
     files["tokenizer.json"] = framed.to_str().encode()
     preprocessor = Preprocessor(files)
-    for asked in (text, "plain words", "", "naïve café"):
-        assert preprocessor.tokenize(asked) == framed.encode(asked).ids
-        assert preprocessor.tokenize(asked, special=False) == framed.encode(asked, add_special_tokens=False).ids
+    for prompt in (text, "plain words", "", "naïve café"):
+        assert preprocessor.tokenize(prompt) == framed.encode(prompt).ids
+        assert preprocessor.tokenize(prompt, special=False) == framed.encode(prompt, add_special_tokens=False).ids
 
 
-def test_a_tokenizer_without_a_byte_alphabet_is_left_to_the_library() -> None:
+def test_a_tokenizer_without_a_byte_alphabet_uses_the_library() -> None:
     made = tokenizer()
     made.decoder = decoders.Fuse()
-    assert isinstance(words_of(made), Words)  # decoding is not its business
+    assert isinstance(words_of(made), Words)  # the decoder does not matter
     made.pre_tokenizer = None  # type: ignore[assignment]
     assert words_of(made) is None

@@ -1,4 +1,4 @@
-"""The contracts of Bus and Registry, on the real servers and in memory; and what only the real ones can suffer."""
+"""The contracts of Bus and Registry, on the real servers and in memory, and faults that only the real ones can have."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def registry(request: pytest.FixtureRequest, servers: tuple[str, str]) -> 
 
 
 class Replies:
-    """What came to a mailbox."""
+    """The replies that a mailbox received."""
 
     def __init__(self) -> None:
         self.came: list[tuple[int, bytes | None]] = []
@@ -52,7 +52,7 @@ async def test_a_request_gets_its_reply(bus: Bus) -> None:
     assert replies.came == [(7, b"7!"), (2**62, b"%d!" % 2**62), (8, b"8!")]
 
 
-async def test_one_that_serves_may_have_nothing_to_reply(bus: Bus) -> None:
+async def test_a_handler_may_send_no_reply(bus: Bus) -> None:
     subject, replies, heard = f"t.{token_hex(4)}", Replies(), list[bytes]()
 
     def handler(payload: bytes) -> bytes | None:
@@ -66,7 +66,7 @@ async def test_one_that_serves_may_have_nothing_to_reply(bus: Bus) -> None:
     assert heard == [b"1", b"2"] and replies.came == [(2, b"2")]
 
 
-async def test_a_request_to_nobody_is_said_to_be_one_at_once(bus: Bus) -> None:
+async def test_a_request_without_a_subscriber_is_reported_at_once(bus: Bus) -> None:
     subject, replies = f"t.{token_hex(4)}", Replies()
     async with bus.mailbox(replies) as mailbox:
         await mailbox.post(subject, b"", 3)
@@ -86,7 +86,7 @@ async def test_a_payload_over_the_limit_is_refused_before_it_is_sent(bus: Bus) -
         await until(lambda: replies.came == [(1, b"came")])
 
 
-async def test_what_comes_for_a_mailbox_that_was_left_goes_nowhere(bus: Bus) -> None:
+async def test_a_reply_to_a_closed_mailbox_is_dropped(bus: Bus) -> None:
     subject, replies, others = f"t.{token_hex(4)}", Replies(), Replies()
     async with bus.serve(subject, lambda payload: payload):
         async with bus.mailbox(replies) as mailbox:
@@ -99,7 +99,7 @@ async def test_what_comes_for_a_mailbox_that_was_left_goes_nowhere(bus: Bus) -> 
     assert not replies.came
 
 
-async def test_everyone_who_listens_hears_in_order(bus: Bus) -> None:
+async def test_subscribers_receive_messages_in_order(bus: Bus) -> None:
     name, heard, others = token_hex(4), list[bytes](), list[bytes]()
     async with bus.subscribe(f"t.{name}.*.kv", heard.append), bus.subscribe(f"t.{name}.*.load", others.append):
         for i in range(5):
@@ -113,7 +113,7 @@ def test_subjects_match_as_in_nats() -> None:
     assert not matches("a.*", "a.b.c") and not matches("a.>", "a") and not matches("a.b", "a.c")
 
 
-async def test_a_watcher_sees_what_is_there_and_what_comes_and_goes(registry: Registry) -> None:
+async def test_a_watcher_receives_existing_new_and_deleted_keys(registry: Registry) -> None:
     prefix, seen = f"t/{token_hex(4)}/", list[Change]()
     async with registry.register(prefix + "old", b"1") as registration:
         await registration.registered.wait()
@@ -134,10 +134,10 @@ async def test_keys_outside_the_prefix_are_not_seen(registry: Registry) -> None:
     assert seen[0] == Put(prefix + "x", b"2")
 
 
-# only the real ones
+# only the real servers
 
 
-async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported_and_found_again(
+async def test_nats_is_awaited_at_the_start_and_reconnected_after_its_death(
     tmp_path: Path,
 ) -> None:
     server = Server("nats", tmp_path)
@@ -167,7 +167,7 @@ async def test_nats_that_starts_last_is_waited_for_and_one_that_dies_is_reported
     server.kill()
 
 
-async def test_an_etcd_that_dies_and_forgets_everything_changes_no_view(
+async def test_an_etcd_that_restarts_empty_changes_no_watchers_view(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(etcd_registry, "TTL", 2)
@@ -192,10 +192,10 @@ async def test_an_etcd_that_dies_and_forgets_everything_changes_no_view(
     first.kill()
 
 
-async def test_a_nats_that_accepts_and_does_not_answer_yet_is_waited_for(
+async def test_a_nats_that_accepts_but_does_not_answer_yet_is_awaited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one does that is just starting on a busy machine."""
+    """A server that is just starting on a busy machine behaves like this."""
     monkeypatch.setattr(nats_bus, "CONNECT_TIMEOUT", 0.2)
     server = Server("nats", tmp_path)
     writers: list[asyncio.StreamWriter] = []
@@ -206,7 +206,7 @@ async def test_a_nats_that_accepts_and_does_not_answer_yet_is_waited_for(
             return bus.connected
 
     opening = asyncio.create_task(opened())
-    await until(lambda: len(writers) >= 4)  # looked at twice, tried twice
+    await until(lambda: len(writers) >= 4)  # probed twice, tried twice
     assert not opening.done()
     silent.close()
     for writer in writers:

@@ -17,7 +17,7 @@ from tests.conftest import until
 
 
 class End:
-    """Records what a side hears."""
+    """Records the messages that one side receives."""
 
     def __init__(self) -> None:
         self.links: list[Link] = []
@@ -29,9 +29,9 @@ class End:
         return self
 
     def received(self, link: Link, messages: list[Any]) -> None:
-        said = [m for m in messages if not isinstance(m, WorkerPing | FrontendPing)]
-        if said:
-            self.bursts.append(said)
+        relevant = [m for m in messages if not isinstance(m, WorkerPing | FrontendPing)]
+        if relevant:
+            self.bursts.append(relevant)
 
     def lost(self, link: Link, reason: str) -> None:
         self.reasons.append(reason)
@@ -53,7 +53,7 @@ async def test_messages_go_both_ways_in_order(links: Links) -> None:
         link.close()
 
 
-async def test_what_is_said_in_one_turn_of_the_loop_is_one_frame(links: Links) -> None:
+async def test_messages_of_one_iteration_of_the_event_loop_are_one_frame(links: Links) -> None:
     frontend, worker = End(), End()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         link = await links.dial(address, worker)
@@ -66,7 +66,7 @@ async def test_what_is_said_in_one_turn_of_the_loop_is_one_frame(links: Links) -
         link.close()
 
 
-async def test_tokens_of_one_turn_are_one_message_and_nothing_is_overtaken(links: Links) -> None:
+async def test_tokens_of_one_loop_iteration_are_one_message_and_keep_their_order(links: Links) -> None:
     frontend, worker = End(), End()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         link = await links.dial(address, worker)
@@ -91,7 +91,7 @@ async def test_tokens_of_one_turn_are_one_message_and_nothing_is_overtaken(links
         assert len(frontend.bursts) == 2
 
 
-async def test_closing_sends_what_was_said_and_both_sides_hear_of_the_end_once(links: Links) -> None:
+async def test_closing_flushes_messages_and_notifies_both_sides_once(links: Links) -> None:
     frontend, worker = End(), End()
     async with links.listen("127.0.0.1", 0, frontend.accept) as address:
         link = await links.dial(address, worker)
@@ -112,12 +112,12 @@ async def test_closing_the_listener_ends_its_links(links: Links) -> None:
     await until(lambda: len(worker.reasons) == 1)
 
 
-async def test_dialling_nobody_fails_with_the_address(links: Links) -> None:
+async def test_dialling_a_closed_port_fails_with_the_address(links: Links) -> None:
     with pytest.raises(Unavailable, match="127.0.0.1:1"):
         await links.dial("127.0.0.1:1", End())
 
 
-async def test_a_silent_peer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_peer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HEARTBEAT", 0.02)
     monkeypatch.setattr(link_module, "SILENCE", 0.1)
     frontend, worker, links = End(), End(), MemoryLinks()
@@ -129,7 +129,7 @@ async def test_a_silent_peer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "silent" in frontend.reasons[0]
 
 
-async def test_a_live_peer_that_says_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_peer_that_sends_heartbeats_stays_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HEARTBEAT", 0.02)
     monkeypatch.setattr(link_module, "SILENCE", 0.1)
     frontend, worker, links = End(), End(), TcpLinks()
@@ -141,7 +141,7 @@ async def test_a_live_peer_that_says_nothing_stays(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("nonsense", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1", b"\x02\x00\x00\x00\x91\x90"])
-async def test_a_peer_that_talks_nonsense_is_dropped(nonsense: bytes) -> None:
+async def test_a_peer_that_sends_invalid_frames_is_disconnected(nonsense: bytes) -> None:
     frontend = End()
     async with TcpLinks().listen("127.0.0.1", 0, frontend.accept) as address:
         host, port = address.split(":")
@@ -173,7 +173,7 @@ async def test_frames_may_arrive_in_any_pieces() -> None:
         await until(lambda: bool(frontend.reasons))
 
 
-async def test_a_taken_port_is_a_configuration_error() -> None:
+async def test_a_port_in_use_is_a_configuration_error() -> None:
     async with TcpLinks().listen("127.0.0.1", 0, End().accept) as address:
         with pytest.raises(ConfigError, match="cannot listen"):
             async with TcpLinks().listen("127.0.0.1", int(address.split(":")[1]), End().accept):

@@ -1,4 +1,4 @@
-"""Hostile peers: whatever they send, they are dropped with one line in the log, and nobody else notices."""
+"""Hostile peers are disconnected with one line in the log, whatever they send, and other peers are not affected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ASK = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]
 
 
 def from_worker(r: random.Random, streams: list[int]) -> Any:
-    """A message as a worker might send it, about streams that are there, were there or never were."""
+    """Returns a message as a worker might send it, about streams that are open, closed or unknown."""
     stream = r.choice([*streams, 0, 2**62])
     usage = link.Usage(r.randrange(9), r.randrange(9), r.randrange(9))
     return r.choice(
@@ -63,7 +63,7 @@ def from_frontend(r: random.Random, _: list[int]) -> Any:
 
 
 def frame(r: random.Random, make: Callable[[random.Random, list[int]], Any], streams: list[int]) -> bytes:
-    """Valid messages, often with bytes flipped, cut off or doubled."""
+    """Returns valid messages, often with bytes flipped, cut off or doubled."""
     raw = bytearray(msgspec.msgpack.encode([make(r, streams) for _ in range(r.randint(1, 4))]))
     for _ in range(r.choice([0, 0, 1, 1, 2, 8])):
         raw[r.randrange(len(raw))] = r.randrange(256)
@@ -74,7 +74,7 @@ def frame(r: random.Random, make: Callable[[random.Random, list[int]], Any], str
     return bytes(raw)
 
 
-async def test_a_frontend_outlives_hostile_workers() -> None:
+async def test_a_frontend_survives_hostile_workers() -> None:
     r = random.Random(5)
     async with Cluster(prefill=1, decode=1, executor="simulated", engine={"speed": 0}) as c, c.client() as client:
         address = c.planes.links.addresses[0]
@@ -98,7 +98,7 @@ async def test_a_frontend_outlives_hostile_workers() -> None:
         )
 
 
-async def test_a_worker_outlives_hostile_frontends() -> None:
+async def test_a_worker_survives_hostile_frontends() -> None:
     r = random.Random(6)
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as c, c.client() as client:
         (worker,) = c.workers
@@ -131,7 +131,7 @@ async def test_a_worker_outlives_hostile_frontends() -> None:
         b"\xff" * 64,
     ],
 )
-async def test_a_peer_that_speaks_something_else_is_dropped_with_one_line(
+async def test_a_peer_of_another_protocol_is_disconnected_with_one_log_line(
     garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Cluster(aggregated=1, executor="simulated", engine={"speed": 0}) as c:
@@ -149,22 +149,22 @@ async def test_a_peer_that_speaks_something_else_is_dropped_with_one_line(
 
 
 async def _to_the_end(reader: asyncio.StreamReader) -> bytes:
-    """What comes before the connection ends, pings aside."""
-    said = b""
+    """Returns the bytes that arrive before the connection ends, without pings."""
+    arrived = b""
     try:
         while part := await reader.read(1000):
-            said += part
+            arrived += part
     except ConnectionError:
         pass
-    return said.replace(struct.pack("<I", 3) + msgspec.msgpack.encode([link.FrontendPing()]), b"")
+    return arrived.replace(struct.pack("<I", 3) + msgspec.msgpack.encode([link.FrontendPing()]), b"")
 
 
-async def test_handlers_that_stumble_cost_their_link_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    class Stumbling(End):
+async def test_a_handler_that_raises_closes_only_its_link(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(End):
         def received(self, link: Any, messages: list[Any]) -> None:
             raise RuntimeError("did not expect that")
 
-    here, there = Stumbling(), End()
+    here, there = Failing(), End()
     links = TcpLinks()
     async with links.listen("127.0.0.1", 0, here.accept) as address:
         peer = await links.dial(address, there)
@@ -177,7 +177,7 @@ async def test_handlers_that_stumble_cost_their_link_and_nothing_else(caplog: py
 
 
 @given(st.lists(st.integers(0, 300), max_size=8), st.lists(st.integers(1, 90), min_size=1, max_size=9))
-def test_frames_arrive_whole_however_their_bytes_are_cut(sizes: list[int], cuts: list[int]) -> None:
+def test_frames_are_reassembled_however_their_bytes_are_split(sizes: list[int], cuts: list[int]) -> None:
     async def pass_through() -> list[Any]:
         heard = End()
         peer = TcpLink(worker_side=False)

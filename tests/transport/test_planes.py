@@ -1,4 +1,4 @@
-"""Model files on their way to a frontend, and the in-memory registry's outages."""
+"""The transfer of model files to a frontend, and outages of the in-memory registry."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ async def fetch(url: str) -> bytes:
         return await fetch_model_file(client, url, DIGEST)
 
 
-async def test_a_model_file_with_the_digest_is_given_as_it_is() -> None:
+async def test_a_model_file_with_the_right_digest_is_returned_unchanged() -> None:
     async with serving(CONTENT[:5], CONTENT[5:]) as url:
         assert await fetch(url) == CONTENT
 
 
 async def test_a_model_file_with_another_digest_is_refused() -> None:
     async with serving(CONTENT + b" ") as url:
-        with pytest.raises(Unavailable, match=f"does not have the SHA-256 {DIGEST[:12]}"):
+        with pytest.raises(Unavailable, match=f"does not have the expected SHA-256 {DIGEST[:12]}"):
             await fetch(url)
 
 
-async def test_a_model_file_is_read_no_further_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_file_is_not_read_beyond_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "MAX_FILE", len(CONTENT))
     async with serving(CONTENT) as url:
         assert await fetch(url) == CONTENT
@@ -73,20 +73,20 @@ async def test_a_model_file_is_read_no_further_than_its_bound(monkeypatch: pytes
                 await fetch(url)
 
 
-async def test_a_packed_model_file_is_not_unpacked() -> None:
+async def test_a_compressed_model_file_is_not_decompressed() -> None:
     async with serving(gzip.compress(CONTENT), headers="content-encoding: gzip\r\n") as url:
         with pytest.raises(Unavailable, match="SHA-256"):
             await fetch(url)
 
 
-async def test_a_model_file_that_trickles_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_file_that_arrives_too_slowly_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "FETCH_TIMEOUT", 0.2)
     async with serving(*[b"x"] * 1000, pause=0.05) as url:
         with pytest.raises(Unavailable, match=f"model file from {url}"):
             await fetch(url)
 
 
-async def test_the_planes_in_memory_hold_a_model_file_to_its_digest_too() -> None:
+async def test_the_in_memory_planes_check_the_digest_of_a_model_file() -> None:
     world = MemoryPlanes()
     world.files[DIGEST] = CONTENT
     assert await world.open().fetch_file("memory:", DIGEST) == CONTENT
@@ -97,23 +97,23 @@ async def test_the_planes_in_memory_hold_a_model_file_to_its_digest_too() -> Non
         await world.open().fetch_file("memory:", "0" * 64)
 
 
-async def test_a_registry_that_is_down_tells_of_every_change_when_it_is_back() -> None:
-    world, told = MemoryPlanes(), list[Change]()
+async def test_a_registry_reports_the_changes_of_an_outage_when_it_is_back() -> None:
+    world, seen = MemoryPlanes(), list[Change]()
     registry = world.registry
-    async with registry.watch("a/", told.append), registry.register("a/1", b"1"):
-        assert told == [Put("a/1", b"1")]
+    async with registry.watch("a/", seen.append), registry.register("a/1", b"1"):
+        assert seen == [Put("a/1", b"1")]
         world.registry_up = False
         late = list[Change]()
         async with registry.watch("a/", late.append), registry.register("a/2", b"2") as registration:
             async with registry.register("a/3", b"3"):
                 registry.lose("a/1")
-            assert told[1:] == late == [] and not registration.registered.is_set()
+            assert seen[1:] == late == [] and not registration.registered.is_set()
             world.registry_up = True
-            assert told[1:] == [Deleted("a/1"), Put("a/2", b"2")] and late == [Put("a/2", b"2")]
+            assert seen[1:] == [Deleted("a/1"), Put("a/2", b"2")] and late == [Put("a/2", b"2")]
             assert registration.registered.is_set()
 
 
-async def test_an_outage_of_the_registry_alone_ends_no_request() -> None:
+async def test_an_outage_of_the_registry_alone_fails_no_request() -> None:
     async with Cluster(prefill=1, decode=1, executor="simulated") as c, c.client() as client:
         c.planes.registry_up = False
         answer = await client.post("/v1/completions", json={"model": c.model, "prompt": "x", "max_tokens": 3})

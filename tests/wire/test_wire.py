@@ -60,7 +60,7 @@ def test_events_decode_to_what_was_sent(name: str, count: int, hashes: list[int]
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_frame_are_a_decode_error_and_nothing_else(data: bytes) -> None:
+def test_invalid_bytes_raise_only_decode_errors(data: bytes) -> None:
     for decode in DECODERS:
         try:
             decode(data)
@@ -88,9 +88,7 @@ VALID = [
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6),
     st.integers(0, 400),
 )
-def test_messages_with_bytes_changed_or_cut_are_read_or_refused(
-    message: bytes, changes: list[tuple[int, int]], cut: int
-) -> None:
+def test_corrupted_messages_are_decoded_or_refused(message: bytes, changes: list[tuple[int, int]], cut: int) -> None:
     broken = bytearray(message)
     for at, byte in changes:
         broken[at % len(broken)] = byte
@@ -107,13 +105,13 @@ def test_a_prompt_of_half_a_token_is_refused() -> None:
         requests.decode_request(msgspec.msgpack.encode(raw | {"prompt": b"abc"}))
 
 
-def test_a_request_survives_the_wire() -> None:
+def test_a_request_decodes_to_what_was_sent() -> None:
     request = make_request(
         [1, 2, 3], prior=requests.PriorOutput([4], [requests.TokenLogprob(4, -1.0)], 2), cache_salt="s"
     )
     assert requests.decode_request(requests.encode(request)) == request
 
 
-def test_an_unknown_tag_is_refused() -> None:
+def test_an_unknown_message_tag_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         link.decode_from_worker(msgspec.msgpack.encode([[99, 1]]))

@@ -1,4 +1,4 @@
-"""What a worker asks of itself before it says that it is there."""
+"""The request that a worker sends to itself before it registers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopback, "TIMEOUT", 0.2)
 
 
-async def ask(handler: Callable[[Loopback, int], bytes | None]) -> int:
-    """How often the request came until it was answered. `handler` gets the link and the number of the copy."""
+async def submit(handler: Callable[[Loopback, int], bytes | None]) -> int:
+    """Returns how many copies of the request arrived until it was answered. `handler` gets the link and the copy's number."""
     bus, link, copies = MemoryBus(1 << 20), Loopback(), 0
 
     def came(payload: bytes) -> bytes | None:
@@ -38,52 +38,52 @@ async def ask(handler: Callable[[Loopback, int], bytes | None]) -> int:
         return handler(link, copies)
 
     async with bus.serve("s", came):
-        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+        await link.submit(bus, "s", make_request([1], id="warm-up", stream=0))
     return copies
 
 
-async def test_an_answer_is_waited_for_however_many_messages_it_has() -> None:
+async def test_an_answer_of_several_messages_is_awaited_to_its_end() -> None:
     def answers(link: Loopback, copy: int) -> None:
         link.send(SubmitReply(0, Accepted()))
         asyncio.get_running_loop().call_later(0.005, link.send, DONE)
 
-    assert await ask(answers) == 1
+    assert await submit(answers) == 1
 
 
 async def test_a_request_that_the_bus_loses_is_sent_again() -> None:
-    assert await ask(lambda link, copy: link.send(DONE) if copy == 3 else None) == 3
+    assert await submit(lambda link, copy: link.send(DONE) if copy == 3 else None) == 3
 
 
 @pytest.mark.parametrize("by_bus", [True, False])
 @pytest.mark.parametrize(("ack", "words"), [(Refused("internal", "no such model"), "no such model"), (Busy(3), "busy")])
-async def test_a_refusal_is_said_with_its_reason(ack: Refused | Busy, words: str, by_bus: bool) -> None:
+async def test_a_refusal_is_an_error_with_its_reason(ack: Refused | Busy, words: str, by_bus: bool) -> None:
     def refuses(link: Loopback, copy: int) -> bytes | None:
         return requests.encode(ack) if by_bus else link.send(SubmitReply(0, ack))
 
     with pytest.raises(InternalError, match=words):
-        await ask(refuses)
+        await submit(refuses)
 
 
-async def test_a_failure_is_said_with_its_reason() -> None:
+async def test_a_failure_is_an_error_with_its_reason() -> None:
     with pytest.raises(InternalError, match="out of memory"):
-        await ask(lambda link, copy: link.send(Failed(0, "internal", "out of memory")))
+        await submit(lambda link, copy: link.send(Failed(0, "internal", "out of memory")))
 
 
-async def test_silence_ends_with_the_time_that_was_waited_for() -> None:
+async def test_a_timeout_is_an_error_with_the_time_waited() -> None:
     with pytest.raises(InternalError, match="warm-up took longer than 0 s$"):
-        await ask(lambda link, copy: None)
+        await submit(lambda link, copy: None)
 
 
-async def test_what_was_in_the_way_is_said_when_the_time_is_up() -> None:
+async def test_a_timeout_is_an_error_with_the_last_cause() -> None:
     bus, link = MemoryBus(1 << 20), Loopback()
-    with pytest.raises(InternalError, match="nobody serves"):
-        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+    with pytest.raises(InternalError, match="no process serves"):
+        await link.submit(bus, "s", make_request([1], id="warm-up", stream=0))
     bus.connected = False
     with pytest.raises(InternalError, match="the bus is down"):
-        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+        await link.submit(bus, "s", make_request([1], id="warm-up", stream=0))
 
 
-async def test_a_bus_that_is_too_slow_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bus_that_times_out_once_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     bus, link = MemoryBus(1 << 20), Loopback()
     mailbox, tries = bus.mailbox, []
 
@@ -97,13 +97,13 @@ async def test_a_bus_that_is_too_slow_once_is_asked_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(bus, "mailbox", slow_at_first)
     async with bus.serve("s", lambda payload: link.send(DONE)):
-        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+        await link.submit(bus, "s", make_request([1], id="warm-up", stream=0))
     assert len(tries) == 2
 
 
-async def test_a_bus_that_comes_back_in_time_is_enough() -> None:
+async def test_a_bus_that_reconnects_in_time_is_used() -> None:
     bus, link = MemoryBus(1 << 20), Loopback()
     bus.connected = False
     asyncio.get_running_loop().call_later(0.03, setattr, bus, "connected", True)
     async with bus.serve("s", lambda payload: link.send(DONE)):
-        await link.ask(bus, "s", make_request([1], id="warm-up", stream=0))
+        await link.submit(bus, "s", make_request([1], id="warm-up", stream=0))

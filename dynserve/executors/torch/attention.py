@@ -17,8 +17,8 @@ from torch import Tensor
 from dynserve.executors.scheduler import Slice
 from dynserve.executors.transceiver import HostBlocks
 
-PIECE_BYTES = 16 << 20  # of a transfer through the host's memory
-COPY_POLL = 0.0002  # seconds between looks at whether a copy from the device is done
+PIECE_BYTES = 16 << 20  # upper bound of one piece of a transfer through the host's memory
+COPY_POLL = 0.0002  # seconds between checks that a copy from the device has ended
 
 
 class Prefill(NamedTuple):
@@ -27,12 +27,12 @@ class Prefill(NamedTuple):
     first: int
     last: int
     blocks: Tensor
-    length: int  # tokens of the sequence up to and with the last row
+    length: int  # tokens of the sequence up to and including the last row
     mask: Tensor | None  # [rows, length]; None when the rows are the whole sequence
 
 
 class Decode(NamedTuple):
-    """Rows `first:last` are one token each of as many sequences."""
+    """Rows `first:last` hold one token each, of as many different sequences."""
 
     first: int
     last: int
@@ -41,20 +41,20 @@ class Decode(NamedTuple):
 
 
 class StepLayout(NamedTuple):
-    """One step's batch of `T` tokens: sequences that prefill first, then those that decode."""
+    """One step's batch of `T` tokens: the prefilling sequences come first, then the decoding ones."""
 
     tokens: Tensor  # [T]
     positions: Tensor  # [T]
     block_of: Tensor  # [T] block that each token's KV is written to
-    offset_of: Tensor  # [T] and where in the block
+    offset_of: Tensor  # [T] offset within that block
     prefills: list[Prefill]
     decode: Decode | None
     sampling: Tensor  # rows that yield a next token
-    whole: list[tuple[int, int]]  # slices of which every row is looked at: index in the step's work, first row
+    whole: list[tuple[int, int]]  # slices whose request needs every row: index in the step's work, first row
 
 
 class KvCache(HostBlocks):
-    """Memory for `num_blocks` blocks; also the `BlockStore` of the transceiver."""
+    """The memory of `num_blocks` KV blocks; it is also the `BlockStore` of the transceiver."""
 
     def __init__(
         self, *, num_blocks: int, block_size: int, num_layers: int, kv_heads: int, head_dim: int,
@@ -66,15 +66,15 @@ class KvCache(HostBlocks):
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
         self._device = device
-        # steps read and write the cache on a GPU in this stream, in order; whoever does so elsewhere waits for it
+        # on a GPU, steps read and write the cache in order on this stream; code on other streams waits for it
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.block_bytes = self.memory[0].numel() * self.memory.element_size()
         self.layout = f"{model}:{str(dtype).removeprefix('torch.')}:{num_layers}x2x{block_size}x{kv_heads}x{head_dim}"
-        # bytes of the whole cache, sliced per block; only memory of the host can be seen this way
+        # bytes of the whole cache, sliced per block; only host memory can be viewed this way
         self._bytes = _bytes_of(self.memory) if device.type == "cpu" else None
 
     def view(self, block: int) -> memoryview:
-        """The block's bytes, writable, without a copy; of a cache in the host's memory."""
+        """Returns the block's bytes, writable and without a copy; the cache must be in the host's memory."""
         assert self._bytes is not None
         return self._bytes[block * self.block_bytes : (block + 1) * self.block_bytes]
 
@@ -100,20 +100,20 @@ class KvCache(HostBlocks):
         for some in self._pieces(blocks):
             host = self._pinned(len(some))
             yield _bytes_of(host)
-            with torch.cuda.stream(self.stream):  # whoever reads the blocks does so behind this
+            with torch.cuda.stream(self.stream):  # readers use this stream, after the copy
                 self.scatter(self.index(some), host.to(self._device, non_blocking=True))
 
     def index(self, blocks: Sequence[int]) -> Tensor:
-        """Block numbers on the device, of which the host does not wait for the copy."""
+        """Copies block numbers to the device; the host does not wait for the copy."""
         host = torch.tensor(blocks, dtype=torch.long, pin_memory=self.stream is not None)
         return host.to(self._device, non_blocking=True)
 
     def gather(self, blocks: Tensor, out: Tensor | None = None) -> Tensor:
-        """The blocks one after the other, `[n, ...]`, in one piece of memory; on the current stream."""
+        """Copies the blocks into one contiguous tensor, `[n, ...]`, on the current stream."""
         return torch.index_select(self.memory, 0, blocks, out=out)
 
     def scatter(self, blocks: Tensor, content: Tensor) -> None:
-        """The reverse of `gather`."""
+        """Copies `content`, `[n, ...]`, into the blocks; the reverse of `gather`."""
         self.memory.index_copy_(0, blocks, content)
 
     def _pieces(self, blocks: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -130,7 +130,7 @@ class KvCache(HostBlocks):
         self.memory[layout.block_of, layer, 1, layout.offset_of] = values
 
     def attend(self, layer: int, layout: StepLayout, q: Tensor) -> Tensor:
-        """Causal attention of `[T, heads, head_dim]` queries, each over its own sequence; same shape."""
+        """Returns causal attention of `[T, heads, head_dim]` queries, each over its own sequence, in the same shape."""
         out = torch.empty_like(q)
         for prefill in layout.prefills:
             rows = slice(prefill.first, prefill.last)
@@ -150,7 +150,7 @@ class KvCache(HostBlocks):
         return out
 
     def lay_out(self, work: Sequence[Slice]) -> tuple[StepLayout, list[int]]:
-        """The tensors of a step, and for each sampling row the index in `work` that it belongs to."""
+        """Returns the tensors of a step and, for each sampling row, the index of its slice in `work`."""
         order = sorted(range(len(work)), key=lambda i: work[i].size == 1)
         tokens: list[int] = []
         positions: list[int] = []
@@ -208,11 +208,11 @@ class KvCache(HostBlocks):
         return torch.arange(start + count, device=self._device) <= rows
 
     def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
-        """`[..., n]` block numbers to `[..., n * block_size, kv_heads, head_dim]`."""
+        """Returns the contents of `[..., n]` blocks as `[..., n * block_size, kv_heads, head_dim]`."""
         found = self.memory[:, layer, which][blocks]
         return found.view(*blocks.shape[:-1], -1, self._kv_heads, self._head_dim)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Those of a tensor in the host's memory, writable, without a copy."""
+    """Returns the bytes of a tensor in the host's memory, writable and without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -38,7 +38,7 @@ STEPS_AHEAD = 2  # steps whose results may wait for the event loop
 async def open_executor(
     config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None
 ) -> AsyncIterator[Executor]:
-    """Loads the model (off the loop), then runs it until the block is left.
+    """Loads the model in a thread, then runs it until the context exits.
 
     Raises:
         ConfigError: the folder, the model or an engine option is not usable.
@@ -63,11 +63,11 @@ async def open_executor(
         grammars=grammars,
     )  # fmt: skip
     async with opening as (engine, tasks):
-        if runner.overlaps:  # tokens must not wait for 5 ms until the event loop lets go of the interpreter, or gets it
+        if runner.overlaps:  # neither thread may wait 5 ms for the interpreter lock
             sys.setswitchinterval(SWITCH_INTERVAL)
         stepper.start(steps, engine)
         if grammars is not None and runner.overlaps:
-            await grammars.prepare(after=0)  # later it would hold up steps that take half a millisecond
+            await grammars.prepare(after=0)  # later, the import would delay steps of half a millisecond
             await asyncio.to_thread(warm_up, model.config.vocab_size, model.device)
         elif grammars is not None:
             tasks.create_task(grammars.prepare())
@@ -78,10 +78,10 @@ async def open_executor(
 
 
 def carriers_for(backend: str, cache: KvCache, runner: Runner, worker: str) -> list[Carrier]:
-    """By which blocks can come other than over TCP, best first.
+    """Returns the carriers that can move blocks besides TCP, best first.
 
     Raises:
-        ConfigError: NIXL is asked for and is not here.
+        ConfigError: NIXL was requested and cannot be used.
     """
     if backend in ("NIXL", "UCX"):
         return [NixlCarrier(cache, worker)]
@@ -98,8 +98,8 @@ def carriers_for(backend: str, cache: KvCache, runner: Runner, worker: str) -> l
     for make in makers:
         try:
             carriers.append(make())
-        except (ConfigError, RuntimeError) as error:  # nobody asked for this one: there is always TCP
-            log.warning("KV blocks will not come by one of the faster ways: %s", error)
+        except (ConfigError, RuntimeError) as error:  # no option requires this carrier: TCP is the fallback
+            log.warning("a fast transport of KV blocks is not available; using another one or TCP: %s", error)
     return carriers
 
 
@@ -108,8 +108,9 @@ def grammars_installed() -> bool:
 
 
 class StepThread:
-    """The thread that computes. One step: plan, compute, draw, book, and one call into the event loop. Where the device
-    computes by itself, the next step is begun before the last one's tokens are read, if there is nothing to decide."""
+    """The thread that runs the engine's steps: plan, compute, sample, book, and one call into the event loop. If the
+    device computes asynchronously, the next step begins before the last one's tokens are read, unless the scheduler
+    must decide something first."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -121,7 +122,7 @@ class StepThread:
         self._thread: threading.Thread | None = None
 
     def start(self, steps: EngineSteps, engine: Engine) -> None:
-        """`steps` is called in the thread, `engine` on the event loop only."""
+        """Starts the thread. `steps` is called in the thread, `engine` on the event loop only."""
         self._thread = threading.Thread(target=self._run, args=(steps, engine), name="torch-step", daemon=True)
         self._thread.start()
 
@@ -161,7 +162,7 @@ class StepThread:
 
     def _hand_over(self, engine: Engine, result: StepResult) -> None:
         if result.outputs or result.events:
-            # the loop may be behind, but not by more than this: results must not pile up
+            # the event loop may lag by `STEPS_AHEAD` results at most, so that they do not pile up
             self._ahead.acquire()
             self._call_in_loop(self._deliver, engine, result)
 
@@ -172,5 +173,5 @@ class StepThread:
     def _call_in_loop(self, call: Callable[..., None], *args: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop was closed under us: the process is ending
+        except RuntimeError:  # the event loop is closed: the process is ending
             self._stopping = True

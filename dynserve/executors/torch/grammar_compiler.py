@@ -1,6 +1,6 @@
 """xgrammar's compiler for one model's vocabulary; and, run as a program, the process that compiles one heavy grammar.
 
-A process can be ended and can be held to a bound of memory; a thread in the middle of a compilation can be neither.
+A process can be killed and its memory limited; a thread in the middle of a compilation cannot.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dynserve.text.detokenize import tokenizer_parts
 if TYPE_CHECKING:
     import xgrammar
 
-# JSON may have any white space between its parts; a model that is lost would fill its context with it
+# JSON allows any amount of white space between its parts; a degenerating model would fill its context with it
 MAX_WHITESPACE = 32
 MAX_BYTES = 64 << 20  # of one compiled grammar
-MAX_CPU = 120  # seconds, with the start
-MAX_MEMORY = 1 << 30  # bytes that one compilation in a process of its own may take
+MAX_CPU = 120  # seconds, including the start
+MAX_MEMORY = 1 << 30  # bytes that a compiler process may allocate for one compilation
 READY, COMPILED, REFUSED = b"r", b"c", b"x"
 PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
 
 
 class GrammarVocabulary(NamedTuple):
-    """The parts of a model that a compiler needs to know."""
+    """The parts of a model that a grammar compiler needs."""
 
     folder: str
     vocab_size: int
@@ -42,14 +42,14 @@ class GrammarVocabulary(NamedTuple):
 
 
 class Compiler(NamedTuple):
-    """xgrammar's compiler, and the vocabulary as it sees it."""
+    """xgrammar's compiler and its description of the vocabulary."""
 
     engine: xgrammar.GrammarCompiler
     info: xgrammar.TokenizerInfo
 
 
 def make_compiler(vocabulary: GrammarVocabulary, max_threads: int) -> Compiler:
-    """Imports xgrammar, which takes a second or more. What it compiles is cached by its callers."""
+    """Imports xgrammar, which takes a second or more, and makes a compiler without a cache: its callers have one."""
     xgrammar = _import_xgrammar()
     tokenizer = Tokenizer.from_file(str(Path(vocabulary.folder) / "tokenizer.json"))
     tokens = [""] * vocabulary.vocab_size
@@ -68,15 +68,15 @@ def make_compiler(vocabulary: GrammarVocabulary, max_threads: int) -> Compiler:
 
 
 def _import_xgrammar() -> Any:
-    """xgrammar imports transformers for two names that only its readers of transformers' own tokenizers use; that would
-    take twice as long as all the rest, in a process that answers requests."""
+    """Imports xgrammar with a substitute for transformers, of which it needs names for transformers' own tokenizers only.
+    The real import would take twice as long as all the rest, in a process that answers requests."""
     if "xgrammar" not in sys.modules and "transformers" not in sys.modules:
         stand_in: Any = ModuleType("transformers")
         stand_in.PreTrainedTokenizerBase = stand_in.PreTrainedTokenizerFast = stand_in.LogitsProcessor = object
         sys.modules["transformers"] = stand_in
         try:
             return import_module("xgrammar")
-        except Exception:  # a version that needs more of it
+        except Exception:  # this version needs more of transformers
             for name in [name for name in sys.modules if name.partition(".")[0] == "xgrammar"]:
                 del sys.modules[name]
         finally:
@@ -85,7 +85,7 @@ def _import_xgrammar() -> Any:
 
 
 def compile_grammar(compiler: Compiler, kind: str, text: str) -> xgrammar.CompiledGrammar:
-    """Raises BadRequest for a text that is not a grammar of this kind."""
+    """Compiles a grammar. Raises BadRequest if the text is not a valid grammar of this kind."""
     try:
         match kind:
             case "json":
@@ -101,7 +101,7 @@ def compile_grammar(compiler: Compiler, kind: str, text: str) -> xgrammar.Compil
 
 
 def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
-    """How the vocabulary writes bytes, in xgrammar's words, and whether texts get a space in front."""
+    """Returns xgrammar's name of the vocabulary's byte encoding, and True if a space is put before each text."""
     found = json.dumps(tokenizer_parts(tokenizer))
     if '"ByteLevel"' in found:
         return "BYTE_LEVEL", '"add_prefix_space": true' in found
@@ -110,18 +110,18 @@ def _token_encoding(tokenizer: Tokenizer) -> tuple[str, bool]:
 
 
 def _bounded(form: Any) -> Any:
-    """A structural tag whose JSON has no more white space in a row than it may have elsewhere."""
+    """Returns the structural tag with the white space in its JSON limited to `MAX_WHITESPACE`."""
     if isinstance(form, list):
         return [_bounded(item) for item in form]
     if not isinstance(form, dict):
         return form
     if form.get("type") == "json_schema":
-        return {"max_whitespace_cnt": MAX_WHITESPACE} | form  # and no further: what is within is the client's schema
+        return {"max_whitespace_cnt": MAX_WHITESPACE} | form  # no deeper: the rest is the client's schema
     return {key: _bounded(value) for key, value in form.items()}
 
 
 def _reason(error: Exception) -> str:
-    """The compiler's own sentence, without time and place."""
+    """Returns the first line of the compiler's message, without its time and source position."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return _PLACE.sub("", text)[:500]
 
@@ -130,8 +130,8 @@ _PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")
 
 
 def main() -> None:
-    """The vocabulary is the argument, as JSON. READY goes to standard output; then kind and text come as JSON on standard
-    input, and the result goes out: COMPILED and xgrammar's own JSON, or REFUSED and the reason."""
+    """Compiles one grammar. The argument is the vocabulary as JSON. Writes READY to standard output, reads kind and text
+    as JSON from standard input, and writes the result: COMPILED and xgrammar's own JSON, or REFUSED and the reason."""
     vocabulary = GrammarVocabulary(*json.loads(sys.argv[1]))
     compiler = make_compiler(vocabulary, max_threads=1)
     out = sys.stdout.buffer
@@ -140,7 +140,7 @@ def main() -> None:
     kind, text = json.loads(sys.stdin.buffer.read())
     os.nice(5)
     _limit_memory()
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))  # should nobody be left who ends it
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))  # in case the parent dies and cannot kill this process
     try:
         compiled = compile_grammar(compiler, kind, text)
         if compiled.memory_size_bytes > MAX_BYTES:
@@ -150,15 +150,15 @@ def main() -> None:
     except BadRequest as error:
         out.write(REFUSED + str(error).encode())
     out.flush()
-    os._exit(0)  # what is left are threads of others' code
+    os._exit(0)  # without waiting for the libraries' threads
 
 
 def too_large(size: int) -> str:
-    return f"this grammar takes {size >> 20} MiB when compiled; {MAX_BYTES >> 20} are possible"
+    return f"this grammar takes {size >> 20} MiB when compiled; at most {MAX_BYTES >> 20} MiB are allowed"
 
 
 def _limit_memory() -> None:
-    """From here on: the libraries take much address space that they do not use."""
+    """Limits the memory allocated from now on: the libraries have reserved much address space that they do not use."""
     status = Path("/proc/self/status")
     if status.exists():
         data = re.search(r"VmData:\s+(\d+) kB", status.read_text())

@@ -1,9 +1,9 @@
 """An estimate of how long a grammar takes to compile, from its text alone.
 
-What takes long are states from which much may follow, because all tokens of the vocabulary are looked at for each of them:
-a repetition with a bound has one for each of its steps, and bounds within bounds multiply. Ten texts of at most 64
-characters take seconds with a vocabulary of 150,000 tokens; thirty without a bound take 50 ms. The estimate is rather too
-high than too low: what it calls heavy is compiled in a process of its own.
+States with many possible continuations are expensive, because the compiler checks all tokens of the vocabulary in each of
+them: a bounded repetition has one state per repetition, and nested bounds multiply. Ten texts of at most 64 characters take
+seconds with a vocabulary of 150,000 tokens; thirty without a bound take 50 ms. The estimate is rather too high than too
+low: a grammar that it calls heavy is compiled in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 MAX_TEXT = 32 << 10  # characters; a longer grammar is never light
 HEAVY = 1 << 40
 NODE, LITERAL, FORMAT = 1 / 16, 1 / 8, 20.0  # states for a part of a schema, a letter, a `format` (an address, a date)
-OPTIONAL = 1 / 4  # for each pair of parts that may be left out: from before the one it goes on to behind the other
+OPTIONAL = 1 / 4  # for each pair of optional parts: the text may continue from before one of them to after the other
 _BOUNDS = ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties")
 _EXPRESSIONS = ("pattern", "regex", "grammar")
 _QUANTIFIER = re.compile(r"\{\s*(\d{0,9})\s*(?:,\s*(\d{0,9})\s*)?\}")
 
 
 def weight(kind: str, text: str) -> float:
-    """States, roughly. Grammars that cannot be read weigh nothing: the compiler refuses them at once."""
+    """Returns a rough number of states. Invalid grammars weigh nothing: the compiler refuses them at once."""
     if len(text) > MAX_TEXT:
         return HEAVY
     if kind == "regex":
@@ -34,12 +34,12 @@ def weight(kind: str, text: str) -> float:
     except (ValueError, RecursionError):
         return 0
     states = _of_json(found)
-    # what is referred to stands in other places, too, within bounds that cannot be seen from it
+    # a referenced schema is also used in other places, within bounds that its definition does not show
     return states * max([1, *_all_bounds(found)]) if '"$ref"' in text else states
 
 
 def _of_json(node: Any) -> float:
-    """The states of a schema, or of a structural tag, which has schemas and expressions in it."""
+    """Returns the states of a schema, or of a structural tag, which contains schemas and expressions."""
     if isinstance(node, list):
         return sum(map(_of_json, node))
     if not isinstance(node, dict):
@@ -57,7 +57,7 @@ def _of_json(node: Any) -> float:
 
 
 def _bounds(node: dict[str, Any]) -> list[int]:
-    """Greater than 1: a property may have such a name, too, and is an object then."""
+    """Returns the bounds greater than 1. A property may have the name of a bound, too; its value is an object then."""
     return [bound for word in _BOUNDS if isinstance(bound := node.get(word), int) and bound > 1]
 
 
@@ -70,10 +70,10 @@ def _all_bounds(node: Any) -> list[int]:
 
 
 def _of_rules(text: str) -> float:
-    """Rules of a grammar use each other: as if all bounds were within each other."""
+    """Returns the states of a grammar's rules. They use each other, so all bounds count as nested."""
     found = _of_expression(_TEXTS.sub("", text)) + LITERAL * len(text) / 2
     bounds = sorted(max(1, int(low or 0), int(high or 0)) for low, high in _QUANTIFIER.findall(_TEXTS.sub("", text)))
-    for bound in bounds[:-1]:  # the largest was counted with what it is about
+    for bound in bounds[:-1]:  # the largest was counted with its operand
         found = min(HEAVY, found * bound)
     return found
 
@@ -82,9 +82,9 @@ _TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def _of_expression(text: str) -> float:
-    """The states of a regular expression: a set or a class is one, a letter a part of one; a bound multiplies what it
-    follows."""
-    groups, last = [0.0], 0.0  # of each open group, and of what a quantifier would be about
+    """Returns the states of a regular expression: one for a set or a class, a fraction of one for a letter; a bound
+    multiplies its operand."""
+    groups, last = [0.0], 0.0  # of each open group, and of a following quantifier's operand
     at = optional = 0
     while at < len(text):
         char = text[at]

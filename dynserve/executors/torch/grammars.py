@@ -1,7 +1,7 @@
-"""Grammars for the sampler: xgrammar compiles them for the model's vocabulary, a `Matcher` follows one answer.
+"""Grammars for the sampler: xgrammar compiles them for the model's vocabulary, a `Matcher` applies one to one answer.
 
-Grammars that are quickly compiled (`grammar_weight`) are compiled in a thread, the others in a process each, which can be
-ended: they never wait for each other. Matching is done in the engine's thread, between the logits and the draw.
+Light grammars (see `grammar_weight`) are compiled in a thread, each heavy one in a process of its own, which can be killed.
+The two kinds never wait for each other. Matching runs in the engine's thread, between the logits and the draw.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from dynserve.wire.requests import Grammar, ReasoningTokens
 if TYPE_CHECKING:
     import xgrammar
 
-CACHE_BYTES = 256 << 20  # of compiled grammars that are kept
-# what a thread may compile, by `weight`: so many looks at a token, about a second's work
+CACHE_BYTES = 256 << 20  # upper bound of the cache of compiled grammars
+# the `weight` up to which a thread compiles: LIGHT_WORK token checks, about a second, divided by the vocabulary
 LIGHT_WORK, MIN_LIGHT, MAX_LIGHT = 8_000_000, 32.0, 512.0
-MAX_WAITING = 256  # grammars
+MAX_WAITING = 256  # grammars in the queue
 MAX_THREADS = 2
 MAX_PROCESSES = 2
 MAX_WAIT_S, MAX_COMPILE_S = 10.0, 30.0  # seconds
-MAX_START_S = 30.0  # seconds until a process can begin to compile
+MAX_START_S = 30.0  # seconds until a process must be ready to compile
 PREPARE_AFTER = 5.0  # seconds from the start
-END_TIMEOUT = 2.0  # seconds that the end of one is waited for
-MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars that are remembered for having taken too long, and for how many seconds
-# seconds of a processor that the next token's mask may take: once, and (beyond a start) per token of the answer
+END_TIMEOUT = 2.0  # seconds to wait for a cancelled compilation to end
+MAX_SLOW, SLOW_TTL = 1024, 600.0  # grammars remembered as too slow, and for how many seconds
+# upper bounds of the CPU seconds for masks: for one mask; for one answer, a constant plus a part per token
 MAX_MASK_S, MAX_SPENT_S, MAX_PER_TOKEN_S = 0.05, 1.0, 0.005
-# seconds that the masks of all answers together may hold up the steps: a mask of up to SLOW_MASK is usual, and not counted
+# seconds that masks of all answers may delay the steps, and their refill per second; masks up to SLOW_MASK do not count
 SLOW_MASK, MAX_HELD_UP_S, HELD_UP_PER_S = 0.01, 0.1, 0.1
 
 
@@ -67,47 +67,47 @@ _Key = tuple[str, str]  # kind and text
 
 
 class CompiledGrammars:
-    """Compiled grammars of one model, by their text. xgrammar is imported with the first one."""
+    """The compiled grammars of one model, by kind and text. xgrammar is imported when the first one is compiled."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._vocabulary = GrammarVocabulary(str(folder), vocab_size, list(eos))
         self._most_light = min(MAX_LIGHT, max(MIN_LIGHT, LIGHT_WORK / vocab_size))
-        self._threads = asyncio.Semaphore(MAX_THREADS)  # held as long as a thread is at work, waited for or not
+        self._threads = asyncio.Semaphore(MAX_THREADS)  # held until the thread ends, even after a timeout
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._waiting = 0
         self._kept = _GrammarCache(CACHE_BYTES)
         self._pending: dict[_Key, _Compilation] = {}
-        self._slow: OrderedDict[_Key, float] = OrderedDict()  # those that took too long, and when
+        self._slow: OrderedDict[_Key, float] = OrderedDict()  # grammars that took too long, and when
         self._held_up = MaskBudget()
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
     async def prepare(self, after: float = PREPARE_AFTER) -> None:
-        """Imports the compiler `after` so many seconds, so that no request has to wait for it, whoever sent the first
-        grammar. Importing holds the interpreter for some tenths of a second."""
+        """Imports the compiler after `after` seconds, so that the first request with a grammar does not wait for it. The
+        import holds the interpreter lock for some tenths of a second."""
         await asyncio.sleep(after)
         try:
             await detached(self._own_compiler)
-        except Exception as error:  # whoever sends a grammar is told
-            log.warning("grammars cannot be compiled here: %r", error)
+        except Exception as error:  # requests with a grammar will get it
+            log.warning("grammars cannot be compiled, so requests with one will fail: %r", error)
 
     async def matcher(self, grammar: Grammar) -> Matcher:
-        """What one answer follows the grammar with.
+        """Returns the matcher of one answer, after compiling the grammar if it is not cached.
 
         Raises:
-            BadRequest: the grammar is none, or takes too long or too much memory to compile.
-            Overloaded: too many wait for theirs.
+            BadRequest: the grammar is invalid, or takes too long or too much memory to compile.
+            Overloaded: too many grammars are queued, or this one could not start in time.
         """
         key = (grammar.kind, grammar.text)
         compiled = self._kept.get(key) or await self._shared(key)
-        import xgrammar  # a second's work, done by the thread that compiled
+        import xgrammar  # takes a second, but the compiling thread has done it
 
         eos = list(self._vocabulary.eos)
         matcher = xgrammar.GrammarMatcher(compiled)
         return Matcher(matcher, self._vocabulary.vocab_size, eos, grammar.reasoning, self._held_up)
 
     async def _shared(self, key: _Key) -> xgrammar.CompiledGrammar:
-        """One compilation for all that wait for the same grammar; it ends when nobody does any more."""
+        """Shares one compilation among all requests for a grammar; it is cancelled when none of them waits any more."""
         pending = self._pending.get(key)
         if pending is None:
             pending = self._pending[key] = _Compilation(asyncio.create_task(self._compile(key)))
@@ -129,12 +129,12 @@ class CompiledGrammars:
     def _ended(self, key: _Key, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
         self._forget(key, task)
         if not task.cancelled():
-            task.exception()  # whoever waited may have gone
+            task.exception()  # retrieved: the waiting requests may have been aborted
 
     async def _compile(self, key: _Key) -> xgrammar.CompiledGrammar:
         self._refuse_slow(key)
         if self._waiting >= MAX_WAITING:
-            raise Overloaded(f"{self._waiting} grammars wait to be compiled")
+            raise Overloaded(f"{self._waiting} grammars are queued for compilation; try again later")
         light = weight(*key) <= self._most_light
         lane = self._threads if light else self._processes
         self._waiting += 1
@@ -142,7 +142,9 @@ class CompiledGrammars:
             async with asyncio.timeout(MAX_WAIT_S):
                 await lane.acquire()
         except TimeoutError:
-            raise Overloaded("other grammars take long to compile; try again later") from None
+            raise Overloaded(
+                f"this grammar was queued for {MAX_WAIT_S:.0f} s behind other grammars; try again later"
+            ) from None
         finally:
             self._waiting -= 1
         try:
@@ -151,20 +153,20 @@ class CompiledGrammars:
             self._slow[key] = time.monotonic()
             if len(self._slow) > MAX_SLOW:
                 self._slow.popitem(last=False)
-            message = f"this grammar takes longer than {MAX_COMPILE_S:.0f} s to compile"
+            message = f"this grammar takes longer than {MAX_COMPILE_S:.0f} s to compile; simplify it"
             raise BadRequest(message, param=PARAMS[key[0]]) from None
 
     def _refuse_slow(self, key: _Key) -> None:
-        """Raises BadRequest for a grammar that took too long a short while ago."""
+        """Raises BadRequest for a grammar whose compilation took too long recently."""
         found = self._slow.get(key)
         if found is None:
             return
         if time.monotonic() - found < SLOW_TTL:
-            raise BadRequest("this grammar takes too long to compile", param=PARAMS[key[0]])
+            raise BadRequest("this grammar takes too long to compile; simplify it", param=PARAMS[key[0]])
         del self._slow[key]
 
     async def _in_thread(self, key: _Key) -> xgrammar.CompiledGrammar:
-        """Raises TimeoutError; the thread goes on, and keeps its place until it has ended."""
+        """Compiles in a thread. Raises TimeoutError; the thread then runs on and holds the semaphore until it ends."""
         try:
             done = detached(self._compile_now, key)
         except BaseException:
@@ -175,20 +177,20 @@ class CompiledGrammars:
             return self._checked(key, await asyncio.shield(done))
 
     def _thread_ended(self, key: _Key, done: asyncio.Future[xgrammar.CompiledGrammar]) -> None:
-        """Gives the thread's place back, and keeps a result that came too late for the next request."""
+        """Releases the semaphore and caches the result, even one that came too late, for the next request."""
         self._threads.release()
         if not done.cancelled() and done.exception() is None and done.result().memory_size_bytes <= MAX_BYTES:
             self._slow.pop(key, None)
             self._kept.add(key, done.result())
 
     async def _in_process(self, key: _Key) -> xgrammar.CompiledGrammar:
-        """Raises TimeoutError; the process is ended, whatever happens."""
+        """Compiles in a process, which is always killed at the end. Raises TimeoutError."""
         try:
             answer = await _compiled_elsewhere(self._vocabulary, key)
             if answer[:1] == REFUSED:
                 raise BadRequest(answer[1:].decode("utf-8", "replace"), param=PARAMS[key[0]])
             if answer[:1] != COMPILED:
-                raise BadRequest("this grammar takes too much memory to compile", param=PARAMS[key[0]])
+                raise BadRequest("this grammar takes too much memory to compile; simplify it", param=PARAMS[key[0]])
             compiled = self._checked(key, await detached(self._read, answer))
         finally:
             self._processes.release()
@@ -218,14 +220,14 @@ class CompiledGrammars:
 
 
 class _Compilation:
-    """A compilation, and how many wait for it."""
+    """A running compilation and the number of requests that wait for it."""
 
     def __init__(self, task: asyncio.Task[xgrammar.CompiledGrammar]) -> None:
         self.task, self.waiting = task, 0
 
 
 class _GrammarCache:
-    """Compiled grammars, those that were used last, up to so many bytes together."""
+    """The compiled grammars that were used last, up to `most` bytes in total."""
 
     def __init__(self, most: int) -> None:
         self._most, self.size = most, 0  # bytes
@@ -250,7 +252,7 @@ def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
 
 
 async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:
-    """The answer of a process that compiles this grammar alone; empty when it died of it. Raises TimeoutError."""
+    """Returns the output of a process that compiles this one grammar; empty if it died. Raises TimeoutError."""
     spawned = detached(_spawn, vocabulary)
     try:
         process = await asyncio.shield(spawned)
@@ -266,22 +268,22 @@ async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes
         if ready != READY:
             raise InternalError("the process that compiles grammars did not start")
         async with asyncio.timeout(MAX_COMPILE_S):
-            return await detached(_talk, process, json.dumps(key).encode())
+            return await detached(_communicate, process, json.dumps(key).encode())
     finally:
         process.kill()
         detached(_reap, process)
 
 
 def _end_unwanted(spawned: asyncio.Future[subprocess.Popen[bytes]]) -> None:
-    """Ends a process whose request was given up while it was being started."""
+    """Kills a process whose request was aborted while it was being started."""
     if not spawned.cancelled() and spawned.exception() is None:
         spawned.result().kill()
         detached(_reap, spawned.result())
 
 
 def _spawn(vocabulary: GrammarVocabulary) -> subprocess.Popen[bytes]:
-    """With vfork, and so without a look at this process's memory: a copy of gigabytes of page tables holds up everybody,
-    and asyncio's way of starting processes makes one on the event loop."""
+    """Starts a compiler process with vfork, which copies no page tables: copying gigabytes of them would stall all
+    requests, and asyncio would start the process on the event loop."""
     command = [sys.executable, "-m", "dynserve.executors.torch.grammar_compiler", json.dumps(vocabulary)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -291,10 +293,10 @@ def _first_byte(process: subprocess.Popen[bytes]) -> bytes:
     return os.read(process.stdout.fileno(), 1)
 
 
-def _talk(process: subprocess.Popen[bytes], text: bytes) -> bytes:
+def _communicate(process: subprocess.Popen[bytes], text: bytes) -> bytes:
     try:
         return process.communicate(text)[0]
-    except (OSError, ValueError):  # it has died, or was ended
+    except (OSError, ValueError):  # the process died or was killed
         return b""
 
 
@@ -307,13 +309,13 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
 
 
 class MaskBudget:
-    """The time by which slow masks have held up everybody's steps lately, and which is forgiven steadily."""
+    """The seconds by which slow masks have delayed the steps lately, less `HELD_UP_PER_S` for each second since."""
 
     def __init__(self) -> None:
         self._seconds, self._at = 0.0, time.monotonic()
 
     def add(self, seconds: float) -> bool:
-        """Whether there was room for that."""
+        """Adds the time of one mask. Returns True if the total is within the bound."""
         now = time.monotonic()
         self._seconds = max(0.0, self._seconds - (now - self._at) * HELD_UP_PER_S) + seconds
         self._at = now
@@ -321,9 +323,9 @@ class MaskBudget:
 
 
 class Matcher:
-    """One answer on its way through a grammar. While the model thinks, anything goes but the end.
+    """The state of one answer in its grammar. During the model's reasoning, all tokens but the end tokens are allowed.
 
-    What may come next is found out between two steps of everyone's: a grammar for which that takes long ends its request.
+    Masks are computed between two steps of the whole batch, so a grammar with slow masks fails its request.
     """
 
     def __init__(
@@ -340,7 +342,7 @@ class Matcher:
         self._held_up = held_up
         self._apply = xgrammar.apply_token_bitmask_inplace
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
-        self._ends_there: Tensor | None = None  # end tokens, where the logits are
+        self._ends_there: Tensor | None = None  # end tokens, on the device of the logits
         self._seen = 0
         self._spent = 0.0  # seconds
         self._in_reasoning = reasoning is not None and reasoning.open
@@ -349,7 +351,7 @@ class Matcher:
         """Sets the logits (`[vocab]`) of all tokens that may not come after `tokens` to minus infinity.
 
         Raises:
-            BadRequest: that takes too long with this grammar.
+            BadRequest: the masks of this grammar take too long.
         """
         began = time.thread_time()
         self._mask(tokens, prompt_len, logits)
@@ -357,13 +359,13 @@ class Matcher:
         self._spent += spent
         crowded = spent > SLOW_MASK and not self._held_up.add(spent)
         if crowded or spent > MAX_MASK_S or self._spent > MAX_SPENT_S + MAX_PER_TOKEN_S * self._seen:
-            raise BadRequest("this grammar takes too long to follow; simplify what repeats within it")
+            raise BadRequest("this grammar takes too long to follow; simplify its nested repetitions")
 
     def _mask(self, tokens: Sequence[int], prompt_len: int, logits: Tensor) -> None:
         for token in tokens[prompt_len + self._seen :]:
             self._accept(token)
         if self._in_reasoning:
-            # an answer of nothing but a thought would escape the grammar
+            # an answer of reasoning alone would escape the grammar
             logits.index_fill_(0, self._ends(logits), float("-inf"))
             return
         if self._matcher.is_terminated():
@@ -373,7 +375,7 @@ class Matcher:
         forbids = self._matcher.fill_next_token_bitmask(self._bitmask)
         if forbids:
             self._forbid(logits)
-        if before is not None and self._reasoning is not None:  # it may think first, or begin to answer at once
+        if before is not None and self._reasoning is not None:  # the model may reason first or answer at once
             logits[self._reasoning.begin] = before[self._reasoning.begin]
         if forbids and self._dead_end(logits, before is not None):
             self._only_the_end(logits)
@@ -383,13 +385,13 @@ class Matcher:
         if not logits.is_cuda:
             self._apply(logits, self._bitmask[0])
             return
-        if not self._bitmask.is_pinned():  # or each copy would wait for the steps that were begun before
+        if not self._bitmask.is_pinned():  # or each copy would wait for the earlier steps
             self._bitmask = self._bitmask.pin_memory()
         forbid_on_gpu(logits, self._bitmask[0])
 
     def _dead_end(self, logits: Tensor, may_reason: bool) -> bool:
-        """Whether nothing that the vocabulary can spell goes on from here."""
-        if logits.is_cuda:  # which is not waited for
+        """Whether no token of the vocabulary can continue the grammar here."""
+        if logits.is_cuda:  # reading the logits would wait for the device
             return not may_reason and not bool(self._bitmask.any())
         return not bool(torch.isfinite(logits).any())
 
@@ -414,14 +416,14 @@ class Matcher:
 
 
 def forbid_on_gpu(logits: Tensor, bitmask: Tensor) -> None:
-    """The same as xgrammar's, by torch: xgrammar's own kernel would be compiled with the first grammar, while all wait."""
+    """Does with torch what xgrammar's own kernel does, which would be compiled and stall all steps at the first grammar."""
     words = bitmask.to(logits.device, non_blocking=True)
     bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
     logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, float("-inf"))
 
 
 def warm_up(vocab_size: int, device: torch.device) -> None:
-    """Loads what masks need into a GPU, so that the first grammar does not seem slow to follow."""
+    """Loads the code for masks into a GPU, so that the first mask is not counted as slow."""
     logits = torch.zeros(vocab_size, device=device)
     forbid_on_gpu(logits, torch.zeros(-(-vocab_size // 32), dtype=torch.int32).pin_memory())
     logits.index_fill_(0, torch.zeros(1, dtype=torch.long, device=device), 0.0)

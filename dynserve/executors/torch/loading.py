@@ -1,4 +1,4 @@
-"""From a model folder to what computes its steps: which device, which type, which kernels, how many KV blocks."""
+"""Loads a model folder: chooses the device, the data type, the kernels and the number of KV blocks."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from dynserve.executors.torch.stepping import PlainRunner, Runner
 
 log = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30  # of KV cache in a host's memory, when nothing says how much
-SMALL_MODEL = 50_000_000  # parameters up to which a second thread costs more than it brings
+CACHE_BYTES = 1 << 30  # of KV cache in the host's memory, unless an option sets its size
+SMALL_MODEL = 50_000_000  # parameters up to which a second thread makes steps slower
 GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType({"max_batch_size": 256, "max_num_tokens": 16384})
-GPU_FRACTION = 0.9  # of the memory that is left beside the model, for the KV cache
+GPU_FRACTION = 0.9  # of the memory that the model leaves free, for the KV cache
 GPU_RESERVE = 1 << 30  # bytes for what libraries allocate themselves: cuBLAS, CUDA graphs, FlashAttention
-OLDEST_CARD = (8, 0)  # compute capability that has bfloat16
+OLDEST_CARD = (8, 0)  # lowest compute capability with bfloat16
 
 
 class ComputeTarget(NamedTuple):
-    """Where and in which type a model is computed."""
+    """The device and the data type that a model is computed with."""
 
     device: torch.device
     dtype: torch.dtype
 
     @staticmethod
     def choose(device: str, dtype: DtypeName) -> ComputeTarget:
-        """Raises ConfigError where a GPU is asked for and cannot be used."""
+        """Resolves `auto`. Raises ConfigError if the requested GPU cannot be used."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         name, _, number = device.partition(":")
         if name == "cuda" and not torch.cuda.is_available():
-            why = "torch sees no GPU; does nvidia-smi list one?" if torch.version.cuda else "this torch is a CPU build"
+            why = "torch finds no GPU; check nvidia-smi" if torch.version.cuda else "this torch is a CPU build"
             raise ConfigError(f"--device {device}: {why}")
         if name == "cuda" and int(number or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"--device {device}: torch sees {torch.cuda.device_count()} GPU(s), numbered from 0")
+            raise ConfigError(f"--device {device}: torch finds {torch.cuda.device_count()} GPU(s), numbered from 0")
         if dtype == "auto":
             # CPUs compute bfloat16 slowly; float32 also makes every batch size agree on greedy tokens
             dtype = "bfloat16" if name == "cuda" else "float32"
@@ -64,7 +64,7 @@ class ComputeTarget(NamedTuple):
 
 
 def load(folder: Path, args: EngineArgs, target: ComputeTarget) -> tuple[Transformer, KvCache, Runner]:
-    """Blocks for as long as it takes to read the weights, and on a GPU to compile and to capture graphs.
+    """Loads the model. Blocks while it reads the weights and, on a GPU, compiles kernels and captures graphs.
 
     Raises:
         ConfigError: the folder or the model is not usable, or there is not enough memory on the GPU.
@@ -107,7 +107,7 @@ def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Tr
             )
         except (ImportError, KernelsFailed) as error:
             reason = f"the GPU kernels cannot be compiled here ({error})"
-    log.warning("%s: torch's own operations compute this model, slowly", reason)
+    log.warning("this model is computed with torch's own operations, which are slow: %s", reason)
     torch.cuda.synchronize()
     return model, cache, PlainRunner(model, cache)
 
@@ -141,7 +141,7 @@ def _block_bytes(model: Transformer, block_size: int) -> int:
 
 
 def _cache(folder: Path, model: Transformer, args: EngineArgs, most: int) -> KvCache:
-    """`most` is the number of blocks when no option says another."""
+    """Allocates the KV cache. `most` is its number of blocks, unless an option sets it."""
     config, size = model.config, args.kv_cache_config.tokens_per_block
     wanted = args.kv_cache_config.max_tokens
     num_blocks = args.num_blocks or (-(-wanted // size) if wanted else max(1, most))
@@ -157,13 +157,13 @@ def _cache(folder: Path, model: Transformer, args: EngineArgs, most: int) -> KvC
 
 
 def _working_memory(config: ModelConfig, args: EngineArgs) -> int:
-    """Bytes that a step needs beside weights and cache."""
+    """Returns the bytes that a step needs beside the weights and the cache."""
     rows, width = args.max_num_tokens, config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     activations = 2 * rows * (2 * config.hidden_size + width + 3 * config.intermediate_size)
     logits = 4 * args.max_batch_size * config.vocab_size
     attention = 4 * rows * config.num_heads * config.head_dim
     longest = min(args.max_seq_len or config.max_position, config.max_position)
-    keys = 2 * 4 * max(MAX_KEYS, longest) * config.num_kv_heads * config.head_dim  # out of the cache, and in order
+    keys = 2 * 4 * max(MAX_KEYS, longest) * config.num_kv_heads * config.head_dim  # two copies
     return activations + logits + attention + keys
 
 
@@ -173,5 +173,5 @@ def _too_small(config: ModelConfig, target: ComputeTarget) -> str:
     free, total = torch.cuda.mem_get_info()
     return (
         f"the GPU has {total / 1e9:.0f} GB, of which {free / 1e9:.1f} GB are free: not enough for this model and its KV "
-        "cache; lower --max-num-tokens, --max-batch-size or kv_cache_config.max_tokens, or see with nvidia-smi who uses it"
+        "cache; lower --max-num-tokens, --max-batch-size or kv_cache_config.max_tokens, or find its users with nvidia-smi"
     )

@@ -1,7 +1,7 @@
 """Decoder-only transformers of the Qwen2, Qwen3 and Llama families, from Hugging Face checkpoints.
 
 One flat batch per step: the tokens of all sequences one after the other, shape `[T]`; nothing is padded but attention's
-gathered keys. What differs between the families is four switches in `ModelConfig`.
+gathered keys. The families differ in four switches of `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAMILIES = ("qwen2", "qwen3", "llama")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `config.json` says, under our names. Sizes in elements."""
+    """The fields of `config.json`, under names of our own. Sizes are in elements."""
 
     family: str
     vocab_size: int
@@ -117,7 +117,7 @@ class Layer:
 
 
 class Transformer:
-    """`forward` maps a step's tokens to hidden states and writes the KV cache on the way, `logits` maps those to logits."""
+    """A model. `forward` maps a step's tokens to hidden states and writes the KV cache, `logits` maps those to logits."""
 
     def __init__(self, config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
@@ -136,7 +136,7 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, cache: KvCache, layout: StepLayout) -> Tensor:
-        """Hidden states `[T, hidden]` behind the last layer, before its norm."""
+        """Returns the hidden states `[T, hidden]` after the last layer, before the final norm."""
         x = F.embedding(layout.tokens, self.embedding)
         cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         for index, layer in enumerate(self.layers):
@@ -151,7 +151,7 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of `forward` to `[rows, vocab]` in float32."""
+        """Maps rows of `forward`'s result to logits, `[rows, vocab]`, float32."""
         return F.linear(self.normed(hidden), self.head).float()
 
     def _attention(
@@ -172,20 +172,20 @@ class Transformer:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[T, heads, head_dim]` with tables `[T, 1, head_dim]`, halves paired as in GPT-NeoX."""
+    """Applies rotary embedding to `[T, heads, head_dim]` with tables `[T, 1, head_dim]`, halves paired as in GPT-NeoX."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def rotary_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, `[max_position, 1, head_dim]` each."""
+    """Returns cos and sin, `[max_position, 1, head_dim]` each."""
     angles = rotary_angles(config)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotary_angles(config: ModelConfig) -> Tensor:
-    """The angle of each pair of elements at each position, `[max_position, head_dim / 2]`, float32.
+    """Returns the angle of each pair of elements at each position, `[max_position, head_dim / 2]`, float32.
 
     Source of the scaled frequencies: Llama 3.1's model card and its reference code (`rope_type: llama3`), and the
     position interpolation paper for `linear` (arXiv 2306.15595).
@@ -212,7 +212,7 @@ def _llama3_frequencies(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 
 class Weights:
-    """The safetensors files of a checkpoint, one or many, opened by name."""
+    """The safetensors files of a checkpoint, one or many. A file is opened when a tensor in it is first read."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
@@ -222,7 +222,7 @@ class Weights:
         elif (folder / "model.safetensors").exists():
             self._file_of = None
         else:
-            raise ConfigError(f"{folder}: no model.safetensors in it (other formats are not read)")
+            raise ConfigError(f"{folder}: there is no model.safetensors in it; other formats are not supported")
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> Weights:
@@ -239,6 +239,6 @@ class Weights:
                 opened: Any = safe_open(str(self._folder / file), framework="pt", device="cpu")
                 self._open[file] = opened.__enter__()
             tensor: Tensor = self._open[file].get_tensor(name)
-        except Exception as error:  # safetensors raises its own error type for all that can be wrong with a file
+        except Exception as error:  # safetensors raises error types of its own for invalid files
             raise ConfigError(f"{self._folder}: cannot read {name}: {error}") from error
         return tensor.to(self._device, self._dtype)

@@ -1,13 +1,13 @@
 """The carrier between machines: NIXL (UCX) reads the blocks out of the prefill worker's memory, GPU or host.
 
 Networks and links are fast with large pieces of memory only, and a block is small. So the owner gathers blocks into one
-piece of memory that NIXL knows, the receiver reads that in one transfer and scatters it; of a long hand-off the next piece
-is gathered while one is being read.
+piece of memory that is registered with NIXL; the receiver reads it in one transfer and scatters it. In a long hand-off the
+next piece is gathered while one is being read.
 
     decode                                    prefill
               ◀───────────────────────────── Piece{agent, where, bytes}      gather
     read      ◀════════ by NIXL ════════════
-    scatter   one byte ────────────────────▶ that memory can be used again
+    scatter   one byte ────────────────────▶ the memory can be reused
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dynserve.wire import MALFORMED
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("nixl_cu13", "nixl_cu12", "nixl")  # under which NIXL's wheels install it
+PACKAGES = ("nixl_cu13", "nixl_cu12", "nixl")  # import names of NIXL's wheels
 PIECE_BYTES = {"cuda": 64 << 20, "cpu": 8 << 20}
-PIECES = 4  # in each direction; a transfer uses two of its sender's
+PIECES = 4  # in each direction; a transfer uses at most two of its sender's
 GOT = b"\x06"
 
 
 def nixl_api() -> Any:
-    """NIXL's Python interface, or None where it is not installed."""
+    """Returns NIXL's Python interface, or None if it is not installed."""
     for package in PACKAGES:
         try:
             return import_module(f"{package}._api")
@@ -47,14 +47,14 @@ def nixl_api() -> Any:
 
 
 class _Piece(msgspec.Struct, frozen=True, array_like=True):
-    agent: bytes  # what NIXL says of the sender's
+    agent: bytes  # metadata of the sender's NIXL agent
     address: int
     size: int  # bytes
     device: int
 
 
 class NixlCarrier:
-    """Of one KV cache. Raises ConfigError where NIXL is missing or does not start."""
+    """The NIXL carrier of one KV cache. Raises ConfigError if NIXL is missing or does not start."""
 
     name = "nixl"
 
@@ -64,18 +64,18 @@ class NixlCarrier:
             raise ConfigError("cache_transceiver_config.backend NIXL needs the extra dynserve[nixl]")
         self._cache, self._device = cache, cache.memory.device
         self._enter()
-        self._blocks = max(1, PIECE_BYTES[self._device.type] // cache.block_bytes)  # in a piece
+        self._blocks = max(1, PIECE_BYTES[self._device.type] // cache.block_bytes)  # per piece
         shape = (2 * PIECES, self._blocks, *cache.memory.shape[1:])
         self._pieces = torch.empty(shape, dtype=cache.memory.dtype, device=self._device)
         try:
             self._agent = api.nixl_agent(worker, api.nixl_agent_config(backends=["UCX"]))
             self._agent.register_memory(self._pieces)
             self._hello: bytes = self._agent.get_agent_metadata()
-        except Exception as error:  # NIXL has error types of its own for all that can be wrong
+        except Exception as error:  # NIXL raises error types of its own
             raise ConfigError(f"NIXL does not start here: {error}") from error
         self._outgoing, self._incoming = _Places(range(PIECES)), _Places(range(PIECES, 2 * PIECES))
         self._peers: dict[bytes, str] = {}
-        self._agents: dict[str, bytes] = {}  # of the workers at these addresses
+        self._agents: dict[str, bytes] = {}  # metadata of each worker's agent, by the worker's address
         self._stream = torch.cuda.Stream(self._device) if cache.stream is not None else None  # type: ignore[no-untyped-call]
 
     def hello(self) -> bytes:
@@ -89,15 +89,15 @@ class NixlCarrier:
         self._enter()
         try:
             for at in range(0, len(blocks), self._blocks):
-                # whoever waits for a place must not hold one that another waits for
+                # a transfer that waits for a piece must not hold one that another transfer waits for
                 while lent and (len(lent) == 2 or not self._outgoing.free):
-                    await self._taken(channel, lent)
-                lent.append(await self._outgoing.take())
+                    await self._confirmed(channel, lent)
+                lent.append(await self._outgoing.acquire())
                 piece = await self._gathered(lent[-1], blocks[at : at + self._blocks])
                 device = self._device.index or 0
                 await channel.send(msgspec.msgpack.encode(_Piece(self._hello, piece.data_ptr(), piece.nbytes, device)))
             while lent:
-                await self._taken(channel, lent)
+                await self._confirmed(channel, lent)
         finally:
             self._outgoing.give_back(*lent)
 
@@ -107,7 +107,7 @@ class NixlCarrier:
             await self._receive(blocks, channel)
         except BaseException:
             if self._stream is not None and self._cache.stream is not None:
-                # blocks that are given back now may still be written to: whoever uses them next does so behind that
+                # the freed blocks may still be written to: the next user of them must come after that
                 self._cache.stream.wait_event(self._stream.record_event())
             raise
 
@@ -119,7 +119,7 @@ class NixlCarrier:
                 piece = msgspec.msgpack.decode(await channel.receive(), type=_Piece)
             except MALFORMED as error:
                 raise CarrierFailed from error
-            place = await self._incoming.take()
+            place = await self._incoming.acquire()
             mine = self._pieces[place, : len(some)]
             if piece.size != mine.nbytes:
                 self._incoming.give_back(place)
@@ -138,13 +138,13 @@ class NixlCarrier:
             self._forget(agent)
 
     def _enter(self) -> None:
-        """Makes our device the thread's own, as UCX expects."""
+        """Sets the cache's device as the current one of the thread, as UCX expects."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    async def _taken(self, channel: CarrierChannel, lent: deque[int]) -> None:
+    async def _confirmed(self, channel: CarrierChannel, lent: deque[int]) -> None:
         if await channel.receive() != GOT:
-            raise EOFError("the receiver of KV blocks talks nonsense")
+            raise EOFError("the receiver of KV blocks sent an invalid acknowledgement")
         self._outgoing.give_back(lent.popleft())
 
     async def _gathered(self, place: int, blocks: Sequence[int]) -> Tensor:
@@ -159,7 +159,7 @@ class NixlCarrier:
         return piece
 
     async def _read(self, piece: _Piece, mine: Tensor, place: int) -> None:
-        """Leaves the place to the transfer, until that has ended, when it fails or is given up."""
+        """Reads a remote piece into `mine`. Frees the place on failure or, after a cancellation, when the transfer ends."""
         kind, agent = self._device.type, self._agent
         try:
             peer = self._peers.get(piece.agent)
@@ -189,11 +189,11 @@ class NixlCarrier:
             raise CarrierFailed from lost
 
     def _scatter(self, blocks: Sequence[int], content: Tensor) -> Callable[[], bool]:
-        """Begins to; the result tells whether it is done."""
+        """Starts to copy the piece into the blocks. The returned function returns True once that has ended."""
         if self._stream is None or self._cache.stream is None:
             self._cache.scatter(self._cache.index(blocks), content)
             return lambda: True
-        # what was begun before may still write to blocks that are ours now; later steps go on beside this
+        # earlier steps may still write to these blocks; later steps run in parallel with this copy
         self._stream.wait_event(self._cache.stream.record_event())
         with torch.cuda.stream(self._stream):
             self._cache.scatter(self._cache.index(blocks), content)
@@ -206,11 +206,11 @@ class NixlCarrier:
             try:
                 self._agent.remove_remote_agent(peer)
             except Exception as error:
-                log.info("NIXL: %s", error)
+                log.info("NIXL could not remove an agent: %s", error)
 
 
 class _Transfer:
-    """Asks, when called, whether a transfer has ended, and lets go of it then."""
+    """A running transfer. A call returns True once the transfer has ended, and releases its handle."""
 
     def __init__(self, agent: Any, handle: Any, state: str) -> None:
         self._agent, self._handle, self.state = agent, handle, state
@@ -221,7 +221,7 @@ class _Transfer:
         if self.state not in ("DONE", "ERR"):
             try:
                 self.state = self._agent.check_xfer_state(self._handle)
-            except Exception:  # of the peer's death, say
+            except Exception:  # because the peer has died, for example
                 self.state = "ERR"
         if self.state in ("DONE", "ERR"):
             self._agent.release_xfer_handle(self._handle)
@@ -230,7 +230,7 @@ class _Transfer:
 
 
 class _Places:
-    """Numbers that are given to one at a time."""
+    """The numbers of pieces, each of which is lent to one transfer at a time."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._free = list(numbers)
@@ -241,7 +241,7 @@ class _Places:
     def free(self) -> bool:
         return bool(self._free)
 
-    async def take(self) -> int:
+    async def acquire(self) -> int:
         while not self._free:
             await finished(self._some_free) if self._later else await self._turn()
             self._some_free()
@@ -260,7 +260,7 @@ class _Places:
 
     def give_back_when(self, done: Callable[[], bool], number: int) -> None:
         self._later.append((done, number))
-        self._wake()  # who waits for somebody to give one back can look for the end of this one
+        self._wake()  # a waiting transfer can poll for the end of this one instead
 
     def _some_free(self) -> bool:
         ready = [number for done, number in self._later if done()]
@@ -275,5 +275,5 @@ class _Places:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self._wake()  # another one may have it
+                self._wake()  # pass the free piece to the next waiting transfer
             raise

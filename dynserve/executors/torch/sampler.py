@@ -2,9 +2,9 @@
 
 A generator that advances with every draw would have to travel with a hand-off, a preemption, a migration. Instead each draw
 has a key, a hash of the request's seed and the number of tokens before it, and each token's share of the draw's randomness
-is a hash of that key and the token. The token drawn is the one with the largest sum of its logit (by the temperature) and
-Gumbel noise: that is a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030), it needs no sorting, and it is
-computed alike on a CPU and, for thousands of tokens side by side, on a GPU (`cuda/kernels.cu`).
+is a hash of that key and the token. The token drawn is the one with the largest sum of its logit (divided by the
+temperature) and Gumbel noise: that is a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030), it needs no
+sorting, and it is computed alike on a CPU and, for thousands of tokens in parallel, on a GPU (`cuda/kernels.cu`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _pair = struct.Struct("<QQ").pack
 
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
-    """One token per row of `logits` (`[S, vocab]`, float32)."""
+    """Samples one token per row of `logits` (`[S, vocab]`, float32)."""
     best = logits.argmax(dim=-1).tolist()
     return [
         Sampled(token) if sequence.request.sampling.greedy and plain(sequence) else _sample_one(logits[row], sequence)
@@ -38,15 +38,15 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
 
 
 def key_of(seed: int, position: int) -> tuple[int, int]:
-    """The key of a draw, as two numbers of 32 bits: XXH3-64 of the seed and the number of tokens before."""
+    """Returns the key of a draw as two numbers of 32 bits: XXH3-64 of the seed and the number of tokens before."""
     key = xxh3_64_intdigest(_pair(seed & 0xFFFFFFFFFFFFFFFF, position))
     return key & 0xFFFFFFFF, key >> 32
 
 
 def gumbel(key: tuple[int, int], vocab: int) -> NDArray[np.float32]:
-    """Standard Gumbel noise for each token, `[vocab]`. The hash is MurmurHash3's 32-bit finaliser, twice."""
+    """Returns standard Gumbel noise for each token, `[vocab]`. The hash is MurmurHash3's 32-bit finaliser, twice."""
     bits = _mixed(_mixed(_spread(vocab) + np.uint32(key[0])) ^ np.uint32(key[1]))
-    # the smallest numbers decide who wins, and are the finest in floating point
+    # the smallest numbers decide the draw, and floating point is finest there
     uniform = np.minimum((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(0.99999994))
     noise: NDArray[np.float32] = -np.log(-np.log1p(-uniform))
     return noise
@@ -64,7 +64,7 @@ def _mixed(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def plain(sequence: Sequence) -> bool:
-    """Whether the logits are taken as they are, and nothing is asked for but the token."""
+    """Whether the sequence uses the logits unchanged and needs only the token."""
     s = sequence.request.sampling
     return (
         sequence.matcher is None
@@ -89,8 +89,8 @@ def _sample_one(raw: Tensor, sequence: Sequence) -> Sampled:
 
 
 def adjust(logits: Tensor, sequence: Sequence, pending: Tensor | None = None) -> BadRequest | None:
-    """Changes the logits (`[vocab]`, float32) in place as the request's fields and its grammar say; `pending` as in
-    `Adjustments.apply`. An error is returned, since the others of the step have done nothing wrong."""
+    """Applies the request's fields and its grammar to the logits (`[vocab]`, float32), in place; `pending` as in
+    `Adjustments.apply`. An error is returned, not raised, because the step's other requests are not affected."""
     if sequence.adjustments is None:
         sequence.adjustments = Adjustments(sequence, len(logits), logits.device)
     sequence.adjustments.apply(logits, sequence, pending)
@@ -106,8 +106,8 @@ class Adjustments:
     """The changes that one sequence's fields make to its logits: bias and penalties, and no end before `min_tokens`.
 
     Presence and frequency count what was generated, as OpenAI defines them; repetition (CTRL, arXiv 1909.05858) counts
-    the prompt as well. All of it is kept in tensors that follow the sequence, so that a token costs the same however long
-    the sequence is and however much its request asked for.
+    the prompt as well. All counts are kept in tensors that are updated with each token, so that the cost of a token
+    depends neither on the length of the sequence nor on the number of its biases.
     """
 
     def __init__(self, sequence: Sequence, vocab: int, device: torch.device) -> None:
@@ -121,11 +121,11 @@ class Adjustments:
         counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self._counts = torch.zeros(vocab, device=device) if counted else None
         self._seen = torch.zeros(vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1.0 else None
-        self._noted = 0  # tokens of the sequence
+        self._noted = 0  # tokens of the sequence that are counted
 
     def apply(self, logits: Tensor, sequence: Sequence, pending: Tensor | None = None) -> None:
         """Changes the logits (`[vocab]`, float32) of the sequence's next token in place. `pending` (`[1]`) is a token
-        behind `sequence.tokens` that is known to the device only."""
+        after `sequence.tokens` that the host has not read yet."""
         sampling = self._sampling
         if len(self._biased):
             logits.index_add_(0, self._biased, self._bias)
@@ -163,7 +163,7 @@ class Adjustments:
 
 
 def draw(logits: Tensor, sampling: SamplingParams, position: int) -> int:
-    """Top-k, then top-p of what that leaves, then min-p, all after the temperature; then one of the rest."""
+    """Draws one token after top-k, then top-p of the remaining ones, then min-p, all after the temperature."""
     logits = logits.cpu()
     if sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0:
         logits = logits.masked_fill(~_kept(logits, sampling), float("-inf"))
@@ -172,12 +172,12 @@ def draw(logits: Tensor, sampling: SamplingParams, position: int) -> int:
             key_of(sampling.seed, position), len(logits)
         )
     token = int(np.argmax(scores))
-    # a bias or penalty may take logits out of range: the likeliest is still the likeliest
+    # a bias or penalty may make a logit overflow: the likeliest token is used then
     return token if np.isfinite(scores[token]) else int(logits.argmax())
 
 
 def _kept(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Which tokens can be drawn, `[vocab]`. The likeliest always can."""
+    """Returns True for each token that can be drawn, `[vocab]`. The likeliest always can."""
     ranked, ids = torch.sort(logits, descending=True, stable=True)
     if sampling.top_k > 0:
         ranked = ranked[: sampling.top_k]
@@ -194,7 +194,7 @@ def _kept(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def logprob_of(raw: Tensor, token: int, top: int) -> TokenLogprob:
-    """Of the model's own distribution, before bias, penalties and temperature."""
+    """Returns log-probabilities of the model's own distribution, before bias, penalties and temperature."""
     logprobs = torch.log_softmax(raw, dim=-1)
     best: list[tuple[int, float]] = []
     if top > 0:
@@ -204,6 +204,6 @@ def logprob_of(raw: Tensor, token: int, top: int) -> TokenLogprob:
 
 
 def embedding(pooled: Tensor) -> bytes:
-    """A pooled state as little-endian float32 of length 1; a sum does as well as a mean."""
+    """Returns a pooled state, scaled to length 1, as little-endian float32; a sum and a mean give the same result."""
     vector: bytes = F.normalize(pooled, dim=0).cpu().numpy().astype("<f4").tobytes()
     return vector

@@ -1,4 +1,4 @@
-"""What the torch executor's thread asks of a device: to begin a step, and to say later what came out."""
+"""The interface of a device to the torch executor's thread: it begins a step and returns the result later."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dynserve.executors.torch.whole import observe_prompt
 
 
 class DeviceStep(Protocol):
-    """A step that was begun."""
+    """A step that has begun."""
 
     @property
     def work(self) -> Sequence[Slice]: ...
 
     def result(self) -> list[list[Sampled]]:
-        """One new token for each slice that samples. Waits until the step is done. Called once."""
+        """Waits until the step has ended and returns one new token for each slice that samples. Called once."""
         ...
 
 
@@ -34,7 +34,7 @@ class Runner(Protocol):
 
     @property
     def launcher(self) -> Launcher | None:
-        """What launches kernels on its device, if there are kernels."""
+        """The launcher of kernels on the device, or None if there are no kernels."""
         ...
 
     def enter(self) -> None:
@@ -42,7 +42,7 @@ class Runner(Protocol):
         ...
 
     def begin(self, work: Sequence[Slice], before: DeviceStep | None) -> DeviceStep:
-        """With `before`, a step of this runner whose result is not known yet: slices whose token it draws continue it."""
+        """Begins a step. `before` is the last step if its result is not read yet: its slices continue with its tokens."""
         ...
 
 

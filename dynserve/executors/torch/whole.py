@@ -1,4 +1,4 @@
-"""Requests that look at every position of their prompt: log-probabilities of its tokens, and embeddings."""
+"""Requests that need every position of their prompt: log-probabilities of its tokens, and embeddings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dynserve.executors.torch.model import Transformer
 from dynserve.executors.torch.sampler import logprob_of
 from dynserve.wire.requests import TokenLogprob
 
-ROWS = 256  # positions whose logits are there at once
+ROWS = 256  # positions whose logits are computed at once
 
 
 @torch.inference_mode()
 def observe_prompt(model: Transformer, hidden: Tensor, work: Slice) -> None:
-    """Takes from a slice's hidden states (`[size, hidden]`) what its sequence wants to know of them."""
+    """Adds a slice's hidden states (`[size, hidden]`) to its sequence's pooled state or prompt log-probabilities."""
     sequence = work.sequence
     if sequence.request.pooling == "mean":
         total = model.normed(hidden).sum(dim=0, dtype=torch.float32)
@@ -31,7 +31,7 @@ def _score(model: Transformer, hidden: Tensor, work: Slice) -> None:
     if work.start == 0:
         sequence.prompt_logprobs = [TokenLogprob(sequence.tokens[0], 0.0)]
     top = sequence.request.sampling.logprobs or 0
-    # the logits at a position are about the token after it; behind the prompt's last one the answer begins
+    # the logits at a position predict the token after it; after the prompt's last one the answer begins
     last = min(work.start + work.size, sequence.prompt_len - 1)
     for at in range(work.start, last, ROWS):
         end = min(at + ROWS, last)

@@ -1,18 +1,18 @@
 """The TensorRT-LLM executor, written against version 1.3.0rc29 (and 1.2.1 where that differs), PyTorch backend.
 
-environment   what must be right before the import
-options       files, flags and old spellings to `LLM(...)`'s arguments; the rules of a role
-api           what is imported of the package, and what this version of it can
+environment   variables and libraries that must be set up before the import
+options       the arguments of `LLM(...)` from files, flags and old spellings; the rules of a role
+api           the names imported from the package, and the features of this version
 start         `open_executor`: from options to the first token
-engine        one engine: its first token, its death, its end
-executor      requests into it, answers out of it
-request       a `GenerateRequest` in TensorRT-LLM's words
-answer        its cumulative results back into `Output`s
-state         what a hand-off carries from the context to the generation phase
+engine        one engine: its start, failure and shutdown
+executor      requests into the engine, answers out of it
+request       a `GenerateRequest` as TensorRT-LLM's parameters
+answer        TensorRT-LLM's cumulative results as `Output`s
+state         the data that a hand-off carries from the context to the generation phase
 pump          the thread that reads KV events and statistics
-kv_events     those events into our block hashes
-stats         those rows into a load report and metrics
-watch         notices an engine that is dead or silent
+kv_events     KV events, translated to our block hashes
+stats         statistics, as a load report and metrics
+watch         detects an engine that is dead or silent
 """
 
 PIN = "1.3.0rc29"

@@ -1,4 +1,6 @@
-"""From TensorRT-LLM's results to ours. It yields one and the same object whose lists grow, so a cursor says what is new."""
+"""Translates TensorRT-LLM's results to `Output`s. The engine yields one object whose lists grow, so a cursor keeps the
+position up to which it has been read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from dynserve.wire.requests import UNLIKELY, GenerateRequest, TokenLogprob, fini
 
 class Cursor:
     """Reads one result. `stops` are the tokens that end an answer, the engine's end of turn first; `known` are tokens
-    that the client has already and that the engine says again."""
+    that the client has already and that the engine returns again."""
 
     __slots__ = ("_again", "_entries", "_known", "_logprobs", "_prompt", "_request", "_seen", "_stops", "_top")
 
@@ -22,21 +24,21 @@ class Cursor:
         self._seen = self._entries = 0
         self._again = bool(known)
         self._logprobs, self._top = request.sampling.logprobs is not None, request.sampling.logprobs or 0
-        # whether those of the prompt are wanted, and still to come
+        # whether the prompt's log-probabilities are requested and not returned yet
         self._prompt = wants_prompt(request)
 
     def read(self, result: Any) -> Output | None:
-        """What is new in the result, or None when nothing is.
+        """Returns the new part of the result, or None.
 
         Raises:
-            HandoffMismatch: the engine does not go on from the tokens that the client has.
+            HandoffMismatch: the engine does not continue from the tokens that the client has.
         """
         output = result.outputs[0]
         tokens = output.token_ids
         if self._known and not self._skip(tokens):
             if output.finish_reason is None:
                 return None
-            raise HandoffMismatch("the engine ended before the tokens that the context phase gave")
+            raise HandoffMismatch("the engine ended before it returned the context phase's tokens")
         new = tokens[self._seen :]
         self._seen += len(new)
         reason = output.finish_reason
@@ -44,12 +46,12 @@ class Cursor:
             return self.last(output, new, reason)
         if not new:
             return None
-        if self._request.stop.max_tokens == 0:  # the one that an engine computes at least
+        if self._request.stop.max_tokens == 0:  # an engine computes at least one token
             return Output([], "length", self.logprobs(output, 0))
         return Output(new, None, self.logprobs(output, len(new)) if self._logprobs else None)
 
     def last(self, output: Any, new: list[int], reason: str) -> Output:
-        """`new` are the tokens of the result's last response."""
+        """Returns the last output. `new` are the tokens of the result's last response."""
         if self._request.stop.max_tokens == 0:
             return Output([], "length", self.logprobs(output, 0))
         stop: int | None = None
@@ -66,7 +68,7 @@ class Cursor:
         return Output(new, reason, self.logprobs(output, len(new)), stop)
 
     def logprobs(self, output: Any, count: int) -> list[TokenLogprob] | None:
-        """Of the next `count` tokens, those of the prompt in front of the first."""
+        """Returns the log-probabilities of the next `count` tokens, with the prompt's in front of the first."""
         if not self._logprobs:
             return None
         found: list[TokenLogprob] = []
@@ -74,7 +76,7 @@ class Cursor:
             self._prompt = False
             found = prompt_entries(self._request.prompt, output.prompt_logprobs, self._top)
         tokens, entries = output.token_ids, output.logprobs
-        # a version may have none of the tokens that the context phase gave
+        # some versions have no entries for the context phase's tokens
         lacking = max(0, len(tokens) - len(entries)) if self._again else 0
         for at in range(self._entries, min(self._entries + count, len(entries) + lacking)):
             found.append(entry_of(tokens[at], entries[at - lacking], self._top))
@@ -82,10 +84,10 @@ class Cursor:
         return found
 
     def _skip(self, tokens: list[int]) -> bool:
-        """False while the engine has not said again what is known."""
+        """Returns False until the engine has returned all known tokens again."""
         known = self._known
         if tokens[: len(known)] != known[: len(tokens)]:
-            raise HandoffMismatch("the engine began with other tokens than the context phase gave")
+            raise HandoffMismatch("the engine began with other tokens than the context phase's")
         if len(tokens) < len(known):
             return False
         self._seen = self._entries = len(known)
@@ -94,10 +96,8 @@ class Cursor:
 
 
 def read_context(result: Any, cursor: Cursor) -> Output | None:
-    """The result of a context phase: its token and a hand-off, or, when that token ended the answer, all of it.
-
-    Raises:
-        RuntimeError: it is neither; the engine does not do what it promised.
+    """Returns the output of a context phase: its token with the reason `handoff`, or the whole answer when that token
+    ended it, or an error when the engine returned no hand-off. None while the result is not finished.
     """
     if not result.finished:
         return None
@@ -105,15 +105,15 @@ def read_context(result: Any, cursor: Cursor) -> Output | None:
     reason, params = output.finish_reason, output.disaggregated_params
     tokens = list(output.token_ids)
     if reason not in ("not_finished", "length"):
-        return cursor.last(output, tokens, reason or "nothing said")
+        return cursor.last(output, tokens, reason or "no reason")
     if others or params is None or params.ctx_request_id is None:
-        return Output(tokens, error=InternalError("the context phase left no hand-off that could be taken"))
+        return Output(tokens, error=InternalError("the context phase returned no usable hand-off"))
     return Output(tokens, "handoff", cursor.logprobs(output, len(tokens)))
 
 
 def note_costs(output: Output, result: Any, seconds: float) -> None:
-    """What the prompt has cost. The engine tells times with its last response; until then `seconds` since it was asked is
-    all that is known of the first token."""
+    """Sets the output's cached tokens and times. The engine reports times with its last response only; before that,
+    `prefill_s` is `seconds`, the time since the request was submitted."""
     output.cached_tokens = result.cached_tokens or 0
     output.prefill_s = seconds
     metrics = result.outputs[0].request_perf_metrics
@@ -126,7 +126,7 @@ def note_costs(output: Output, result: Any, seconds: float) -> None:
 
 
 def entry_of(token: int, entry: Any, top: int) -> TokenLogprob:
-    """One position: a dict of token id to `Logprob`, or a number in the engine's simple form."""
+    """Returns one position from a dict of token id to `Logprob`, or from a number, the engine's simple form."""
     if isinstance(entry, float):
         return TokenLogprob(token, finite(entry))
     mine = entry.get(token)
@@ -138,10 +138,10 @@ def entry_of(token: int, entry: Any, top: int) -> TokenLogprob:
 
 
 def prompt_entries(prompt: bytes, entries: Sequence[Any], top: int) -> list[TokenLogprob]:
-    """One entry per token of the prompt; the first, which nothing predicts, is without meaning.
+    """Returns one entry per prompt token. The first has no meaning, since no token precedes it.
 
-    Versions differ in whether the list has a place for the first token. Where it has none, entry `i` is about token `i
-    + 1`.
+    Versions differ in whether the list has an entry for the first token. Without one, entry `i` belongs to token
+    `i + 1`.
     """
     tokens = memoryview(prompt).cast("I").tolist()
     behind = tokens[1:]
@@ -164,4 +164,4 @@ def _failure(reason: str) -> DynserveError:
         case "cancelled":
             return InternalError("the engine cancelled the request")
         case _:
-            return InternalError(f"the engine ended the request in an unexpected way: {reason}")
+            return InternalError(f"the engine ended the request with an unexpected finish reason: {reason}")

@@ -1,7 +1,7 @@
-"""What is used of the package `tensorrt_llm`, imported once, and what this version of it can do.
+"""The names used from the package `tensorrt_llm`, imported once, and the features of the installed version.
 
-Names move between versions, so each is looked for here, and nowhere is a version compared: a keyword, field or class
-that is not there is not used.
+Names move between versions, so features are detected here and not derived from a version number: a missing keyword,
+field or class is not used.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ class Api(NamedTuple):
     llm: Any
     arguments: Any  # the model of the constructor's arguments
     sampling: Any
-    guided: Any
+    grammar: Any
     disaggregated: Any
     scheduling: Any
     lora: Any
     logprob: Any
     request_error: type[Exception]
-    engine_dead: type[Exception] | None  # 1.2 has none: there a dead engine is silent
+    engine_dead: type[Exception] | None  # None on 1.2, where a dead engine only stops answering
     keywords: frozenset[str]  # of generate_async
     handed_over: frozenset[str]  # fields of DisaggregatedParams
 
 
 def import_api() -> Api:
-    """Takes many seconds with the real package.
+    """Imports the package, which takes many seconds.
 
     Raises:
-        ConfigError: it is not installed, or cannot be imported here.
+        ConfigError: the package is not installed, or cannot be imported here.
     """
     try:
         package = import_module("tensorrt_llm")
@@ -58,7 +58,7 @@ def import_api() -> Api:
         llm=package.LLM,
         arguments=api.TorchLlmArgs,
         sampling=package.SamplingParams,
-        guided=sampling.GuidedDecodingParams,
+        grammar=sampling.GuidedDecodingParams,
         disaggregated=package.DisaggregatedParams,
         scheduling=scheduling.SchedulingParams,
         lora=request.LoRARequest,

@@ -1,4 +1,4 @@
-"""One TensorRT-LLM engine: how it starts, speaks, dies and ends. What a request is, `executor` knows."""
+"""One TensorRT-LLM engine: its start, its events and statistics, its failure and shutdown. Requests are in `executor`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPACITY_TIMEOUT = 30.0  # seconds
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
 CANARY_SALT = "dynserve-canary"
-MIN_GLOBAL_ID = 1 << 40  # smaller ones are the engine's own
+MIN_GLOBAL_ID = 1 << 40  # smaller ids are the engine's own
 
 
 class RankExecutor(Executor, Protocol):
@@ -47,7 +47,7 @@ class RankExecutor(Executor, Protocol):
 
 
 class TrtllmEngine:
-    """What the executors of all ranks share. `start` before the first request, `close` after the last."""
+    """The engine that the executors of all ranks share. Call `start` before the first request, `close` after the last."""
 
     def __init__(
         self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, pairing: Mapping[str, str],
@@ -60,7 +60,7 @@ class TrtllmEngine:
         transceiver = args.cache_transceiver_config
         self.disaggregates = transceiver is not None and transceiver.backend is not None
         self.block_size: int = capacity.get("tokensPerBlock") or args.kv_cache_config.tokens_per_block
-        # 0 until a row of statistics says it, on versions that cannot be asked
+        # 0 until a row of statistics contains it, on versions without `get_kv_cache_capacity`
         self.total_blocks: int = capacity.get("maxNumBlocks") or 0
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
         self.has_kv_events: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
@@ -75,16 +75,16 @@ class TrtllmEngine:
 
     @property
     def guessed_blocks(self) -> int:
-        """For a version that can neither be asked for the cache's size nor tells it in rows, because those are off."""
+        """An estimate of the cache's size, for versions that report it in statistics only, when those are off."""
         args = self.llm.args
         tokens = args.kv_cache_config.max_tokens or args.max_num_tokens * args.max_batch_size
         return max(1, int(tokens) // self.block_size)
 
     async def start(self) -> None:
-        """Its first token, which also arms what the pump reads.
+        """Generates a first token, which also enables the getters that the pump reads.
 
         Raises:
-            InternalError: it does not answer.
+            InternalError: the engine does not answer.
         """
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -94,7 +94,7 @@ class TrtllmEngine:
                     await self.canary()
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            raise InternalError(f"the engine gave no token within {START_TIMEOUT:.0f} s of its start") from None
+            raise InternalError(f"the engine generated no token within {START_TIMEOUT:.0f} s of its start") from None
         except DynserveError:
             raise
         except Exception as error:
@@ -105,37 +105,37 @@ class TrtllmEngine:
         self._watching = [self.tasks.create_task(one) for one in watching]
 
     async def close(self) -> None:
-        """A dead engine is left alone: its own clean-up may wait for ever."""
+        """Shuts the engine down, unless it is dead: the clean-up of a dead engine may wait for ever."""
         self._pump.stop()
         self._watch.stop()
         for task in self._watching:
             task.cancel()
         for target in self.targets:
             target.close()
-        self.closing = True  # from here on nothing is asked of it
+        self.closing = True  # from here on the engine is not called
         if self.failed.done():
             return
         try:
             async with asyncio.timeout(SHUTDOWN_TIMEOUT):
                 await detached(self.llm.shutdown)
         except TimeoutError:
-            log.warning("the engine did not shut down within %.0f s; leaving it", SHUTDOWN_TIMEOUT)
+            log.warning("the engine did not shut down within %.0f s; not waiting any longer", SHUTDOWN_TIMEOUT)
         except Exception as error:
             log.warning("the engine's shutdown failed: %s", error)
 
     def die(self, reason: str) -> None:
-        """Sticky: everyone who waits is told, and nothing new is taken."""
+        """Marks the engine as dead, for good: open requests fail, and new ones are refused."""
         if self.failed.done():
             return
         log.error("the engine is dead: %s", reason)
         self.failed.set_exception(EngineDied(f"the engine is dead: {reason}"))
-        self.failed.exception()  # whoever watches `failed` sees it; nobody needs to
+        self.failed.exception()  # marks it as retrieved: nothing has to await `failed`
         self._pump.stop()
         for target in self.targets:
             target.engine_died()
 
     async def canary(self) -> None:
-        """One token of a prompt of its own. The salt keeps it apart from the padding requests of attention DP."""
+        """Generates one token of a fixed prompt. The salt separates it from the padding requests of attention DP."""
         api = self.api
         params = api.sampling(max_tokens=1, temperature=0.0, end_id=-1, pad_id=0, detokenize=False)
         keywords: dict[str, Any] = {"streaming": True, "cache_salt": f"{CANARY_SALT}-{next(self._canaries)}"}
@@ -147,14 +147,14 @@ class TrtllmEngine:
         try:
             async for _ in result:
                 self._watch.note_sign_of_life()
-        except api.request_error as error:  # whoever refuses is alive
+        except api.request_error as error:  # an engine that refuses a request is alive
             log.warning("the canary was refused: %s", error)
         except asyncio.CancelledError:
             self.abort(result)
             raise
 
     def abort(self, result: Any) -> None:
-        """Of a request; nothing is asked of an engine that is dead or shut down."""
+        """Aborts a request, unless the engine is dead or shut down."""
         if self.closing or self.failed.done():
             return
         try:
@@ -163,7 +163,7 @@ class TrtllmEngine:
             log.warning("an abort failed: %s: %s", type(error).__name__, error)
 
     def losses(self, rank: int) -> tuple[int, int]:
-        """Gaps in a rank's KV events, and blocks that were told of without their parents."""
+        """Returns the number of gaps in a rank's KV events, and of blocks stored without a known parent."""
         if self._streams is None:
             return 0, 0
         stream = self._streams.ranks[rank]
@@ -182,7 +182,7 @@ class TrtllmEngine:
 
 
 async def capacity_of(llm: Any) -> Mapping[str, int]:
-    """What the KV cache holds, from versions that can be asked."""
+    """Returns the KV cache's capacity; empty for versions that do not report it."""
     if not hasattr(llm, "get_kv_cache_capacity"):
         return {}
     try:
@@ -190,18 +190,18 @@ async def capacity_of(llm: Any) -> Mapping[str, int]:
             found: Mapping[str, int] = await detached(llm.get_kv_cache_capacity)
             return found
     except Exception as error:
-        log.warning("the engine does not tell its cache's size (%s: %s)", type(error).__name__, error)
+        log.warning("the engine does not report its cache's size (%s: %s)", type(error).__name__, error)
         return {}
 
 
 def global_ids(instance_id: str) -> Iterator[int]:
-    """Ids of hand-offs: unique over all workers at any time, and in the range that TensorRT-LLM keeps for such ids."""
+    """Yields hand-off ids, unique over all workers at any time, in the range that TensorRT-LLM reserves for such ids."""
     owner = (MIN_GLOBAL_ID >> 32) + xxh3_64_intdigest(instance_id.encode()) % ((1 << 31) - 512)
     return count(owner << 32 | 1)
 
 
 def pairing_of(api: Api, llm: Any, model_path: str, backend: str) -> dict[str, str]:
-    """What the two sides of a hand-off must have in common: TensorRT-LLM's own messages do not say."""
+    """Returns the properties that both sides of a hand-off must share: TensorRT-LLM's own messages do not carry them."""
     args = llm.args
     config = model_config(Path(model_path))
     dtype = args.dtype if args.dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "auto")

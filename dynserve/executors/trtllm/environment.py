@@ -1,5 +1,5 @@
-"""What must be right before `import tensorrt_llm`: variables that are read at import or in static initialisers of C++, and
-libraries whose absence ends in a crash instead of an error.
+"""The set-up and checks before `import tensorrt_llm`: variables that are read at import or in static initialisers of C++,
+and libraries whose absence causes a crash instead of an error.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ _CUDA_TRANSPORTS = ("cuda", "all", "^")
 
 
 class Ldconfig(NamedTuple):
-    """What the loader's cache lists. `broken` is the line that is no UTF-8, as ASCII."""
+    """The output of `ldconfig -p`. `broken` is its first line that is not UTF-8, escaped as ASCII."""
 
-    folders: list[str]  # that hold libcuda.so.1
+    folders: list[str]  # with libcuda.so.1
     broken: str
 
 
 def prepare(environ: MutableMapping[str, str], model_path: str) -> None:
-    """Sets what is missing and leaves alone what was set. Logs what matters for GPUs and KV transfers."""
+    """Sets missing variables, and keeps those that are set. Logs the variables that matter for GPUs and KV transfers."""
     if not environ.get("TRITON_LIBCUDA_PATH") and (folder := libcuda_folder(environ)):
         environ["TRITON_LIBCUDA_PATH"] = folder  # Triton does not run ldconfig then
     if not is_utf8(environ):
         environ["LC_ALL"] = "C.UTF-8"
         environ.setdefault("PYTHONUTF8", "1")  # for the processes that the engine starts
     if Path(model_path).is_dir():
-        environ.setdefault("HF_HUB_OFFLINE", "1")  # a local model is not looked for elsewhere
+        environ.setdefault("HF_HUB_OFFLINE", "1")  # no search for a local model on the hub
     for warning in warnings(environ):
         log.warning("%s", warning)
     found = [f"{name}={environ[name]}" for name in sorted({*_SHOWN, *_transfer_names(environ)}) if environ.get(name)]
-    log.info("environment: %s", " ".join(found) or "nothing set that matters")
+    log.info("environment: %s", " ".join(found) or "no relevant variable is set")
 
 
 def warnings(environ: MutableMapping[str, str]) -> list[str]:
-    """Settings that are known to break KV transfers."""
+    """Returns a warning for each setting that is known to break KV transfers."""
     found = []
     transports = environ.get("UCX_TLS", "")
     if transports and not any(word in transports for word in _CUDA_TRANSPORTS):
         found.append(
-            f"UCX_TLS={transports} leaves out CUDA memory; KV transfers will fail with 'UCX CUDA support was not found': "
+            f"UCX_TLS={transports} excludes CUDA memory; KV transfers will fail with 'UCX CUDA support was not found': "
             "unset it, or add cuda_copy,cuda_ipc"
         )
     if environ.get("NIXL_BACKEND") and environ.get("TRTLLM_NIXL_KVCACHE_BACKEND"):
@@ -75,7 +75,7 @@ def is_utf8(environ: MutableMapping[str, str]) -> bool:
 
 
 def libcuda_folder(environ: MutableMapping[str, str], folders: Iterable[str] = _CUDA_FOLDERS) -> str | None:
-    """Where the driver's library is, without anybody decoding what ldconfig prints."""
+    """Returns the folder of the driver's library, or None. Output of ldconfig that is not UTF-8 is skipped."""
     listed = environ.get("LD_LIBRARY_PATH", "").split(":")
     for folder in [*filter(None, listed), *ask_ldconfig().folders, *folders]:
         if Path(folder, LIBCUDA).exists():
@@ -98,7 +98,7 @@ def ask_ldconfig(command: str = LDCONFIG) -> Ldconfig:
 
 
 def undecodable(error: UnicodeDecodeError) -> ConfigError:
-    """For an import that failed although `prepare` has run: there was no libcuda to name."""
+    """Returns the error for an import that failed although `prepare` has run, because no libcuda was found."""
     broken = ask_ldconfig(LDCONFIG).broken
     return ConfigError(
         f"Triton cannot read what ldconfig prints ({error.reason}{f' in: {broken}' if broken else ''}), and no {LIBCUDA} "
@@ -107,10 +107,11 @@ def undecodable(error: UnicodeDecodeError) -> ConfigError:
 
 
 def check_nixl(environ: MutableMapping[str, str]) -> None:
-    """NIXL without its plugins ends the process with a segmentation fault, in code that nobody can catch.
+    """Checks that NIXL has its plugins: without them it ends the process with a segmentation fault, which no code can
+    catch.
 
     Raises:
-        ConfigError: there are none where NIXL looks.
+        ConfigError: the folders that NIXL searches have no plugins.
     """
     named = environ.get("NIXL_PLUGINS_DIR")
     if named and not _plugins(named):
@@ -121,7 +122,8 @@ def check_nixl(environ: MutableMapping[str, str]) -> None:
     folders = [named] if named else nixl_plugin_folders()
     if len(folders) > 1:
         log.warning(
-            "several NIXL installations (%s): mixed ones crash; choose with NIXL_PLUGINS_DIR", ", ".join(folders)
+            "several NIXL installations (%s): mixing them crashes the process; choose one with NIXL_PLUGINS_DIR",
+            ", ".join(folders),
         )
     if folders:
         return
@@ -133,7 +135,7 @@ def check_nixl(environ: MutableMapping[str, str]) -> None:
 
 
 def nixl_plugin_folders() -> list[str]:
-    """All folders with NIXL plugins; more than one means that installations are mixed."""
+    """Returns all folders with NIXL plugins; more than one means that installations are mixed."""
     patterns = list(_NIXL_PLUGINS)
     for package in ("tensorrt_llm", "nixl", "nixl_cu12", "nixl_cu13"):
         spec = find_spec(package)

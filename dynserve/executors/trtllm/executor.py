@@ -1,11 +1,11 @@
-"""The TensorRT-LLM executor: one per attention-DP rank of an engine, because each rank has a KV cache of its own and is
-a target of its own for routers. Without attention DP there is one.
+"""The TensorRT-LLM executor. An engine has one per attention-DP rank, because each rank has its own KV cache and routers
+choose among ranks. Without attention DP it has one.
 
 A request is a call of `generate_async` and a task that reads its results:
 
     prefill     context_only: one token, then a hand-off, which is open until its decode worker has answered
-    decode      generation_only: goes on from the first token; when the transfer fails, computed here instead, once
-    aggregated  no params, or context_and_generation where there is a transceiver
+    decode      generation_only: continues from the first token; after a failed transfer the prompt is computed here, once
+    aggregated  no params, or context_and_generation where the engine has a transceiver
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from dynserve.wire.requests import GenerateRequest
 log = logging.getLogger(__name__)
 
 TRANSFER_GRACE = 5.0  # seconds beyond the engine's own time limit of a transfer
-ABORT_TIMEOUT = 30.0  # seconds that an aborted request may take to end
+ABORT_TIMEOUT = 30.0  # seconds for an aborted request to end
 
 
 class Kind(Enum):
-    """How the engine computes a request."""
+    """The part of a request that the engine computes."""
 
-    CONTEXT = auto()  # the prompt and one token, which leave a hand-off
-    GENERATION = auto()  # from a hand-off on
+    CONTEXT = auto()  # the prompt and one token, then a hand-off
+    GENERATION = auto()  # the tokens after a hand-off
     WHOLE = auto()  # prompt and answer
 
 
 class Progress(Enum):
-    """How far the engine is with a request.
+    """The state of a request in the engine.
 
         SUBMITTED ──first response──▶ ANSWERING ──last response, or abort──▶ ENDED
             └──abort──▶ ABANDONED ──first response, which is aborted──▶ ENDED
 
-    Only a GENERATION is ABANDONED: to abort one before its first response can bring the engine down. Others are aborted at
-    once.
+    Only a GENERATION request becomes ABANDONED: to abort one before its first response can crash the engine. Other
+    requests are aborted at once.
     """
 
     SUBMITTED = auto()
@@ -73,7 +73,7 @@ class Progress(Enum):
 
 
 class _EngineRequest:
-    """One request in the engine. `sink` is None when nobody waits for its output any more."""
+    """One request in the engine. `sink` is None once no more output is wanted."""
 
     __slots__ = (
         "began", "cursor", "generated", "handoff_id", "kind", "known", "progress", "request", "result", "sink", "task",
@@ -84,9 +84,11 @@ class _EngineRequest:
         self.request, self.kind, self.began = request, kind, began
         self.sink: OutputSink | None = sink
         self.progress = Progress.SUBMITTED
-        self.known = len(request.prior.token_ids) if request.prior is not None else 0  # tokens that the client had
-        self.generated = self.known  # and those that it has
-        self.handoff_id = 0  # of the hand-off that a context phase leaves
+        self.known = (
+            len(request.prior.token_ids) if request.prior is not None else 0
+        )  # tokens that the client had before
+        self.generated = self.known  # tokens that the client has now
+        self.handoff_id = 0  # id of the hand-off that a context phase opens
         self.result: Any = None
         self.cursor: Cursor
         self.task: asyncio.Task[None]
@@ -99,7 +101,7 @@ class _EngineRequest:
 
     @property
     def has_output(self) -> bool:
-        """Whether the client has got anything of this worker."""
+        """Whether this worker has sent the client any token."""
         return self.generated > self.known
 
     @property
@@ -120,18 +122,18 @@ class TrtllmExecutor:
         args, folder = engine.llm.args, Path(config.model_path)
         vocab_size, context = model_limits(folder)
         self._eos = tuple(eos_token_ids(folder))
-        knows_reasoning, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
-        self._terms = Terms(engine.api, self._eos, vocab_size, knows_reasoning, _adapters(config), within)
+        parses_reasoning, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
+        self._terms = Terms(engine.api, self._eos, vocab_size, parses_reasoning, _adapters(config), within)
         self._max_seq_len: int = args.max_seq_len or context
         self._grammars = args.guided_decoding_backend is not None
         self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size)
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
         self._handoffs = HandoffTable(instance_id, (timeout_ms or opts.TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
-        self._contexts: dict[int, _EngineRequest] = {}  # those that left an open hand-off
-        self._held_tokens = 0  # of their prompts
+        self._contexts: dict[int, _EngineRequest] = {}  # prefills with an open hand-off
+        self._held_tokens = 0  # tokens of their prompts
         self._tickets = count(1)
         self._calls: dict[int, _EngineRequest] = {}
-        self._inside = 0  # in the engine, listened to or not
+        self._inside = 0  # requests in the engine, with or without a sink
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
 
@@ -167,8 +169,8 @@ class TrtllmExecutor:
         }
 
     def describe(self) -> Mapping[str, str]:
-        said = "dead" if self.failed.done() else self.stats.state(self._inside, self._loop.time())
-        return {"engine": said, **self._engine.pairing}
+        status = "dead" if self.failed.done() else self.stats.state(self._inside, self._loop.time())
+        return {"engine": status, **self._engine.pairing}
 
     def listen_kv(self, listener: KvListener) -> None:
         self._kv_listener = listener
@@ -182,7 +184,7 @@ class TrtllmExecutor:
     def submit(self, request: GenerateRequest, sink: OutputSink) -> int:
         if self.failed.done():
             raise Unavailable("the engine is dead")
-        check_request(request, self.limits, None if request.phase == "decode" else self._most_at_once())
+        check_request(request, self.limits, None if request.phase == "decode" else self._max_prompt())
         if request.phase == "prefill" and not self._engine.disaggregates:
             raise InternalError("this worker has no cache transceiver: it cannot hand over a prefill")
         ticket, began = next(self._tickets), self._loop.time()
@@ -211,31 +213,31 @@ class TrtllmExecutor:
         self._handoffs.deliver(ticket)
 
     def engine_died(self) -> None:
-        """Nothing is lost that another worker could not compute again."""
+        """Fails all requests with WorkerLost, so that other workers compute them again."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.stop_timer()
             sink, call.sink = call.sink, None
             if sink is not None:
                 sink(Output([], error=WorkerLost("the worker's engine died")))
-        self._handoffs.cancel_all()  # nobody will be able to take them
+        self._handoffs.cancel_all()  # a dead engine cannot send their KV blocks
 
     def close(self) -> None:
         self._handoffs.cancel_all()
         for ticket in list(self._calls):
             self.abort(ticket)
 
-    def _most_at_once(self) -> int | None:
-        """Tokens of a prompt that is not computed in chunks."""
+    def _max_prompt(self) -> int | None:
+        """Returns the upper bound of a prompt, in tokens, where prompts are not computed in chunks."""
         args = self._engine.llm.args
         return None if args.enable_chunked_prefill else args.max_num_tokens
 
     def _adopt_handoff(self, request: GenerateRequest) -> Any:
-        """The context phase's params; None where they are of no use, and the prompt is computed here."""
+        """Returns the context phase's params, or None when they cannot be used and the prompt is computed here."""
         handoff, engine = request.handoff, self._engine
         try:
             if handoff is None or not engine.disaggregates:
-                raise HandoffMismatch("there is no hand-off, or no transceiver to take it with")
+                raise HandoffMismatch("the request has no hand-off, or this worker no cache transceiver")
             if not belongs(handoff, request):
                 raise HandoffMismatch(f"hand-off {handoff.id} belongs to another request or prompt")
             known = request.prior.logprobs if request.prior is not None else []
@@ -253,29 +255,29 @@ class TrtllmExecutor:
         return self._engine.api.disaggregated(request_type=kind, disagg_request_id=next(self._engine.ids))
 
     def _start(self, ticket: int, call: _EngineRequest, params: Any) -> None:
-        """Into the engine. Raises CallerError for what it refuses, ClusterError when it is dead."""
+        """Passes the request to the engine. Raises CallerError when it is refused, ClusterError when the engine is dead."""
         request = call.request
         prior = request.prior.token_ids if request.prior is not None else []
-        # what the client has is behind the prompt now, unless the engine says it again: after a transfer; or because a
-        # grammar must see the answer from its beginning, and then what it says is compared
+        # the client's tokens are appended to the prompt, unless the engine returns them again: after a transfer, or
+        # because a grammar must read the answer from its start; tokens returned again are compared with the client's
         again = bool(prior) and (call.kind is not Kind.WHOLE or request.grammar is not None)
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
-        most = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
-        if call.declines_handoff and len(prompt) > (self._most_at_once() or len(prompt)):
-            raise Unavailable("the hand-off was not taken, and the prompt is too long to be prefilled here")
+        max_tokens = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
+        if call.declines_handoff and len(prompt) > (self._max_prompt() or len(prompt)):
+            raise Unavailable("the hand-off was declined, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
-        least = max(0, request.stop.min_tokens - done)
-        call.result = self._generate(prompt, params, call, 1 if call.kind is Kind.CONTEXT else most, least)
+        min_tokens = max(0, request.stop.min_tokens - done)
+        call.result = self._generate(prompt, params, call, 1 if call.kind is Kind.CONTEXT else max_tokens, min_tokens)
         self._calls[ticket] = call
         self._inside += 1
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
-    def _generate(self, prompt: list[int], params: Any, call: _EngineRequest, most: int, least: int) -> Any:
+    def _generate(self, prompt: list[int], params: Any, call: _EngineRequest, max_tokens: int, min_tokens: int) -> Any:
         engine, request = self._engine, call.request
         try:
-            sampling = sampling_of(request, self._terms, max_tokens=most, min_tokens=least)
+            sampling = sampling_of(request, self._terms, max_tokens=max_tokens, min_tokens=min_tokens)
             keywords = keywords_of(request, self._terms, params)
             return engine.llm.generate_async(prompt, sampling, streaming=call.kind is not Kind.CONTEXT, **keywords)
         except DynserveError:
@@ -291,8 +293,8 @@ class TrtllmExecutor:
     # answers out
 
     async def _consume(self, ticket: int, call: _EngineRequest) -> None:
-        """A request's results, to their end. What goes wrong is the request's last word: a task that raised would take its
-        owner with it."""
+        """Reads a request's results to the end. An error becomes the request's last output; it is not raised, since that
+        would end the task group."""
         engine, result, note_sign_of_life = self._engine, call.result, self._engine.note_sign_of_life
         try:
             async for _ in result:
@@ -331,7 +333,7 @@ class TrtllmExecutor:
             self._stop_computing(ticket, call)
             self._compute_here(ticket, call, error)
             return
-        except Exception as error:  # a result that cannot be read is a fault of ours, and of this request only
+        except Exception as error:  # an unreadable result is an error of this executor, for this request only
             log.exception("request %s: its result cannot be read", call.request.id)
             self._stop_computing(ticket, call)
             self._fail(ticket, call, InternalError(f"the engine's result cannot be read: {type(error).__name__}"))
@@ -343,12 +345,12 @@ class TrtllmExecutor:
             call.sink = None
         try:
             sink(output)
-        except Exception:  # a request's fault must not be taken for the engine's
+        except Exception:  # an error of one request must not count as the engine's
             log.exception("request %s: its output could not be delivered", call.request.id)
             self.abort(ticket)
 
     def _output(self, ticket: int, call: _EngineRequest) -> Output | None:
-        """What is new, as it goes to the client."""
+        """Returns the new output for the client, or None."""
         output = read_context(call.result, call.cursor) if call.kind is Kind.CONTEXT else call.cursor.read(call.result)
         if output is None:
             return None
@@ -366,7 +368,7 @@ class TrtllmExecutor:
         return output
 
     def _end_here(self, ticket: int, call: _EngineRequest, output: Output, over: int) -> None:
-        """The engine may not count the token of the context phase: the answer ends where it was to end."""
+        """Ends the answer at max_tokens: the engine may not count the context phase's token, and yield `over` too many."""
         if over:
             del output.token_ids[-over:]
             if output.logprobs is not None:
@@ -386,13 +388,14 @@ class TrtllmExecutor:
         call = self._contexts.pop(ticket)
         self._held_tokens -= call.request.num_tokens
         if how is not HandoffEnd.DELIVERED:
-            self._engine.abort(call.result)  # there is no other way to have the engine give up its blocks
+            self._engine.abort(call.result)  # only an abort makes the engine free the blocks
 
     # what goes wrong
 
     async def _engine_failed(self, ticket: int, call: _EngineRequest, error: Exception) -> None:
-        """An error that says nothing of whose fault it is. A dead engine has said so, or gives no token any more: then all
-        of its requests may go elsewhere. Otherwise this one would bring down one worker after the other."""
+        """Handles an error of unknown cause. A dead engine has reported its end, or generates no token any more: then all
+        its requests may be retried on other workers. Otherwise only this one fails, since its retries could crash one
+        worker after another."""
         engine = self._engine
         dead = engine.api.engine_dead
         if (dead is not None and isinstance(error, dead)) or not await engine.alive():
@@ -413,10 +416,10 @@ class TrtllmExecutor:
     def _transfer_overdue(self, ticket: int, call: _EngineRequest, seconds: float) -> None:
         if self._calls.get(ticket) is call:
             self._abandon(call, keep_sink=True)
-            self._compute_here(ticket, call, HandoffBroken(f"nothing came within {seconds:.0f} s"))
+            self._compute_here(ticket, call, HandoffBroken(f"no token arrived within {seconds:.0f} s"))
 
     def _compute_here(self, ticket: int, call: _EngineRequest, error: HandoffError) -> None:
-        """Instead of a transfer that failed; once, and only while the client has got nothing of it."""
+        """Computes the prompt here after a failed transfer: once, and only before this worker has sent a token."""
         sink, call.sink = call.sink, None
         if sink is None:
             return
@@ -444,14 +447,14 @@ class TrtllmExecutor:
     # ending
 
     def _stop_computing(self, ticket: int, call: _EngineRequest) -> None:
-        """Ends the request in the engine, if it has not ended there; its sink still gets an output."""
+        """Aborts the request in the engine, unless it has ended there. Its sink still receives an output."""
         if not call.result.finished:
             self._calls.pop(ticket, None)
             self._abandon(call, keep_sink=True)
 
     def _abandon(self, call: _EngineRequest, *, keep_sink: bool = False) -> None:
-        """Has the engine give the request up, now or when `Progress` allows it. One that has not ended in time is no longer
-        waited for."""
+        """Aborts the request in the engine, now or once `Progress` allows it. Its task is cancelled if it does not end in
+        time."""
         if not keep_sink:
             call.sink = None
         call.stop_timer()
@@ -461,7 +464,7 @@ class TrtllmExecutor:
             self._engine.abort(call.result)
         else:
             call.progress = Progress.ABANDONED
-            if handoff is not None:  # the engine has its own time limit for a transfer, and after that it responds
+            if handoff is not None:  # the engine responds after its own time limit of a transfer
                 limit = handoff.ttl_s + TRANSFER_GRACE
         call.timer = self._loop.call_later(limit, call.task.cancel)
 

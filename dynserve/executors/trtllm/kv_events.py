@@ -1,9 +1,9 @@
-"""TensorRT-LLM's KV events into ours: its own block names become rolling hashes, made from the tokens that a block holds.
+"""Translates TensorRT-LLM's KV events into ours: its block names become rolling hashes of the tokens in each block.
 
-One `KvStream` per attention-DP rank. What is left out: other windows than the largest (sliding-window layers), partial
-blocks and what follows them, blocks of images. A gap in `event_id` means that events were dropped: then nothing is
-known any more, until it shows again. Blocks are remembered by name through a gap, so that a child which is stored
-proves that its whole prefix is there.
+Each attention-DP rank has one `KvStream`. It skips windows other than the largest (sliding-window layers), partial
+blocks and the blocks after them, and blocks of images. A gap in `event_id` means that events were lost: then all blocks
+count as removed until they are reported again. The blocks from before a gap are kept by name, because a stored child
+proves that its whole prefix is still in the cache.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dynserve.wire.hashing import adapter_salt, next_hash, seed_for
 
 log = logging.getLogger(__name__)
 
-MAX_UNKNOWN = 4096  # names of blocks that were left out, kept to tell them from lost ones
+MAX_UNKNOWN = 4096  # names of skipped blocks, kept to distinguish them from lost ones
 
 
 class _Block(msgspec.Struct, gc=False):
     hash: int  # ours
-    parent: int | None  # its parent's name, TensorRT-LLM's
+    parent: int | None  # TensorRT-LLM's name of its parent
     seed: int
     depth: int
     children: int = 0
 
 
 class KvStream:
-    """`translate` takes a batch of events and gives ours. At most twice as many blocks are remembered as the cache has."""
+    """The translation of one rank's KV events. It stores at most twice as many blocks as the cache has."""
 
     def __init__(self, block_size: int) -> None:
         self._size = block_size
@@ -40,8 +40,8 @@ class KvStream:
         self._next: int | None = None
         self._present: dict[int | str, _Block] = {}
         self._before_gap: dict[int | str, _Block] = {}
-        self._left_out: dict[int | str, None] = {}
-        # how many names there are of one block of ours: versions that do not tell salts have one for each
+        self._skipped: dict[int | str, None] = {}
+        # number of names per hash of ours: versions that do not report salts have one name for each salt
         self._names: dict[int, int] = {}
         self.gaps = self.orphans = 0
 
@@ -50,13 +50,13 @@ class KvStream:
         return len(self._present)
 
     def translate(self, events: Iterable[Mapping[str, Any]]) -> list[KvEvent]:
-        """Never raises: an event that cannot be understood is like one that was lost."""
+        """Returns our events for a batch. Never raises: an invalid event counts as lost."""
         found: list[KvEvent] = []
         for event in events:
             try:
                 self._one(event, found)
             except (KeyError, TypeError, ValueError, OverflowError) as error:
-                log.warning("a KV event cannot be understood (%s: %s); starting afresh", type(error).__name__, error)
+                log.warning("invalid KV event (%s: %s); dropping all known blocks", type(error).__name__, error)
                 self.gaps += 1
                 self._forget(found)
         return found
@@ -64,14 +64,14 @@ class KvStream:
     def _one(self, event: Mapping[str, Any], found: list[KvEvent]) -> None:
         number, window, data = event["event_id"], event.get("window_size", 0), event["data"]
         if self._next is not None and number != self._next:  # before any filtering: each event counts
-            log.warning("KV events %d to %d were lost; starting afresh", self._next, number - 1)
+            log.warning("KV events %d to %d were lost; dropping all known blocks", self._next, number - 1)
             self.gaps += 1
             self._forget(found)
         self._next = number + 1
         if window > self._window:
             if self._present:
                 self._forget(found)
-                self._before_gap = {}  # names of another window mean nothing in this one
+                self._before_gap = {}  # names are not valid across windows
             self._window = window
         elif window < self._window:
             return
@@ -81,22 +81,22 @@ class KvStream:
             case "removed":
                 self._removed(data["block_hashes"], found)
             case _:
-                pass  # `created`; `updated`: another level of memory, still there
+                pass  # `created`; `updated`: another level of memory, still cached
 
     def _stored(self, data: Mapping[str, Any], found: list[KvEvent]) -> None:
         parent = data.get("parent_hash")
         above = self._parent(parent, found) if parent is not None else None
         if parent is not None and above is None:
-            if parent not in self._left_out:
+            if parent not in self._skipped:
                 self.orphans += 1
-            self._leave_out(data["blocks"])
+            self._skip(data["blocks"])
             return
         stored: list[int] = []
         first = above.hash if above is not None else None
         for at, block in enumerate(data["blocks"]):
             name, tokens = block["block_hash"], block["tokens"]
             if len(tokens) != self._size or block.get("mm_keys") or any(t["token_extra_id"] for t in tokens):
-                self._leave_out(data["blocks"][at:])
+                self._skip(data["blocks"][at:])
                 break
             known = self._present.get(name)
             if known is None:
@@ -106,7 +106,7 @@ class KvStream:
                 elif stored:
                     found.append(Stored(first, stored))
                     stored = []
-            elif stored:  # the chain goes on from a block that was there
+            elif stored:  # the chain continues from a block that was stored before
                 found.append(Stored(first, stored))
                 stored = []
             if not stored:
@@ -127,13 +127,13 @@ class KvStream:
     def _put(self, name: int | str, block: _Block) -> None:
         self._present[name] = block
         self._before_gap.pop(name, None)
-        self._left_out.pop(name, None)
+        self._skipped.pop(name, None)
         self._names[block.hash] = self._names.get(block.hash, 0) + 1
         if block.parent is not None:
             self._present[block.parent].children += 1
 
     def _parent(self, name: int, found: list[KvEvent]) -> _Block | None:
-        """The block of that name; one that was there before a gap is told of again, with all before it."""
+        """Returns the block of that name, or None. One from before a gap is reported again, with its whole prefix."""
         if (block := self._present.get(name)) is not None:
             return block
         chain: list[tuple[int | str, _Block]] = []
@@ -149,35 +149,35 @@ class KvStream:
         for key, old in chain:
             old.children = 0
             self._put(key, old)
-        told: list[int] = []
+        stored: list[int] = []
         for _, old in chain:
             if self._names[old.hash] == 1:
-                told.append(old.hash)
+                stored.append(old.hash)
                 continue
-            if told:
-                found.append(Stored(first, told))
-            first, told = old.hash, []
-        if told:
-            found.append(Stored(first, told))
+            if stored:
+                found.append(Stored(first, stored))
+            first, stored = old.hash, []
+        if stored:
+            found.append(Stored(first, stored))
         return chain[-1][1]
 
     def _removed(self, names: list[int | str], found: list[KvEvent]) -> None:
         blocks = [(name, self._present[name]) for name in dict.fromkeys(names) if name in self._present]
         for name in names:
-            self._left_out.pop(name, None)
+            self._skipped.pop(name, None)
             self._before_gap.pop(name, None)
-        gone: list[int] = []
+        removed: list[int] = []
         for name, block in sorted(blocks, key=lambda pair: -pair[1].depth):  # children before their parents
             if name not in self._present:
-                continue  # went with its parent
+                continue  # removed with its parent
             if block.children:
-                gone += self._drop_below(name)
-            gone += self._drop(name)
-        if gone:
-            found.append(Removed(gone))
+                removed += self._drop_below(name)
+            removed += self._drop(name)
+        if removed:
+            found.append(Removed(removed))
 
     def _drop(self, name: int | str) -> list[int]:
-        """Our hash of it, unless it has another name still."""
+        """Removes a block. Returns its hash, unless the block still has another name."""
         block = self._present.pop(name)
         if block.parent is not None and (above := self._present.get(block.parent)) is not None:
             above.children -= 1
@@ -188,7 +188,7 @@ class KvStream:
         return [block.hash]
 
     def _drop_below(self, name: int | str) -> list[int]:
-        """Nothing can be reached beyond a block that is gone."""
+        """Removes all blocks below a removed one: they cannot be reached any more."""
         below: set[int | str] = {name}
         ordered = sorted(self._present.items(), key=lambda pair: pair[1].depth)
         for key, block in ordered:
@@ -201,11 +201,11 @@ class KvStream:
         self._before_gap, self._present, self._names = self._present, {}, {}
         found[:] = [Cleared()]
 
-    def _leave_out(self, blocks: list[Mapping[str, Any]]) -> None:
+    def _skip(self, blocks: list[Mapping[str, Any]]) -> None:
         for block in blocks:
-            self._left_out[block["block_hash"]] = None
-        while len(self._left_out) > MAX_UNKNOWN:
-            del self._left_out[next(iter(self._left_out))]
+            self._skipped[block["block_hash"]] = None
+        while len(self._skipped) > MAX_UNKNOWN:
+            del self._skipped[next(iter(self._skipped))]
 
 
 class KvStreams:
@@ -215,7 +215,7 @@ class KvStreams:
         self.ranks = [KvStream(block_size) for _ in range(ranks)]
 
     def translate(self, events: list[Mapping[str, Any]]) -> dict[int, list[KvEvent]]:
-        """By rank."""
+        """Returns our events by rank."""
         if len(self.ranks) == 1:
             found = self.ranks[0].translate(events)
             return {0: found} if found else {}

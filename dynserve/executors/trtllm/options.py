@@ -1,7 +1,7 @@
-"""`LLM(...)`'s arguments, from flags, `--extra-engine-args` and `--override-engine-args`.
+"""The arguments of `LLM(...)`, from flags, `--extra-engine-args` and `--override-engine-args`.
 
 TensorRT-LLM's order of precedence: the file wins over flags, the JSON object over the file; `kv_cache_config` is merged
-key by key, any other key replaced. Only what was set is passed on: its models have defaults of their own for the rest.
+key by key, any other key replaced. Only options that were set are passed on: its models have their own defaults.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 EVENT_BUFFER = 100_000  # events; TensorRT-LLM's own servers use as many
 TRANSFER_TIMEOUT_MS = 60_000
 BACKENDS = ("DEFAULT", "NIXL", "UCX", "MOONCAKE", "MPI")
-_RESOLVING = ("NIXL", "UCX", "MOONCAKE", "MPI")  # in the order in which TRTLLM_USE_..._KVCACHE are looked at
+_RESOLVING = ("NIXL", "UCX", "MOONCAKE", "MPI")  # in the order in which TRTLLM_USE_..._KVCACHE are checked
 
 
 class Options(NamedTuple):
-    """The merged options and where each was said, for messages."""
+    """The merged options and the place where each was set, for messages."""
 
     values: dict[str, Any]
     places: dict[Path_, str]
 
     def place(self, *path: str) -> str:
-        """`file:line`, or the flag."""
+        """Returns `file:line`, or the flag."""
         for end in range(len(path), 0, -1):
             if (found := self.places.get(path[:end])) is not None:
                 return found
@@ -42,10 +42,10 @@ class Options(NamedTuple):
 
 
 def read_options(config: WorkerConfig) -> Options:
-    """What the user has set, in today's spelling. Needs no TensorRT-LLM.
+    """Returns the options that the user has set, in today's spelling. TensorRT-LLM need not be installed.
 
     Raises:
-        ConfigError: a file or value cannot be understood, or two of them contradict each other.
+        ConfigError: a file or value is invalid, or two of them contradict each other.
     """
     options = Options({}, {})
     _merge(options, _flags(config))
@@ -59,7 +59,7 @@ def read_options(config: WorkerConfig) -> Options:
 
 
 def check_names(options: Options, schema: Schema, version: str) -> None:
-    """Raises ConfigError for a key that TensorRT-LLM would refuse, with the nearest one that it would take."""
+    """Raises ConfigError for a key that TensorRT-LLM would refuse, with the nearest valid one."""
     for name, value in options.values.items():
         if name == "model":
             raise ConfigError(f"{options.place(name)}: the model is given with --model-path")
@@ -77,7 +77,7 @@ def check_names(options: Options, schema: Schema, version: str) -> None:
 
 
 def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, version: str) -> dict[str, Any]:
-    """The constructor's keywords: what the user set, and what the role needs where nothing was set."""
+    """Returns the constructor's keywords: the user's options, and the role's defaults where nothing was set."""
     given = {name: dict(value) if isinstance(value, dict) else value for name, value in options.values.items()}
     defaults: dict[str, Any] = {
         "enable_iter_perf_stats": True,
@@ -101,7 +101,7 @@ def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, versio
 
 
 def resolved_backend(backend: str, version: str) -> str:
-    """What `DEFAULT` means here: the first variable that is set, else the version's own."""
+    """Returns the backend that `DEFAULT` stands for: the first that a variable selects, else the version's default."""
     if backend != "DEFAULT":
         return backend
     for name in _RESOLVING:
@@ -111,7 +111,7 @@ def resolved_backend(backend: str, version: str) -> str:
 
 
 def schema_of(model: Any) -> Schema:
-    """The names that a pydantic model takes, and those of the models within it."""
+    """Returns the field names of a pydantic model and of the models nested in it."""
     return {name: _nested(field.annotation) for name, field in model.model_fields.items()}
 
 
@@ -126,7 +126,7 @@ def _nested(annotation: Any) -> Schema | None:
 
 
 def _merge(options: Options, entries: list[Entry]) -> None:
-    """One source over those before it."""
+    """Merges one source over the earlier ones."""
     touched = {path[0] for path, _, _ in entries}
     for name in touched - {"kv_cache_config"}:
         options.values.pop(name, None)
@@ -155,7 +155,7 @@ def _flags(config: WorkerConfig) -> list[Entry]:
 
 
 def _file(path: str) -> list[Entry]:
-    """Keys of two levels, with their lines."""
+    """Reads the keys of two levels of a YAML file, with their lines."""
     import yaml
 
     try:
@@ -195,7 +195,7 @@ def _json(text: str) -> list[Entry]:
 def _entries(key: str, value: Any, place: str) -> list[Entry]:
     if not isinstance(value, dict):
         return [((key,), value, place)]
-    # an empty block is said, too: `cuda_graph_config: {}` turns graphs on
+    # an empty block is an entry, too: `cuda_graph_config: {}` turns graphs on
     return [((key,), {}, place), *(((key, str(name)), item, place) for name, item in value.items())]
 
 
@@ -209,7 +209,7 @@ def _check_graphs(options: Options) -> None:
 
 
 def _check_transceiver(options: Options, config: WorkerConfig) -> None:
-    """A worker that hands over KV caches has something to do it with."""
+    """Raises ConfigError for a prefill or decode worker without a transceiver backend, or for an unknown backend."""
     name = "cache_transceiver_config"
     found = options.values.get(name)
     if found is not None and not isinstance(found, dict):
@@ -218,7 +218,7 @@ def _check_transceiver(options: Options, config: WorkerConfig) -> None:
     if backend is not None and backend not in BACKENDS:
         hint = nearest(str(backend).upper(), BACKENDS)
         raise ConfigError(
-            f"{options.place(name, 'backend')}: backend {backend!r} is none of {', '.join(BACKENDS)}{hint}"
+            f"{options.place(name, 'backend')}: backend {backend!r} is not one of {', '.join(BACKENDS)}{hint}"
         )
     if config.disaggregation_mode == "prefill_and_decode" or backend is not None:
         return
@@ -226,7 +226,7 @@ def _check_transceiver(options: Options, config: WorkerConfig) -> None:
     lacking = f"has no backend in its {name}" if found is not None else f"needs a {name}"
     where = f"add to {config.extra_engine_args}" if config.extra_engine_args else "give --extra-engine-args a file with"
     raise ConfigError(
-        f"a {config.disaggregation_mode} worker {lacking}: without one no KV cache can leave or reach it; {where}\n"
+        f"a {config.disaggregation_mode} worker {lacking}: without one it cannot send or receive KV caches; {where}\n"
         f"  {name}:\n    backend: NIXL\n    max_tokens_in_buffer: {length}"
     )
 
@@ -234,7 +234,7 @@ def _check_transceiver(options: Options, config: WorkerConfig) -> None:
 def _transceiver(
     given: dict[str, Any], options: Options, config: WorkerConfig, schema: Schema, version: str
 ) -> dict[str, Any]:
-    """Said in full, so that nothing of it depends on a default that differs between versions."""
+    """Returns the complete block, so that nothing in it depends on a default that differs between versions."""
     known = schema.get("cache_transceiver_config") or {}
     backend = resolved_backend(given.get("backend") or "DEFAULT", version)
     length = options.values.get("max_seq_len") or context_length(config.model_path)
@@ -244,7 +244,9 @@ def _transceiver(
     if "kv_transfer_timeout_ms" in known:
         made.setdefault("kv_transfer_timeout_ms", TRANSFER_TIMEOUT_MS)
     if made.get("kv_transfer_timeout_ms") is None and "kv_transfer_timeout_ms" in known:
-        log.warning("kv_transfer_timeout_ms: null keeps the KV blocks of lost requests for ever; 60000 is a minute")
+        log.warning(
+            "kv_transfer_timeout_ms: null holds the KV blocks of lost requests for ever; set a limit, such as 60000"
+        )
     buffer = given.get("max_tokens_in_buffer")
     if length and buffer is None:
         made["max_tokens_in_buffer"] = length
@@ -266,5 +268,5 @@ def _check_runtime(transceiver: Mapping[str, Any], backend: str, options: Option
     if runtime == "CPP" and second is True:
         raise ConfigError(
             f"{place}: transceiver_runtime CPP cannot move the cache of use_kv_cache_manager_v2: true; "
-            "use backend NIXL with transceiver_runtime PYTHON, or the first cache manager"
+            "use backend NIXL with transceiver_runtime PYTHON, or use_kv_cache_manager_v2: false"
         )

@@ -1,7 +1,7 @@
-"""The thread that reads KV events and statistics, with an event loop of its own: rows are many dicts, and turning them into
-hashes must not hold up the answers.
+"""The thread that reads KV events and statistics, with an event loop of its own: rows are many dicts, and hashing them must
+not delay the answers.
 
-It starts after a first request, since the engine's getters are not armed before.
+It starts after a first request, since the engine's getters are not enabled before.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from dynserve.wire.events import KvEvent
 
 log = logging.getLogger(__name__)
 
-EVERY = 0.01  # seconds between looks at the events
-STATS_EVERY = 5  # looks at the events per look at the statistics
-MAX_AT_ONCE = 512  # events that are translated in one go
+EVERY = 0.01  # seconds between polls of the events
+STATS_EVERY = 5  # polls of the events per poll of the statistics
+MAX_AT_ONCE = 512  # events that are translated in one call
 MAX_AHEAD = 8  # batches that may wait for the event loop
-REPORT_EVERY = 30.0  # seconds between complaints
+REPORT_EVERY = 30.0  # seconds between warnings
 
 OnStats = Callable[[dict[int, list[KvEvent]], list[Mapping[str, Any]]], None]
 
 
 class Pump:
-    """`on_stats` is called on the loop, with translated events by rank and statistics as they came."""
+    """`on_stats` is called on the loop, with translated events by rank, and unchanged rows of statistics."""
 
     def __init__(self, llm: Any, streams: KvStreams | None, on_stats: OnStats) -> None:
         self._llm, self._streams, self._on_stats = llm, streams, on_stats
         self._loop = asyncio.get_running_loop()
         self._ahead = threading.Semaphore(MAX_AHEAD)
         self._stopping = threading.Event()
-        self._said = float("-inf")
+        self._last_warning = float("-inf")
         self._thread = threading.Thread(target=self._run, name="trtllm-pump", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Does not wait for it: it may hang in a dead engine."""
+        """Signals the thread to end, without waiting for it: it may hang in a dead engine."""
         self._stopping.set()
 
     def _run(self) -> None:
@@ -62,7 +62,7 @@ class Pump:
             await asyncio.sleep(EVERY)
 
     async def _read(self, getter: str) -> list[Mapping[str, Any]]:
-        """What is there now. An empty queue says so in one way or another, depending on the version."""
+        """Returns the rows that are available now. Versions differ in the exception of an empty queue."""
         rows: list[Mapping[str, Any]] = []
         try:
             async for row in getattr(self._llm, getter)(0):
@@ -71,9 +71,9 @@ class Pump:
                     break
         except (asyncio.QueueEmpty, TimeoutError, IndexError):
             pass
-        except Exception as error:  # whether the engine is dead, others find out
-            if time.monotonic() - self._said > REPORT_EVERY:
-                self._said = time.monotonic()
+        except Exception as error:  # `Watch` detects a dead engine
+            if time.monotonic() - self._last_warning > REPORT_EVERY:
+                self._last_warning = time.monotonic()
                 log.warning("%s: %s: %s", getter, type(error).__name__, error)
             await asyncio.sleep(0.2)
         return rows

@@ -1,4 +1,4 @@
-"""A `GenerateRequest` in TensorRT-LLM's words: `SamplingParams` and the keywords of `generate_async`."""
+"""A `GenerateRequest` as TensorRT-LLM's parameters: `SamplingParams` and the keywords of `generate_async`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Adapter(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What all requests to one engine share."""
+    """The settings that all requests to one rank share."""
 
     api: Api
     eos: tuple[int, ...]
     vocab_size: int
-    knows_reasoning: bool  # the engine knows where a thought ends, so that a grammar can begin behind it
+    parses_reasoning: bool  # the engine detects the end of the reasoning, so that a grammar can begin after it
     adapters: Mapping[str, Adapter]
-    rank: int | None  # of attention data parallelism
+    rank: int | None  # the attention-DP rank; None without attention DP
 
 
 def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_tokens: int) -> Any:
-    """A `SamplingParams` of its own: the context phase writes into it.
+    """Returns a new `SamplingParams`: the context phase writes into it.
 
     Raises:
-        BadRequest: a token id that the vocabulary does not have, or a grammar that cannot be held behind a thought.
+        BadRequest: a token id is not in the vocabulary, or a grammar cannot begin after the reasoning.
     """
     sampling = request.sampling
     end, others = ends_of(request, terms.eos)
@@ -44,7 +44,7 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": sampling.seed,
-        # -1 is never; `ignore_eos` would drop the other stop tokens as well
+        # -1 means none; `ignore_eos` would drop the other stop tokens as well
         "end_id": end,
         "pad_id": max(0, end),
         "detokenize": False,
@@ -58,7 +58,7 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         "frequency_penalty": sampling.frequency_penalty or None,
         "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None,
         "logprobs": sampling.logprobs,
-        # 0 would give none of them; a decode request has no states of its prompt
+        # 0 would return none; a decode request has no logits of its prompt
         "prompt_logprobs": max(1, sampling.logprobs or 0) if wants_prompt(request) else None,
         "embedding_bias": _bias(sampling.logit_bias, terms.vocab_size) if sampling.logit_bias else None,
         "guided_decoding": _grammar_params(request.grammar, terms) if request.grammar is not None else None,
@@ -68,10 +68,10 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
 
 
 def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> dict[str, Any]:
-    """The other keywords of `generate_async`, as far as this version has them.
+    """Returns the other keywords of `generate_async` that this version has.
 
     Raises:
-        Unavailable: an adapter that this worker does not have.
+        Unavailable: this worker does not have the adapter.
     """
     api = terms.api
     found: dict[str, Any] = {"disaggregated_params": disaggregated}
@@ -90,30 +90,30 @@ def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> d
 
 
 def prompt_of(request: GenerateRequest, *, prior: bool = False) -> list[int]:
-    """Token ids; with `prior`, what was generated already behind the prompt."""
+    """Returns the prompt's token ids; with `prior`, followed by the tokens generated already."""
     tokens = unpack_tokens(request.prompt)
     return tokens + request.prior.token_ids if prior and request.prior is not None else tokens
 
 
 def salt_of(request: GenerateRequest) -> str:
-    """A request that looks at its whole prompt must find nothing of it in the cache: tokens there have no logits."""
+    """Returns the cache salt. With `prompt_logprobs` it is unique, since cached prompt tokens have no logits."""
     if request.sampling.prompt_logprobs:
         return f"{request.cache_salt}:whole:{request.id}"
     return request.cache_salt
 
 
 def wants_prompt(request: GenerateRequest) -> bool:
-    """Whether log-probabilities of the prompt are to come, and have not come yet."""
+    """Whether the prompt's log-probabilities are requested and not returned yet."""
     return request.sampling.prompt_logprobs and request.prior is None
 
 
 def priority_of(priority: int) -> float:
-    """Any whole number into TensorRT-LLM's (0, 1), in order; 0 is the default."""
+    """Maps any integer to TensorRT-LLM's (0, 1), keeping the order; 0 maps to the default."""
     return DEFAULT_PRIORITY + 0.5 * priority / (1 + abs(priority))
 
 
 def ends_of(request: GenerateRequest, eos: tuple[int, ...]) -> tuple[int, list[int]]:
-    """What ends an answer: the engine has one end of turn (-1: none), a model's others are stop tokens."""
+    """Returns the engine's one end of turn (-1: none), and the stop tokens, with the model's other ends of turn."""
     stop = request.stop
     if (stop.ignore_eos and request.grammar is None) or not eos:
         return -1, list(stop.token_ids)
@@ -121,7 +121,7 @@ def ends_of(request: GenerateRequest, eos: tuple[int, ...]) -> tuple[int, list[i
 
 
 def _bias(biases: dict[int, float], vocab_size: int) -> Any:
-    import torch  # TensorRT-LLM has brought it in long ago
+    import torch  # imported by TensorRT-LLM already
 
     if wrong := [token for token in biases if not 0 <= token < vocab_size]:
         raise BadRequest(f"logit_bias: token {wrong[0]} is not one of 0 to {vocab_size - 1}", param="logit_bias")
@@ -131,10 +131,10 @@ def _bias(biases: dict[int, float], vocab_size: int) -> Any:
 
 
 def _grammar_params(grammar: Grammar, terms: Terms) -> Any:
-    if grammar.reasoning is not None and not terms.knows_reasoning:
+    if grammar.reasoning is not None and not terms.parses_reasoning:
         raise BadRequest(
-            "this model thinks first, and its engine does not know where a thought ends: set reasoning_parser in "
-            "the engine options to hold answers to a grammar",
+            "this model reasons before it answers, and its engine cannot detect the end of the reasoning: set "
+            "reasoning_parser in the engine options to use a grammar",
             param="response_format",
         )
-    return terms.api.guided(**{grammar.kind: grammar.text})
+    return terms.api.grammar(**{grammar.kind: grammar.text})

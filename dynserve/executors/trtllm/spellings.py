@@ -1,7 +1,7 @@
-"""Old spellings of engine options, and today's: files of older guides work unchanged, with one warning that names both.
+"""Translates old spellings of engine options: files of older guides work unchanged, with a warning that names both.
 
 `pytorch_backend_config` was a block up to 0.20; `enable_chunked_context` and `enable_trt_overlap` are names of Triton's
-backend that found their way into guides; `cuda_graph_config.enable_cuda_graph` existed in no version, but in files.
+backend that are used in guides; `cuda_graph_config.enable_cuda_graph` was never an option, but is found in files.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _BUILD = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_input_len", "m
 
 
 def modernised(entries: list[Entry], where: str) -> list[Entry]:
-    """The entries of one source in today's spelling.
+    """Returns the entries of one source in today's spelling.
 
     Raises:
-        ConfigError: the same thing is said twice, differently, or the block is none.
+        ConfigError: an option has two different values, or a block does not hold keys and values.
     """
     made: dict[Path_, tuple[Any, str]] = {}
-    told: list[str] = []
+    changes: list[str] = []
     graphs: bool | None = None
     for path, value, place in entries:
         if path in ((BLOCK,), ("build_config",)):
@@ -58,17 +58,19 @@ def modernised(entries: list[Entry], where: str) -> list[Entry]:
             continue
         if path == ("backend",):
             if value not in ("pytorch", None):
-                raise ConfigError(f"{place}: backend {value!r} is gone from TensorRT-LLM; pytorch is the only one left")
-            told.append("backend → leave it out")
+                raise ConfigError(f"{place}: backend {value!r} was removed from TensorRT-LLM; use pytorch")
+            changes.append("backend → remove it")
             continue
         if path in _SWITCHES:
             graphs = bool(value)
-            told.append(f"{'.'.join(path)}: {str(graphs).lower()} → cuda_graph_config: {'{...}' if graphs else 'null'}")
+            changes.append(
+                f"{'.'.join(path)}: {str(graphs).lower()} → cuda_graph_config: {'{...}' if graphs else 'null'}"
+            )
             continue
         new, change = _today(path)
         value = change(value)
         if new != path:
-            told.append(
+            changes.append(
                 f"{'.'.join(path)} → {'.'.join(new)}" + (f": {str(value).lower()}" if change is _negated else "")
             )
         _put(made, new, value, place)
@@ -77,9 +79,9 @@ def modernised(entries: list[Entry], where: str) -> list[Entry]:
         made["cuda_graph_config",] = (None, where)
     elif graphs:
         made.setdefault(("cuda_graph_config",), ({}, where))
-    if told:
-        log.warning("%s has spellings that TensorRT-LLM no longer knows; today's are: %s", where, "; ".join(told))
-    # a block comes before its members
+    if changes:
+        log.warning("%s has spellings that TensorRT-LLM no longer accepts; use instead: %s", where, "; ".join(changes))
+    # blocks before their members
     return [(path, value, place) for path, (value, place) in sorted(made.items(), key=lambda item: len(item[0]))]
 
 

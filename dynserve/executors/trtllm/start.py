@@ -1,5 +1,5 @@
-"""How a TensorRT-LLM engine comes to be: options, environment, import, construction, first token; each says what is
-wrong before the next one takes its time.
+"""The start of a TensorRT-LLM engine: options, environment, import, construction, first token. Each step reports its
+errors before the next, slower one begins.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def open_executor(config: WorkerConfig, instance_id: str, transceivers: object = None) -> AsyncIterator[Executor]:
-    """Builds the engine (minutes, in a thread), sees it answer, and runs it until the block is left.
+    """Builds the engine (minutes, in a thread), waits for its first token, and runs it until the block ends.
 
     Raises:
-        ConfigError: an option, the model or the installation is not usable; said before weights are loaded.
+        ConfigError: an option, the model or the installation is not usable; raised before weights are loaded.
         InternalError: the engine could not start.
     """
     given = opts.read_options(config)
@@ -65,12 +65,12 @@ def _build(api: Api, arguments: dict[str, Any], given: opts.Options) -> Any:
 
 
 def _explained(error: ValueError, given: opts.Options) -> str:
-    """A pydantic error as one sentence per wrong value, each with its place."""
+    """Returns a pydantic error as one sentence per invalid value, each with its place."""
     errors = getattr(error, "errors", None)
     if errors is None:
         return f"engine options: {error}"
-    said = []
+    messages = []
     for one in errors():
         path = tuple(str(part) for part in one["loc"])
-        said.append(f"{given.place(*path)}: {'.'.join(path)}: {one['msg']} (not {one.get('input')!r})")
-    return "; ".join(said)
+        messages.append(f"{given.place(*path)}: {'.'.join(path)}: {one['msg']} (not {one.get('input')!r})")
+    return "; ".join(messages)

@@ -1,7 +1,8 @@
-"""What a hand-off carries from the context phase to the generation phase: TensorRT-LLM's `DisaggregatedParams`, as msgpack.
+"""The state that a hand-off carries from the context to the generation phase: TensorRT-LLM's `DisaggregatedParams`, as
+msgpack.
 
-`opaque_state` is bytes and stays bytes; log-probabilities are objects there and triples here. Beside them stands what both
-sides must have in common, because TensorRT-LLM's own messages carry no version.
+`opaque_state` stays bytes; log-probabilities are objects there and triples here. `pairing` holds the properties that both
+sides must share, because TensorRT-LLM's own messages carry no version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CONTEXT, GENERATION, BOTH = "context_only", "generation_only", "context_and_gene
 
 
 class _Plain(msgspec.Struct, frozen=True, kw_only=True):
-    """Of `DisaggregatedParams`, what is plain data; the rest belongs to multimodal models, or is rebuilt."""
+    """The fields of `DisaggregatedParams` with plain data; the others are for multimodal models, or are rebuilt."""
 
     disagg_request_id: int | None = None
     ctx_request_id: int | None = None
@@ -29,7 +30,7 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     opaque_state: bytes | None = None
     draft_tokens: list[int] | None = None
     ctx_dp_rank: int | None = None
-    ctx_info_endpoint: Any = None  # text, or texts; the engine's own
+    ctx_info_endpoint: Any = None  # a string or strings; only the engine reads it
 
 
 class _HandoffState(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +45,7 @@ _NOT_OURS: dict[type[BaseException], Any] = dict.fromkeys(MALFORMED, HandoffMism
 
 
 def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
-    """The params that a context phase has left. `id_` is what it was given: not every version says it again."""
+    """Encodes the params of a finished context phase. `id_` is its request id, which not every version returns."""
     found = {name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over}
     plain = _Plain(**(found | {"disagg_request_id": id_}))
     entries = params.first_gen_log_probs
@@ -53,10 +54,10 @@ def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
 
 
 def unpack(state: bytes, pairing: Mapping[str, str], api: Api, known: Sequence[TokenLogprob] = ()) -> Any:
-    """Params for the generation phase. `known` are log-probabilities of the first tokens, for versions that leave them out.
+    """Returns params for the generation phase. `known` are the first tokens' log-probabilities, for versions without them.
 
     Raises:
-        HandoffMismatch: it was made by another executor, or by one that differs; the text names both values.
+        HandoffMismatch: the state is of another executor, or of one that differs; the message names both values.
     """
     with translate(_NOT_OURS, "the hand-off is not one of TensorRT-LLM's"):
         found = _decode(state)
@@ -67,7 +68,7 @@ def unpack(state: bytes, pairing: Mapping[str, str], api: Api, known: Sequence[T
     if found.logprobs is not None:
         logprobs = [{id_: api.logprob(value, rank) for id_, value, rank in entry} for entry in found.logprobs]
     elif known:
-        first = known[-len(found.plain.first_gen_tokens or ()) :]  # a prompt's own may be in front
+        first = known[-len(found.plain.first_gen_tokens or ()) :]  # the prompt's entries may be in front
         logprobs = [_entry(one, api) for one in first]
     return api.disaggregated(request_type=GENERATION, first_gen_log_probs=logprobs, **plain)
 

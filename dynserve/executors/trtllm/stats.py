@@ -1,7 +1,7 @@
-"""TensorRT-LLM's iteration rows into a load report and metrics.
+"""Turns TensorRT-LLM's rows of iteration statistics into a load report and metrics.
 
-A row says what the engine did in one iteration; an engine without work has none. So our own count of open requests comes
-first, and a row, as long as it is fresh, says how many of them wait and how many blocks are free.
+A row describes one iteration; an engine without work has none. So the load is based on our own count of open requests; a
+row, as long as it is fresh, adds how many of them wait and how many blocks are free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from dynserve.wire.events import Load
 
-FRESH = 2.0  # seconds that a row counts
+FRESH = 2.0  # seconds for which a row is used
 
 _TOTALS = {
     "reusedBlocks": "engine_reused_blocks_total",
@@ -22,24 +22,24 @@ _GAUGES = {"iterLatencyMS": "engine_iteration_ms", "gpuMemUsage": "engine_gpu_by
 
 
 class Stats:
-    """The newest row of one rank. `total_blocks` is the cache's size, when it is known from elsewhere."""
+    """The newest row of one rank. `total_blocks` is the cache's size, 0 until it is known."""
 
     def __init__(self, total_blocks: int, max_batch_size: int, block_size: int) -> None:
         self.total_blocks = total_blocks
-        self._most, self._block_size = max_batch_size, block_size
+        self._max_batch_size, self._block_size = max_batch_size, block_size
         self._row: Mapping[str, Any] = {}
         self._cache: Mapping[str, Any] = {}
         self._at = float("-inf")
 
     def update(self, row: Mapping[str, Any], now: float) -> None:
-        """Every key may be missing: the set differs between versions."""
+        """Stores a row. Every key may be missing: the set differs between versions."""
         self._row, self._at = row, now
         self._cache = row.get("kvCacheStats") or {}
         self.total_blocks = self._cache.get("maxNumBlocks") or self.total_blocks
 
     def load(self, live: int, handoffs: int, held_tokens: int, now: float) -> Load:
-        """`live` requests are open by our own count; hand-offs hold `held_tokens`, which the engine's rows leave out."""
-        waiting = max(0, live - self._most)
+        """Returns the load. `live` is our count of open requests; hand-offs hold `held_tokens`, which rows do not count."""
+        waiting = max(0, live - self._max_batch_size)
         if self.fresh(now):
             waiting = min(live, max(0, int(self._row.get("numQueuedRequests") or 0)))
         free = self.total_blocks
@@ -53,7 +53,7 @@ class Stats:
         return now - self._at <= FRESH
 
     def state(self, live: int, now: float) -> str:
-        """`idle` is silence with nothing to do; `silent` is silence with something to do."""
+        """Returns `idle` without open requests, else `busy` with a fresh row, else `silent`."""
         return "busy" if live and self.fresh(now) else "silent" if live else "idle"
 
     def counters(self) -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""Notices an engine that is dead or silent. Newer versions say that they are dead; older ones only stop answering.
+"""Detects an engine that is dead or silent. Newer versions report that they are dead; older ones only stop answering.
 
-Silence is broken by a response, a KV event or a row of statistics. After `stall_s` of it a canary is generated: one token,
-under a cache salt of its own. When that too is not answered within `stall_s`, the engine is given up.
+A response, a KV event and a row of statistics are signs of life. After `stall_s` without one, a canary is generated: one
+token, under a cache salt of its own. When that is not answered within `stall_s` either, the engine counts as dead.
 
-A dead engine of an older version does worse than be silent: whoever asks it for something waits for ever, and that is
-the event loop. So a thread watches the loop, and ends the process when the loop stands still: nobody else could.
+A call of a dead engine of an older version may block for ever, and the event loop with it. So a thread watches the loop
+and ends the process when the loop is blocked: no code on the loop could.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dynserve.tasks import OwnedTasks, detached
 log = logging.getLogger(__name__)
 
 POLL_EVERY = 0.25  # seconds
-HEALTH_EVERY = 5.0  # seconds between calls of the engine's own check, which may block
+HEALTH_EVERY = 5.0  # seconds between calls of the engine's own health check, which may block
 HEALTH_TIMEOUT = 5.0
-MIN_STANDSTILL = 3.0  # seconds of a loop that does not turn before it is taken for blocked
-SUSPECTED = 10.0  # seconds that an engine has for one token when there is reason for doubt
+MIN_STANDSTILL = 3.0  # seconds without a turn of the loop after which it counts as blocked
+SUSPECTED = 10.0  # seconds for one token of an engine that has raised an error
 
 
 class Watch:
-    """`dead(reason)` is called once. `canary` asks the engine for one token and returns when it is there."""
+    """`dead(reason)` is called once. `canary` generates one token in the engine and returns when it has arrived."""
 
     def __init__(
         self, llm: Any, stall_s: float, canary: Callable[[], Awaitable[None]], dead: Callable[[str], None],
@@ -45,11 +45,11 @@ class Watch:
         self._stopped = threading.Event()
 
     def note_sign_of_life(self) -> None:
-        """The engine has said something."""
+        """Records that the engine has sent something."""
         self._last_sign_of_life = self._clock()
 
     def start(self) -> None:
-        """The thread that watches the loop. `stop` ends it."""
+        """Starts the thread that watches the loop. `stop` ends it."""
         self._beat = time.monotonic()
         threading.Thread(target=self._watch_loop, name="trtllm-watch", daemon=True).start()
 
@@ -57,7 +57,7 @@ class Watch:
         self._stopped.set()
 
     async def poll(self) -> None:
-        """Until it is dead."""
+        """Checks the engine until it is dead."""
         while True:
             await asyncio.sleep(POLL_EVERY)
             if (why := self._fatal()) is not None:
@@ -70,14 +70,13 @@ class Watch:
                 return
 
     async def beat(self) -> None:
-        """Tells the thread that the loop turns."""
+        """Records for the thread that the loop is running."""
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(POLL_EVERY)
 
     async def alive(self) -> bool:
-        """Whether the engine still works, asked by somebody who has met an error. Those who ask at once share the
-        answer."""
+        """Whether the engine still works, checked after an error. Concurrent callers share one check."""
         if self._fatal() is not None:
             return False
         if self._checking is None or self._checking.done():
@@ -85,21 +84,21 @@ class Watch:
         return await asyncio.shield(self._checking)
 
     async def ask_health(self) -> None:
-        """The engine's own check, which notices dead processes that nobody waits for."""
-        asked: asyncio.Future[bool] | None = None
+        """Calls the engine's own health check, which detects dead processes that no request waits for."""
+        check: asyncio.Future[bool] | None = None
         while True:
             await asyncio.sleep(HEALTH_EVERY)
-            asked = asked or detached(self._llm._check_health)
-            done, _ = await asyncio.wait([asked], timeout=HEALTH_TIMEOUT)
+            check = check or detached(self._llm._check_health)
+            done, _ = await asyncio.wait([check], timeout=HEALTH_TIMEOUT)
             if not done:
-                continue  # it waits for a dead process, or a busy one: `poll` finds out
-            if (error := asked.exception()) is not None:
+                continue  # it waits for a dead or a busy process: `poll` tells them apart
+            if (error := check.exception()) is not None:
                 log.warning("the engine's own health check cannot be used: %s: %s", type(error).__name__, error)
                 return
-            if not asked.result():
-                self._dead("its own health check says so")
+            if not check.result():
+                self._dead("its own health check failed")
                 return
-            asked = None
+            check = None
 
     def _fatal(self) -> str | None:
         error = getattr(getattr(self._llm, "_executor", None), "_fatal_error", None)
@@ -109,7 +108,7 @@ class Watch:
         limit = max(self._stall_s, MIN_STANDSTILL)
         while not self._stopped.wait(POLL_EVERY):
             if time.monotonic() - self._beat > limit:
-                # no handler runs any more, and no clean-up: to leave is all that is left
+                # no handler and no clean-up can run any more, so exit at once
                 print(
                     f"dynserve: the engine is dead: it has blocked the event loop for {limit:.0f} s",
                     file=sys.stderr,
@@ -118,7 +117,7 @@ class Watch:
                 os._exit(EngineDied.exit_code)
 
     async def _answers(self, seconds: float) -> bool:
-        asked = self._clock()
+        began = self._clock()
         try:
             async with asyncio.timeout(seconds):
                 await self._canary()
@@ -128,4 +127,4 @@ class Watch:
             log.warning("the canary failed: %s: %s", type(error).__name__, error)
         else:
             self.note_sign_of_life()
-        return self._last_sign_of_life > asked
+        return self._last_sign_of_life > began

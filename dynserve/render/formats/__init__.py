@@ -1,4 +1,4 @@
-"""The bytes of answers, one module per API."""
+"""The formats of answers, one module per API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the formats of answers share. A format is made per answer; what is constant in it is rendered then, once."""
+"""The parts that all formats share. There is one format object per answer, which renders constant parts only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class AnswerEnd:
-    """How an answer ended. `reason` is `stop` or `length`; `stop_string` is the one that ended it."""
+    """The end of an answer. `reason`: `stop` or `length`. `stop_string`: the stop string that ended it, if any."""
 
     __slots__ = ("reason", "stop_string", "usage")
 
@@ -25,8 +25,8 @@ class AnswerEnd:
 
 
 class Format(Protocol):
-    """Makes the bytes of one answer. Streamed: `first`, then `content` and `piece` as they come, then `last`. Otherwise
-    `body`, of all that was said."""
+    """Makes the bytes of one answer. Streamed: `first`, then `content` and `piece` for each piece, then `last`. Otherwise
+    only `body`, of the whole transcript."""
 
     usage: Usage  # so far
 
@@ -35,7 +35,7 @@ class Format(Protocol):
     def content(self, text: str, logprobs: Logprobs) -> bytes: ...
 
     def around(self) -> tuple[bytes, bytes] | None:
-        """What `content` puts around a text's JSON, where that is always the same: then nobody need ask again."""
+        """The bytes that `content` puts before and after a text's JSON, where they are constant; otherwise None."""
         ...
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes: ...
@@ -48,12 +48,12 @@ class Format(Protocol):
 
 
 class Transcript:
-    """All of an answer so far, in order; `parts` are pieces with the log-probabilities of their tokens."""
+    """The whole answer so far. `parts`: its pieces in order, with the log-probabilities of their tokens."""
 
     def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.parts: list[tuple[Piece, Logprobs]] = []
-        self.rest: Logprobs = None  # log-probabilities of tokens behind the last piece
+        self.rest: Logprobs = None  # log-probabilities of tokens after the last piece
 
     @property
     def content(self) -> str:
@@ -80,7 +80,7 @@ class Transcript:
         return [entry for _, entries in self.parts for entry in entries or ()] + (self.rest or [])
 
     def add(self, pieces: Iterable[Piece], logprobs: Logprobs) -> None:
-        """`logprobs` are of the tokens since the last piece."""
+        """Appends pieces. `logprobs`: those of the tokens since the last piece."""
         for piece in pieces:
             self.parts.append((piece, logprobs))
             logprobs = None
@@ -97,7 +97,7 @@ class TranscriptCall:
 
 
 def call_id(render: RenderOptions, number: int) -> str:
-    """The same on every worker that renders this answer. Mistral's templates take ids of nine characters only."""
+    """An id that is the same on every worker. Mistral's templates accept only ids of nine characters."""
     name = hashlib.sha256(f"{render.response_id}/{render.index}/{number}".encode()).hexdigest()
     if render.tools is not None and render.tools.parser.startswith("mistral"):
         return name[:9]
@@ -105,7 +105,7 @@ def call_id(render: RenderOptions, number: int) -> str:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's, of chat and completions."""
+    """The usage object of OpenAI's chats and completions."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -116,7 +116,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def logprob_object(entry: TokenLogprob, vocabulary: Vocabulary, top: int) -> dict[str, Any]:
-    """OpenAI's, of chats and Responses, with the `top` likeliest tokens."""
+    """The log-probability object of OpenAI's chats and Responses, with the `top` likeliest tokens."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         raw = vocabulary.token_bytes(token_id)

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/completions`: choices in chunks, or one body with all of them."""
+"""The formats of `/v1/chat/completions` and `/v1/completions`: choices in chunks, or one body with all choices."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DONE = b"data: [DONE]\n\n"
 OBJECTS = {
     "chat": ("chat.completion", "chat.completion.chunk"),
     "completion": ("text_completion", "text_completion"),
-    "embedding": ("list", "list"),  # never streamed, and its items have no tokens
+    "embedding": ("list", "list"),  # never streamed; its items have no tokens
 }
 
 
 def chunk_head(render: RenderOptions) -> bytes:
-    """Of every chunk, up to its choices."""
+    """The beginning of every chunk, up to its choices."""
     return (
         b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":['
         % (to_json(render.response_id), OBJECTS[render.kind][1].encode(), render.created, to_json(render.model))
@@ -41,7 +41,7 @@ def usage_chunk(render: RenderOptions, usage: Usage) -> bytes:
 
 
 def body_of(render: RenderOptions, choices: Sequence[bytes], usage: Usage) -> bytes:
-    """The whole answer, of choices that are JSON already."""
+    """The body of an unstreamed answer, from choices that are already JSON."""
     return b'{"id":%b,"object":"%b","created":%d,"model":%b,"choices":[%b],"usage":%b}' % (
         to_json(render.response_id), OBJECTS[render.kind][0].encode(), render.created, to_json(render.model),
         b",".join(choices), to_json(usage_object(usage)),
@@ -49,12 +49,12 @@ def body_of(render: RenderOptions, choices: Sequence[bytes], usage: Usage) -> by
 
 
 def reindexed(choice: bytes, old: int, new: int) -> bytes:
-    """A choice, as JSON that begins with its index, under another index."""
+    """Returns a choice (JSON that begins with its index) with another index."""
     return b'{"index":%d%b' % (new, choice[len(b'{"index":%d' % old) :])
 
 
 class _Choices:
-    """What chat and completion answers share."""
+    """The parts that chat and completion answers share."""
 
     def __init__(self, render: RenderOptions) -> None:
         self._render = render
@@ -69,7 +69,7 @@ class _Choices:
         return b',"finish_reason":' + finish + b"}]" + usage + b"}\n\n"
 
     def _after(self, end: AnswerEnd) -> bytes:
-        """What follows the last chunk of the last choice."""
+        """The bytes after the last chunk: usage and `[DONE]`. Empty for one of several choices."""
         if self._render.part:
             return b""
         return (usage_chunk(self._render, end.usage) if self._render.usage else b"") + DONE
@@ -140,7 +140,7 @@ class ChatFormat(_Choices):
         return self._choice + b'"delta":{' + one_line(delta) + b'},"logprobs":' + entries + self._end()
 
     def _reason(self, end: AnswerEnd, called: bool) -> str:
-        """As OpenAI: a call that the client asked for by name ends with `stop`."""
+        """The finish reason. OpenAI's API ends a call with `stop` where the client chose the tool by name."""
         tools = self._render.tools
         return "tool_calls" if called and end.reason == "stop" and tools and not tools.named else end.reason
 
@@ -165,7 +165,7 @@ class CompletionFormat(_Choices):
         return self._text, b',"logprobs":null' + self._end()
 
     def piece(self, piece: Piece, logprobs: Logprobs) -> bytes:
-        return self.content(piece[0], logprobs)  # only ever content: completions have no parsers
+        return self.content(piece[0], logprobs)  # always content: completions have no parsers
 
     def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         entries = one_line(to_json(self._columns(logprobs))) if logprobs else b"null"
@@ -182,11 +182,11 @@ class CompletionFormat(_Choices):
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         text = vocabulary.token_text(entry.token_id)
         offset, self._offset = self._offset, self._offset + len(text)
-        if self._first_of_prompt:  # nothing comes before it, so nothing can be said of how likely it is
+        if self._first_of_prompt:  # without a token before it, it has no log-probability
             self._first_of_prompt = False
             return {"token": text, "logprob": None, "top": None, "offset": offset}
         top = {vocabulary.token_text(id_): max(lp, MIN_LOGPROB) for id_, lp in entry.top[: self._render.logprobs or 0]}
-        if top:  # what was said is always among them, likely or not
+        if top:  # the sampled token is always included, likely or not
             top.setdefault(text, max(entry.logprob, MIN_LOGPROB))
         return {"token": text, "logprob": max(entry.logprob, MIN_LOGPROB), "top": top, "offset": offset}
 

@@ -1,4 +1,4 @@
-"""One item of `/v1/embeddings`."""
+"""The format of `/v1/embeddings`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynserve.wire.requests import RenderOptions
 
 
 def embedding_item(render: RenderOptions, vector: bytes) -> bytes:
-    """`vector` is float32 of length 1; a cut one is brought back to length 1, as OpenAI does."""
+    """Returns one item. `vector`: float32 of norm 1; a shortened vector is scaled to norm 1 again, as OpenAI does."""
     values = array("f", vector)
     if 0 < render.dimensions < len(values):
         values = values[: render.dimensions]

@@ -1,4 +1,4 @@
-"""Anthropic's `/v1/messages`: content blocks, each with a start, deltas and a stop."""
+"""The format of Anthropic's `/v1/messages`: content blocks, each with a start, deltas and a stop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MessageFormat:
     def __init__(self, render: RenderOptions) -> None:
         self._render = render
         self.usage = Usage(0, 0, 0)
-        self._block = -1  # the one that is open
-        self._kind = ""  # of it
+        self._block = -1  # index of the open block
+        self._kind = ""  # type of the open block; empty: no block is open
         self._calls = 0
 
     def first(self) -> bytes:
@@ -113,7 +113,7 @@ def _stop(end: AnswerEnd, called: bool) -> tuple[str, str | None]:
 
 
 def _usage(usage: Usage) -> dict[str, int]:
-    """Anthropic counts tokens that were read from a cache apart."""
+    """The usage object. Anthropic counts cached tokens separately from `input_tokens`."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -123,15 +123,15 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _last(blocks: list[dict[str, Any]], empty: dict[str, Any]) -> dict[str, Any]:
-    """The last block; or `empty`, appended, where that is of another type."""
+    """Returns the last block; appends `empty` first where the last block is of another type."""
     if not blocks or blocks[-1]["type"] != empty["type"]:
         blocks.append(empty)
     return blocks[-1]
 
 
 def _whole(block: dict[str, Any]) -> dict[str, Any] | None:
-    """A block with its parts put together; None for a call whose arguments the answer's end has cut: an object that is not
-    whole cannot be said here, and `stop_reason` tells of the end."""
+    """Returns a block with its parts joined; None for a call whose arguments are incomplete because the answer ended. The
+    API cannot express an incomplete object; `stop_reason` reports the end."""
     match block["type"]:
         case "text":
             return block | {"text": "".join(block["text"])}

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/responses`: output items, and a stream of numbered events about each."""
+"""The format of OpenAI's `/v1/responses`: output items, and a stream of numbered events for each item."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ResponsesFormat:
         self._frame: dict[str, Any] = msgspec.json.decode(render.frame) if render.frame else {}
         self._number = 0
         self._output: list[dict[str, Any]] = []  # items that are done
-        self._kind = ""  # of the open item: message, reasoning, function_call
-        self._text: list[str] = []  # of it
+        self._kind = ""  # type of the open item: message, reasoning, function_call; empty: no item is open
+        self._text: list[str] = []  # text of the open item
         self._call = ("", "")  # id and name of the open call
         self._calls = 0
         self._logprobs: list[dict[str, Any]] = []
@@ -76,10 +76,10 @@ class ResponsesFormat:
         return logprob_object(entry, vocabulary, self._render.logprobs or 0)
 
     def _end(self, end: AnswerEnd) -> tuple[str, bytes]:
-        """The answer's status, and the events of its last item's end."""
+        """Returns the answer's status, and the events that close its last item."""
         status = "incomplete" if end.reason == "length" else "completed"
         closed = self._close(status)
-        if not self._output:  # an answer of nothing is still a message
+        if not self._output:  # an empty answer still has a message
             closed = self._open("message") + self._close(status)
         return status, closed
 
@@ -104,7 +104,7 @@ class ResponsesFormat:
         return f"{head}_{self._render.response_id.removeprefix('resp_')}_{len(self._output)}"
 
     def _item(self, status: str) -> dict[str, Any]:
-        """The open item as it stands."""
+        """The open item with its text so far."""
         text = "".join(self._text)
         item: dict[str, Any] = {"id": self._item_id(), "type": self._kind, "status": status}
         match self._kind:

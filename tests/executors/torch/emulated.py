@@ -32,7 +32,7 @@ extern "C" __attribute__((visibility("default"))) void kernel_{number}(unsigned 
 
 
 class Emulated:
-    """A `Launcher`. What was compiled into `folder` before is used again."""
+    """A `Launcher`. Libraries that were compiled into `folder` before are reused."""
 
     def __init__(self, shape: Shape, names: Sequence[str], folder: Path) -> None:
         compiler = shutil.which("g++")

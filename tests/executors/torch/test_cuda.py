@@ -1,4 +1,4 @@
-"""The GPU's steps, run by an emulator of its kernels: each against a plain forward pass, and against each other."""
+"""The steps of the GPU, run by an emulator of its kernels and compared with a plain forward pass and with each other."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Emulation:
         return sequence
 
     def run(self, check: Callable[[CudaStep], None] = lambda step: None, *, overlap: bool = True) -> None:
-        """All that was added, to its end, as the executor's thread does it."""
+        """Runs all added sequences to their end, as the executor's thread does."""
         begun: CudaStep | None = None
         while begun is not None or not self.scheduler.idle:
             step = begun or self.runner.begin(self.scheduler.schedule(0.0), None)
@@ -143,7 +143,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_every_step_computes_the_logits_of_a_plain_forward_pass(emulation: Emulation) -> None:
-    """Prompts in one step and in chunks, crowds of prompts and answers, few and single answers."""
+    """Prompts in one step and in chunks, mixed batches of prompts and answers, and small decode batches."""
     seen: set[int] = set()
 
     def check(step: CudaStep) -> None:
@@ -167,9 +167,11 @@ def test_every_step_computes_the_logits_of_a_plain_forward_pass(emulation: Emula
 
 
 @pytest.mark.parametrize("going_on", [20, 200])
-def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch: Any, going_on: int) -> None:
-    """Prompts of more tokens than rows are looked after one by one: from the start, behind a cached prefix, and beside answers;
-    in a graph's way, and in the way of steps that no graph has room for."""
+def test_steps_with_long_prompts_compute_the_logits_of_a_plain_forward_pass(
+    tmp_path: Path, library: Path, monkeypatch: Any, going_on: int
+) -> None:
+    """Prompts of more tokens than rows are attended one by one: from the start, behind a cached prefix, and beside answers;
+    in steps that fit a graph, and in steps that are too long for any."""
     emulation = Emulation(make_checkpoint(tmp_path / "model", "qwen2"), library, max_rows=900)
     shared = prompt_of(64, 9)
     errors: list[float] = []
@@ -192,8 +194,8 @@ def test_long_steps_compute_the_same(tmp_path: Path, library: Path, monkeypatch:
     assert bool(steps) == (going_on == 200)
 
 
-def test_a_long_context_is_put_together_from_its_parts(tmp_path: Path, library: Path) -> None:
-    """One row's keys are looked at by several blocks; the last one adds up."""
+def test_attention_over_a_long_context_is_combined_from_its_parts(tmp_path: Path, library: Path) -> None:
+    """Several thread blocks attend to the keys of one row, and the last one adds up."""
     emulation = Emulation(make_checkpoint(tmp_path / "model", "llama"), library, max_rows=600)
     stop = StopConditions(max_tokens=3, ignore_eos=True)
     sequence = emulation.add(prompt_of(530), sampling=SamplingParams(temperature=0.0), stop=stop)
@@ -222,7 +224,7 @@ def test_a_step_begun_ahead_continues_with_the_token_that_is_not_known_yet(llama
     assert found[0] == found[1]
 
 
-def test_what_ends_unexpectedly_was_computed_once_too_often_and_nothing_comes_of_it(llama: Emulation) -> None:
+def test_the_extra_step_of_a_sequence_that_stopped_is_discarded(llama: Emulation) -> None:
     probe = llama.add(
         prompt_of(6), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=9, ignore_eos=True)
     )
@@ -244,7 +246,7 @@ def test_what_ends_unexpectedly_was_computed_once_too_often_and_nothing_comes_of
 
 
 class Draws:
-    """The device's sampler over logits that are made up."""
+    """The device's sampler over synthetic logits."""
 
     def __init__(self, emulation: Emulation) -> None:
         self._emulation = emulation
@@ -292,8 +294,8 @@ def test_both_samplers_draw_the_same_tokens(draws: Draws, spread: float) -> None
         assert draws.device(logits, FIELDS, prompts) == draws.host(logits, FIELDS, prompts)
 
 
-def test_equal_logits_are_cut_alike(draws: Draws) -> None:
-    """Among equals the smaller token comes first: the cut goes through the middle of them."""
+def test_equal_logits_are_cut_by_top_k_alike_on_device_and_host(draws: Draws) -> None:
+    """Among equal logits the smaller token id comes first, and top_k cuts through the middle of them."""
     logits = torch.zeros(8, VOCAB)
     logits[:, 100:110] = 1.0
     fields = [SamplingParams(temperature=1.0, seed=seed, top_k=13) for seed in range(8)]
@@ -304,7 +306,7 @@ def test_equal_logits_are_cut_alike(draws: Draws) -> None:
         assert {token for token in found if token < 100} <= {0, 1, 2} and all(token < 110 for token in found)
 
 
-def test_what_is_impossible_is_not_drawn(draws: Draws) -> None:
+def test_tokens_of_probability_zero_are_not_drawn(draws: Draws) -> None:
     logits = torch.full((8, VOCAB), float("-inf"))
     logits[:, 17] = -5.0
     logits[:, 33] = -5.5
@@ -312,7 +314,7 @@ def test_what_is_impossible_is_not_drawn(draws: Draws) -> None:
         assert set(draws.device(logits, FIELDS, [prompt_of(length, i) for i in range(8)])) <= {17, 33}
 
 
-def test_draws_of_the_device_follow_the_distribution(draws: Draws) -> None:
+def test_tokens_drawn_on_the_device_follow_the_distribution(draws: Draws) -> None:
     logits = torch.full((8, VOCAB), float("-inf"))
     logits[:, 3:6] = torch.log(torch.tensor([0.1, 0.6, 0.3]))
     found = np.array([
@@ -321,7 +323,7 @@ def test_draws_of_the_device_follow_the_distribution(draws: Draws) -> None:
     assert [float((found == token).mean()) for token in (3, 4, 5)] == pytest.approx([0.1, 0.6, 0.3], abs=0.1)
 
 
-def test_a_grammar_holds_beside_rows_without_one(llama: Emulation) -> None:
+def test_a_grammar_applies_only_to_its_own_row_of_the_batch(llama: Emulation) -> None:
     class Only:
         """A grammar of one token."""
 
@@ -330,15 +332,15 @@ def test_a_grammar_holds_beside_rows_without_one(llama: Emulation) -> None:
             logits.fill_(float("-inf"))
             logits[42] = kept
 
-    guided = llama.add(
+    constrained = llama.add(
         prompt_of(4), sampling=SamplingParams(temperature=1.0), stop=StopConditions(max_tokens=6, ignore_eos=True)
     )
-    guided.matcher = Only()
+    constrained.matcher = Only()
     free = llama.add(
         prompt_of(4), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=6, ignore_eos=True)
     )
     llama.run()
-    assert guided.tokens[4:] == [42] * 6 and free.tokens[4:] != [42] * 6
+    assert constrained.tokens[4:] == [42] * 6 and free.tokens[4:] != [42] * 6
 
 
 def test_log_probabilities_are_those_of_the_model(llama: Emulation) -> None:
@@ -355,7 +357,7 @@ def test_log_probabilities_are_those_of_the_model(llama: Emulation) -> None:
     assert sampled.logprob.top[0][1] == pytest.approx(float(expected.max()), abs=0.1)
 
 
-def test_a_preempted_sequence_gets_its_new_blocks(llama: Emulation) -> None:
+def test_a_preempted_sequence_uses_its_new_blocks(llama: Emulation) -> None:
     sequence = llama.add(
         prompt_of(50), sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=4, ignore_eos=True)
     )
@@ -372,7 +374,7 @@ def test_a_preempted_sequence_gets_its_new_blocks(llama: Emulation) -> None:
     assert again.tokens == sequence.tokens
 
 
-def test_slots_of_what_has_ended_are_given_to_others(llama: Emulation) -> None:
+def test_slots_of_ended_sequences_are_reused(llama: Emulation) -> None:
     for i in range(40):  # more than there are slots
         llama.add([i + 1], sampling=SamplingParams(temperature=0.0), stop=StopConditions(max_tokens=2, ignore_eos=True))
     llama.run()

@@ -1,4 +1,4 @@
-"""Which device, type and carriers a worker takes, where there is no GPU."""
+"""The device, data type and carriers that a worker chooses where there is no GPU."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_without_a_gpu_auto_is_the_cpu_in_float32() -> None:
     assert ComputeTarget.choose("auto", "auto").defaults == {}
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_named() -> None:
+def test_a_requested_gpu_that_is_missing_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--device cuda:1: "):
         ComputeTarget.choose("cuda:1", "auto")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "cuda:1000", ""])
-def test_a_device_that_is_none_is_refused(device: str) -> None:
+def test_an_invalid_device_name_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match="--device"):
         WorkerConfig(device=device)
     with pytest.raises(ConfigError, match="--device"):
@@ -45,7 +45,7 @@ def test_an_unknown_transceiver_backend_is_refused_by_name() -> None:
         engine_args(WorkerConfig(override_engine_args=options))
 
 
-async def test_health_says_by_what_blocks_can_come() -> None:
+async def test_an_executor_reports_its_kv_transport_and_layout() -> None:
     async with open_executor(WorkerConfig(model_path=str(TINY_MODEL))) as executor:
         assert executor.describe() == {"kv_transfer": "tcp"}
         assert (
@@ -53,12 +53,12 @@ async def test_health_says_by_what_blocks_can_come() -> None:
         )
 
 
-def test_defaults_of_a_device_are_weaker_than_flags() -> None:
+def test_flags_take_precedence_over_the_defaults_of_a_device() -> None:
     found = engine_args(WorkerConfig(max_num_tokens=77), {"max_batch_size": 256, "max_num_tokens": 16384})
     assert (found.max_batch_size, found.max_num_tokens) == (256, 77)
 
 
-def test_gpus_are_given_to_one_worker_each_or_shared() -> None:
+def test_workers_are_spread_over_gpus_and_share_them_if_there_are_too_few() -> None:
     assert spread("auto", 0, 2) == [[], []]
     assert spread("cpu", 0, 1) == [["--device", "cpu"]]
     assert spread("auto", 4, 3) == [["--device", f"cuda:{n}"] for n in range(3)]
@@ -68,7 +68,7 @@ def test_gpus_are_given_to_one_worker_each_or_shared() -> None:
     ]  # fmt: skip
 
 
-def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_gpus_in_cuda_visible_devices_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for visible, number in (("0,1, 3", 3), ("", 0), ("-1", 0), ("GPU-abc", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus() == number
@@ -77,7 +77,7 @@ def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpus() == 0
 
 
-def test_kernels_say_which_shapes_they_do_not_fit() -> None:
+def test_unsupported_model_shapes_are_reported_with_their_cause() -> None:
     config = ModelConfig.read(TINY_MODEL)
     assert unfit(config) is None
     for change, words in (
@@ -89,8 +89,8 @@ def test_kernels_say_which_shapes_they_do_not_fit() -> None:
         assert words in str(unfit(changed))
 
 
-def test_products_are_cut_up_so_that_a_card_is_busy() -> None:
-    """Of Qwen2.5-0.5B, one row and several: all rows are computed, by some 300 blocks where there are as many."""
+def test_matrix_products_are_split_into_enough_thread_blocks() -> None:
+    """The products of Qwen2.5-0.5B for one row and several: all rows are computed, by some 300 blocks where possible."""
     for n, k, flags in ((1152, 896, 3), (896, 896, 4), (9728, 896, 9), (896, 4864, 4), (151936, 896, 49)):
         for columns in (1, 5, 8):
             name, blocks = Product(n, k, flags).kernel(columns)
@@ -100,7 +100,7 @@ def test_products_are_cut_up_so_that_a_card_is_busy() -> None:
             assert blocks >= 50
 
 
-def test_heads_are_looked_after_together_as_far_as_they_fit() -> None:
+def test_query_heads_of_a_kv_head_are_computed_together_as_far_as_they_fit() -> None:
     config = ModelConfig.read(TINY_MODEL)
     for heads, kv, together in ((14, 2, 7), (32, 8, 4), (32, 32, 1), (64, 4, 8), (40, 4, 5), (22, 2, 1)):
         changed = ModelConfig(**(vars(config) | {"num_heads": heads, "num_kv_heads": kv}))

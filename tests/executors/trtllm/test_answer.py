@@ -1,4 +1,4 @@
-"""Results that grow, as the engine's versions write them."""
+"""Results of the engine that grow from step to step, in the forms of its versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Logprob:
 
 
 class Growing:
-    """One result object, as it looks from step to step."""
+    """One result object that the engine extends from step to step."""
 
     def __init__(self) -> None:
         self.output = SimpleNamespace(
@@ -47,7 +47,7 @@ def cursor(known: tuple[int, ...] = (), stops: tuple[int, ...] = (EOS,), **chang
     return Cursor(make_request([5, 6, 7], **changes), stops, known)
 
 
-def test_every_token_is_told_once_however_many_come_at_a_time() -> None:
+def test_every_token_is_reported_once_however_many_come_in_a_step() -> None:
     result = Growing()
     steps = [
         lambda: result.grow(10),
@@ -59,19 +59,19 @@ def test_every_token_is_told_once_however_many_come_at_a_time() -> None:
     assert [(o.token_ids, o.reason) for o in found] == [([10], None), ([11, 12], None), ([13], "length")]
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_an_end_of_turn_is_consumed_whether_the_engine_says_it_or_not(said: bool) -> None:
-    result = Growing().grow(10, *([EOS] if said else []), reason="stop")
+@pytest.mark.parametrize("included", [True, False])
+def test_an_end_token_is_removed_whether_the_engine_includes_it_or_not(included: bool) -> None:
+    result = Growing().grow(10, *([EOS] if included else []), reason="stop")
     found = cursor().read(result)
     assert found is not None and (found.token_ids, found.reason, found.stop_token) == ([10], "stop", EOS)
 
 
-def test_a_stop_token_that_the_engine_names_is_named() -> None:
+def test_the_stop_token_that_the_engine_names_is_reported() -> None:
     found = cursor(stops=(EOS, 99)).read(Growing().grow(10, reason="stop", stop=99))
     assert found is not None and (found.token_ids, found.stop_token) == ([10], 99)
 
 
-def test_what_the_client_has_is_not_told_again() -> None:
+def test_tokens_that_the_client_already_has_are_not_reported_again() -> None:
     result = Growing()
     reader = cursor((10,))
     assert reader.read(result.grow(10)) is None
@@ -79,14 +79,14 @@ def test_what_the_client_has_is_not_told_again() -> None:
     assert found is not None and found.token_ids == [11]
 
 
-def test_other_tokens_than_the_client_has_are_a_failed_hand_off() -> None:
+def test_tokens_that_contradict_those_of_the_client_fail_the_hand_off() -> None:
     with pytest.raises(HandoffMismatch, match="began with other tokens"):
         cursor((10,)).read(Growing().grow(12))
     with pytest.raises(HandoffMismatch, match="ended before"):
         cursor((10, 11)).read(Growing().grow(10, reason="length"))
 
 
-def test_logprobs_keep_in_step_with_tokens_behind_known_ones() -> None:
+def test_logprobs_stay_aligned_after_tokens_the_client_already_has() -> None:
     sampling = SamplingParams(temperature=0.0, logprobs=1)
     result = Growing().grow(10, 11, logprobs=[{10: Logprob(-1.0)}, {11: Logprob(-2.0), 12: Logprob(-0.5)}])
     reader = Cursor(make_request([5], sampling=sampling, prior=PriorOutput([10])), (), (10,))
@@ -97,17 +97,17 @@ def test_logprobs_keep_in_step_with_tokens_behind_known_ones() -> None:
 @pytest.mark.parametrize(
     ("reason", "error"), [("cancelled", InternalError), ("timeout", TimedOut), ("never_heard_of", InternalError)]
 )
-def test_other_ends_are_failures(reason: str, error: type[Exception]) -> None:
+def test_other_finish_reasons_are_failures(reason: str, error: type[Exception]) -> None:
     found = cursor().read(Growing().grow(10, reason=reason))
     assert found is not None and isinstance(found.error, error)
 
 
-def test_an_answer_of_no_tokens_ends_with_the_one_that_an_engine_computes() -> None:
+def test_with_max_tokens_0_the_one_computed_token_is_dropped() -> None:
     found = cursor(stop=StopConditions(max_tokens=0)).read(Growing().grow(10))
     assert found is not None and (found.token_ids, found.reason) == ([], "length")
 
 
-def test_a_token_without_a_probability_is_unlikely() -> None:
+def test_a_missing_log_probability_is_reported_as_very_unlikely() -> None:
     assert entry_of(3, {4: Logprob(-0.1)}, 1) == TokenLogprob(3, UNLIKELY, [(4, -0.1)])
     assert entry_of(3, -0.25, 2) == TokenLogprob(3, -0.25)
 
@@ -116,18 +116,18 @@ ENTRIES: list[Any] = [{6: Logprob(-1.0)}, {7: Logprob(-2.0)}]
 
 
 @pytest.mark.parametrize("entries", [[None, *ENTRIES], ENTRIES, [*ENTRIES, {8: Logprob(-3.0)}]])
-def test_a_prompts_probabilities_are_lined_up_with_its_tokens(entries: list[Any]) -> None:
+def test_prompt_logprobs_are_aligned_with_the_prompts_tokens(entries: list[Any]) -> None:
     found = prompt_entries(pack_tokens([5, 6, 7]), entries, 0)
     assert [(e.token_id, e.logprob) for e in found] == [(5, 0.0), (6, -1.0), (7, -2.0)]
 
 
-def test_a_context_that_ended_the_answer_is_no_hand_off() -> None:
+def test_a_prefill_that_ended_the_answer_makes_no_hand_off() -> None:
     found = read_context(Growing().grow(EOS, reason="stop"), cursor())
     assert found is not None and (found.token_ids, found.reason, found.stop_token) == ([], "stop", EOS)
 
 
 @pytest.mark.parametrize("reason", ["length", "not_finished"])
-def test_a_context_that_goes_on_leaves_a_hand_off(reason: str) -> None:
+def test_a_prefill_that_did_not_end_the_answer_makes_a_hand_off(reason: str) -> None:
     result = Growing().grow(10, reason=reason)
     result.output.disaggregated_params = SimpleNamespace(ctx_request_id=1 << 40, disagg_request_id=1 << 40)
     found = read_context(result, cursor())
@@ -137,7 +137,7 @@ def test_a_context_that_goes_on_leaves_a_hand_off(reason: str) -> None:
     assert found is not None and isinstance(found.error, InternalError)
 
 
-def test_costs_come_from_the_engines_own_times() -> None:
+def test_queue_prefill_and_transfer_times_come_from_the_engine() -> None:
     result, output = Growing().grow(10, reason="stop"), Output([10])
     result.cached_tokens = 64
     note_costs(output, result, 0.5)

@@ -11,7 +11,7 @@ import pytest
 from dynserve import Cluster
 from dynserve.wire.requests import Accepted
 from tests.conftest import MODEL, until
-from tests.test_cluster import ASK, nothing_is_left
+from tests.test_cluster import ASK, assert_all_freed
 
 ENGINE = {"cache_transceiver_config": {"backend": "NIXL"}, "kv_cache_config": {"max_tokens": 6400}}
 
@@ -22,7 +22,7 @@ def cluster(**how: Any) -> Cluster:
     return Cluster(**({"prefill": 1, "decode": 1, "executor": "trtllm", "engine": ENGINE} | how))
 
 
-async def test_a_pair_answers_and_counts_its_hand_offs() -> None:
+async def test_a_prefill_and_a_decode_worker_answer_and_count_hand_offs() -> None:
     async with cluster() as c, c.client() as client:
         for body in (ASK, ASK | {"n": 2}, ASK | {"logprobs": True, "top_logprobs": 3}):
             answer = (await client.post("/v1/chat/completions", json=body)).json()
@@ -31,7 +31,7 @@ async def test_a_pair_answers_and_counts_its_hand_offs() -> None:
         answer = (await client.post("/v1/chat/completions", json=ASK | {"response_format": form})).json()
         assert json.loads(answer["choices"][0]["message"]["content"]) == 3
         prefill, decode = c.workers
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert prefill.executor.counters()["handoffs_delivered_total"] == 5
         assert decode.executor.counters()["kv_transfers_done_total"] == 5
 
@@ -60,11 +60,11 @@ async def test_workers_that_cannot_hand_over_to_each_other_are_refused_with_both
         await until(lambda: worker.id in peers and peers[worker.id].problem not in ("", "loading"))
         assert said in peers[worker.id].problem
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
-        told = {i["id"]: i["state"] for i in (await client.get("/health")).json()["instances"]}
-        assert told[worker.id].startswith("refused: it cannot hand over KV caches here")
+        states = {i["id"]: i["state"] for i in (await client.get("/health")).json()["instances"]}
+        assert states[worker.id].startswith("refused: it cannot hand over KV caches here")
 
 
-async def test_another_version_is_refused_until_the_old_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_of_another_version_is_refused_until_the_others_depart(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     async with cluster() as c:
@@ -108,7 +108,7 @@ async def test_an_adapter_is_a_model_of_its_own_to_clients(tmp_path: Path) -> No
         assert missing.status_code == 404 and "did you mean french?" in missing.json()["error"]["message"]
 
 
-async def test_ranks_of_attention_parallelism_are_routed_to_by_what_they_hold() -> None:
+async def test_each_attention_dp_rank_is_routed_to_by_its_own_cache() -> None:
     engine = {"enable_attention_dp": True, "tensor_parallel_size": 2, "kv_cache_config": {"max_tokens": 3200}}
     async with cluster(prefill=0, decode=0, aggregated=1, engine=engine) as c, c.client() as client:
         first, second = (worker.id for worker in c.workers)
@@ -130,7 +130,7 @@ async def test_ranks_of_attention_parallelism_are_routed_to_by_what_they_hold() 
         assert [await ask(prompt) for prompt in prompts] == [(worker, 96) for worker, _ in went]
 
 
-async def test_a_hand_off_that_no_decode_worker_can_take_is_given_up_and_not_counted_as_delivered() -> None:
+async def test_a_hand_off_that_no_decode_worker_can_accept_is_cancelled() -> None:
     other = json.dumps(ENGINE | {"kv_cache_config": {"max_tokens": 6400, "dtype": "fp8"}})
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         prefill = await c.add_worker("prefill", override_engine_args=json.dumps(ENGINE))
@@ -142,7 +142,7 @@ async def test_a_hand_off_that_no_decode_worker_can_take_is_given_up_and_not_cou
         assert prefill.executor.counters()["handoffs_cancelled_total"] == 1
         assert "handoffs_delivered_total" not in prefill.executor.counters()
         assert decode.executor.counters()["kv_transfers_failed_total"] == 1
-        # one that fits comes: from now on hand-offs go to it, and the odd one out is refused when it comes again
+        # a matching worker joins: hand-offs now go to it, and the other one is refused when it reconnects
         fitting = await c.add_worker("decode", override_engine_args=json.dumps(ENGINE))
         await until(lambda: len(c.frontend.fleet.targets(MODEL, "decode")) == 2)
         for _ in range(3):
@@ -152,10 +152,10 @@ async def test_a_hand_off_that_no_decode_worker_can_take_is_given_up_and_not_cou
         assert peer.link is not None
         peer.link.abort("a flap")
         await until(lambda: "refused" in peer.problem)
-        await nothing_is_left(c)
+        await assert_all_freed(c)
 
 
-async def test_a_second_decode_worker_does_not_take_what_the_first_may_have_begun_to_take(
+async def test_after_a_lost_link_another_decode_worker_prefills_the_prompt_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with cluster(decode=2) as c, c.client() as client:
@@ -180,5 +180,5 @@ async def test_a_second_decode_worker_does_not_take_what_the_first_may_have_begu
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "7"
         (other,) = (worker for worker in decoders if worker.id not in dead)
         assert other.executor.counters()["kv_transfers_failed_total"] == 1, "it has computed it"
-        await nothing_is_left(c)
+        await assert_all_freed(c)
         assert c.workers[0].executor.counters()["handoffs_cancelled_total"] == 1

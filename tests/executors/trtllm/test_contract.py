@@ -19,18 +19,18 @@ import pytest
 from dynserve.errors import Unavailable
 from dynserve.wire.requests import Grammar, SamplingParams, StopConditions
 from tests.conftest import DOUBLES, make_request, until
-from tests.executors.trtllm.test_executor import LONG, Opener, OutputSink, asked, handed_over, prompt
+from tests.executors.trtllm.test_executor import LONG, Opener, OutputSink, handed_over, prompt, run_request
 
 CONTRACT: dict[str, Any] = json.loads((DOUBLES / "contract.json").read_text())
 OURS = "dynserve.executors.trtllm"
-# asked for on every version, and done without where it is missing: the double of 1.2 has none of them
-LOOKED_FOR = {
+# read on every version, and optional: the double of 1.2 has none of them
+OPTIONAL = {
     ("LLM", "get_kv_cache_capacity"), ("_executor", "_fatal_error"), ("stored_block", "cache_salt"), ("stored_block", "mm_keys"),
 }  # fmt: skip
 
 
 class Used:
-    """What code of the executor's has passed and read: kind, name."""
+    """The keywords that the executor's code has passed and the names that it has read, as (kind, name)."""
 
     def __init__(self) -> None:
         self.passed: set[tuple[str, str]] = set()
@@ -65,7 +65,7 @@ class Used:
 
 
 class Row(dict[str, Any]):
-    """An event, a row of statistics, or something within: tells what is looked up in it."""
+    """An event, a row of statistics, or a dict within one; it records the keys that are read from it."""
 
     used: Used
 
@@ -142,7 +142,7 @@ def used(version: str, monkeypatch: pytest.MonkeyPatch) -> Used:
 
 
 def allowed(version: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """Keywords and names that this version has, by the tables."""
+    """Returns the keywords and the names that this version has, by the tables."""
     gone = CONTRACT["not_in_1.2"] if version == CONTRACT["stable"] else {}
 
     def here(kind: str, names: Any) -> set[tuple[str, str]]:
@@ -163,7 +163,7 @@ def allowed(version: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
 
 
 async def everything(tmp_path: Path, version: str) -> None:
-    """All that the executor does, once."""
+    """Runs every kind of request of the executor once."""
     adapter = tmp_path / "french"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
@@ -180,40 +180,40 @@ async def everything(tmp_path: Path, version: str) -> None:
             request = make_request(prompt(), sampling=sampling, stop=stop, adapter="french", cache_salt="s", priority=3)
             await handed_over(prefill, decode, request)
         whole = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True)
-        await asked(decode, make_request(prompt(), sampling=whole))
+        await run_request(decode, make_request(prompt(), sampling=whole))
         for grammar in (
             Grammar(kind="regex", text="[a-z]+"),
             Grammar(kind="json", text="{}"),
             Grammar(kind="grammar", text='root ::= "a"'),
         ):
-            await asked(decode, make_request(prompt(), grammar=grammar))
+            await run_request(decode, make_request(prompt(), grammar=grammar))
         ticket = decode.submit(make_request(prompt(), stop=LONG), sink := OutputSink())
         await until(lambda: bool(sink.outputs))
         decode.abort(ticket)
         await until(lambda: decode.describe()["engine"] == "idle")
-        _, ticket = await asked(prefill, make_request(prompt(), phase="prefill"))
+        _, ticket = await run_request(prefill, make_request(prompt(), phase="prefill"))
         prefill.abort(ticket)
         await until(lambda: decode.counters()["engine_iterations_total"] > 0)
         with pytest.raises(Unavailable):
             decode.submit(make_request(prompt(), adapter="nobody"), OutputSink())
         parallel = await opened(config={"tensor_parallel_size": 2}, enable_attention_dp=True)
-        await asked(parallel.targets[1], make_request(prompt()))
+        await run_request(parallel.targets[1], make_request(prompt()))
         assert await decode._engine.alive()
 
 
-async def test_every_keyword_and_every_name_is_in_the_tables(used: Used, version: str, tmp_path: Path) -> None:
+async def test_every_keyword_and_name_that_is_used_is_in_the_tables(used: Used, version: str, tmp_path: Path) -> None:
     await everything(tmp_path, version)
     passed, read = allowed(version)
     assert used.passed <= passed, used.passed - passed
-    assert used.read <= read | LOOKED_FOR, used.read - read - LOOKED_FOR
-    # and it was looked at
+    assert used.read <= read | OPTIONAL, used.read - read - OPTIONAL
+    # and the recording worked
     assert len(used.passed) > 40 and len(used.read) > 25
     assert {("DisaggregatedParams", "opaque_state"), ("generate_async", "cache_salt")} <= used.passed
     assert {("RequestOutput", "outputs"), ("CompletionOutput", "token_ids"), ("stored_block", "tokens")} <= used.read
     assert (("generate_async", "priority") in used.passed) == (version == CONTRACT["pin"])
 
 
-async def test_a_name_that_is_not_in_the_tables_would_be_found(used: Used, version: str) -> None:
+async def test_the_use_of_a_name_that_is_not_in_the_tables_is_detected(used: Used, version: str) -> None:
     package = import_module("tensorrt_llm")
     source = "def read(result):\n    return result.outputs[0].no_such_name\n"
     scope: dict[str, Any] = {"__name__": f"{OURS}.made_up"}
@@ -263,12 +263,12 @@ def test_the_double_has_what_the_tables_list(version: str) -> None:
         (lambda t: t.LLM("dynserve/local/tiny_model", tensor_parallel_size=99), RuntimeError),
     ],
 )
-def test_the_double_refuses_what_the_real_one_refuses(trtllm_double: None, make: Any, error: type[Exception]) -> None:
+def test_the_double_refuses_what_tensorrt_llm_refuses(trtllm_double: None, make: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         make(import_module("tensorrt_llm"))
 
 
-async def test_the_double_has_the_real_ones_quirks(trtllm_double: None) -> None:
+async def test_the_double_has_the_quirks_of_tensorrt_llm(trtllm_double: None) -> None:
     package = import_module("tensorrt_llm")
     utils = import_module("tensorrt_llm.executor.utils")
     llm = package.LLM(
@@ -298,7 +298,7 @@ async def test_the_double_has_the_real_ones_quirks(trtllm_double: None) -> None:
             llm.generate_async([5], params)
 
 
-async def test_a_transceiver_is_needed_for_either_phase(trtllm_double: None) -> None:
+async def test_the_double_refuses_prefill_requests_without_a_transceiver(trtllm_double: None) -> None:
     package = import_module("tensorrt_llm")
     llm = package.LLM("dynserve/local/tiny_model", skip_tokenizer_init=True)
     params = package.SamplingParams(end_id=-1, detokenize=False)

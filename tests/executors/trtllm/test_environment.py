@@ -1,4 +1,4 @@
-"""What is set before the import, and the crashes that are recognised before they happen."""
+"""Environment variables that are set before the import, and faults that are recognised before they cause a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LISTED = b"1 libs found in cache `/etc/ld.so.cache'\n\tlib\xc4.so (libc6,x86-64)
 
 @pytest.fixture
 def ldconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One that prints what is no UTF-8. Neither it nor a usual folder knows libcuda."""
+    """An ldconfig whose output is not UTF-8. Neither its output nor a usual folder contains libcuda."""
     listing = tmp_path / "listing"
     listing.write_bytes(LISTED)
     script = tmp_path / "ldconfig"
@@ -36,11 +36,11 @@ def with_libcuda(folder: Path) -> str:
     return str(folder)
 
 
-def test_tritons_library_path_is_set_so_that_it_does_not_ask_ldconfig(
+def test_tritons_library_path_is_set_so_that_it_does_not_run_ldconfig(
     ldconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trtllm_double: None
 ) -> None:
     with pytest.raises(UnicodeDecodeError):
-        __import__("tensorrt_llm")  # what happened in the guide
+        __import__("tensorrt_llm")  # the crash without the variable
     sys.modules.pop("tensorrt_llm", None)
     monkeypatch.setenv("LD_LIBRARY_PATH", with_libcuda(tmp_path / "driver"))
     env.prepare(os.environ, "some/model")
@@ -48,7 +48,7 @@ def test_tritons_library_path_is_set_so_that_it_does_not_ask_ldconfig(
     assert api.import_api().version
 
 
-def test_without_a_libcuda_the_import_says_what_to_set(ldconfig: Path, trtllm_double: None) -> None:
+def test_without_libcuda_the_import_error_names_the_variable_to_set(ldconfig: Path, trtllm_double: None) -> None:
     with pytest.raises(ConfigError, match=r"Triton cannot read .* lib\\xc4.so .*set TRITON_LIBCUDA_PATH"):
         api.import_api()
 
@@ -59,13 +59,13 @@ def test_ldconfig_is_read_as_bytes(tmp_path: Path, ldconfig: Path) -> None:
     assert env.ask_ldconfig("/nowhere/ldconfig") == ([], "")
 
 
-def test_what_was_set_is_left_alone(tmp_path: Path) -> None:
+def test_variables_that_are_already_set_are_not_changed(tmp_path: Path) -> None:
     environ = {"TRITON_LIBCUDA_PATH": "/mine", "LC_ALL": "de_DE.UTF-8", "HF_HUB_OFFLINE": "0"}
     env.prepare(environ, str(tmp_path))
     assert environ == {"TRITON_LIBCUDA_PATH": "/mine", "LC_ALL": "de_DE.UTF-8", "HF_HUB_OFFLINE": "0"}
 
 
-def test_a_locale_that_is_not_utf8_is_made_one_and_a_local_model_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+def test_the_locale_becomes_utf8_and_a_local_model_sets_hf_hub_offline(tmp_path: Path) -> None:
     environ = {"LANG": "C", "TRITON_LIBCUDA_PATH": "/x"}
     env.prepare(environ, str(tmp_path))
     assert environ["LC_ALL"] == "C.UTF-8" and environ["HF_HUB_OFFLINE"] == "1"
@@ -77,13 +77,13 @@ def test_a_locale_that_is_not_utf8_is_made_one_and_a_local_model_is_not_looked_f
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"UCX_TLS": "tcp"}, "UCX_TLS=tcp leaves out CUDA memory"),
+        ({"UCX_TLS": "tcp"}, "UCX_TLS=tcp excludes CUDA memory"),
         ({"UCX_TLS": "tcp,cuda_copy"}, None),
         ({"UCX_TLS": "^cuda_ipc"}, None),
         ({"NIXL_BACKEND": "UCX", "TRTLLM_NIXL_KVCACHE_BACKEND": "LIBFABRIC"}, "keep only the second"),
     ],
 )
-def test_settings_that_break_transfers_are_named(environ: dict[str, str], message: str | None) -> None:
+def test_variables_that_break_transfers_cause_a_warning(environ: dict[str, str], message: str | None) -> None:
     found = env.warnings(environ)
     assert bool(found) == (message is not None)
     assert message is None or message in found[0]
@@ -96,7 +96,7 @@ def test_a_folder_without_nixl_plugins_is_recognised(tmp_path: Path) -> None:
     env.check_nixl({"NIXL_PLUGINS_DIR": str(tmp_path)})
 
 
-def test_a_slim_image_is_recognised(monkeypatch: pytest.MonkeyPatch, trtllm_double: None) -> None:
+def test_a_slim_image_without_nixl_plugins_is_recognised(monkeypatch: pytest.MonkeyPatch, trtllm_double: None) -> None:
     env.check_nixl({})  # the package brings them
     monkeypatch.setattr(env, "nixl_plugin_folders", list)
     with pytest.raises(ConfigError, match="looks like a slim image"):

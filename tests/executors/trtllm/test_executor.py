@@ -1,4 +1,4 @@
-"""The executor against the double, whose engine is a thread of this process. What all executors do alike is in
+"""The executor against the double, whose engine is a thread of this process. The contract of all executors is in
 tests/executors/test_executors.py."""
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ async def opened(trtllm_double: None) -> AsyncIterator[Opener]:
 
 @pytest.fixture(params=["1.3.0rc29", "1.2.1"])
 async def either(request: pytest.FixtureRequest, trtllm_double: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Both versions of the interface."""
+    """Opens executors on either version of the interface."""
     monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", request.param)
     async with AsyncExitStack() as stack:
         yield Opener(stack)
 
 
 class OutputSink:
-    """Everything that one request was given."""
+    """All outputs of one request."""
 
     def __init__(self) -> None:
         self.outputs: list[Output] = []
@@ -79,7 +79,7 @@ class OutputSink:
         return bool(self.outputs) and (self.outputs[-1].reason is not None or self.outputs[-1].error is not None)
 
 
-async def asked(executor: Any, request: GenerateRequest) -> tuple[OutputSink, int]:
+async def run_request(executor: Any, request: GenerateRequest) -> tuple[OutputSink, int]:
     sink = OutputSink()
     ticket = executor.submit(request, sink)
     await until(lambda: sink.ended)
@@ -87,17 +87,19 @@ async def asked(executor: Any, request: GenerateRequest) -> tuple[OutputSink, in
 
 
 async def handed_over(prefill: Any, decode: Any, request: GenerateRequest) -> tuple[OutputSink, OutputSink]:
-    first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, ticket = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     last = first.outputs[-1]
     assert last.reason == "handoff", last
     prior = PriorOutput(first.tokens, first.logprobs)
-    rest, _ = await asked(decode, msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff))
+    rest, _ = await run_request(
+        decode, msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff)
+    )
     prefill.handoff_done(ticket)
     return first, rest
 
 
 def really_free() -> list[int]:
-    """Free blocks by the engines' own books."""
+    """Returns the number of free blocks of each engine, by its own count."""
     return [server.free_blocks for server in sys.modules["tensorrt_llm._engine"].SERVERS]
 
 
@@ -121,25 +123,25 @@ CHANGES: list[dict[str, Any]] = [
     ("version", "changes"),
     [("1.3.0rc29", change) for change in CHANGES] + [("1.2.1", change) for change in CHANGES[:2]],
 )
-async def test_both_phases_together_answer_as_one_worker_and_as_the_torch_executor(
+async def test_prefill_and_decode_give_the_answer_of_one_worker_and_of_torch(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, version: str, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", version)
     prefill, decode, both = await opened(), await opened(), await opened()
     request = make_request(prompt(), **changes)
-    whole, _ = await asked(both, request)
+    whole, _ = await run_request(both, request)
     first, rest = await handed_over(prefill, decode, request)
     assert first.tokens + rest.tokens == whole.tokens
     assert [e.token_id for e in first.logprobs + rest.logprobs] == [e.token_id for e in whole.logprobs]
     assert decode.counters()["kv_transfers_done_total"] == 1
     assert prefill.counters()["handoffs_delivered_total"] == 1
     async with open_executor(WorkerConfig(executor="torch"), "torch") as torch:
-        theirs, _ = await asked(torch, request)
+        theirs, _ = await run_request(torch, request)
     assert theirs.tokens == whole.tokens and theirs.outputs[-1].reason == rest.outputs[-1].reason
     assert [(e.token_id, e.top) for e in theirs.logprobs] == [(e.token_id, e.top) for e in whole.logprobs]
 
 
-async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
+async def test_an_end_of_turn_token_ends_prefill_or_decode(either: Opener) -> None:
     prefill, decode = await either(), await either()
     # the tiny model's own end of turn, forced at once, and after three tokens
     eos = 2
@@ -147,7 +149,7 @@ async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
     ends = json.loads((TINY_MODEL / "generation_config.json").read_text()).get("eos_token_id", config["eos_token_id"])
     eos = ends[0] if isinstance(ends, list) else ends
     bias = SamplingParams(temperature=0.0, logit_bias={eos: 1000.0})
-    at_once, _ = await asked(
+    at_once, _ = await run_request(
         prefill, make_request(prompt(), phase="prefill", sampling=bias, stop=StopConditions(max_tokens=9))
     )
     assert (at_once.tokens, at_once.outputs[-1].reason, at_once.outputs[-1].stop_token) == ([], "stop", eos)
@@ -157,32 +159,34 @@ async def test_an_end_of_turn_ends_either_phase(either: Opener) -> None:
     assert (len(rest.tokens), rest.outputs[-1].reason) == (2, "stop")
 
 
-async def test_one_token_and_none_need_no_hand_off(opened: Opener) -> None:
+async def test_max_tokens_0_or_1_needs_no_hand_off(opened: Opener) -> None:
     prefill = await opened()
     for most in (0, 1):
-        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill", stop=StopConditions(max_tokens=most)))
+        sink, _ = await run_request(
+            prefill, make_request(prompt(), phase="prefill", stop=StopConditions(max_tokens=most))
+        )
         assert (len(sink.tokens), sink.outputs[-1].reason) == (most, "length")
     assert prefill.load().open_handoffs == 0
 
 
-async def test_a_prompts_own_probabilities_come_first_and_nothing_of_it_from_the_cache(either: Opener) -> None:
+async def test_prompt_logprobs_come_first_and_disable_the_prefix_cache(either: Opener) -> None:
     executor = await either()
-    await asked(executor, make_request(prompt()))
+    await run_request(executor, make_request(prompt()))
     sampling = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True)
     for _ in range(2):
-        sink, _ = await asked(executor, make_request(prompt(), sampling=sampling, stop=StopConditions(max_tokens=2)))
+        sink, _ = await run_request(
+            executor, make_request(prompt(), sampling=sampling, stop=StopConditions(max_tokens=2))
+        )
         assert [e.token_id for e in sink.logprobs] == prompt() + sink.tokens
         assert sink.outputs[-1].cached_tokens == 0
 
 
-async def test_an_adapter_that_only_others_have_is_not_the_requests_fault(opened: Opener) -> None:
+async def test_an_adapter_that_this_worker_lacks_is_unavailable_not_invalid(opened: Opener) -> None:
     with pytest.raises(Unavailable, match="no adapter 'nobody'"):
         (await opened()).submit(make_request(prompt(), adapter="nobody"), OutputSink())
 
 
-async def test_a_result_that_cannot_be_read_costs_only_its_request(
-    opened: Opener, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_unreadable_result_fails_only_its_request(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = await opened()
     result = sys.modules["tensorrt_llm.executor.result"].GenerationResult
     take = result._take
@@ -193,16 +197,16 @@ async def test_a_result_that_cannot_be_read_costs_only_its_request(
             raise AssertionError("logprobs length")
 
     monkeypatch.setattr(result, "_take", poisoned)
-    sink, _ = await asked(executor, make_request([666, 667]))
+    sink, _ = await run_request(executor, make_request([666, 667]))
     assert isinstance(sink.outputs[-1].error, InternalError)
     assert not executor.failed.done()
     monkeypatch.setattr(module, "note_costs", lambda *_: 1 / 0)
-    sink, _ = await asked(executor, make_request(prompt()))
+    sink, _ = await run_request(executor, make_request(prompt()))
     assert isinstance(sink.outputs[-1].error, InternalError) and not executor.failed.done()
     monkeypatch.undo()
 
 
-async def test_a_long_prompt_is_taken_over_by_a_worker_that_could_not_prefill_it(opened: Opener) -> None:
+async def test_a_worker_decodes_a_prompt_that_is_too_long_for_it_to_prefill(opened: Opener) -> None:
     small = {"enable_chunked_prefill": False, "max_num_tokens": 64}
     prefill, decode = await opened(), await opened(**small)
     request = make_request(prompt(90))
@@ -213,12 +217,12 @@ async def test_a_long_prompt_is_taken_over_by_a_worker_that_could_not_prefill_it
         decode.submit(decoding, OutputSink())
 
 
-async def test_an_abort_that_waits_is_given_up_without_an_abort(
+async def test_a_deferred_abort_expires_without_reaching_the_engine(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt(), stop=LONG)
-    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, _ = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = first.outputs[-1].handoff
     assert handoff is not None
     monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
@@ -229,26 +233,26 @@ async def test_an_abort_that_waits_is_given_up_without_an_abort(
     decode.abort(decode.submit(decoding, OutputSink()))
     del decode._engine.llm._executor.submit
     await until(lambda: decode.load().running == 0)
-    sink, _ = await asked(decode, make_request(prompt()))
+    sink, _ = await run_request(decode, make_request(prompt()))
     assert len(sink.tokens) == 8, "the double would be dead if it had been told to abort"
 
 
-async def test_a_hand_off_that_was_not_taken_says_so(opened: Opener) -> None:
+async def test_a_declined_hand_off_is_reported_in_the_first_output(opened: Opener) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt())
-    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, _ = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = msgspec.structs.replace(first.outputs[-1].handoff, sequence_hash=1)
     decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=handoff)
-    sink, _ = await asked(decode, decoding)
+    sink, _ = await run_request(decode, decoding)
     assert [output.handoff_declined for output in sink.outputs] == [True] + [False] * (len(sink.outputs) - 1)
     first, rest = await handed_over(prefill, decode, msgspec.structs.replace(request, id="next"))
     assert not any(output.handoff_declined for output in rest.outputs)
 
 
-async def test_an_engine_that_does_not_count_the_first_token_gives_no_token_too_many(
+async def test_max_tokens_holds_if_the_engine_does_not_count_the_first_token(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it does is not known of the real one."""
+    """It is not known whether the real engine counts the first token."""
     make = module.sampling_of
 
     def one_more(*args: Any, **keywords: Any) -> Any:
@@ -260,20 +264,20 @@ async def test_an_engine_that_does_not_count_the_first_token_gives_no_token_too_
         monkeypatch.setattr(module, "sampling_of", make)
         prefill, decode = await opened(), await opened(stream_interval=interval)
         request = make_request(prompt(), id=f"r{interval}", stop=StopConditions(max_tokens=7, ignore_eos=True))
-        first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+        first, _ = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
         monkeypatch.setattr(module, "sampling_of", one_more)
         last = first.outputs[-1]
         decoding = msgspec.structs.replace(
             request, phase="decode", prior=PriorOutput(first.tokens), handoff=last.handoff
         )
-        rest, _ = await asked(decode, decoding)
+        rest, _ = await run_request(decode, decoding)
         assert (len(rest.tokens), rest.outputs[-1].reason) == (6, "length")
 
 
-async def test_a_client_who_leaves_a_decode_worker_early_does_not_bring_the_engine_down(opened: Opener) -> None:
+async def test_an_abort_before_the_first_response_does_not_crash_the_engine(opened: Opener) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt(), stop=LONG)
-    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, _ = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = first.outputs[-1].handoff
     sink = OutputSink()
     decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=handoff)
@@ -284,9 +288,9 @@ async def test_a_client_who_leaves_a_decode_worker_early_does_not_bring_the_engi
     assert not sink.outputs and not decode.failed.done()
 
 
-async def test_a_hand_off_that_is_cancelled_frees_the_context_workers_blocks(opened: Opener) -> None:
+async def test_a_cancelled_hand_off_frees_the_blocks_of_the_prefill_worker(opened: Opener) -> None:
     prefill = await opened()
-    _, ticket = await asked(prefill, make_request(prompt(), phase="prefill"))
+    _, ticket = await run_request(prefill, make_request(prompt(), phase="prefill"))
     assert (prefill.load().open_handoffs, prefill.load().free_blocks) == (1, 197)
     prefill.abort(ticket)
     assert prefill.load().open_handoffs == 0
@@ -294,45 +298,45 @@ async def test_a_hand_off_that_is_cancelled_frees_the_context_workers_blocks(ope
     await until(lambda: really_free() == [200])
 
 
-async def test_a_hand_off_that_nobody_takes_expires(opened: Opener) -> None:
+async def test_a_hand_off_that_is_never_fetched_expires(opened: Opener) -> None:
     prefill = await opened(cache_transceiver_config=TRANSCEIVER | {"kv_transfer_timeout_ms": 100})
-    await asked(prefill, make_request(prompt(), phase="prefill"))
+    await run_request(prefill, make_request(prompt(), phase="prefill"))
     await until(lambda: prefill.load().open_handoffs == 0)
     assert prefill.counters()["handoffs_expired_total"] == 1
     await until(lambda: really_free() == [200])
 
 
 @pytest.mark.parametrize("grammar", [None, Grammar(kind="regex", text="[0-9]{6}")])
-async def test_a_transfer_that_fails_in_the_engine_is_computed_here_once(
+async def test_after_a_failed_transfer_the_decode_worker_prefills_the_prompt_itself(
     opened: Opener, grammar: Grammar | None
 ) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt(), grammar=grammar)
-    whole, _ = await asked(decode, msgspec.structs.replace(request, cache_salt=""))
+    whole, _ = await run_request(decode, msgspec.structs.replace(request, cache_salt=""))
     request = msgspec.structs.replace(request, id="second")
-    first, ticket = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, ticket = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     prefill.abort(ticket)  # the blocks are gone when the decode worker comes for them
     await until(lambda: really_free() == [200, 200])
     last = first.outputs[-1]
     decoding = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first.tokens), handoff=last.handoff)
-    rest, _ = await asked(decode, decoding)
+    rest, _ = await run_request(decode, decoding)
     assert first.tokens + rest.tokens == whole.tokens
     assert decode.counters()["kv_transfers_failed_total"] == 1
 
 
-async def test_a_transfer_that_does_not_come_in_time_is_computed_here(
+async def test_after_a_transfer_timeout_the_decode_worker_prefills_the_prompt_itself(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill, decode = await opened(), await opened()
     request = make_request(prompt())
-    whole, _ = await asked(decode, request)
+    whole, _ = await run_request(decode, request)
     request = msgspec.structs.replace(request, id="second")
-    first, _ = await asked(prefill, msgspec.structs.replace(request, phase="prefill"))
+    first, _ = await run_request(prefill, msgspec.structs.replace(request, phase="prefill"))
     handoff = first.outputs[-1].handoff
     assert handoff is not None
     monkeypatch.setattr(module, "TRANSFER_GRACE", 0.0)
     monkeypatch.setattr(module, "ABORT_TIMEOUT", 0.2)
-    decode._engine.llm._executor.submit = lambda *_: None  # the engine never hears of it
+    decode._engine.llm._executor.submit = lambda *_: None  # the engine never receives it
     sink = OutputSink()
     decoding = msgspec.structs.replace(
         request, phase="decode", prior=PriorOutput(first.tokens), handoff=msgspec.structs.replace(handoff, ttl_s=0.05)
@@ -345,18 +349,18 @@ async def test_a_transfer_that_does_not_come_in_time_is_computed_here(
     await until(lambda: decode.load().running == 0)
 
 
-async def test_sides_that_differ_do_not_take_each_others_hand_offs(opened: Opener, caplog: Any) -> None:
+async def test_workers_with_different_kv_caches_decline_each_others_hand_offs(opened: Opener, caplog: Any) -> None:
     prefill, decode = await opened(), await opened(kv_cache_config={"max_tokens": 6400, "dtype": "fp8"})
     first, rest = await handed_over(prefill, decode, make_request(prompt()))
     assert "KV cache dtype is bfloat16 on prefill and fp8 on decode" in caplog.text
     assert len(first.tokens + rest.tokens) == 8 and decode.counters()["kv_transfers_failed_total"] == 1
 
 
-async def test_ids_of_hand_offs_are_global_ones(opened: Opener) -> None:
+async def test_hand_off_ids_are_unique_and_in_tensorrt_llms_global_range(opened: Opener) -> None:
     prefill = await opened()
     ids = []
     for _ in range(3):
-        sink, _ = await asked(prefill, make_request(prompt(), phase="prefill"))
+        sink, _ = await run_request(prefill, make_request(prompt(), phase="prefill"))
         handoff = sink.outputs[-1].handoff
         assert handoff is not None
         ids.append(handoff.id)
@@ -373,39 +377,39 @@ async def test_kv_events_name_the_blocks_that_the_torch_executor_names(either: O
         expected: list[KvEvent] = []
         torch.listen_kv(expected.extend)
         for request in requests:
-            await asked(torch, request)
+            await run_request(torch, request)
     for request in requests:
-        await asked(executor, request)
+        await run_request(executor, request)
     await until(lambda: applied(found) == applied(expected))
     assert executor.counters()["kv_event_gaps_total"] == 0
 
 
-async def test_salted_blocks_are_named_by_their_salt(opened: Opener) -> None:
+async def test_hashes_of_salted_blocks_include_the_salt(opened: Opener) -> None:
     executor = await opened()
     found: list[KvEvent] = []
     executor.listen_kv(found.extend)
     request = make_request(prompt(), cache_salt="tenant")
-    await asked(executor, request)
+    await run_request(executor, request)
     await until(lambda: applied(found) == set(rolling_hashes(request.prompt, 32, "tenant")))
 
 
-async def test_an_overflow_of_events_is_noticed_and_healed_by_what_comes_later(opened: Opener) -> None:
+async def test_an_overflow_of_kv_events_is_detected_and_later_events_are_applied(opened: Opener) -> None:
     executor = await opened(kv_cache_config={"max_tokens": 6400, "event_buffer_max_size": 2})
     found: list[KvEvent] = []
     executor.listen_kv(found.extend)
     requests = [
         make_request(prompt(128, 300 + i), stop=StopConditions(max_tokens=40, ignore_eos=True)) for i in range(30)
     ]
-    await asyncio.gather(*(asked(executor, request) for request in requests))
+    await asyncio.gather(*(run_request(executor, request) for request in requests))
     await until(lambda: executor.counters()["kv_event_gaps_total"] > 0)
     assert any(isinstance(event, Cleared) for event in found)
     await asyncio.sleep(0.1)
     last = make_request(prompt(64, 900))
-    await asked(executor, last)
+    await run_request(executor, last)
     await until(lambda: set(rolling_hashes(last.prompt, 32)) <= applied(found))
 
 
-async def test_an_idle_engine_is_idle_and_not_unknown(opened: Opener) -> None:
+async def test_the_engine_is_reported_as_idle_before_and_after_a_request(opened: Opener) -> None:
     executor = await opened()
     assert executor.describe()["engine"] == "idle"
     load = executor.load()
@@ -419,7 +423,7 @@ async def test_an_idle_engine_is_idle_and_not_unknown(opened: Opener) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.3.0rc29", "1.2.1"])
-async def test_a_size_that_cannot_be_asked_for_is_read_from_a_row(
+async def test_the_number_of_kv_blocks_is_known_for_both_versions(
     trtllm_double: None, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", version)
@@ -428,7 +432,7 @@ async def test_a_size_that_cannot_be_asked_for_is_read_from_a_row(
         assert (executor.limits.num_blocks, executor.limits.block_size) == (200, 32)
 
 
-async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(opened: Opener) -> None:
+async def test_a_dead_engine_fails_its_requests_as_lost_and_refuses_new_ones(opened: Opener) -> None:
     executor = await opened()
     sinks = [OutputSink(), OutputSink()]
     for sink in sinks:
@@ -444,15 +448,15 @@ async def test_a_dead_engine_fails_those_who_wait_so_that_others_can_take_them(o
     assert executor.describe()["engine"] == "dead"
 
 
-async def test_a_clean_end_is_not_taken_for_a_death(trtllm_double: None, caplog: Any) -> None:
+async def test_a_clean_shutdown_is_not_logged_as_a_dead_engine(trtllm_double: None, caplog: Any) -> None:
     async with AsyncExitStack() as stack:
         executor = await Opener(stack)()
         executor.submit(make_request(prompt(), stop=LONG), OutputSink())
-        await asked(executor, make_request(prompt(), phase="prefill"))
+        await run_request(executor, make_request(prompt(), phase="prefill"))
     assert "dead" not in caplog.text and "failed" not in caplog.text
 
 
-async def test_an_idle_engine_that_dies_is_noticed(opened: Opener) -> None:
+async def test_the_death_of_an_idle_engine_is_detected(opened: Opener) -> None:
     executor = await opened()
     executor._engine.llm._executor._fatal_error = RuntimeError("out of memory")
     await until(lambda: executor.failed.done())
@@ -460,7 +464,7 @@ async def test_an_idle_engine_that_dies_is_noticed(opened: Opener) -> None:
         await executor.failed
 
 
-async def test_an_engine_that_is_silent_even_to_a_canary_is_given_up(opened: Opener) -> None:
+async def test_an_engine_that_does_not_answer_a_canary_is_declared_dead(opened: Opener) -> None:
     executor = await opened(config={"engine_stall_s": 0.3})
     await asyncio.sleep(1.0)
     assert not executor.failed.done(), "canaries keep an idle engine alive"
@@ -473,7 +477,9 @@ async def test_an_engine_that_is_silent_even_to_a_canary_is_given_up(opened: Ope
         await executor.failed
 
 
-async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_health_check_of_the_engine_fails_the_executor(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dynserve.executors.trtllm import watch
 
     monkeypatch.setattr(watch, "HEALTH_EVERY", 0.05)
@@ -490,26 +496,28 @@ async def test_the_engines_own_check_is_asked(opened: Opener, monkeypatch: pytes
         ({"pooling": "mean"}, "no embeddings"),
     ],
 )
-async def test_what_cannot_run_is_the_requests_fault(opened: Opener, changes: dict[str, Any], message: str) -> None:
+async def test_a_request_that_the_engine_cannot_run_is_a_bad_request(
+    opened: Opener, changes: dict[str, Any], message: str
+) -> None:
     executor = await opened()
     with pytest.raises(BadRequest, match=message):
         async for _ in generate(executor, make_request(prompt(), **changes)):
             pass
-    sink, _ = await asked(executor, make_request(prompt()))
+    sink, _ = await run_request(executor, make_request(prompt()))
     assert len(sink.tokens) == 8
 
 
-async def test_a_grammar_behind_a_thought_needs_the_engines_own_parser(opened: Opener) -> None:
+async def test_a_grammar_after_reasoning_needs_the_engines_reasoning_parser(opened: Opener) -> None:
     reasoning = {"begin": 5, "end": 6, "open": False}
     grammar = msgspec.convert({"kind": "regex", "text": "[0-9]+", "reasoning": reasoning}, Grammar)
     with pytest.raises(BadRequest, match="reasoning_parser"):
         (await opened()).submit(make_request(prompt(), grammar=grammar), OutputSink())
     executor = await opened(reasoning_parser="qwen3")
-    sink, _ = await asked(executor, make_request(prompt(), grammar=grammar))
+    sink, _ = await run_request(executor, make_request(prompt(), grammar=grammar))
     assert sink.outputs[-1].error is None
 
 
-async def test_without_a_grammar_backend_guides_are_refused(opened: Opener) -> None:
+async def test_without_a_grammar_backend_grammars_are_refused(opened: Opener) -> None:
     executor = await opened(guided_decoding_backend=None)
     assert not executor.limits.grammars
     with pytest.raises(BadRequest, match="grammar"):
@@ -524,9 +532,9 @@ async def test_an_adapter_answers_differently_and_shares_no_blocks(opened: Opene
     assert executor.limits.adapters == ("french",)
     found: list[KvEvent] = []
     executor.listen_kv(found.extend)
-    plain, _ = await asked(executor, make_request(prompt()))
+    plain, _ = await run_request(executor, make_request(prompt()))
     request = make_request(prompt(), adapter="french")
-    other, _ = await asked(executor, request)
+    other, _ = await run_request(executor, request)
     assert other.tokens == [444] * 8 != plain.tokens
     assert other.outputs[-1].cached_tokens == 0
     await until(lambda: set(rolling_hashes(request.prompt, 32, adapter_salt("french", ""))) <= applied(found))
@@ -535,7 +543,7 @@ async def test_an_adapter_answers_differently_and_shares_no_blocks(opened: Opene
     assert rest.tokens == [444] * 7 and executor.counters()["kv_transfers_done_total"] == 1
 
 
-async def test_ranks_of_attention_parallelism_are_targets_of_their_own(opened: Opener) -> None:
+async def test_each_attention_dp_rank_is_a_target_with_its_own_cache(opened: Opener) -> None:
     executor = await opened(
         config={"tensor_parallel_size": 2}, enable_attention_dp=True, kv_cache_config={"max_tokens": 3200}
     )
@@ -545,11 +553,11 @@ async def test_ranks_of_attention_parallelism_are_targets_of_their_own(opened: O
     for at, target in enumerate(executor.targets):
         target.listen_kv(found[at].extend)
     request = make_request(prompt())
-    await asked(second, request)
+    await run_request(second, request)
     await until(lambda: applied(found[1]) == set(rolling_hashes(request.prompt, 32)))
     assert found[0] == []
-    cached, _ = await asked(second, request)
-    cold, _ = await asked(first, request)
+    cached, _ = await run_request(second, request)
+    cold, _ = await run_request(first, request)
     assert (cached.outputs[-1].cached_tokens, cold.outputs[-1].cached_tokens) == (64, 0)
 
 
@@ -559,9 +567,9 @@ def test_priorities_keep_their_order_within_the_engines_range() -> None:
     assert all(0 <= p <= 1 for p in found)
 
 
-async def test_a_priority_is_passed_where_there_is_one(either: Opener) -> None:
+async def test_a_request_with_a_priority_runs_on_both_versions(either: Opener) -> None:
     executor = await either(scheduler_config={} if "1.2" in _version() else {"waiting_queue_policy": "priority"})
-    sink, _ = await asked(executor, make_request(prompt(), priority=5))
+    sink, _ = await run_request(executor, make_request(prompt(), priority=5))
     assert len(sink.tokens) == 8
 
 
@@ -584,30 +592,30 @@ def _version() -> str:
         ({"tensor_parallel_size": 64}, InternalError, "could not start.*GPUs"),
     ],
 )
-async def test_what_the_engine_refuses_is_said_before_weights_are_loaded(
+async def test_invalid_engine_options_are_refused_before_weights_are_loaded(
     opened: Opener, engine: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         await opened(**engine)
 
 
-async def test_without_the_package_it_is_said_how_to_get_it() -> None:
+async def test_without_tensorrt_llm_the_error_says_how_to_install_it() -> None:
     assert "tensorrt_llm" not in sys.modules
     with pytest.raises(ConfigError, match="release image, or pip install tensorrt-llm==1.3.0rc29"):
         async with open_executor(WorkerConfig(executor="trtllm"), "w"):
             pass
 
 
-async def test_a_step_of_several_tokens_and_a_slow_reader_lose_nothing(opened: Opener) -> None:
+async def test_steps_of_several_tokens_lose_no_token(opened: Opener) -> None:
     executor = await opened(stream_interval=5)
     request = make_request(prompt(), stop=StopConditions(max_tokens=23, ignore_eos=True))
-    sink, _ = await asked(executor, request)
+    sink, _ = await run_request(executor, request)
     assert [len(output.token_ids) for output in sink.outputs] == [5, 5, 5, 5, 3]
-    plain, _ = await asked(await opened(), request)
+    plain, _ = await run_request(await opened(), request)
     assert sink.tokens == plain.tokens and unpack_tokens(request.prompt) == prompt()
 
 
-async def test_a_sink_that_raises_costs_only_its_request(opened: Opener) -> None:
+async def test_an_exception_in_an_output_callback_ends_only_its_request(opened: Opener) -> None:
     executor = await opened()
 
     def broken(output: Output) -> None:
@@ -616,5 +624,5 @@ async def test_a_sink_that_raises_costs_only_its_request(opened: Opener) -> None
     executor.submit(make_request(prompt(), stop=LONG), broken)
     await until(lambda: executor.load().running == 0)
     assert not executor.failed.done()
-    sink, _ = await asked(executor, make_request(prompt()))
+    sink, _ = await run_request(executor, make_request(prompt()))
     assert len(sink.tokens) == 8

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's KV events into ours: the quirks of the stream, and a property over whole histories."""
+"""The translation of TensorRT-LLM's KV events: the quirks of the stream, and a property over random histories."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def hashes(*blocks: list[int], salt: str = "") -> list[int]:
 BIG = 1 << 63
 
 
-def test_a_chain_becomes_our_rolling_hashes() -> None:
+def test_a_chain_of_blocks_becomes_dynserves_rolling_hashes() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     found = stream.translate([engine.created(), engine.stored(A, B), engine.stored(C, parent=BIG + 1, first=77)])
     a, b, c = hashes(A, B, C)
     assert found == [Stored(None, [a, b]), Stored(b, [c])]
 
 
-def test_names_are_unsigned_and_may_be_text() -> None:
+def test_block_names_are_unsigned_and_may_be_text() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     event = engine.stored(A, first=(1 << 64) - 1)
     text = engine.stored(B)
@@ -82,7 +82,7 @@ def test_names_are_unsigned_and_may_be_text() -> None:
     ]  # fmt: skip
 
 
-def test_a_salt_and_an_adapter_name_other_blocks() -> None:
+def test_blocks_of_a_salt_or_an_adapter_have_other_hashes() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     events = [engine.stored(A, cache_salt="tenant"), engine.stored(A, first=1, lora_name="french", cache_salt=None)]
     assert stream.translate(events) == [
@@ -90,13 +90,13 @@ def test_a_salt_and_an_adapter_name_other_blocks() -> None:
     ]  # fmt: skip
 
 
-def test_a_childs_salt_is_its_parents() -> None:
+def test_a_child_block_has_the_salt_of_its_parent() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     events = [engine.stored(A, cache_salt="t"), engine.stored(B, parent=BIG, first=5, cache_salt="t")]
     assert stream.translate(events)[-1] == Stored(hashes(A, salt="t")[0], hashes(A, B, salt="t")[1:])
 
 
-def test_a_partial_block_and_all_behind_it_are_left_out() -> None:
+def test_a_partial_block_and_its_descendants_are_ignored() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     found = stream.translate([engine.stored(A, [4, 5], B), engine.stored(C, parent=BIG + 2, first=99)])
     assert found == [Stored(None, hashes(A))]
@@ -104,14 +104,14 @@ def test_a_partial_block_and_all_behind_it_are_left_out() -> None:
     assert stream.translate([engine.removed(BIG + 1, BIG + 2, 99)]) == []
 
 
-def test_a_partial_block_that_is_filled_comes_under_another_name() -> None:
+def test_a_partial_block_that_is_filled_is_stored_under_a_new_name() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     stream.translate([engine.stored(A, [4, 5])])
     found = stream.translate([engine.removed(BIG + 1), engine.stored(B, parent=BIG, first=7)])
     assert found == [Stored(hashes(A)[0], hashes(A, B)[1:])]
 
 
-def test_blocks_of_images_are_left_out() -> None:
+def test_blocks_of_images_are_ignored() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     image = engine.stored(A)
     image["data"]["blocks"][0]["tokens"][2]["token_extra_id"] = 9
@@ -119,14 +119,14 @@ def test_blocks_of_images_are_left_out() -> None:
     assert stream.translate([image, keyed]) == []
 
 
-def test_windows_other_than_the_largest_are_ignored() -> None:
+def test_events_of_attention_windows_other_than_the_largest_are_ignored() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     events = [engine.created(128), engine.created(), engine.stored(A, window=128, first=3), engine.stored(A)]
     assert stream.translate(events)[-1] == Stored(None, hashes(A))
     assert stream.blocks == 1
 
 
-def test_a_gap_in_ids_clears_even_when_the_event_would_be_ignored() -> None:
+def test_a_gap_in_event_ids_clears_all_even_at_an_ignored_event() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     stream.translate([engine.created(), engine.stored(A)])
     engine.next += 1
@@ -134,7 +134,7 @@ def test_a_gap_in_ids_clears_even_when_the_event_would_be_ignored() -> None:
     assert (stream.gaps, stream.blocks) == (1, 0)
 
 
-def test_after_a_gap_a_stored_child_proves_that_its_prefix_is_there() -> None:
+def test_after_a_gap_a_stored_child_proves_that_its_prefix_is_cached() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     stream.translate([engine.stored(A, B)])
     engine.next += 3
@@ -143,20 +143,20 @@ def test_after_a_gap_a_stored_child_proves_that_its_prefix_is_there() -> None:
     assert found == [Cleared(), Stored(None, [a, b]), Stored(b, [c])]
 
 
-def test_a_child_of_something_unknown_is_left_out_and_counted() -> None:
+def test_a_child_of_an_unknown_block_is_ignored_and_counted() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     assert stream.translate([engine.stored(A, parent=12345)]) == []
     assert stream.orphans == 1
 
 
-def test_ids_that_begin_again_are_a_restart() -> None:
+def test_event_ids_that_begin_again_mean_that_the_engine_restarted() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     stream.translate([engine.created(), engine.stored(A)])
     again = Engine()
     assert stream.translate([again.created(), again.stored(B, first=9)]) == [Cleared(), Stored(None, hashes(B))]
 
 
-def test_children_go_before_their_parents_and_with_them() -> None:
+def test_children_are_removed_before_their_parents_and_with_them() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     a, b, c = hashes(A, B, C)
     stream.translate([engine.stored(A, B, C)])
@@ -166,21 +166,21 @@ def test_children_go_before_their_parents_and_with_them() -> None:
     assert stream.translate([engine.removed(BIG + 2)]) == []
 
 
-def test_a_block_of_another_level_is_still_there() -> None:
+def test_a_block_moved_to_another_cache_level_is_still_cached() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     diff = {"type": "event_diff", "new_value": 1, "old_value": 0}
     updated = {"type": "updated", "block_hash": BIG, "cache_level": diff, "priority": None}
     assert stream.translate([engine.stored(A), engine.event(updated)]) == [Stored(None, hashes(A))]
 
 
-def test_an_event_that_cannot_be_understood_is_like_a_lost_one() -> None:
+def test_an_invalid_event_clears_all_like_a_lost_one() -> None:
     engine, stream = Engine(), KvStream(SIZE)
     stream.translate([engine.stored(A)])
     assert stream.translate([engine.event({"type": "stored", "blocks": [{}]})]) == [Cleared()]
 
 
-def test_blocks_whose_salt_is_not_told_are_there_until_the_last_of_them_is_gone() -> None:
-    """1.2 tells no salts: equal tokens of two tenants have two names there, and one here."""
+def test_blocks_of_unreported_salts_are_removed_with_the_last_of_them() -> None:
+    """Version 1.2 reports no salts: equal tokens of two tenants have two names there and one hash here."""
     engine, stream = Engine(), KvStream(SIZE)
     a, b = hashes(A, B)
     events = [engine.stored(A, B), engine.stored(A, B, first=5)]
@@ -189,7 +189,7 @@ def test_blocks_whose_salt_is_not_told_are_there_until_the_last_of_them_is_gone(
     assert stream.translate([engine.removed(BIG + 1, BIG)]) == [Removed([b, a])]
 
 
-def test_ranks_are_apart() -> None:
+def test_events_of_each_rank_are_translated_separately() -> None:
     first, second = Engine(rank=0), Engine(rank=1)
     streams = KvStreams(SIZE, 2)
     found = streams.translate([first.stored(A), second.stored(B), first.stored(C, first=8)])
@@ -200,12 +200,12 @@ def test_ranks_are_apart() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["store", "remove", "lose"]), st.integers(0, 9)), max_size=60))
-def test_what_is_told_is_never_more_than_what_is_there(history: list[tuple[str, int]]) -> None:
-    """A tree of prefixes grows and shrinks at its leaves; some events are lost. Whatever we tell of is a prefix-closed part
-    of it, and all of it once nothing was lost."""
+def test_reported_blocks_are_always_a_subset_of_the_cached_blocks(history: list[tuple[str, int]]) -> None:
+    """A tree of prefixes grows and shrinks at its leaves; some events are lost. The reported blocks are a prefix-closed
+    part of it, and all of it as long as nothing was lost."""
     engine, stream = Engine(), KvStream(SIZE)
     there: dict[tuple[int, ...], int] = {}  # path -> name
-    told: set[int] = set()
+    reported: set[int] = set()
     lost = False
 
     def ours(path: tuple[int, ...]) -> list[int]:
@@ -228,24 +228,24 @@ def test_what_is_told_is_never_more_than_what_is_there(history: list[tuple[str, 
             if what == "lose":
                 lost = True
                 continue
-        told = applied(stream.translate([event]), told)
+        reported = applied(stream.translate([event]), reported)
         real = {ours(path)[-1] for path in there}
-        assert told <= real
-        assert all(set(ours(path)) <= told for path in there if ours(path)[-1] in told)
+        assert reported <= real
+        assert all(set(ours(path)) <= reported for path in there if ours(path)[-1] in reported)
         if not lost:
-            assert told == real
+            assert reported == real
 
 
 def applied(events: list[KvEvent], before: Iterable[int] = ()) -> set[int]:
-    """What they add up to, and that no block is there without the one before it."""
-    told = set(before)
+    """Returns the blocks that these events add up to, and asserts that none is stored without its parent."""
+    reported = set(before)
     for event in events:
         match event:
             case Stored(parent=parent, hashes=new):
-                assert parent is None or parent in told
-                told |= set(new)
+                assert parent is None or parent in reported
+                reported |= set(new)
             case Removed(hashes=gone):
-                told -= set(gone)
+                reported -= set(gone)
             case Cleared():
-                told = set()
-    return told
+                reported = set()
+    return reported

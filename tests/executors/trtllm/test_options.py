@@ -1,4 +1,4 @@
-"""Engine options: precedence, old spellings, places, and what a role needs."""
+"""Engine options: precedence, old spellings, places of errors, and the options that a role needs."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_the_json_object_wins_over_the_file_and_the_file_over_flags(tmp_path: Pa
     assert made["kv_cache_config"] == cache | {"event_buffer_max_size": 100_000}
 
 
-def test_only_what_was_set_of_the_kv_cache_is_passed_on(tmp_path: Path) -> None:
+def test_only_kv_cache_options_that_were_set_are_passed_on(tmp_path: Path) -> None:
     assert arguments(tmp_path)["kv_cache_config"] == {"event_buffer_max_size": 100_000}
     assert arguments(tmp_path, kv_events=False)["kv_cache_config"] == {}
     off = "kv_cache_config: {enable_block_reuse: false}"
     assert arguments(tmp_path, off)["kv_cache_config"] == {"enable_block_reuse": False}
 
 
-def test_other_blocks_are_replaced_and_not_merged(tmp_path: Path) -> None:
+def test_other_nested_options_are_replaced_and_not_merged(tmp_path: Path) -> None:
     text = "cache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 9000}"
     override = '{"cache_transceiver_config": {"backend": "NIXL"}}'
     made = arguments(tmp_path, text, override_engine_args=override, max_seq_len=512)
@@ -62,7 +62,7 @@ def test_other_blocks_are_replaced_and_not_merged(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_serving_needs_is_set_unless_the_user_said_otherwise(tmp_path: Path) -> None:
+def test_options_that_serving_needs_are_set_unless_the_user_sets_them(tmp_path: Path) -> None:
     made = arguments(tmp_path)
     assert made["model"] == str(TINY_MODEL) and made["skip_tokenizer_init"] is True
     assert made["enable_iter_perf_stats"] is made["enable_chunked_prefill"] is True
@@ -75,7 +75,9 @@ def test_what_serving_needs_is_set_unless_the_user_said_otherwise(tmp_path: Path
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_the_guides_files_mean_what_todays_mean(role: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_with_old_spellings_give_the_same_options_as_current_files(
+    role: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def made(folder: Path) -> dict[str, Any]:
         config = WorkerConfig(
             executor="trtllm", disaggregation_mode=role,  # type: ignore[arg-type]
@@ -86,14 +88,14 @@ def test_the_guides_files_mean_what_todays_mean(role: str, caplog: pytest.LogCap
         return llm_arguments(options, config, ARGS, PIN)
 
     with caplog.at_level(logging.WARNING):
-        old = made(HERE / "guide")
+        old = made(HERE / "old_options")
     (record,) = caplog.records
     for name in (
         "pytorch_backend_config.max_batch_size → max_batch_size",
         "pytorch_backend_config.enable_chunked_context → enable_chunked_prefill",
         f"enable_trt_overlap → disable_overlap_scheduler: {str(role == 'prefill').lower()}",
         "cuda_graph_config.enable_cuda_graph: true → cuda_graph_config: {...}",
-        "backend → leave it out",
+        "backend → remove it",
     ):
         assert name in record.message
     caplog.clear()
@@ -146,13 +148,13 @@ def test_old_spellings_are_translated(tmp_path: Path, text: str, expected: dict[
         ("kv_cache_config: 3", "engine.yaml:1: kv_cache_config must hold keys and values"),
         ("pytorch_backend_config: 3", "pytorch_backend_config must hold keys and values"),
         ("cuda_graph_config:\n  batch_sizes: [1]\n  max_batch_size: 1", "engine.yaml:3: cuda_graph_config has both"),
-        ("backend: tensorrt", "'tensorrt' is gone from TensorRT-LLM; pytorch"),
+        ("backend: tensorrt", "'tensorrt' was removed from TensorRT-LLM; use pytorch"),
         (
             "max_batch_size: 1\npytorch_backend_config:\n  max_batch_size: 2",
             r"engine.yaml:3: max_batch_size is 2 here and 1 at .*engine.yaml:1",
         ),
         ("model: /models/other", "engine.yaml:1: the model is given with --model-path"),
-        ("cache_transceiver_config: {backend: NIXEL}", "'NIXEL' is none of .* .did you mean NIXL"),
+        ("cache_transceiver_config: {backend: NIXEL}", "'NIXEL' is not one of .* .did you mean NIXL"),
         ("cache_transceiver_config: {backend: UCX, transceiver_runtime: PYTHON}", "PYTHON needs backend NIXL, not UCX"),
         (
             "cache_transceiver_config: {backend: UCX}\nkv_cache_config: {use_kv_cache_manager_v2: true}",
@@ -162,12 +164,12 @@ def test_old_spellings_are_translated(tmp_path: Path, text: str, expected: dict[
         ("a: [", "is not YAML"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_option_is_reported_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         arguments(tmp_path, text)
 
 
-def test_an_override_is_named_as_such(tmp_path: Path) -> None:
+def test_an_invalid_override_is_reported_with_its_flag(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--override-engine-args: unknown key 'tokens_per_blok' in kv_cache_config"):
         arguments(tmp_path, override_engine_args='{"kv_cache_config": {"tokens_per_blok": 16}}')
     with pytest.raises(ConfigError, match="--override-engine-args is not JSON"):
@@ -178,9 +180,7 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     "text", ["", "cache_transceiver_config: {max_tokens_in_buffer: 100}", "cache_transceiver_config:"]
 )
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_that_hands_over_needs_a_transceiver_and_is_told_what_to_add(
-    tmp_path: Path, role: Any, text: str
-) -> None:
+def test_a_missing_transceiver_is_an_error_that_contains_the_lines_to_add(tmp_path: Path, role: Any, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         given(tmp_path, text, disaggregation_mode=role, max_seq_len=4096)
     said = str(caught.value)
@@ -200,7 +200,7 @@ def test_a_buffer_below_the_longest_prompt_is_a_warning_with_the_number(
     assert "set it to 4096" in caplog.text
 
 
-def test_a_version_without_a_key_does_not_get_it(tmp_path: Path) -> None:
+def test_options_that_a_version_lacks_are_not_passed_to_it(tmp_path: Path) -> None:
     made = arguments(tmp_path, "cache_transceiver_config: {backend: UCX}", "1.2.1", OLD_SCHEMA, max_seq_len=64)
     assert made["cache_transceiver_config"] == {"backend": "UCX", "max_tokens_in_buffer": 64}
     assert "telemetry_config" not in made
@@ -208,20 +208,20 @@ def test_a_version_without_a_key_does_not_get_it(tmp_path: Path) -> None:
         arguments(tmp_path, "cache_transceiver_config: {backend: UCX, transceiver_runtime: CPP}", "1.2.1", OLD_SCHEMA)
 
 
-def test_default_is_resolved_by_variables_then_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_backend_is_resolved_by_variables_then_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [resolved_backend("DEFAULT", v) for v in (PIN, "1.2.1")] == ["NIXL", "UCX"]
     monkeypatch.setenv("TRTLLM_USE_UCX_KVCACHE", "1")
     assert resolved_backend("DEFAULT", PIN) == "UCX" and resolved_backend("NIXL", PIN) == "NIXL"
 
 
-def test_prefill_workers_do_not_overlap_unless_told_to(tmp_path: Path) -> None:
+def test_prefill_workers_disable_the_overlap_scheduler_by_default(tmp_path: Path) -> None:
     text = "cache_transceiver_config: {backend: NIXL}\n"
     assert arguments(tmp_path, text, disaggregation_mode="prefill")["disable_overlap_scheduler"] is True
     text += "disable_overlap_scheduler: false"
     assert arguments(tmp_path, text, disaggregation_mode="prefill")["disable_overlap_scheduler"] is False
 
 
-def test_the_pins_names_are_those_of_the_contract() -> None:
+def test_the_option_names_of_the_pinned_version_match_the_contract() -> None:
     contract = json.loads((HERE.parent.parent / "doubles" / "contract.json").read_text())
     models = contract["models"]
     assert ARGS.keys() | {"model", "backend"} == models["TorchLlmArgs"].keys()

@@ -1,4 +1,4 @@
-"""Drawing tokens on the device: what `sampler.py` does, for all rows of a step at once and without waiting for it."""
+"""Sampling on the device: as in `sampler.py`, but for all rows of a step at once and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dynserve.executors.torch.cuda.packet import IN_FLIGHT, Packet
 from dynserve.executors.torch.sampler import adjust, embedding, key_of, plain
 from dynserve.wire.requests import TokenLogprob, finite
 
-CHUNKS = 64  # blocks that look at a row's logits at once, where there are few rows
+CHUNKS = 64  # upper bound of the blocks that share a row's logits
 
 
 class Drawing:
-    """The device's sampler. `packet` has the picks of `Forward.head` and every row's sampling fields."""
+    """The device's sampler. `packet` holds the picks of `Forward.head` and every row's sampling fields."""
 
     def __init__(self, forward: Forward, launcher: Launcher, vocabulary: int, most: int, device: torch.device) -> None:
         self._forward, self._launch = forward, launcher.launch
@@ -45,8 +45,8 @@ class Drawing:
     def prepare(
         self, sequences: Sequence[_Sequence], positions: Sequence[int], rows: Sequence[int], padded: int
     ) -> bool:
-        """Sends the rows to pick and how to draw from each. `positions` counts the tokens before each drawn one. True where
-        `choose` is all there is to do: nobody wants a cut distribution, other logits, or to know more than the token."""
+        """Sends the rows to pick and their sampling fields. `positions` counts the tokens before each drawn one. Returns
+        True if `choose` suffices: no row has a cut distribution or changed logits, or needs more than the token."""
         host = self.packet.fill()
         count = len(sequences)
         host["picks"][:count] = rows
@@ -82,18 +82,18 @@ class Drawing:
         )  # fmt: skip
 
     def drawn(self, count: int) -> Drawn:
-        """What the last `choose` draws."""
+        """Returns the tokens of the last `choose`."""
         return Drawn(self._hosts[self._turn], count, [])
 
     def draw(self, sequences: Sequence[_Sequence], before: Sequence[int]) -> Drawn:
-        """Draws a token for each row of the logits, whatever the requests want. `before[i]` is the row of the last step's
-        tokens that sequence `i` was given last, where its token is not known here yet, or -1."""
+        """Draws a token for each row of the logits, with all options of its request. `before[i]` is the row of sequence
+        `i`'s last token among the last step's tokens, if the host has not read it yet, or -1."""
         count = len(sequences)
         logits, pending = self._forward.logits, self._forward.drawn
-        extras = [_Extras(at, logits[at], s, self._vocabulary) for at, s in enumerate(sequences) if not plain(s)]
-        for extra in extras:
-            source = before[extra.at]
-            extra.apply(pending[source : source + 1] if source >= 0 else None)
+        special = [_SpecialRow(at, logits[at], s, self._vocabulary) for at, s in enumerate(sequences) if not plain(s)]
+        for row in special:
+            source = before[row.at]
+            row.apply(pending[source : source + 1] if source >= 0 else None)
         if self._cut:
             packet = self.packet
             self._launch(
@@ -101,27 +101,27 @@ class Drawing:
                 packet["min_ps"], self._cuts,
             )  # fmt: skip
         self.choose(count)
-        for extra in extras:
-            extra.finish(pending)
-        return Drawn(self._hosts[self._turn], count, extras)
+        for row in special:
+            row.finish(pending)
+        return Drawn(self._hosts[self._turn], count, special)
 
 
 class Drawn:
-    """Tokens on their way to the host."""
+    """Drawn tokens that are being copied to the host."""
 
-    def __init__(self, host: Tensor, count: int, extras: list[_Extras]) -> None:
-        self._host, self._count, self._extras = host, count, extras
+    def __init__(self, host: Tensor, count: int, special: list[_SpecialRow]) -> None:
+        self._host, self._count, self._special = host, count, special
 
     def read(self) -> list[Sampled]:
-        """After the device has come that far."""
+        """Returns the tokens; the step must have ended."""
         sampled = [Sampled(token) for token in self._host[: self._count].tolist()]
-        for extra in self._extras:
-            sampled[extra.at] = extra.sampled(sampled[extra.at].token_id)
+        for row in self._special:
+            sampled[row.at] = row.sampled(sampled[row.at].token_id)
         return sampled
 
 
-class _Extras:
-    """One row that wants more than a plain draw."""
+class _SpecialRow:
+    """A row whose request changes the logits, or needs log-probabilities or an embedding."""
 
     def __init__(self, at: int, logits: Tensor, sequence: _Sequence, vocabulary: int) -> None:
         self.at, self._logits, self._sequence, self._vocabulary = at, logits, sequence, vocabulary
@@ -131,7 +131,7 @@ class _Extras:
         self._logprobs: Tensor | None = None
 
     def apply(self, pending: Tensor | None) -> None:
-        """Changes the logits as the request's fields say, and keeps what is asked for of those before."""
+        """Keeps the log-probabilities that the request needs, then applies its fields to the logits."""
         sequence = self._sequence
         if sequence.pooled is not None:
             return
@@ -162,7 +162,7 @@ class _Extras:
 
 
 def _to_host(values: Tensor) -> Tensor:
-    """A copy that is there once the device has come that far."""
+    """Returns a copy in the host's memory, which is complete once the step has ended."""
     if values.device.type == "cpu":
         return values.clone()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -1,6 +1,6 @@
 """A model's forward pass over the rows of a step, in kernels and matrix products that a CUDA graph can hold.
 
-A row is one token of one sequence. All buffers stay where they are, so that a captured graph finds them again.
+A row is one token of one sequence. All buffers keep their addresses, so that captured graphs stay valid.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Layer, Transformer, rotary_angles
 
 FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS does
-SHORT = 512  # keys of a row up to which one block looks at all of them
-MAX_BESIDE = 128  # rows of a step with whole prompts that belong to none of them
+SHORT = 512  # keys of a row up to which one block processes all of them
+MAX_BESIDE = 128  # rows of a step with whole prompts that are not part of a prompt
 LONG = 2048  # tokens of a prompt from which cuDNN's attention is faster than FlashAttention 2 (H100: 60 us against 72)
-MAX_KEYS = 65_536  # that are copied out of the cache at once, for prompts that go on; a longer one's are copied alone
-MAX_SPLITS = 32  # parts that the keys of a longer row are cut into
+MAX_KEYS = 65_536  # copied out of the cache at once, for continued prompts; those of a longer prompt are copied alone
+MAX_SPLITS = 32  # parts that the keys of a longer row are split into
 
 
-class GoingOn(NamedTuple):
-    """Rows of prompts that go on behind what the cache holds. Offsets are cumulative, on the device, int32."""
+class ContinuedPrompts(NamedTuple):
+    """Rows of prompts whose first keys are in the cache already. Offsets are cumulative, on the device, int32."""
 
     rows: int
     query_offsets: Tensor
     query_longest: int
-    blocks: Tensor  # [n] of all of them, one after the other
-    key_offsets: Tensor  # in tokens, up to the end of each one's last block
-    key_lengths: Tensor  # without what the last block does not hold yet
+    blocks: Tensor  # [n] of all prompts, one after the other
+    key_offsets: Tensor  # in tokens, up to the end of each prompt's last block
+    key_lengths: Tensor  # in tokens, without the unused end of the last block
     key_longest: int
 
 
 class Prompts(NamedTuple):
-    """The rows of a long step that are parts of prompts, and come first in it: fresh ones whose keys are all among the
-    rows, then those that go on, in groups whose keys together fit the memory that is kept for them."""
+    """The prompt rows of a long step, which come first in it: fresh prompts, whose keys are all among the rows, then
+    continued ones, in groups whose keys together fit the memory that is reserved for them."""
 
     fresh_sizes: list[int]
     fresh_offsets: Tensor
-    going_on: list[GoingOn]
+    continued: list[ContinuedPrompts]
 
     @property
     def rows(self) -> int:
-        return sum(self.fresh_sizes) + sum(group.rows for group in self.going_on)
+        return sum(self.fresh_sizes) + sum(group.rows for group in self.continued)
 
 
 class Forward:
-    """The layers and the head. `rows` is the packet of `slots`, `positions`, `sources`, `tokens` and `changes`."""
+    """A model's layers and head. `rows` is the packet of `slots`, `positions`, `sources`, `tokens` and `changes`."""
 
     def __init__(
         self, model: Transformer, cache: KvCache, shape: Shape, launcher: Launcher, *, max_rows: int, slots: int,
@@ -96,7 +96,7 @@ class Forward:
 
     @staticmethod
     def kernel_names(shape: Shape, qkv_bias: bool) -> list[str]:
-        """All that a `Forward` launches."""
+        """Returns the names of all kernels that a `Forward` launches."""
         names = [attend_name(1, True), attend_name(1, False), attend_name(shape.heads_together, False)]
         names += [p.kernel(columns)[0] for columns in (1, FEW) for p in products(shape, qkv_bias).values()]
         return [*names, "begin", "rope_write", "rms_norm", "silu_mul"]
@@ -108,8 +108,8 @@ class Forward:
         )  # fmt: skip
 
     def layers(self, rows: Packet, count: int, *, alone: bool, short: bool) -> None:
-        """From embeddings to hidden states, both in `x[:count]`; keys and values go into the cache. `alone`: every row is a
-        sequence of its own. `short`: none of them has more than `SHORT` keys."""
+        """Maps embeddings to hidden states, both in `x[:count]`, and writes keys and values into the cache. `alone`: every
+        row is a sequence of its own. `short`: no row has more than `SHORT` keys."""
         for index, layer in enumerate(self._model.layers):
             if count <= FEW:
                 self._layer_of_few(layer, index, rows, count, alone, short)
@@ -117,8 +117,8 @@ class Forward:
                 self._layer(layer, index, rows, count, short, None)
 
     def layers_with_prompts(self, rows: Packet, count: int) -> None:
-        """The same where prompts are among the rows, which come first and are whole: `offsets` has where each begins and
-        ends. `beside` lists the other rows, each of which is looked after by itself, and ends with -1s."""
+        """Does the same for a step that begins with whole prompts: `offsets` holds where each begins and ends. `beside`
+        lists the other rows, whose attention is computed row by row, and is padded with -1."""
         for index, layer in enumerate(self._model.layers):
             self._layer(layer, index, rows, count, False, None, prompts=True)
 
@@ -128,7 +128,7 @@ class Forward:
                 self._layer(layer, index, rows, count, False, prompts)
 
     def head(self, picks: Tensor, count: int) -> None:
-        """`logits[:count]`, float32, of the rows that `picks` names."""
+        """Computes `logits[:count]`, float32, of the rows in `picks`."""
         model = self._model
         if count <= FEW:
             self._product("head", model.head, self.x, self.logits, count, norm=model.norm, pick=picks)
@@ -147,7 +147,7 @@ class Forward:
 
     def _layer_of_few(self, layer: Layer, index: int, rows: Packet, count: int, alone: bool, short: bool) -> None:
         x, qkv, attended, mid = self.x, self._qkv, self._attended, self._mid
-        # the first kernel waits for the step's own data in full: what the others read before they wait is there then
+        # the first kernel starts after all of the step's data is written, so the others may read it before they wait
         self._product("qkv", layer.qkv, x, qkv, count, bias=layer.qkv_bias, norm=layer.attn_norm, early=index > 0)
         if not alone:
             self._rope_write(layer, index, rows, count)
@@ -208,7 +208,7 @@ class Forward:
         short: bool,
         listed: Tensor | None = None,
     ) -> None:
-        """Attention of rows `first` on, each over its own sequence up to itself."""
+        """Computes attention of the rows from `first` on, each over its own sequence up to itself."""
         shape = self._shape
         together = _together(count, shape)
         self._launch(
@@ -219,7 +219,7 @@ class Forward:
         )  # fmt: skip
 
     def _whole_prompts(self, qkv: Tensor, offsets: Tensor, count: int) -> Tensor:
-        """What prompts attend to, `[count, heads * head_dim]`; of other rows nothing that could be used."""
+        """Returns the attention of whole prompts, `[count, heads * head_dim]`; the values of other rows are meaningless."""
         q, k, v = self._heads(qkv)
         return causal_attention(q, k, v, offsets, offsets, count, count, None).view(count, -1)
 
@@ -241,7 +241,7 @@ class Forward:
             longest = max(sizes)
             out[:fresh] = causal_attention(q[:fresh], k[:fresh], v[:fresh], offsets, offsets, longest, longest, None)
         first = fresh
-        for group in prompts.going_on:
+        for group in prompts.continued:
             last = first + group.rows
             stored = self._cache.memory[group.blocks, index].transpose(0, 1)
             keys, values = (half.reshape(-1, shape.kv_heads, shape.head_dim) for half in stored)
@@ -253,7 +253,7 @@ class Forward:
 
 
 def products(shape: Shape, qkv_bias: bool) -> dict[str, Product]:
-    """The matrix products of a model."""
+    """Returns the matrix products of a model, by name."""
     width = shape.heads * shape.head_dim
     return {
         "qkv": Product(shape.qkv, shape.hidden, NORM | BIAS if qkv_bias else NORM),
@@ -265,25 +265,25 @@ def products(shape: Shape, qkv_bias: bool) -> dict[str, Product]:
 
 
 def _together(rows: int, shape: Shape) -> int:
-    """Query heads that one block looks after: one, while blocks are few."""
+    """Returns the number of query heads per block: one, if there are few rows."""
     return 1 if rows <= FEW else shape.heads_together
 
 
 def splits_for(rows: int, shape: Shape, *, short: bool) -> int:
-    """Parts of a row's keys that blocks look at side by side: more where few rows would leave the card idle."""
+    """Returns the parts of a row's keys that blocks process in parallel: more if few rows would leave the GPU idle."""
     if short:
         return 1
     return max(4, min(MAX_SPLITS, 2 * BLOCKS // (rows * shape.heads // _together(rows, shape))))
 
 
 def interleave(layer: Layer) -> None:
-    """Puts each row of the gate beside its row of up, so that one warp computes both. Of a layer once."""
+    """Puts each row of the gate beside its row of up, so that one warp computes both. Called once per layer."""
     gate, up = layer.gate_up.chunk(2)
     layer.gate_up = torch.stack([gate, up], dim=1).reshape(layer.gate_up.shape)
 
 
 def matrix_product_f32(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`x @ weight.T` of bfloat16 matrices, not rounded to bfloat16 again."""
+    """Computes `x @ weight.T` of bfloat16 matrices in float32, without rounding the result to bfloat16."""
     if x.is_cuda:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     else:
@@ -291,7 +291,7 @@ def matrix_product_f32(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _attend_whole(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Causal attention of a whole sequence, `[rows, heads, head_dim]`, by the library that is the fastest for long ones."""
+    """Computes causal attention of a whole sequence, `[rows, heads, head_dim]`, with the fastest library for long ones."""
     queries, keys, values = (part.transpose(0, 1)[None] for part in (q, k, v))
     attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     out.copy_(attended[0].transpose(0, 1))
@@ -301,7 +301,7 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, q_longest: int, k_longest: int,
     k_lengths: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Attention of several sequences, `[rows, heads, head_dim]`, whose last queries and last keys belong together."""
+    """Returns causal attention of several sequences, `[rows, heads, head_dim]`. Each last query is at the last key."""
     if q.is_cuda:
         found: Tensor = torch.ops.aten._flash_attention_forward(
             q, k, v, q_offsets, k_offsets, q_longest, k_longest, 0.0, True, False, seqused_k=k_lengths

@@ -1,21 +1,21 @@
-// The kernels of one model step on a GPU, for one model's shape: sizes are macros, which the compiler is given
-// (`kernels.py`), so that loops unroll and indices fold.
+// The kernels of one model step on a GPU, for one model's shape: sizes are macros, which `kernels.py` defines, so that
+// loops unroll and indices fold.
 //
-// A step of a few rows only streams the weights through the chip once. What keeps it from doing so at full speed are the gaps
-// between kernels. So there are few of them, five a layer, and each starts before the one before it has ended (programmatic
-// dependent launch): it loads its weights, which nobody writes, and only then waits for its input.
+// A step of a few rows only streams the weights through the chip once. Gaps between kernels keep it from doing so at full
+// speed. So there are few kernels, five a layer, and each starts before the previous one has ended (programmatic dependent
+// launch): it loads its weights, which are constant, and only then waits for its input.
 //
 //     product NORM|BIAS   x --> q, k, v                      product NORM|SILU   x --> silu(gate) * up
 //     attend              q, k, v, cache --> attention       product RESIDUAL    x += down(...)
 //     product RESIDUAL    x += o(attention)
 //
-// For a single row gemv takes product's place: sums over lanes cost less then than tensor cores that are mostly idle.
+// For a single row, gemv replaces product: sums over lanes then cost less than tensor cores that are mostly idle.
 // With more rows, matrix products are cuBLAS's, and rms_norm, rope_write, attend and silu_mul stand between them.
 //
 // A row is one token of one sequence. Where rows of a step belong to the same sequence (a prompt), rope_write has stored the
 // keys of all of them before attend reads any; with one row per sequence attend does both, and saves a kernel.
 //
-// Arithmetic is float32, memory bfloat16. A row whose position is negative fills a batch up: nothing is written for it.
+// Arithmetic is float32, memory bfloat16. A row with a negative position is padding: nothing is written for it.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -175,8 +175,8 @@ __device__ __forceinline__ void multiply_add(float* c, u32 a0, u32 a1, u32 a2, u
 // out = W f(x) for up to 8 * EIGHTS columns x of K elements; W is [n, K]. A block has TILES tiles of 16 rows of W; the other
 // warps split K. NORM: f is RMS normalisation. SILU: rows of W alternate between gate and up. PICK: column c is x[pick[c]].
 //
-// The tensor cores multiply, although there is little to multiply: so no sum has to be passed between lanes. In which order
-// elements of K are taken does not matter if it is the same on both sides: each lane takes 8 that lie side by side.
+// The tensor cores multiply, although there is little to multiply: so no sum has to be passed between lanes. The order of
+// the elements of K does not matter if it is the same on both sides: each lane reads 8 adjacent ones.
 template <int K, int TILES, int EIGHTS, int FLAGS>
 __global__ void __launch_bounds__(256, 2)
 product(const bf16* weights, const bf16* x, void* out, int n, int columns, const bf16* bias, const bf16* norm, const int* pick) {
@@ -272,8 +272,8 @@ product(const bf16* weights, const bf16* x, void* out, int n, int columns, const
     }
 }
 
-// Eight elements of a head after its norm (QK_NORM) and its rotary embedding, for this lane of the head's lanes. `rope` holds,
-// for each position, HALF cosines and HALF sines; elements are paired by halves, as in GPT-NeoX.
+// Computes eight elements of a head after its norm (QK_NORM) and its rotary embedding, for this lane of the head's lanes.
+// `rope` holds, for each position, HALF cosines and HALF sines; elements are paired by halves, as in GPT-NeoX.
 __device__ __forceinline__ void rotated(const bf16* head, const bf16* norm, const float* rope, int position, int lane, float* out) {
     int other = lane ^ (LANES_PER_KEY / 2);
     float a[8], b[8];
@@ -299,15 +299,15 @@ __device__ __forceinline__ void rotated(const bf16* head, const bf16* norm, cons
     }
 }
 
-// Where a position's key (which = 0) or value (1) of one layer is: [blocks, LAYERS, 2, BLOCK, KV_HEADS, HEAD_DIM].
+// Returns the offset of a position's key (which = 0) or value (1) in [blocks, LAYERS, 2, BLOCK, KV_HEADS, HEAD_DIM].
 __device__ __forceinline__ size_t place(const int* table, int position, int layer, int which, int head) {
     size_t block = (size_t)table[position / BLOCK] * LAYERS + layer;
     return (((block * 2 + which) * BLOCK + position % BLOCK) * KV_HEADS + head) * HEAD_DIM;
 }
 
-// One block for HPB query heads of one row and one part of its keys. Each warp looks at other keys; so do the lane groups of
-// a warp. All keep a running maximum and a sum (online softmax), which are put together at the end, over the lane groups,
-// the warps and, by whoever is last, over the parts. `listed` names the rows, where not all are meant, and ends with -1s.
+// One block computes HPB query heads of one row and one part of its keys. Each lane group of each warp processes different
+// keys and keeps a running maximum and a sum (online softmax). These are merged at the end over the lane groups, the warps
+// and, by the last block, over the parts. `listed`, if given, lists the rows to compute and is padded with -1.
 template <int HPB, int FUSED, int UNROLL>
 __global__ void __launch_bounds__(256)
 attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const int* slots, const int* positions,
@@ -339,7 +339,7 @@ attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const i
     };
     let_next_start();
     if (FUSED) load(from);  // earlier steps have written these
-    wait_for_input();  // also where there is nothing to do: what comes after may rely on what came before
+    wait_for_input();  // also if there is nothing to do: later kernels may rely on earlier ones having ended
     if (from >= length) return;
     if (!FUSED) load(from);
     int used = (length + span - 1) / span;
@@ -492,8 +492,8 @@ attend(const bf16* qkv, bf16* cache, const int* tables, int table_width, const i
     }
 }
 
-// The first kernel of a step: changes to block tables, and each row's embedding. A row's token is the one that another step
-// has drawn, which the host need not know yet, where `sources` says which.
+// The first kernel of a step: applies changes to the block tables and loads each row's embedding. If `sources` is not
+// negative, the row's token is that row of the last step's draws, which the host need not have read yet.
 __global__ void begin(const int* changes, int* tables, int table_width, const int* sources, const int* tokens,
                       const int* drawn, const bf16* embedding, bf16* x) {
     int number = changes[0];
@@ -506,7 +506,7 @@ __global__ void begin(const int* changes, int* tables, int table_width, const in
     for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) ((uint4*)(x + (size_t)row * HIDDEN))[i] = from[i];
 }
 
-// Rotary embedding of all rows' queries and keys, in place; keys and values are stored in the cache as well.
+// Applies the rotary embedding to all rows' queries and keys, in place, and stores keys and values in the cache.
 __global__ void __launch_bounds__(256)
 rope_write(bf16* qkv, bf16* cache, const int* tables, int table_width, const int* slots, const int* positions,
            const float* rope, const bf16* q_norm, const bf16* k_norm, int layer) {
@@ -561,7 +561,7 @@ __global__ void __launch_bounds__(256) rms_norm(const bf16* x, const bf16* weigh
     }
 }
 
-// [rows, 2 · INTERMEDIATE] of alternating gate and up to [rows, INTERMEDIATE].
+// Maps [rows, 2 · INTERMEDIATE] of alternating gate and up to [rows, INTERMEDIATE].
 __global__ void __launch_bounds__(256) silu_mul(const bf16* gate_up, bf16* out) {
     let_next_start();
     wait_for_input();
@@ -581,7 +581,7 @@ __device__ __forceinline__ u32 ordered(float value) {  // larger floats are larg
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// By value, and among equals the smaller token first. Never 0, which stands for none.
+// A rank by value; among equal values, the smaller token ranks higher. Never 0, which means no token.
 __device__ __forceinline__ u64 order(float value, int token) { return ((u64)ordered(value) << 32) | (u32)~token; }
 
 __device__ __forceinline__ u32 mixed(u32 x) {  // MurmurHash3's 32-bit finaliser
@@ -592,13 +592,13 @@ __device__ __forceinline__ u32 mixed(u32 x) {  // MurmurHash3's 32-bit finaliser
     return x ^ x >> 16;
 }
 
-// Standard Gumbel noise of a token: a function of the draw's key and the token alone.
+// Returns standard Gumbel noise of a token: a function of the draw's key and the token alone.
 __device__ __forceinline__ float gumbel(u32 low, u32 high, int token) {
     u32 bits = mixed(mixed((u32)token * 0x9e3779b1u + low) ^ high);
     return -logf(-log1pf(-fminf(((float)bits + 0.5f) * 2.3283064365386963e-10f, 0.99999994f)));
 }
 
-// Calls `use(value, token)` for every logit of a row that is not minus infinity, by all threads of so many blocks.
+// Calls `use(value, token)` for every logit of a row that is not minus infinity; `blocks` blocks share the row.
 template <typename Use>
 __device__ __forceinline__ void for_each_logit(const float* logits, int block, int blocks, Use use) {
 #if VOCABULARY % 4 == 0
@@ -630,9 +630,9 @@ __device__ __forceinline__ u64 highest_of_block(u64 value, u64* shared) {
     return value;
 }
 
-// Draws one token per row: the largest of logit / temperature + noise among those that the row's cut leaves (Gumbel-max). A
-// temperature of 0 takes the likeliest. Blocks share a row; the last one writes its token, for the next step and, into the
-// `turn`th of its arrays, for the host.
+// Draws one token per row: the largest of logit / temperature + noise among those not below the row's cut (Gumbel-max). A
+// temperature of 0 selects the likeliest. Blocks share a row; the last one writes its token to `drawn`, for the next step,
+// and to the `turn`th array of `hosts`, for the host.
 __global__ void __launch_bounds__(256)
 choose(const float* logits, const float* temperatures, const u32* keys, const u64* cuts, u64* best, u32* arrived,
        int* drawn, int* hosts, const int* turn, int host_size) {
@@ -661,9 +661,9 @@ choose(const float* logits, const float* temperatures, const u32* keys, const u6
     hosts[(size_t)*turn * host_size + row] = token;
 }
 
-// Where a row's distribution is cut: tokens whose `order` is below `cuts[row]` cannot be drawn. top-k, then top-p of what that
-// leaves, then min-p. One block a row. A cut is found by a histogram of the logits, of which the bin with the cut in it is
-// then looked at token by token. Masses are integers, so that sums do not depend on their order.
+// `truncate` cuts each row's distribution: tokens whose `order` is below `cuts[row]` cannot be drawn. Top-k comes first,
+// then top-p of the remaining tokens, then min-p. One block per row. A histogram of the logits finds the bin of the
+// cut, whose tokens are then compared one by one. Masses are integers, so that sums do not depend on their order.
 #define BINS 2048
 #define LISTED 1024
 
@@ -671,7 +671,7 @@ __device__ __forceinline__ u64 mass_of(float value, float top, float temperature
     return (u64)(expf((value - top) / temperature) * 4294967296.f);
 }
 
-// The lowest `order` that is kept when those before it have at most `most` (tokens, or mass with `by_mass`) in all.
+// Returns the lowest `order` that is kept: those above it have less than `most` in all (tokens, or mass with `by_mass`).
 __device__ u64 find_cut(const float* logits, float top, float bottom, float temperature, u64 floor, bool by_mass, u64 most,
                         u32* counts, u64* masses, u64* listed, u64* listed_mass, u64* sums, u64* shared) {
     float near = 0.f, far = top - bottom;
@@ -688,7 +688,7 @@ __device__ u64 find_cut(const float* logits, float top, float bottom, float temp
             if (by_mass) atomicAdd(masses + bin, mass_of(value, top, temperature));
         });
         __syncthreads();
-        if (threadIdx.x < 64) {  // sums of 32 bins each, so that one thread has not to look at all of them
+        if (threadIdx.x < 64) {  // sums of 32 bins each, so that one thread need not read all bins
             u64 sum = 0;
             for (int b = threadIdx.x * 32; b < threadIdx.x * 32 + 32; b++) sum += by_mass ? masses[b] : counts[b];
             sums[threadIdx.x] = sum;
@@ -710,7 +710,7 @@ __device__ u64 find_cut(const float* logits, float top, float bottom, float temp
         __syncthreads();
         before = shared[0];
         int found = (int)shared[1];
-        if (found == BINS) return floor;  // all of them together are not more than that
+        if (found == BINS) return floor;  // all tokens together have less than `most`
         u32 number = counts[found];
         float low = near, high = far;
         if (number <= LISTED) {
@@ -739,7 +739,7 @@ __device__ u64 find_cut(const float* logits, float top, float bottom, float temp
         far = low + (found + 1) / scale;
         __syncthreads();
     }
-    return floor;  // more equal logits than can be listed: all of them stay
+    return floor;  // more equal logits than can be listed: all of them are kept
 }
 
 __global__ void __launch_bounds__(1024)

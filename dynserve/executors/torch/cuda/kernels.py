@@ -1,7 +1,7 @@
-"""Compiles `kernels.cu` for one model's shape and launches what comes out.
+"""Compiles `kernels.cu` for one model's shape and launches the kernels.
 
-NVRTC, which torch's CUDA wheels bring along, takes some seconds; the result is kept in the user's cache folder, by a
-hash of everything that it depends on.
+NVRTC, which torch's CUDA wheels contain, takes some seconds; the result is kept in the user's cache folder, under a hash
+of all its inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynserve.executors.torch.model import ModelConfig
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 WARPS = 8  # of a block
-BLOCKS = 264  # that keep a card of about 130 multiprocessors busy
+BLOCKS = 264  # that keep a GPU of about 130 multiprocessors busy
 NORM, BIAS, RESIDUAL, SILU, FLOAT, PICK = 1, 2, 4, 8, 16, 32  # as in kernels.cu
 
 
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
     @property
     def heads_together(self) -> int:
-        """Query heads that one block of `attend` looks after when there are many rows: as many of a group as fit."""
+        """Query heads per block of `attend` when there are many rows: up to 8, so that blocks divide a group evenly."""
         return max(h for h in range(1, 9) if self.group % h == 0)
 
     def macros(self) -> list[str]:
@@ -74,39 +74,39 @@ class Shape(NamedTuple):
 
 
 def unfit(config: ModelConfig) -> str | None:
-    """Why these kernels do not compute such a model, if they do not."""
+    """Returns the reason why the kernels cannot compute this model, or None if they can."""
     if config.head_dim not in (32, 64, 128):
         return f"heads of {config.head_dim} elements; the kernels compute 32, 64 and 128"
     if config.num_heads % config.num_kv_heads:
-        return f"{config.num_heads} heads cannot share {config.num_kv_heads} of keys and values evenly"
+        return f"{config.num_heads} query heads cannot share {config.num_kv_heads} key-value heads evenly"
     if config.hidden_size % 8 or config.intermediate_size % 8:
-        return f"sizes of {config.hidden_size} and {config.intermediate_size}, which are not multiples of 8"
+        return f"sizes of {config.hidden_size} and {config.intermediate_size}; the kernels compute multiples of 8"
     if config.o_bias:
-        return "biases behind attention"
+        return "biases after attention, which the kernels do not compute"
     return None
 
 
 class Product(NamedTuple):
-    """A matrix product of a few columns: an `[n, k]` matrix, and what is done around it."""
+    """A product of an `[n, k]` matrix and a few columns; `flags` select the operations before and after it."""
 
     n: int
     k: int
     flags: int
 
     def kernel(self, columns: int) -> tuple[str, int]:
-        """The kernel's name and number of blocks."""
+        """Returns the kernel's name and its number of blocks."""
         if columns == 1:
             warps, rows = self._shares
             return f"gemv<{self.k}, {warps}, {rows}, {self.flags}>", -(-self.n // (WARPS // warps * rows))
-        # tiles of 16 rows in a block: as many as leave enough blocks to fill a card
+        # tiles of 16 rows in a block: as many as leave enough blocks to fill a GPU
         tiles = max(t for t in (1, 2, 4, 8) if t == 1 or self.n / 16 / t >= BLOCKS)
         return f"product<{self.k}, {tiles}, {-(-columns // 8)}, {self.flags}>", -(-self.n // (16 * tiles))
 
     @property
     def _shares(self) -> tuple[int, int]:
-        """For a single column, how many warps share how many rows of the matrix. Each thread loads so many pieces of 16
-        bytes that there are about `BLOCKS` blocks, at most 16. Of the ways to do so, one that wastes few lanes and has
-        short sums."""
+        """Returns, for a single column, how many warps share how many rows of the matrix. Each thread loads up to 16 pieces
+        of 16 bytes, so that there are about `BLOCKS` blocks. Among these choices, one with few idle lanes and short
+        sums is best."""
         chunks = self.k // 8
         wanted = min(16.0, max(1.0, self.n * chunks / (32 * WARPS) / BLOCKS))
         best, shares = math.inf, (WARPS, 2 if self.flags & SILU else 1)
@@ -133,7 +133,7 @@ class Launcher(Protocol):
         self, kernel: str, grid: tuple[int, int, int], threads: int, *args: Argument, early: bool = False
     ) -> None:
         """Launches a kernel by its C++ name. Tensors are passed as pointers, None as a null pointer. With `early` it may
-        start before the kernel before it has ended, which it waits for by itself."""
+        start before the previous kernel has ended, and must wait for that itself."""
         ...
 
 
@@ -156,14 +156,14 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 class KernelsFailed(Exception):
-    """The compiler is not here, or does not take the kernels."""
+    """The compiler is missing, or rejects the kernels."""
 
 
 class Kernels:
-    """The compiled kernels, on the current device. Raises KernelsFailed where there is no compiler.
+    """The compiled kernels, on the current device. Raises KernelsFailed if there is no compiler.
 
-    The driver is called through ctypes: the bindings take several times as long for a launch, and a long prompt is hundreds
-    of them.
+    The driver is called through ctypes: a launch through the bindings takes several times as long, and a long prompt needs
+    hundreds of launches.
     """
 
     def __init__(self, shape: Shape, names: Sequence[str]) -> None:
@@ -177,7 +177,7 @@ class Kernels:
             name: int(checked(driver.cuModuleGetFunction(self._module, symbol.encode())))
             for name, symbol in compiled.symbols.items()
         }
-        # not CDLL, which would let go of the interpreter for each launch, and wait to get it back
+        # not CDLL, which would release the interpreter lock for each launch, and wait to get it back
         self._launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
         self._launch.argtypes = [ctypes.c_void_p] * 4
         attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
@@ -199,7 +199,7 @@ class Kernels:
 
 
 def arguments(args: Sequence[Argument]) -> list[ctypes.c_int | ctypes.c_void_p]:
-    """As C passes them: integers, and pointers."""
+    """Converts the arguments to C integers and pointers."""
     boxes: list[ctypes.c_int | ctypes.c_void_p] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -224,7 +224,7 @@ def _compiled(shape: Shape, names: Sequence[str], architecture: str) -> _Compile
         return msgspec.msgpack.decode(path.read_bytes(), type=_Compiled)
     try:
         compiled = _compile(source, names, flags)
-    except RuntimeError as error:  # the library is not found, say
+    except RuntimeError as error:  # the library is missing, for example
         raise KernelsFailed(str(error).splitlines()[0]) from error
     with contextlib.suppress(OSError):  # a cache that cannot be written costs some seconds at the next start
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def _cache_folder() -> Path:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """The first value of a call of CUDA, whose answers begin with an error code."""
+    """Returns the first value of a CUDA call's result, after the error code. Raises RuntimeError if the call failed."""
     error, *values = answer
     if error.value:
         raise RuntimeError(f"CUDA: {error.name}")

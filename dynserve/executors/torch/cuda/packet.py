@@ -1,4 +1,4 @@
-"""What the host tells the device about a step: arrays of equal lifetime, sent in one copy."""
+"""The host's input to a step on the device: arrays of equal lifetime, sent in one copy."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IN_FLIGHT = (
-    3  # packets that the host may fill before the device has read the first of them: one more than steps in flight
-)
+# packets that the host may fill before the device has read the first of them: one more than steps in flight
+IN_FLIGHT = 3
 
 _NUMPY = {torch.int32: np.int32, torch.float32: np.float32}
 
 
 class Packet:
     """Arrays by name, at the same addresses on the device for every step. `names` gives each one's length and type, which
-    has four bytes. The host writes into `fill()`, and `send` copies that: nobody waits."""
+    has four bytes. The host writes into the arrays of `fill()`, and `send` copies them without waiting."""
 
     def __init__(self, names: Mapping[str, tuple[int, torch.dtype]], device: torch.device) -> None:
         self._names = dict(names)
@@ -36,7 +35,7 @@ class Packet:
         return self._tensors[name]
 
     def fill(self) -> dict[str, NDArray[Any]]:
-        """The host's arrays for the next step. What they hold is of `IN_FLIGHT` steps before."""
+        """Returns the host's arrays for the next step. They still hold the values of `IN_FLIGHT` steps before."""
         self._at = (self._at + 1) % IN_FLIGHT
         return self._arrays[self._at]
 

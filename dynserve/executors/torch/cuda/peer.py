@@ -1,7 +1,7 @@
 """The carrier between GPUs of one machine: the decode worker reads the prefill worker's KV cache over NVLink or PCIe.
 
-The prefill worker shows its cache (CUDA IPC); one kernel of the decode worker reads the blocks out of there straight into
-its own. Nothing is gathered, staged or scattered, and the prefill worker's GPU computes on.
+The prefill worker exports its cache (CUDA IPC); one kernel of the decode worker copies the blocks from there straight into
+its own. Nothing is gathered, staged or scattered, and the prefill worker's GPU keeps computing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True):
     handle: bytes  # of the allocation that the cache is in
-    offset: int  # of the cache in it, bytes
+    offset: int  # of the cache in that allocation, bytes
     num_blocks: int
     blocks: list[int]
 
 
 class PeerCarrier:
-    """Of one KV cache on a GPU."""
+    """The CUDA IPC carrier of one KV cache on a GPU."""
 
     name = "cuda-ipc"
     kernel_names: ClassVar[list[str]] = ["move_blocks"]
@@ -50,7 +50,7 @@ class PeerCarrier:
         handle = checked(driver.cuIpcGetMemHandle(base))
         self._handle = bytes(handle.reserved)
         self._offset = cache.memory.data_ptr() - int(base)
-        self._opened: dict[str, _Opened] = {}  # by their owners' addresses
+        self._opened: dict[str, _Opened] = {}  # by the worker's address
         self._stream = torch.cuda.Stream(cache.memory.device)  # type: ignore[no-untyped-call]
 
     def hello(self) -> bytes:
@@ -69,7 +69,7 @@ class PeerCarrier:
         except MALFORMED as error:
             raise CarrierFailed from error
         if len(offer.blocks) != len(blocks) or not all(0 <= block < offer.num_blocks for block in offer.blocks):
-            raise CarrierFailed from ValueError("the other side offers other blocks than were asked for")
+            raise CarrierFailed from ValueError("the prefill worker's offer does not match the requested blocks")
         torch.cuda.set_device(self._cache.memory.device)
         try:
             opened = self._open(channel.peer, offer.handle)
@@ -81,7 +81,7 @@ class PeerCarrier:
             try:
                 await finished(done.query)
             except asyncio.CancelledError:
-                done.synchronize()  # it writes to blocks that are given back now
+                done.synchronize()  # the copy writes to blocks that are freed now
                 raise
         finally:
             opened.users -= 1
@@ -92,7 +92,7 @@ class PeerCarrier:
         cache = self._cache
         assert cache.stream is not None
         size = cache.block_bytes // 16
-        # what was begun before may still write to blocks that are ours now; later steps go on beside the copy
+        # earlier steps may still write to these blocks; later steps run in parallel with the copy
         self._stream.wait_event(cache.stream.record_event())
         with torch.cuda.stream(self._stream):
             from_, to = cache.index(theirs), cache.index(ours)
@@ -103,7 +103,7 @@ class PeerCarrier:
             return done
 
     def lost(self, peer: str) -> None:
-        """Closes its memory, which is not free there as long as it is open here, although its owner may have died."""
+        """Closes the peer's memory, which is not freed as long as it is open here, even if its owner has died."""
         opened = self._opened.get(peer)
         if opened is None:
             return
@@ -118,9 +118,9 @@ class PeerCarrier:
 
     def _open(self, peer: str, handle: bytes) -> _Opened:
         found = self._opened.get(peer)
-        if found is not None and (found.lost or found.handle != handle):  # it has started again at the same address
+        if found is not None and (found.lost or found.handle != handle):  # the worker has restarted at the same address
             if found.users:
-                raise RuntimeError("the memory of the worker that was there before is still being read")
+                raise RuntimeError("the memory of the previous worker at this address is still being read")
             self.lost(peer)
             found = None
         if found is None:
@@ -133,7 +133,7 @@ class PeerCarrier:
 
 
 class _Opened:
-    """Another worker's memory."""
+    """Another worker's memory, opened in this process."""
 
     def __init__(self, handle: bytes, pointer: int) -> None:
         self.handle, self.pointer = handle, pointer

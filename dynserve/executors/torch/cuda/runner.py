@@ -1,11 +1,11 @@
-"""Steps on a GPU: rows are laid out on the host, computed in CUDA graphs, drawn from on the device, and read a step later.
+"""Steps on a GPU: laid out on the host, computed in CUDA graphs, sampled on the device, and read one step later.
 
-Three ways through the model, by what a step holds:
+The size of a step decides how the model computes it:
 
     up to 8 tokens     own matrix products, five or six kernels a layer    a graph for each of some sizes
     up to 512 tokens   cuBLAS, attention row by row                        a graph for each of some sizes
     up to 2,048        cuBLAS, whole prompts by FlashAttention             a graph for each of some sizes
-    more               cuBLAS, prompts by FlashAttention or cuDNN          no graph: the device is busy
+    more               cuBLAS, prompts by FlashAttention or cuDNN          no graph: the device is busy anyway
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dynserve.executors.scheduler import Sampled, SequenceState, Slice
 from dynserve.executors.scheduler import Sequence as _Sequence
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.cuda.drawing import Drawing, Drawn
-from dynserve.executors.torch.cuda.forward import FEW, MAX_BESIDE, MAX_KEYS, SHORT, Forward, GoingOn, Prompts
+from dynserve.executors.torch.cuda.forward import FEW, MAX_BESIDE, MAX_KEYS, SHORT, ContinuedPrompts, Forward, Prompts
 from dynserve.executors.torch.cuda.kernels import Launcher, Shape
 from dynserve.executors.torch.cuda.packet import Packet
 from dynserve.executors.torch.model import Transformer
@@ -34,15 +34,15 @@ from dynserve.executors.torch.whole import observe_prompt
 
 log = logging.getLogger(__name__)
 
-# rows that graphs are captured for
+# step sizes, in rows, that graphs are captured for
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)
 SIZES_WITH_PROMPTS = (768, 1024, 1280, 1536, 1792, 2048)  # of steps with whole prompts among the rows
-MAX_PROMPTS = 32  # that these have room for
-MAX_CHANGES = 1024  # of block tables, that a step's packet has room for
+MAX_PROMPTS = 32  # per such step
+MAX_CHANGES = 1024  # of block tables, per step's packet
 
 
 class Capture:
-    """Runs what it is given, and keeps it as a CUDA graph, if the device has them."""
+    """CUDA graphs by name. A device without graphs runs the functions themselves."""
 
     def __init__(self, device: torch.device) -> None:
         self._on = device.type == "cuda"
@@ -61,7 +61,7 @@ class Capture:
     def keep(self, name: Any, launch: Callable[[], None]) -> None:
         if not self._on:
             return
-        launch()  # libraries set themselves up with the first call, which a graph must not hold
+        launch()  # libraries initialise themselves in the first call, which must not be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
@@ -71,7 +71,7 @@ class Capture:
 
 
 class _Slot:
-    """A sequence's row of the device's block tables, and what is in it."""
+    """A sequence's row of the device's block tables, and its contents."""
 
     def __init__(self, number: int, sequence: _Sequence) -> None:
         self.number, self.sequence = number, sequence
@@ -79,14 +79,14 @@ class _Slot:
 
 
 class _Rows(NamedTuple):
-    """A step laid out: for each slice that samples its last row, and where its last token comes from."""
+    """The slices of a step that sample: the last row of each, and the source of its last token."""
 
     picks: list[int]
     sources: list[int]  # row of the last step's tokens, or -1
 
 
 class CudaStep:
-    """A step that the device computes, or has computed. Its work may be in another order than what was asked for."""
+    """A step that the device computes, or has computed. Its work may be in another order than in `begin`."""
 
     def __init__(self, work: Sequence[Slice], drawn: Drawn | None, wait: Callable[[], None]) -> None:
         self.work, self._drawn, self._wait = work, drawn, wait
@@ -109,7 +109,7 @@ class CudaRunner:
     ) -> None:  # fmt: skip
         self.launcher = launcher
         self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
-        slots = 2 * max_samples  # some of those that have ended are noticed late
+        slots = 2 * max_samples  # ended sequences keep theirs until none is free
         width = -(-max_seq_len // shape.block) + 1
         self._most_samples = _padded(max_samples)
         max_rows, max_samples = max(max_rows, SIZES_WITH_PROMPTS[-1]), self._most_samples
@@ -131,8 +131,8 @@ class CudaRunner:
         self._capture = Capture(self._device)
 
     def capture(self, most: int) -> None:
-        """Captures the graphs for steps of up to `most` tokens. Says how far it is."""
-        began = said = time.monotonic()
+        """Captures the graphs for steps of up to `most` tokens. Logs the progress."""
+        began = logged = time.monotonic()
         plans: list[tuple[int, Callable[[int], None]]] = [
             *((size, self._capture_with_prompts) for size in reversed(SIZES_WITH_PROMPTS) if size <= most),
             *((size, self._capture_size) for size in reversed(SIZES) if size <= most),
@@ -140,8 +140,8 @@ class CudaRunner:
         with torch.inference_mode(), self._on_stream():
             for done, (size, capture) in enumerate(plans):  # the largest first: the others then use its memory
                 capture(size)
-                if time.monotonic() - said > 1.0:
-                    said = time.monotonic()
+                if time.monotonic() - logged > 1.0:
+                    logged = time.monotonic()
                     log.info("captured CUDA graphs for %d of %d step sizes", done + 1, len(plans))
         log.info("captured %d CUDA graphs in %.1f s", len(self._capture), time.monotonic() - began)
 
@@ -177,16 +177,16 @@ class CudaRunner:
                 laid = self._lay_out(self._short, work, rows_before, size)
                 alone, short = len(work) == total, all(s.start + s.size <= SHORT for s in work)
                 simple = self._prepare(work, laid)
-                if simple and alone and len(laid.picks) == total and not any(map(_looked_at, work)):
+                if simple and alone and len(laid.picks) == total and not any(map(_needs_all_rows, work)):
                     self._capture.run(("decode", size, short), partial(self._decode, size, short))
                     return CudaStep(work, self._drawing.drawn(total), self._mark())
                 alone = alone or size > FEW
                 self._capture.run(("layers", size, alone, short), partial(self._layers, size, alone, short))
-            self._look(work)
+            self._observe_prompts(work)
             return CudaStep(work, self._draw(work, laid) if laid.picks else None, self._mark())
 
     def _run_prompts(self, work: Sequence[Slice], before: dict[int, int], total: int) -> _Rows:
-        """A step of many tokens, sorted by `_part`."""
+        """Runs the layers for a step of many tokens, whose work is sorted by `_part`."""
         fresh = sum(s.size for s in work if _part(s) == 0)
         number = sum(_part(s) == 0 for s in work)
         short = all(s.start + s.size <= 4 * SHORT for s in work[number:])
@@ -205,7 +205,7 @@ class CudaRunner:
         self._forward.layers_with_prompts(self._long, size)
 
     def _decode(self, size: int, short: bool) -> None:
-        """All of a step whose rows are alone, and of which nobody wants anything special."""
+        """Runs a whole step in which each row is a sequence of its own and needs a plain draw only."""
         self._layers(size, True, short)
         self._head(size)
         self._drawing.choose(size)
@@ -218,7 +218,7 @@ class CudaRunner:
         self._forward.head(self._drawing.packet["picks"], size)
 
     def _prepare(self, work: Sequence[Slice], laid: _Rows) -> bool:
-        """Sends what the drawing of this step needs. True where its tokens can be drawn from the logits as they are."""
+        """Sends the step's sampling fields. Returns True if its tokens can be drawn from the unchanged logits."""
         if not laid.picks:
             return False
         sampling = [s for s in work if s.samples]
@@ -232,11 +232,11 @@ class CudaRunner:
         self._capture.run(("head", size), partial(self._head, size))
         return self._drawing.draw(sequences, laid.sources)
 
-    def _look(self, work: Sequence[Slice]) -> None:
-        """Serves the requests that look at every position of their prompt."""
+    def _observe_prompts(self, work: Sequence[Slice]) -> None:
+        """Serves the requests that need every position of their prompt."""
         first = 0
         for slice_ in work:
-            if _looked_at(slice_):
+            if _needs_all_rows(slice_):
                 observe_prompt(self._model, self._forward.x[first : first + slice_.size], slice_)
             first += slice_.size
 
@@ -271,7 +271,7 @@ class CudaRunner:
     def _lay_out(
         self, packet: Packet, work: Sequence[Slice], before: dict[int, int], padded: int, fresh: Sequence[int] = ()
     ) -> _Rows:
-        """Fills the packet. Rows come in the order of the work. `fresh` are the sizes of whole prompts that come first."""
+        """Fills and sends the packet, in the order of `work`. `fresh`: the sizes of the whole prompts, which come first."""
         slots: list[int] = []
         positions: list[int] = []
         tokens: list[int] = []
@@ -318,20 +318,20 @@ class CudaRunner:
         return slot
 
     def _note_blocks(self, slot: _Slot, changes: list[int]) -> None:
-        """Brings the device's table up to date: by the step's packet, or in a copy where much has changed."""
+        """Updates the device's table: through the step's packet, or by a copy of the row if much has changed."""
         ours, theirs = slot.blocks, slot.sequence.blocks
         changed = [at for at in range(len(theirs)) if at >= len(ours) or ours[at] != theirs[at]]
         if len(changed) <= 8 and len(changes) // 3 + len(changed) <= MAX_CHANGES:
             for at in changed:
                 changes += (slot.number, at, theirs[at])
         else:
-            # memory of its own: what the device has not read yet must not be written over
+            # new host memory each time: the device may not have read the last copy yet
             row = torch.tensor(theirs, dtype=torch.int32, pin_memory=self._device.type == "cuda")
             self._forward.tables[slot.number, : len(theirs)].copy_(row, non_blocking=True)
         slot.blocks = list(theirs)
 
     def _prompts(self, work: Sequence[Slice]) -> Prompts:
-        """For a long step, whose work is in the order that `Prompts` needs."""
+        """Returns the prompts of a long step, whose work is in the order that `Prompts` needs."""
         fresh = [s for s in work if s.size > 1 and s.start == 0]
         groups: list[list[Slice]] = []
         keys = 0
@@ -344,12 +344,12 @@ class CudaRunner:
                 groups[-1].append(slice_)
                 keys += end
         sizes = [s.size for s in fresh]
-        return Prompts(sizes, self._offsets(sizes), [self._going_on(group) for group in groups])
+        return Prompts(sizes, self._offsets(sizes), [self._continued(group) for group in groups])
 
-    def _going_on(self, group: Sequence[Slice]) -> GoingOn:
+    def _continued(self, group: Sequence[Slice]) -> ContinuedPrompts:
         held = [-(-(s.start + s.size) // self._block) for s in group]
         blocks = [block for s, n in zip(group, held, strict=True) for block in s.sequence.blocks[:n]]
-        return GoingOn(
+        return ContinuedPrompts(
             sum(s.size for s in group),
             self._offsets([s.size for s in group]),
             max(s.size for s in group),
@@ -367,15 +367,15 @@ class CudaRunner:
 
 
 def _padded(count: int) -> int:
-    """The rows that a step of so many has in its graph; more than graphs have stay as they are."""
+    """Returns the rows of the smallest graph that holds `count` rows, or `count` if no graph does."""
     return next((size for size in SIZES if size >= count), count)
 
 
-def _looked_at(slice_: Slice) -> bool:
-    """Whether its sequence wants to know of every position of the prompt."""
+def _needs_all_rows(slice_: Slice) -> bool:
+    """Whether the slice's request needs every position of its prompt."""
     return slice_.sequence.whole and not slice_.sequence.generated
 
 
 def _part(slice_: Slice) -> int:
-    """Prompts that begin, prompts that go on, and single tokens."""
+    """Returns the slice's rank in a long step: 0 for a fresh prompt, 1 for a continued one, 2 for a single token."""
     return 2 if slice_.size == 1 else int(slice_.start > 0)

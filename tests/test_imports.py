@@ -35,7 +35,7 @@ APART = {
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below `dynserve` (empty for the package itself) -> file."""
+    """Returns the file of each module by its dotted name below `dynserve` (empty for the package itself)."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -47,7 +47,7 @@ MODULES = modules()
 
 
 def imported(name: str) -> Iterator[str]:
-    """The modules of the package that a module names in an import statement, anywhere in it."""
+    """Yields the modules of the package that a module names in an import statement, anywhere in it."""
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
             yield from (
@@ -65,14 +65,14 @@ def room(module: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if room(name) not in APART))
-def test_a_package_imports_only_those_below_it(name: str) -> None:
+def test_a_package_imports_only_packages_below_it(name: str) -> None:
     here = room(name)
     allowed = GROUND if here in GROUND else GROUND | MAY_IMPORT[here] | {here}
     above = {other for other in imported(name) if room(other) and room(other) not in allowed}
     assert not above
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_form_no_cycle() -> None:
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if room(name) == "routing"))
-def test_routing_is_synchronous(name: str) -> None:
+def test_routing_does_not_import_asyncio(name: str) -> None:
     names = {
         alias.name.split(".")[0]
         for node in ast.walk(ast.parse(MODULES[name].read_text()))
@@ -99,7 +99,7 @@ def test_routing_is_synchronous(name: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "tensorrt_llm", "fastapi", "starlette", "uvicorn"])
-def test_heavy_packages_stay_in_their_rooms(package: str) -> None:
+def test_heavy_packages_are_imported_only_where_allowed(package: str) -> None:
     homes = {
         "torch": ("executors.torch", "executors.trtllm", "local.make_model"),
         "fastapi": ("frontend", "worker", "cluster"),

@@ -18,7 +18,7 @@ def test_pending_prompts_raise_overlaps_to_whole_strides() -> None:
     assert found == {"a": 2 * STRIDE + 1}  # what it holds already is more
 
 
-def test_pending_prompts_are_counted_and_leave_nothing() -> None:
+def test_discarded_pending_prompts_no_longer_count_as_overlap() -> None:
     r = random.Random(1)
     pending, open_ = PendingPrompts(), list[tuple[str, list[int]]]()
     for _ in range(500):
@@ -36,7 +36,7 @@ def test_pending_prompts_are_counted_and_leave_nothing() -> None:
     assert len(pending) == 0
 
 
-def test_what_was_sent_is_forgotten_by_time_and_by_capacity_tail_first() -> None:
+def test_assumed_blocks_expire_by_age_and_by_capacity_tail_first() -> None:
     index = PrefixIndex()
     assumed = AssumedCaches(index, 10.0)
     assumed.note_prompt("w", list(range(8)), 10, 0.0)

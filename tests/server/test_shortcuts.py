@@ -1,4 +1,4 @@
-"""The short ways: from the server to the generating routes, and from the link to the client's socket."""
+"""The shortcuts from the server to the generating routes, and from the link to the client's socket."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dynserve.frontend.response import TokenResponse
 from dynserve.server.serving import bind, serving
 from dynserve.wire.link import HandoffDeclined, StepTokens
 from dynserve.wire.requests import Busy
-from tests.conftest import MODEL, left_to_the_collector, until
+from tests.conftest import MODEL, reference_cycles, until
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}], "seed": 1}
 
@@ -43,8 +43,10 @@ def simulated(**how: Any) -> Cluster:
         ("/v1/responses", {"model": MODEL, "input": "What is 3+4?"}, {}),
     ],
 )
-async def test_an_answer_is_the_same_by_either_way(path: str, body: Any, headers: dict[str, str]) -> None:
-    """Ids and times aside."""
+async def test_the_shortcut_and_the_full_application_give_the_same_answer(
+    path: str, body: Any, headers: dict[str, str]
+) -> None:
+    """Ids and times are not compared."""
     async with simulated() as c:
         apps = c.apps[0]
         assert isinstance(apps.served, GenerationApp)
@@ -60,7 +62,7 @@ async def test_an_answer_is_the_same_by_either_way(path: str, body: Any, headers
 
 
 def shape(text: str) -> Any:
-    """The answer without what is different each time."""
+    """Returns the answer without ids and times."""
     parts = [line.removeprefix("data: ") for line in text.splitlines() if line and line != "data: [DONE]"]
     return [cleaned(json.loads(part)) if part.startswith("{") else part for part in parts]
 
@@ -71,13 +73,13 @@ def cleaned(value: Any) -> Any:
     return [cleaned(item) for item in value] if isinstance(value, list) else value
 
 
-async def test_with_origins_all_goes_through_the_layer_that_adds_their_headers() -> None:
+async def test_with_cors_origins_the_shortcut_is_not_used() -> None:
     async with simulated(options={"cors_origins": "https://a.example"}) as c:
         assert c.apps[0].served is c.apps[0].app
 
 
 async def read_slowly(port: int, body: dict[str, Any], pause: Any) -> bytes:
-    """By a client with a small window, which stops now and then."""
+    """Returns the response as read by a client with a small receive buffer that pauses between reads."""
     loop = asyncio.get_running_loop()
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -95,7 +97,7 @@ async def read_slowly(port: int, body: dict[str, Any], pause: Any) -> bytes:
     return bytes(data)
 
 
-async def test_a_client_that_falls_behind_and_catches_up_misses_nothing() -> None:
+async def test_a_slow_client_that_catches_up_misses_no_token() -> None:
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6000, "ignore_eos": True, "stream": True, "logprobs": 1}
     async with simulated(engine={"speed": 0, "num_blocks": 1000, "max_seq_len": 8000}) as c:
         sock = bind("127.0.0.1", 0, "--http-port")
@@ -109,7 +111,7 @@ async def test_a_client_that_falls_behind_and_catches_up_misses_nothing() -> Non
                     await asyncio.sleep(0.002)
 
             async def first_stop(read: int) -> None:
-                if read <= 4096:  # nothing is read until the engine has said everything
+                if read <= 4096:  # nothing is read until the engine has finished
                     await until(lambda: not running().running)
 
             texts = []
@@ -124,12 +126,12 @@ async def test_a_client_that_falls_behind_and_catches_up_misses_nothing() -> Non
 async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
     from dynserve.streams import Channel
 
-    taken = 0
+    receives = 0
     receive = Channel.receive
 
     async def counted(self: Any) -> Any:
-        nonlocal taken
-        taken += 1
+        nonlocal receives
+        receives += 1
         return await receive(self)
 
     monkeypatch.setattr(Channel, "receive", counted)
@@ -138,10 +140,10 @@ async def test_most_tokens_of_a_client_that_keeps_up_wake_no_task(monkeypatch: p
         sock = bind("127.0.0.1", 0, "--http-port")
         port = sock.getsockname()[1]
         async with serving(c.apps[0].served, sock):
-            taken = 0
+            receives = 0
             data = await read_slowly(port, body, None)
     assert data.count(b"data: {") >= 200
-    assert taken < 30
+    assert receives < 30
 
 
 async def test_streams_that_end_at_different_times_lose_no_token() -> None:
@@ -156,8 +158,8 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
                 body = {"model": MODEL, "prompt": [300 + number] * 9, "max_tokens": length, "ignore_eos": True}
                 data = await read_slowly(port, body | {"stream": True, "logprobs": 0}, None)
                 lines = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
-                told = [line["choices"][0]["logprobs"] for line in lines]
-                assert sum(len(entry["tokens"]) for entry in told if entry) == length
+                entries = [line["choices"][0]["logprobs"] for line in lines]
+                assert sum(len(entry["tokens"]) for entry in entries if entry) == length
 
             for _ in range(5):
                 await asyncio.gather(*(one(number) for number in range(40)))
@@ -176,10 +178,8 @@ async def test_streams_that_end_at_different_times_lose_no_token() -> None:
         ("left", True),
     ],
 )
-async def test_a_request_leaves_nothing_to_the_garbage_collector(
-    end: str, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which comes by so rarely that rings of requests would fill the memory before."""
+async def test_a_request_leaves_no_reference_cycle(end: str, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector runs so rarely that cycles of requests would fill the memory first."""
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 20, "ignore_eos": True, "stream": stream}
     workers = 2 if end == "moved" else 1
     async with simulated(aggregated=workers, engine={"speed": 1 if end in ("lost", "left") else 0}) as c:
@@ -194,34 +194,34 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(
                 body["temperature"] = 9
             else:
                 body["max_tokens"] = 20 if end == "finished" else 1500
-            with left_to_the_collector(Run, Reply, InferenceRequest, TokenResponse) as left:
+            with reference_cycles(Run, Reply, InferenceRequest, TokenResponse) as cyclic:
                 for _ in range(5):
-                    await one_that(end, c, port, body)
+                    await request_ending(end, c, port, body)
                 await until(lambda: not any(peer.replies for peer in c.frontend.fleet.peers.values()))
                 await asyncio.sleep(0.01)
-            assert left == []
+            assert cyclic == []
 
 
-async def one_that(end: str, c: Cluster, port: int, body: dict[str, Any]) -> None:
-    """A request that ends this way."""
+async def request_ending(end: str, c: Cluster, port: int, body: dict[str, Any]) -> None:
+    """Sends a request that ends in this way."""
     if end not in ("lost", "left"):
         await posted(port, body)
         return
-    asked = asyncio.ensure_future(posted(port, body))
+    pending = asyncio.ensure_future(posted(port, body))
     await until(
         lambda: any(reply.tokens for peer in c.frontend.fleet.peers.values() for reply in peer.replies.values())
     )
     if end == "lost":
         next(iter(c.workers[0].links.values())).abort("cut")
-        assert b" 200 " not in await asked or body["stream"]
+        assert b" 200 " not in await pending or body["stream"]
         await until(lambda: c.frontend.fleet.serves(MODEL))
     else:
-        asked.cancel()
-        await asyncio.wait([asked])
+        pending.cancel()
+        await asyncio.wait([pending])
 
 
 async def posted(port: int, body: dict[str, Any]) -> bytes:
-    """All that comes back, on a connection of its own."""
+    """Returns the whole response, read from a new connection."""
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -232,8 +232,8 @@ async def posted(port: int, body: dict[str, Any]) -> bytes:
         writer.close()
 
 
-async def test_frames_that_came_together_are_written_together() -> None:
-    """A frontend that is behind catches up."""
+async def test_tokens_of_frames_received_together_are_written_together() -> None:
+    """A frontend that fell behind writes the tokens of several frames at once."""
     async with simulated() as c:
         fleet, written = c.frontend.fleet, list[bytes]()
         (peer,) = fleet.peers.values()
@@ -251,7 +251,7 @@ async def test_frames_that_came_together_are_written_together() -> None:
         fleet.received(peer.link, list(steps))
         assert written == [b"901:ac", b"902:b", b"901:d"]
         assert [reply.tokens for reply in replies] == [[1, 5, 6], [2, 4]] and replies[1].handoff_declined
-        replies[0].write = lambda data: False  # it is behind now: what comes waits for its reader
+        replies[0].write = lambda data: False  # the client is behind now: records wait in the channel for their reader
         fleet.received(peer.link, [StepTokens([901], [7], [b"e"])])
         fleet.received(peer.link, [StepTokens([901], [8], [b"f"])])
         assert replies[0].write is None

@@ -1,4 +1,4 @@
-"""Grammars, embeddings and log-probabilities of prompts, on the torch executor: alone, in chunks, crowded and handed off."""
+"""Grammars, embeddings and log-probabilities of prompts, on the torch executor: alone, in chunks, batched and handed off."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.reference import Reference
 TOKENIZER = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
 NUMBERS = Grammar(kind="regex", text=r"[0-9]{40}")
 PROMPT = list(range(300, 400))
-THINK, THOUGHT = TOKENIZER.token_to_id("<think>"), TOKENIZER.token_to_id("</think>")
+REASONING_BEGIN, REASONING_END = TOKENIZER.token_to_id("<think>"), TOKENIZER.token_to_id("</think>")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def opened() -> AsyncIterator[Opener]:
         yield Opener("torch", stack)
 
 
-def guided(grammar: Grammar, prompt: list[int] = PROMPT, **changes: Any) -> GenerateRequest:
+def constrained(grammar: Grammar, prompt: list[int] = PROMPT, **changes: Any) -> GenerateRequest:
     fields: dict[str, Any] = {
         "sampling": SamplingParams(temperature=1.5, seed=4),
         "stop": StopConditions(max_tokens=300),
@@ -55,19 +55,19 @@ def text_of(tokens: list[int]) -> str:
     return text
 
 
-async def test_a_grammar_holds_from_the_first_token_to_the_end(opened: Opener) -> None:
+async def test_a_grammar_constrains_the_answer_from_first_to_last_token(opened: Opener) -> None:
     executor = await opened()
-    tokens, last = await answer(executor, guided(NUMBERS))
+    tokens, last = await answer(executor, constrained(NUMBERS))
     assert len(text_of(tokens)) == 40 and text_of(tokens).isdigit() and last.reason == "stop"
-    # neither is an end ignored nor put off where a grammar has its own
+    # neither ignore_eos nor min_tokens delays the end of a finished grammar
     for stop in (StopConditions(max_tokens=300, ignore_eos=True), StopConditions(max_tokens=300, min_tokens=200)):
-        again, last = await answer(executor, guided(NUMBERS, stop=stop))
+        again, last = await answer(executor, constrained(NUMBERS, stop=stop))
         assert again == tokens and last.reason == "stop"
 
 
-async def test_a_grammar_is_followed_alike_alone_crowded_and_preempted(opened: Opener) -> None:
+async def test_a_grammar_gives_the_same_answer_alone_batched_and_preempted(opened: Opener) -> None:
     roomy, tight = await opened(), await opened(num_blocks=14, max_num_tokens=32)
-    requests = [guided(NUMBERS, [i, *PROMPT], id=f"r{i}") for i in range(5, 13)]
+    requests = [constrained(NUMBERS, [i, *PROMPT], id=f"r{i}") for i in range(5, 13)]
     alone = [(await answer(roomy, request))[0] for request in requests]
     crowd = [tokens for tokens, _ in await asyncio.gather(*(answer(tight, request) for request in requests))]
     assert crowd == alone
@@ -75,9 +75,9 @@ async def test_a_grammar_is_followed_alike_alone_crowded_and_preempted(opened: O
     await until(lambda: tight.load().free_blocks == 14)
 
 
-async def test_a_grammar_goes_on_behind_a_hand_off(opened: Opener) -> None:
+async def test_a_grammar_continues_after_a_hand_off(opened: Opener) -> None:
     prefill, decode = await opened(), await opened()
-    request = guided(NUMBERS)
+    request = constrained(NUMBERS)
     expected, _ = await answer(decode, request)
     first, handed = await answer(prefill, msgspec.structs.replace(request, phase="prefill"))
     moved = msgspec.structs.replace(request, phase="decode", prior=PriorOutput(first), handoff=handed.handoff)
@@ -86,14 +86,18 @@ async def test_a_grammar_goes_on_behind_a_hand_off(opened: Opener) -> None:
 
 
 @pytest.mark.parametrize("open_", [True, False])
-async def test_a_grammar_waits_for_a_thought_to_end(opened: Opener, open_: bool) -> None:
+async def test_a_grammar_applies_only_after_the_reasoning_has_ended(opened: Opener, open_: bool) -> None:
     executor = await opened()
-    grammar = msgspec.structs.replace(NUMBERS, reasoning=ReasoningTokens(begin=THINK, end=THOUGHT, open=open_))
-    # the model is pushed into and out of its thought
-    push = {THINK: 100.0} if not open_ else {THOUGHT: 100.0}
+    grammar = msgspec.structs.replace(
+        NUMBERS, reasoning=ReasoningTokens(begin=REASONING_BEGIN, end=REASONING_END, open=open_)
+    )
+    # a bias makes the model begin or end its reasoning
+    push = {REASONING_BEGIN: 100.0} if not open_ else {REASONING_END: 100.0}
     tokens, _ = await answer(
         executor,
-        guided(grammar, sampling=SamplingParams(temperature=0.0, logit_bias=push), stop=StopConditions(max_tokens=80)),
+        constrained(
+            grammar, sampling=SamplingParams(temperature=0.0, logit_bias=push), stop=StopConditions(max_tokens=80)
+        ),
     )
     said = text_of(tokens)
     if open_:
@@ -103,15 +107,15 @@ async def test_a_grammar_waits_for_a_thought_to_end(opened: Opener, open_: bool)
         assert not any(token in (0, 2) for token in tokens)  # no end before the answer
 
 
-async def test_a_grammar_that_is_none_is_the_requests_last_word(opened: Opener) -> None:
+async def test_an_invalid_grammar_fails_only_its_own_request(opened: Opener) -> None:
     executor = await opened()
     for grammar in (Grammar(kind="regex", text="(("), Grammar(kind="json", text='{"type": "odd"}')):
         with pytest.raises(BadRequest, match="the grammar cannot be used"):
-            await answer(executor, guided(grammar))
+            await answer(executor, constrained(grammar))
     assert (await answer(executor, make_request(PROMPT)))[1].reason == "length"
 
 
-async def test_a_grammar_that_is_slow_to_follow_ends_its_own_request_only(opened: Opener) -> None:
+async def test_a_grammar_with_slow_masks_ends_only_its_own_request(opened: Opener) -> None:
     executor = await opened()
     slow = Grammar(kind="regex", text="(([a-z]{0,80}){0,80}){0,80}x")
     others = [
@@ -119,22 +123,24 @@ async def test_a_grammar_that_is_slow_to_follow_ends_its_own_request_only(opened
         for i in range(5, 9)
     ]
     async with asyncio.timeout(60):
-        found = await asyncio.gather(answer(executor, guided(slow)), *others, return_exceptions=True)
+        found = await asyncio.gather(answer(executor, constrained(slow)), *others, return_exceptions=True)
     assert isinstance(found[0], BadRequest) and "too long to follow" in str(found[0])
     for other in found[1:]:
         assert isinstance(other, tuple) and len(other[0]) == 60
     await until(lambda: executor.load().free_blocks == 200)
 
 
-async def test_an_abort_while_its_grammar_is_compiled_leaves_nothing(opened: Opener) -> None:
+async def test_an_abort_during_grammar_compilation_frees_all_blocks(opened: Opener) -> None:
     executor = await opened()
-    told: list[Output] = []
+    outputs: list[Output] = []
     schema = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(300)}}
-    tickets = [executor.submit(guided(Grammar(kind="json", text=json.dumps(schema))), told.append) for _ in range(3)]
+    tickets = [
+        executor.submit(constrained(Grammar(kind="json", text=json.dumps(schema))), outputs.append) for _ in range(3)
+    ]
     for ticket in tickets:
         executor.abort(ticket)
-    await answer(executor, guided(NUMBERS))
-    assert told == [] and executor.load().free_blocks == executor.load().total_blocks
+    await answer(executor, constrained(NUMBERS))
+    assert outputs == [] and executor.load().free_blocks == executor.load().total_blocks
 
 
 @pytest.mark.parametrize("engine", [{}, {"max_num_tokens": 16}])
@@ -179,10 +185,10 @@ async def test_embeddings_are_pooled_states_of_a_plain_forward_pass(
     await until(lambda: executor.load().free_blocks == 200)
 
 
-async def test_the_simulated_executor_makes_neither_grammars_nor_embeddings() -> None:
+async def test_the_simulated_executor_refuses_grammars_and_embeddings() -> None:
     async with AsyncExitStack() as stack:
         executor = await Opener("simulated", stack)()
-        for request in (guided(NUMBERS), make_request(PROMPT, pooling="mean")):
+        for request in (constrained(NUMBERS), make_request(PROMPT, pooling="mean")):
             with pytest.raises(BadRequest):
                 executor.submit(request, lambda _: None)
 

@@ -1,4 +1,4 @@
-"""Completions, embeddings, Responses, Messages, tokens, models."""
+"""The conformance of completions, embeddings, Responses, Messages, tokenize and models."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ async def test_an_echo_has_the_prompt_and_its_logprobs(client: Client, target: T
     assert scored.logprobs.token_logprobs[1:] == pytest.approx(known, abs=1e-3)
 
 
-async def test_a_streamed_echo_is_the_unary_one(client: Client, target: Target) -> None:
+async def test_a_streamed_echo_equals_the_unary_echo(client: Client, target: Target) -> None:
     unary = await complete(client, target, "one, two,", max_tokens=3, echo=True)
     stream = await complete(client, target, "one, two,", max_tokens=3, echo=True, stream=True)
     assert "".join([c.choices[0].text async for c in stream if c.choices]) == unary.choices[0].text
 
 
-async def test_the_best_of_several_is_the_likeliest(client: Client, target: Target) -> None:
+async def test_best_of_returns_the_likeliest_answers(client: Client, target: Target) -> None:
     hot: Any = {"temperature": 1.5, "max_tokens": 6, "seed": 4, "logprobs": 0}
     several = (await complete(client, target, "one, two,", n=5, best_of=5, **hot)).choices
     best = await complete(client, target, "one, two,", n=2, best_of=5, **hot)
@@ -87,7 +87,7 @@ async def test_the_best_of_several_is_the_likeliest(client: Client, target: Targ
     assert [mean(c) for c in best.choices] == pytest.approx([mean(c) for c in likeliest], abs=1e-3)
 
 
-async def test_embeddings_are_of_length_one_and_in_order(client: Client, target: Target) -> None:
+async def test_embeddings_are_normalised_and_in_order(client: Client, target: Target) -> None:
     texts = ["red dog", "red dogs", "What is the weather in Paris?"]
     found = await client.embeddings.create(model=target.model, input=texts, encoding_format="float")
     vectors = [item.embedding for item in found.data]
@@ -104,7 +104,7 @@ async def test_embeddings_are_of_length_one_and_in_order(client: Client, target:
     assert found.usage.total_tokens == found.usage.prompt_tokens > 0
 
 
-async def test_a_response_is_made_of_items(client: Client, target: Target) -> None:
+async def test_a_response_consists_of_output_items(client: Client, target: Target) -> None:
     answer = await client.responses.create(model=target.model, input="What is 3+4?", instructions="Be brief.")
     assert answer.status == "completed" and answer.output[0].type == "message" and answer.output_text
     assert (
@@ -117,7 +117,7 @@ async def test_a_response_is_made_of_items(client: Client, target: Target) -> No
 
 
 @pytest.mark.tiny_model
-async def test_a_response_calls_tools_and_goes_on_with_their_outputs(client: Client, target: Target) -> None:
+async def test_a_response_calls_tools_and_continues_with_their_outputs(client: Client, target: Target) -> None:
     history: Any = says("What is the weather in Paris?")
     first = await client.responses.create(model=target.model, input=history, tools=[FLAT])
     (call,) = first.output
@@ -158,12 +158,12 @@ async def test_a_response_follows_a_schema(client: Client, target: Target) -> No
     assert isinstance(json.loads(answer.output_text)["on"], bool)
 
 
-async def test_what_would_have_to_be_stored_is_refused(client: Client, target: Target) -> None:
-    with pytest.raises(openai.BadRequestError, match="nothing is stored here"):
+async def test_previous_response_id_is_refused_because_nothing_is_stored(client: Client, target: Target) -> None:
+    with pytest.raises(openai.BadRequestError, match="this server stores nothing"):
         await client.responses.create(model=target.model, input="x", previous_response_id="resp_1")
 
 
-async def test_claudes_sdk_gets_a_message(claude: anthropic.AsyncAnthropic, target: Target) -> None:
+async def test_the_anthropic_sdk_receives_a_message(claude: anthropic.AsyncAnthropic, target: Target) -> None:
     answer = await claude.messages.create(
         model=target.model, max_tokens=20, system="Be brief.", messages=says("What is 3+4?")
     )
@@ -176,7 +176,9 @@ async def test_claudes_sdk_gets_a_message(claude: anthropic.AsyncAnthropic, targ
 
 
 @pytest.mark.tiny_model
-async def test_claudes_sdk_stops_continues_thinks_and_calls(claude: anthropic.AsyncAnthropic, target: Target) -> None:
+async def test_the_anthropic_sdk_stops_continues_reasons_and_calls_tools(
+    claude: anthropic.AsyncAnthropic, target: Target
+) -> None:
     async def create(text: str, **fields: Any) -> Any:
         return await claude.messages.create(model=target.model, max_tokens=60, messages=says(text), **fields)
 
@@ -202,7 +204,7 @@ async def test_claudes_sdk_stops_continues_thinks_and_calls(claude: anthropic.As
 
 
 @pytest.mark.tiny_model
-async def test_claudes_sdk_puts_a_stream_together(claude: anthropic.AsyncAnthropic, target: Target) -> None:
+async def test_the_anthropic_sdk_assembles_a_stream(claude: anthropic.AsyncAnthropic, target: Target) -> None:
     async with claude.messages.stream(
         model=target.model, max_tokens=60, messages=says("Weather in Oslo and Rome?"), tools=[CLAUDES]
     ) as stream:
@@ -214,19 +216,22 @@ async def test_claudes_sdk_puts_a_stream_together(claude: anthropic.AsyncAnthrop
     assert text == "1, 2, 3, 4, 5"
 
 
-async def test_tokens_go_there_and_back(http: httpx.AsyncClient, target: Target) -> None:
+async def test_detokenize_is_the_inverse_of_tokenize(http: httpx.AsyncClient, target: Target) -> None:
     text = "Grüße, 你好 👋 e\u0301"
-    told = (
+    tokenized = (
         await http.post("/tokenize", json={"model": target.model, "prompt": text, "return_token_strs": True})
     ).json()
-    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) and told["max_model_len"] > 0
-    back = (await http.post("/detokenize", json={"model": target.model, "tokens": told["tokens"]})).json()
+    assert (
+        tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
+        and tokenized["max_model_len"] > 0
+    )
+    back = (await http.post("/detokenize", json={"model": target.model, "tokens": tokenized["tokens"]})).json()
     assert back["prompt"].endswith(text)
     chat = (await http.post("/tokenize", json={"model": target.model, "messages": says("Hello")})).json()
     assert chat["count"] > 3
 
 
-async def test_models_can_be_listed_and_looked_up(client: Client, target: Target) -> None:
+async def test_models_can_be_listed_and_retrieved(client: Client, target: Target) -> None:
     assert target.model in [model.id async for model in client.models.list()]
     assert (await client.models.retrieve(target.model)).id == target.model
     with pytest.raises(openai.NotFoundError):
@@ -234,7 +239,9 @@ async def test_models_can_be_listed_and_looked_up(client: Client, target: Target
 
 
 @pytest.mark.tiny_model
-async def test_a_served_model_answers_with_the_ids_that_were_asked_for(http: httpx.AsyncClient, target: Target) -> None:
+async def test_answers_and_errors_carry_the_x_request_id_of_the_request(
+    http: httpx.AsyncClient, target: Target
+) -> None:
     body = {"model": target.model, "messages": says("What is 3+4?")}
     answer = await http.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine"})
     assert answer.headers["x-request-id"] == "mine"
