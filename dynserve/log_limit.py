@@ -71,7 +71,7 @@ class LimitedLog:
         own, cause.omitted = cause.omitted, 0
         others, kind.omitted = kind.omitted, 0
         count = own + others
-        return f" ({count:,} more like this were left out)" if count else ""
+        return f" ({count:,} more like this were suppressed)" if count else ""
 
     def _cause(self, kind: str, name: str) -> _Cause:
         found = self._causes.get((kind, name))

@@ -264,7 +264,7 @@ async def test_a_late_duplicate_of_a_finished_request_is_not_run_again() -> None
         assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
         reply_to, stream = list(worker._done)[-1]
         late = make_request([1, 2], reply_to=reply_to, stream=stream)
-        assert isinstance(worker.take(late), Accepted)
+        assert isinstance(worker.start(late), Accepted)
         assert worker.counts["accepted"] == 1 and not worker._answers
 
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from dynserve.config import FrontendConfig, UpConfig, WorkerConfig, host_port, load
+import dynserve.config
+from dynserve.config import FrontendConfig, PlanesConfig, UpConfig, WorkerConfig, host_port, load
 from dynserve.errors import ConfigError
 from dynserve.frontend.frontend import router_options
 from dynserve.routing.router import RouterOptions
+
+PACKAGE = Path(dynserve.config.__file__).parent
 
 
 def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
@@ -57,6 +62,13 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         load(WorkerConfig, "p", ["--help"], {})
     text = capsys.readouterr().out
     assert "--disaggregation-mode" in text and "DYN_ROLE" in text
+
+
+@pytest.mark.parametrize(("role", "page"), [(FrontendConfig, "frontend"), (WorkerConfig, "worker")])
+def test_the_page_of_a_role_lists_every_option(role: type[PlanesConfig], page: str) -> None:
+    rows = [row for row in (PACKAGE / page / "README.md").read_text().splitlines() if row.startswith("| `--")]
+    listed = set(re.findall(r"--([a-z-]+)", " ".join(row.split("|")[1] for row in rows)))
+    assert listed == {field.name.replace("_", "-") for field in dataclasses.fields(role)}
 
 
 def test_addresses_are_parsed_with_and_without_a_scheme() -> None:

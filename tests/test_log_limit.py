@@ -34,7 +34,7 @@ def test_a_repeated_cause_is_logged_once_a_second_with_the_number_omitted(
     log.warning("kind", "10.0.0.2", "from %r", "10.0.0.2")
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "from '10.0.0.1'"
-    assert messages[1] == r"from 'a\nb' (999 more like this were left out)"
+    assert messages[1] == r"from 'a\nb' (999 more like this were suppressed)"
     assert messages[2:] == ["from '10.0.0.2'"] * 2
 
 
@@ -47,7 +47,7 @@ def test_many_causes_do_not_produce_many_log_lines(clock: Clock, caplog: pytest.
     assert len(log._causes) == log_limit.MAX_CAUSES
     clock.now += 1.0
     log.warning("kind", "10.0.0.1", "one more")
-    assert caplog.records[-1].getMessage() == "one more (9,980 more like this were left out)"
+    assert caplog.records[-1].getMessage() == "one more (9,980 more like this were suppressed)"
 
 
 def test_the_first_lines_of_several_causes_are_all_logged(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,8 @@
 # stack.sh NAME MODEL GUIDE_OPTIONS -- UP_OPTIONS: starts a whole cluster, runs the guide's benchmark against it, stops it.
-# Reports and logs go to $OUT. Sourced by nobody; run in the repository root after setup.sh.
-name=$1 model=$2; shift 2; guide=(); while [ "$1" != -- ]; do guide+=("$1"); shift; done; shift
+# Reports and logs go to $OUT. Run it in the repository root, after setup.sh:
+#     OUT=results bash benchmarks/gpu/stack.sh pd22 MODEL --prompts ids -- --prefill 2 --decode 2
+if [ -z "$OUT" ] || [ $# -lt 3 ]; then echo "usage: OUT=FOLDER bash $0 NAME MODEL GUIDE_OPTIONS -- UP_OPTIONS" >&2; exit 2; fi
+name=$1 model=$2; shift 2; guide=(); while [ $# -gt 0 ] && [ "$1" != -- ]; do guide+=("$1"); shift; done; shift
 began=$(date +%s%N)
 python3 -m dynserve up --model-path "$model" --served-model-name m --http-port 8000 --start-timeout-s 120 "$@" > "$OUT/$name.log" 2>&1 & up=$!
 for _ in $(seq 600); do grep -q "^ready after" "$OUT/$name.log" && break; kill -0 $up 2>/dev/null || break; sleep 0.1; done

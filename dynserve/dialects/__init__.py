@@ -67,7 +67,7 @@ def markers(tools: ToolParsing | None, reasoning_parsing: ReasoningParsing | Non
     found: tuple[str, ...] = () if reasoning_parsing is None else (reasoning.BEGIN, reasoning.END)
     if tools is not None and tools.parser in STYLES:
         style = STYLES[tools.parser]
-        found += (*style.markers, *style.after, "[ARGS]", "<｜tool▁sep｜>")
+        found += (*style.markers, *style.inner, *style.after)
     return found
 
 

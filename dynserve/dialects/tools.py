@@ -33,8 +33,9 @@ class CallStyle:
     header: re.Pattern[str]
     after: tuple[str, ...]  # closing strings and separators
     leading: bool = False  # an answer that begins with a JSON object is a call, without a marker
+    inner: tuple[str, ...] = ()  # special tokens between a marker and the arguments
     begin: str  # for grammars: the text before the arguments, in which `{}` stands for the name
-    end: str
+    end: str  # for grammars: the text after the arguments
     opening: str = ""  # this and the next two: the text around and between all calls
     separator: str = ""
     closing: str = ""
@@ -66,6 +67,7 @@ STYLES = {
     "mistral": CallStyle(
         markers=("[TOOL_CALLS]",),
         header=_MISTRAL,
+        inner=("[ARGS]",),
         after=(",", "]"),
         begin='{"name": "{}", "arguments": ',
         end="}",
@@ -76,6 +78,7 @@ STYLES = {
     "mistral_v11": CallStyle(
         markers=("[TOOL_CALLS]",),
         header=_MISTRAL,
+        inner=("[ARGS]",),
         after=(",", "]"),
         begin="[TOOL_CALLS]{}[ARGS]",
         end="",
@@ -85,6 +88,7 @@ STYLES = {
         header=re.compile(
             r"\s*(?:<｜tool▁call▁begin｜>)?\s*(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json)?\s*(?=\{)"
         ),
+        inner=("<｜tool▁sep｜>",),
         after=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
         begin="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n",
         end="\n```<｜tool▁call▁end｜>",
@@ -95,6 +99,7 @@ STYLES = {
     "deepseek_v31": CallStyle(
         markers=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
         header=re.compile(r"\s*(?:<｜tool▁call▁begin｜>)?(?P<name>[\w.-]+)<｜tool▁sep｜>\s*(?=\{)"),
+        inner=("<｜tool▁sep｜>",),
         after=("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
         begin="<｜tool▁call▁begin｜>{}<｜tool▁sep｜>",
         end="<｜tool▁call▁end｜>",

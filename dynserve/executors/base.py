@@ -40,7 +40,8 @@ class Output(msgspec.Struct, gc=False):
     prefill_s: float = 0.0  # from admission to the first token
     handoff: Handoff | None = None
     error: DynserveError | None = None
-    handoff_declined: bool = False  # in the first output of a decode request: its hand-off was not used
+    # in the first output of a decode request: TensorRT-LLM computes the prompt itself, and the hand-off must be cancelled
+    handoff_declined: bool = False
     embedding: bytes = b""  # float32, little-endian, of unit norm: the answer to a request with `pooling`
 
 

@@ -26,12 +26,14 @@ import uvloop
 
 from dynserve.errors import (
     DynserveError,
+    EngineDied,
     HandoffBroken,
     HandoffError,
     HandoffMismatch,
     InternalError,
     TimedOut,
     Unavailable,
+    WorkerLost,
 )
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
 from dynserve.executors.engine_args import EngineArgs
@@ -254,15 +256,16 @@ class Engine:
                 self.abort(sequence.ticket)
 
     def fail(self, error: BaseException) -> None:
-        """Marks the engine as dead: open requests fail, and new ones are refused."""
+        """Marks the engine as dead. Open requests fail with WorkerLost, so that others can run those without a token; new
+        ones are refused."""
         if self.failed.done():
             return
         log.error("the engine died", exc_info=error)
-        self.failed.set_exception(InternalError(f"the engine died: {error!r}"))
+        self.failed.set_exception(EngineDied(f"the engine died: {error!r}"))
         self.failed.exception()  # marks it as retrieved: nothing has to await `failed`
         live, self._live = self._live, {}
         for _, sink in live.values():
-            sink(Output([], error=InternalError("the engine died")))
+            sink(Output([], error=WorkerLost("the worker's engine died")))
 
     # hand-offs
 

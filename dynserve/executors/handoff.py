@@ -1,15 +1,16 @@
 """Hand-offs on the worker that owns them: from the end of a prefill to exactly one of delivered, expired, cancelled.
 
-        ┌────────────── broken: the receiver may retry ─────────┐
-        ▼                                                       │
-      OPEN ──begin: request id and sequence hash match──▶ SENDING ──▶ delivered
-        │                                                   │
-        ├──ttl over──▶ expired                              └──cancel: sending stops first──▶ cancelled
-        └──cancel────▶ cancelled
+      OPEN ──begin: request id and sequence hash match──▶ SENDING ──confirmed by the receiver──▶ delivered
+       │ ▲                                                │     │
+       │ └────── broken: the receiver may retry ──────────┘     └──deliver, ttl over, cancel: once it stopped──▶ that end
+       ├──deliver, by an engine that sends by itself──▶ delivered
+       ├──ttl over──▶ expired
+       └──cancel────▶ cancelled
 
-When a hand-off ends, `release` is called once and frees the blocks. Blocks that are being sent stay allocated until a
-cancel has stopped the sending. A carrier's receiver may read on for a moment: before it uses the data, it receives notice
-that the hand-off has ended (`carriers.py`).
+When a hand-off ends, `release` is called once, and its owner frees the blocks: `Scheduler.release_held` those of our
+engines, `TrtllmExecutor._handoff_ended` has TensorRT-LLM free its own. Blocks that are being sent stay allocated until the
+sending has stopped. A carrier's receiver may read on for a moment: before it uses the data, it receives notice that the
+hand-off has ended (`carriers.py`). The blocks of the decode worker belong to its sequence, like those of other requests.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from dynserve.server.exchange import ChunkWriter
 from dynserve.wire.link import Finished
 from dynserve.wire.requests import Handoff, Phase, PriorOutput
 
-# Receives a burst of records, in order. Returns a function that writes further bytes to the client past it, if any.
+# Receives a burst of records, in order. Returns a function that writes the next bytes to the client directly, or None.
 RecordSink = Callable[[list[Record]], Awaitable[ChunkWriter | None]]
 
 
 class TryAnother(Exception):
-    """A worker has not begun a phase, so that another worker may run it.
+    """A worker has sent no record of a phase, so that another worker may run it.
 
     `handoff_intact`: whether another worker can fetch the hand-off that the phase continues from. It cannot if the
     hand-off can be used only once and this worker may have begun to fetch it.
@@ -47,21 +47,22 @@ class Attempt:
     `TryAnother`           the worker refused, did not acknowledge, or was lost before its first record
     `ClusterError`         the worker was lost after its first record, or the request's time is up
     `CallerError`          no worker would accept the request
+    `InternalError`        the worker failed in a way that another one could repeat
     """
 
-    __slots__ = ("_phase", "_record", "_reservation", "begun", "reply")
+    __slots__ = ("_phase", "_record", "_reservation", "has_record", "reply")
 
     def __init__(self, phase: PhaseInput, reservation: Reservation, record: PlacementRecord, reply: Reply) -> None:
         self._phase, self._reservation, self._record = phase, reservation, record
         self.reply = reply
-        self.begun = False  # the first record is there: another worker could not take over
+        self.has_record = False  # from then on no other worker may run the phase
 
     async def deliver(self, sink: RecordSink) -> Finished:
         """Gives the worker's records to `sink`, and returns the last of them."""
         reply = self.reply
         while burst := await reply.channel.receive():
-            if not self.begun:
-                self._begin()
+            if not self.has_record:
+                self._note_first_record()
             last = burst[-1]
             if isinstance(last, Finished):
                 # the load is released before any other task is woken
@@ -74,27 +75,27 @@ class Attempt:
                 reply.write = writer
         raise WorkerLost(f"worker {reply.peer.id} ended the stream without a last record")
 
-    def failed(self, error: ClusterError) -> ClusterError | TryAnother:
-        """The error to raise after `error`: itself, or `TryAnother` if another worker may still run the phase."""
+    def error_after(self, error: ClusterError) -> ClusterError | TryAnother:
+        """Returns the error to raise after `error`: itself, or `TryAnother` if another worker may still run the phase."""
         self._record.failure = error.code
-        if self.begun or (isinstance(error, TimedOut) and not isinstance(error, NoAck)):
+        if self.has_record or (isinstance(error, TimedOut) and not isinstance(error, NoAck)):
             return error
         instance = self.reply.peer.instance
-        fetched = not self.reply.refused and instance is not None and instance.card.single_use_handoffs
-        return TryAnother(self.reply.peer.id, error.with_traceback(None), handoff_intact=not fetched)
+        may_have_fetched = not self.reply.refused and instance is not None and instance.card.single_use_handoffs
+        return TryAnother(self.reply.peer.id, error.with_traceback(None), handoff_intact=not may_have_fetched)
 
     def release(self) -> None:
         """Releases the reserved load. Safe to repeat."""
         self._reservation.close()
 
     def close(self) -> None:
-        """Ends the stream at the worker, and a hand-off that it holds. Safe to repeat."""
+        """Ends the stream at the worker, and any hand-off that the worker still holds for it. Safe to repeat."""
         self.reply.close()
         self._reservation.close()
 
-    def _begin(self) -> None:
+    def _note_first_record(self) -> None:
         """Handles the first record: the prompt is computed, and the hand-off was fetched or never will be."""
-        self.begun = True
+        self.has_record = True
         self._reservation.prefilled()
         prefill = self._phase.prefill
         if prefill is None:

@@ -3,8 +3,9 @@
     placed on an aggregated worker, or on a decode worker that lacks little of the prompt ──▶ records
     placed on a prefill worker ──▶ first record and hand-off ──placed on a decode worker──▶ the other records
 
-Each arrow is a phase. A phase is placed again, on another worker, as long as no record of it has come (`Attempt`). A worker
-that is lost after its first record ends the request with an error, since its client has read a part of the answer.
+Each arrow is a phase. A record is a message with some tokens of the answer, or with its end. A phase is placed again, on
+another worker, until a record of it has come (`Attempt`). A worker that is lost after that ends the request with an error,
+since its client may have read a part of the answer.
 
 Ending is synchronous: cancels are queued on links, reservations are given back. So it cannot be interrupted halfway.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from itertools import count
 
@@ -34,7 +34,7 @@ from dynserve.wire.requests import GenerateRequest, PriorOutput, fields_of
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 4  # placements of one phase
+ATTEMPTS = 4  # placements of one phase; a local prefill that fails is not one of them
 
 
 class Pipeline:
@@ -48,12 +48,12 @@ class Pipeline:
         self.metrics, self.admission = metrics, admission
         self.timeout_s, self.max_stream_bytes = timeout_s, max_stream_bytes
         self.decisions, self.predictions = DecisionLog(), Predictions()
-        # streams of an earlier process with the same id must never be mistaken for ours
-        self.streams = count(time.time_ns() // 1000)
+        self.streams = count(1)
 
     def run(self, request: InferenceRequest, deadline: float | None = None) -> Run:
-        """The request runs as long as a `with` block of the result. Leaving the block early cancels it everywhere.
-        `deadline`, of the loop's clock, is common to several answers of one response; None: `timeout_s` from now."""
+        """Returns the run of a request, for a `with` block: `deliver` runs it, and leaving the block early cancels it at
+        every worker. `deadline` (a time of the event loop) is shared by the answers of one response; None: `timeout_s`
+        from now."""
         return Run(self, request, deadline)
 
 
@@ -116,7 +116,7 @@ class Run:
         hand-off. (A callable, and not an iterator: iterators of coroutines cost as much as the placement.)"""
         pipeline, model = self._pipeline, self._request.model
         await self._wait_for_room()
-        pipeline.decisions.add(self.decision)  # a request that is refused before has none
+        pipeline.decisions.add(self.decision)  # a request that the queue refuses has none
         prefillers, decoders = pipeline.fleet.targets(model, "prefill"), pipeline.fleet.targets(model, "decode")
         if not decoders or not prefillers:
             await self._phase(PhaseInput("aggregated", "aggregated"), sink)
@@ -125,9 +125,9 @@ class Run:
         if not self._request.generation.needs_whole_prompt:
             local, overlaps = pipeline.router.local(self._query, decoders, prefillers)
             if local:
-                if await self._prefilled_locally(local, overlaps, sink):
+                if await self._try_local_prefill(local, overlaps, sink):
                     return
-                overlaps = None  # some time has passed
+                overlaps = None  # stale by now
         last = await self._phase(PhaseInput("prefill", "prefill"), sink, overlaps)
         if last.handoff is not None:
             prior = PriorOutput(self.tokens, last.logprobs or [], last.usage.cached_tokens)
@@ -148,10 +148,10 @@ class Run:
                 self.decision.queued_s = self._clock() - began
                 pipeline.metrics.queued.labels(model).observe(self.decision.queued_s)
 
-    async def _prefilled_locally(
+    async def _try_local_prefill(
         self, targets: Sequence[RoutingTarget], overlaps: Overlaps | None, sink: RecordSink
     ) -> bool:
-        """Whether one of these decode workers has computed the whole answer, prefill included."""
+        """Runs the whole request on one of these decode workers. Returns False if the worker sent no record."""
         self._pipeline.metrics.local_prefills.inc()
         phase = PhaseInput("aggregated", "decode", reason="local prefill")
         try:
@@ -161,12 +161,12 @@ class Run:
             if self._clock() >= self.deadline:
                 raise failed.cause from None
             # another decode worker would have to compute all of it: continue as for any prompt
-            log.info("request %s: its local prefill did not start: %s", self._request.id, failed.cause)
+            log.info("request %s: its local prefill sent no record: %s", self._request.id, failed.cause)
             return False
         return True
 
     async def _phase(self, phase: PhaseInput, sink: RecordSink, overlaps: Overlaps | None = None) -> Finished:
-        """Runs one phase, on one worker after the other as long as none has begun it; returns its last record."""
+        """Runs one phase, on one worker after the other until one sends a record; returns its last record."""
         pipeline, model = self._pipeline, self._request.model
         error: ClusterError = NoWorker(f"no {phase.role} worker serves {model} at the moment")
         excluded: set[str] = set()
@@ -186,7 +186,7 @@ class Run:
                         phase = phase._replace(handoff=None)
                     pipeline.metrics.replaced.inc()
                     log.info(
-                        "request %s: %s on %s did not start: %s", self._request.id, phase.phase, failed.worker, error
+                        "request %s: %s on %s sent no record: %s", self._request.id, phase.phase, failed.worker, error
                     )
             raise error
         finally:
@@ -208,7 +208,7 @@ class Run:
             next(pipeline.streams),
             pipeline.max_stream_bytes,
             self.deadline,
-            self._cut_client,
+            self._end_slow_client,
             reservation.add_tokens,
         )
         attempt = Attempt(phase, reservation, self.decision.placed(reservation), reply)
@@ -219,7 +219,7 @@ class Run:
             self._note_prediction(reservation.worker, reservation.cached_tokens, last)
             return last
         except ClusterError as error:
-            raise attempt.failed(error) from None
+            raise attempt.error_after(error) from None
         finally:
             attempt.release()
 
@@ -261,7 +261,7 @@ class Run:
         """`limit` ends the sending to a client that does not read; None when nothing is sent any more."""
         self._send_limit = limit
 
-    def _cut_client(self) -> None:
+    def _end_slow_client(self) -> None:
         self._pipeline.metrics.slow_clients.inc()
         if self._send_limit is not None:
             self._send_limit.expire()
@@ -275,7 +275,7 @@ class Run:
         if self.decision.ended is None or self.outcome != "finished":
             self.decision.outcome, self.decision.ended = self.outcome, self._clock()
 
-    def explained(self) -> bytes:
-        """Returns the decision as JSON. Called when the answer's last token has arrived."""
+    def finish_decision(self) -> bytes:
+        """Ends the decision, and returns it as JSON. Called when the answer's last token has arrived."""
         self.decision.outcome, self.decision.ended = self.outcome, self._clock()
         return self.decision.header()

@@ -129,7 +129,7 @@ class Reply:
         return self.peer.replies.get(self.stream) is self
 
     def handoff_done(self) -> None:
-        """Reports to the worker that the stream's hand-off was consumed."""
+        """Reports to the worker that the stream's hand-off is not needed any more."""
         if self.peer.replies.pop(self.stream, None) is not None and self.peer.link is not None:
             self.peer.link.send(HandoffDone(self.stream))
 

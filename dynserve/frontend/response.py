@@ -87,7 +87,7 @@ class TokenResponse(Response):
         ended = self._note(run, burst) is not None
         data = burst[0].data if len(burst) == 1 else b"".join([record.data for record in burst])
         if ended and self._request.hints.explain:
-            data += b": explain " + run.explained() + b"\n\n"
+            data += b": explain " + run.finish_decision() + b"\n\n"
         if data or ended:
             if not self._started:
                 await self._start(200, SSE, send)
@@ -106,7 +106,7 @@ class TokenResponse(Response):
             return _discard  # before the last record nothing is sent
 
         await run.deliver(sink)
-        explained = [(b"x-dynserve-explain", run.explained())] if self._request.hints.explain else []
+        explained = [(b"x-dynserve-explain", run.finish_decision())] if self._request.hints.explain else []
         await self._send_whole(200, body, send, explained)
 
     def _note(self, run: Run, burst: list[Record]) -> Finished | None:

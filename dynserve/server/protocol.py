@@ -1,14 +1,14 @@
-"""`BoundedProtocol`: uvicorn's HTTP protocol with bounds in size, number and time around bodies, and errors as JSON.
+"""`BoundedProtocol`: uvicorn's HTTP protocol with bounds for all but the contents of bodies, and refusals as JSON.
 
-What a connection reads, and what moves it on:
+The states of a connection's reading side, and their transitions:
 
     IDLE ──first byte of a request──▶ HEADERS ──complete──▶ BODY ──complete──▶ IDLE
                                         │  ▲                  │
-               they offer another protocol │                  └──answered by the connection's last response──▶ DRAINING
+           headers offer another protocol  │                  └──answered by the connection's last response──▶ DRAINING
                                         ▼  │ declined
-                                      UPGRADE                 DRAINING ──complete, or in DRAIN seconds──▶ closed
+                                      UPGRADE                 DRAINING ──complete, or after DRAIN seconds──▶ closed
 
-    any ──the connection has sent its last request──▶ IGNORING
+    any ──the last request that will be answered has been read, or a later one is refused──▶ IGNORING
 
 One timer bounds all waiting that is not uvicorn's own (its keep-alive): for headers, and for the rest of a body that is no
 longer needed. Bodies that the application receives have the application's bounds.
@@ -89,6 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
             callback()
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back once, when the client disconnects. Returns a function that withdraws the callback."""
         if self.transport.is_closing():
             self.loop.call_soon(callback)
             return lambda: None
@@ -114,10 +115,10 @@ class BoundedProtocol(HttpToolsProtocol):
         # all of it was headers, or (where a body has come to an end) trailers
         if self._reading is before and before in _GROWING and not self._progressed:
             with suppress(_NoMoreRequests):
-                self._grow(len(data))
+                self._count_head_bytes(len(data))
         # headers are incomplete; or an empty line has ended uvicorn's wait for a next request
-        between = self._reading is Reading.IDLE and self._answered and self.timeout_keep_alive_task is None
-        if (self._reading is Reading.HEADERS or between) and self._timer is None:
+        awaiting = self._reading is Reading.IDLE and self._idle and self.timeout_keep_alive_task is None
+        if (self._reading is Reading.HEADERS or awaiting) and self._timer is None:
             self._start_timer(self.limits.header_s)
 
     def _parse(self, data: bytes) -> None:
@@ -153,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._reading is not Reading.HEADERS:  # a trailer, which is ignored
-            self._grow(len(name) + len(value) + self.limits.header_bytes // MAX_HEADERS)
+            self._count_head_bytes(len(name) + len(value) + self.limits.header_bytes // MAX_HEADERS)
         elif len(self.headers) < MAX_HEADERS:
             super().on_header(name, value)
         else:
@@ -180,10 +181,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.resume_reading()  # otherwise a disconnect would not be detected
         else:
             self._answering = self.cycle
-        if self.expect_100_continue:  # after another answer the client may or may not send the body
+        if self.expect_100_continue:  # after an answer instead of a "100 Continue" a client may omit the body
             self.cycle.keep_alive = False
         self.cycle.transport = ResponseTransport(  # type: ignore[assignment]
-            self.transport, self._close_when_read, self.loop, without_body=self.scope["method"] == "HEAD"
+            self.transport, self._linger_and_close, self.loop, without_body=self.scope["method"] == "HEAD"
         )
         self.scope["dynserve"] = DirectExchange(self.scope, self.cycle, self)  # type: ignore[typeddict-unknown-key]
 
@@ -215,7 +216,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
-            # a large body paused the reading, and and is not resumed once all of it has arrived
+            # a large body paused the reading, and uvicorn does not resume it once all of it has arrived
             self.flow.resume_reading()
             if draining:
                 self.transport.close()
@@ -236,7 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
         assert before is not None  # a request only waits while another one is being answered
         self._end_with(before)
 
-    def _close_when_read(self) -> None:
+    def _linger_and_close(self) -> None:
         """The last response was written. A client that is still sending would not read it if the connection closed now."""
         if self.pipeline or self.transport.is_closing():
             self.transport.close()
@@ -249,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_response_complete(self) -> None:
-        newest = not self.pipeline  # whose body `_reading` is about
+        newest = not self.pipeline  # it is the request whose reading `_reading` describes
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         if self._answering is not None:  # it waits no longer, and none of its body is consumed yet
             self._pipelined_body = max(0, self._pipelined_body - len(self._answering.body))
@@ -272,7 +273,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # bounds
 
     @property
-    def _answered(self) -> bool:
+    def _idle(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
@@ -280,7 +281,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _in_body(self) -> bool:
         return self._reading in (Reading.BODY, Reading.DRAINING)
 
-    def _grow(self, size: int) -> None:
+    def _count_head_bytes(self, size: int) -> None:
+        """Adds bytes of headers or trailers. Raises _NoMoreRequests beyond their bound."""
         self._size += size
         if self._size > self.limits.header_bytes:
             self._refuse(431, "the request's headers are too large")
@@ -299,7 +301,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = None
         if self._reading in (Reading.DRAINING, Reading.IGNORING):
             self.transport.close()
-        elif not self._answered:  # the next request is not complete while this one is being answered
+        elif not self._idle:  # the next request is not complete while this one is being answered
             self._start_timer(self.limits.header_s)
         elif self._in_body:
             self.transport.close()
@@ -310,26 +312,26 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(400, "this is not a valid HTTP request")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Refuses what is arriving, and ends the connection; not in the middle of a response. Complete requests before the
-        one that is refused are still answered."""
+        """Refuses the request that is arriving, and ends the connection, but not within a response. Complete requests
+        before the refused one are still answered."""
         if self.transport.is_closing() or self._reading is Reading.IGNORING:
             return
-        if self._in_body and self.pipeline:
+        if self._in_body and self.pipeline:  # a body that waits behind other requests
             self._drop_newest()
-        elif self._in_body and self._answered:
+        elif self._in_body and self._idle:  # its answer was sent already
             self.transport.close()
-        elif not self._in_body and not self._answered:
+        elif not self._in_body and not self._idle:  # headers after a request that is being answered
             self._end_with(self.cycle)
-        else:
+        else:  # nothing before it is unanswered
             self._close_with(status, message)
 
     def _close_with(self, status: int, message: str) -> None:
-        if self._answered or not (self.cycle.response_started or self.pipeline):
+        if self._idle or not (self.cycle.response_started or self.pipeline):
             body = json.dumps(error_object(BadRequest(message))).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode() + body)
-        if not self._answered:
+        if not self._idle:
             self.cycle.disconnected = True  # nothing more is written
             self.cycle.message_event.set()
         self.transport.close()

@@ -78,7 +78,8 @@ class Registry(Protocol):
         ...
 
     def watch(self, prefix: str, on_change: Callable[[Change], None]) -> AbstractAsyncContextManager[None]:
-        """Passes every key under `prefix` to `on_change`, then every change. An outage of the registry is not a change."""
+        """Passes every key under `prefix` to `on_change`, then every change. While the registry is down nothing changes.
+        Keys that it lacks afterwards are reported as deleted after a pause, in which their owners can write them again."""
         ...
 
 

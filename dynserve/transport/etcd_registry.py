@@ -1,8 +1,11 @@
 """`Registry` on etcd.
 
-A key has a lease of `TTL` seconds. After any outage of etcd the loop that keeps the lease requests a new one and writes
-the key again. A watch that breaks is resumed by a new read and a diff; keys that the new read lacks stay in the view for
-`GRACE` seconds, because their owners may be about to write them again.
+A key has a lease of `TTL` seconds. After an outage of etcd, or when etcd has lost its data and with them the lease, the
+loop that keeps the lease requests a new one and writes the key again. A key that an operator deletes stays deleted, since
+its lease remains.
+
+A watch that breaks is resumed by a new read and a diff. Keys that the new read lacks stay in the view for `GRACE` seconds,
+because their owners may be about to write them again; then they are reported as deleted.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ log = logging.getLogger(__name__)
 limited = LimitedLog(log)
 
 TTL = 10  # seconds
-GRACE = TTL + 2  # seconds
+GRACE = TTL + 2  # seconds that a key stays in the view after a read without it
 CALL_TIMEOUT = 3  # seconds, one call to etcd
-RESYNC = 15.0  # seconds without an event after which a watch is made anew: a watch can end without an error
+RESYNC = 15.0  # seconds without an event after which a watch is made anew: a watch can end silently
 
 _ERRORS: dict[type[BaseException], Any] = {
     aetcd.ClientError: Unavailable,
@@ -62,7 +65,7 @@ class EtcdRegistry:
             yield
 
     async def _keep(self, key: str, value: bytes, registration: Registration) -> None:
-        outage = _outage(self._url, f"to register {key.rsplit('/', 2)[-2]}")
+        outage = _outage(self._url, f"to register {key.rsplit('/', 1)[-1]}")
         while True:
             try:
                 async with self.client() as client:
@@ -91,7 +94,7 @@ class EtcdRegistry:
                 answer = await client.refresh_lease(lease.id)
             if answer.TTL <= 0:
                 log.warning("etcd no longer has the lease of %s; registering again", key)
-                raise Unavailable("the lease has expired")
+                raise Unavailable("etcd has lost the lease")
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[aetcd.Client]:

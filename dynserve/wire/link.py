@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from dynserve.wire.numbers import BlockHash, Count, Seconds, TokenId
+from dynserve.wire.numbers import BlockHash, Count, Seconds, StreamId, TokenId
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
 VERSION = 3  # of the messages below; a new field at the end of a struct does not change it
@@ -44,7 +44,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
     """New tokens of one stream, and the bytes to send to the client for them (maybe none: an incomplete character)."""
 
-    stream: Count
+    stream: StreamId
     data: bytes
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] | None = None
@@ -54,7 +54,7 @@ class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
     """The usual result of an engine step: one token each of many streams, in three columns of equal length. `data`: the
     bytes to send to the client, as in `Tokens`."""
 
-    streams: list[Count]
+    streams: list[StreamId]
     token_ids: list[TokenId]
     data: list[bytes]
 
@@ -62,7 +62,7 @@ class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The last message of a stream: last tokens, last bytes. With a hand-off the answer continues at a decode worker."""
 
-    stream: Count
+    stream: StreamId
     data: bytes
     token_ids: list[TokenId]
     reason: str
@@ -72,7 +72,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    stream: Count
+    stream: StreamId
     code: str
     message: str
     param: str | None = None  # the invalid field
@@ -81,7 +81,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=4):
 class SubmitReply(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """The acknowledgement of a request, whichever transport carried it."""
 
-    stream: Count
+    stream: StreamId
     ack: Ack
 
 
@@ -103,7 +103,7 @@ class WorkerPing(msgspec.Struct, frozen=True, array_like=True, tag=7):
 class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """A report that a decode stream starts without its hand-off, whose blocks are still allocated on the prefill worker."""
 
-    stream: Count
+    stream: StreamId
 
 
 # frontend to worker
@@ -119,7 +119,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """A request to stop the stream and to free the blocks of its hand-off, if any. No reply follows."""
 
-    stream: Count
+    stream: StreamId
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=23):
@@ -135,7 +135,7 @@ class SnapshotRequest(msgspec.Struct, frozen=True, array_like=True, tag=24):
 class HandoffDone(msgspec.Struct, frozen=True, array_like=True, tag=26):
     """A report that the stream's hand-off is not needed any more: its decode worker has answered. No reply follows."""
 
-    stream: Count
+    stream: StreamId
 
 
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):

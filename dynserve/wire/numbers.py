@@ -10,6 +10,7 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 BlockHash = Annotated[int, Meta(ge=0)]  # 64 bits
+StreamId = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # the number of an answer on its link
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]

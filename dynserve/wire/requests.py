@@ -18,6 +18,7 @@ from dynserve.wire.numbers import (
     Logprob,
     Seconds,
     Shift,
+    StreamId,
     Temperature,
     TokenId,
 )
@@ -190,7 +191,7 @@ class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True,
     """A `Generation` for one worker and one phase."""
 
     id: str
-    stream: Count  # identifies the answer on the link to `reply_to`; a frontend never reuses it
+    stream: StreamId  # identifies the answer on the link to `reply_to`; a frontend never reuses it
     reply_to: str
     model: str
     phase: Phase

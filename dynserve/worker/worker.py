@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
-STEADY = 2.0  # seconds after which a link that ended is dialled again at once
 MAX_DONE = 20_000  # ended requests that are remembered, so that a late copy of one is not run
 
 
 class Worker:
-    """One executor on the planes. Requests arrive through `accept` (NATS) or over a link; both call `take`."""
+    """Connects one executor with the planes: NATS, discovery and links. Requests arrive through `accept` (NATS) or over a
+    link; both call `start`."""
 
     def __init__(self, config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str) -> None:
         self.config, self.executor, self._planes = config, executor, planes
@@ -67,7 +67,7 @@ class Worker:
         self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.template)
         self._answers: dict[tuple[str, int], Answer] = {}
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend sends HandoffDone or Cancel
-        self._done: dict[tuple[str, int], None] = {}  # the latest that ended; oldest first
+        self._done: dict[tuple[str, int], None] = {}  # the last `MAX_DONE`, oldest first
         self._links: dict[str, Link] = {}
         self._new_events = asyncio.Event()
         self._journal = KvJournal(instance_id, self.epoch, self._new_events.set)
@@ -120,19 +120,19 @@ class Worker:
     # requests
 
     def accept(self, payload: bytes) -> bytes | None:
-        """Handles a request from the bus. Acknowledges it over the link, as it will be answered; without a link, returns
-        the acknowledgement as the bus's reply."""
+        """Handles a request from the bus. The acknowledgement goes over the link, like the answer; without a link to the
+        frontend it is returned, as the bus's reply."""
         try:
             request = requests.decode_request(payload)
         except MALFORMED as error:
-            return requests.encode(Refused(InternalError.code, f"the request is not of this version: {error}"))
+            return requests.encode(Refused(InternalError.code, f"the request cannot be decoded: {error}"))
         link = self._links.get(request.reply_to)
         if link is None:
-            return requests.encode(self.take(request))
-        link.send(SubmitReply(request.stream, self.take(request)))
+            return requests.encode(self.start(request))
+        link.send(SubmitReply(request.stream, self.start(request)))
         return None
 
-    def take(self, request: GenerateRequest) -> Ack:
+    def start(self, request: GenerateRequest) -> Ack:
         """Starts the request, or returns why it cannot. A second copy of the same request is acknowledged but not run."""
         key = (request.reply_to, request.stream)
         if key in self._answers or key in self._handed_off or key in self._done:
@@ -207,7 +207,7 @@ class Worker:
                 case HandoffDone(stream=stream):
                     self._handoff_done((frontend_id, stream))
                 case Submit(request=request):
-                    link.send(SubmitReply(request.stream, self.take(request)))
+                    link.send(SubmitReply(request.stream, self.start(request)))
                 case SnapshotRequest(request=number):
                     for part in self._journal.snapshot(number):
                         link.send(part)
@@ -220,7 +220,7 @@ class Worker:
                     pass  # pings and the welcome of this version need no action
 
     def unlinked(self, frontend_id: str, link: Link, reason: str) -> None:
-        """Called when the link has ended. Cancels the requests that were answered over it."""
+        """Called when the link has ended. Cancels the requests that are answered over it, and their hand-offs."""
         if self._links.get(frontend_id) is link:
             del self._links[frontend_id]
             log.info("link to frontend %s ended: %s", frontend_id, reason)
@@ -256,7 +256,7 @@ class Worker:
         try:
             await self._planes.bus.publish(subject, payload)
         except DynserveError as error:
-            log.debug("%s", error)
+            log.debug("%s: nothing was published to %s: %s", self.id, subject, error)
 
     async def watch_engine(self) -> None:
         """Raises the engine's error when the engine has died."""
@@ -300,8 +300,9 @@ class Worker:
             await asyncio.sleep(0.02)
         if self.busy:
             log.warning(
-                "%d requests did not finish within --drain-timeout-s %.0f",
+                "%d requests and %d hand-offs did not end within --drain-timeout-s %.0f",
                 len(self._answers),
+                self.executor.load().open_handoffs,
                 self.config.drain_timeout_s,
             )
 

@@ -69,6 +69,7 @@ CALLS: list[tuple[str, str, list[Piece]]] = [
     ("llama3_json", f'<|python_tag|>{{"name": "get_weather", "parameters": {{"city": "Paris"}}}}; {{"name": "add", "parameters": {ADD}}}', TWO),
     ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {{"city": "Paris"}}}}, {{"name": "add", "arguments": {ADD}}}]', TWO),
     ("mistral", f'Yes.[TOOL_CALLS]get_weather[ARGS]{{"city": "Paris"}}[TOOL_CALLS]add{ADD}', [Content("Yes."), *TWO]),
+    ("mistral_v11", f'Yes.[TOOL_CALLS]get_weather[ARGS]{{"city": "Paris"}}[TOOL_CALLS]add[ARGS]{ADD}', [Content("Yes."), *TWO]),
     (
         "deepseek_v3",
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris"}\n```'
@@ -95,6 +96,10 @@ def test_tool_calls_are_found_wherever_their_text_is_split(
     style: str, text: str, expected: list[Piece], enforced: bool, sizes: list[int]
 ) -> None:
     assert parse(tools(style, enforced=enforced), text, sizes) == expected
+
+
+def test_every_tool_parser_has_examples() -> None:
+    assert {style for style, *_ in CALLS} == set(config.TOOL_PARSERS)
 
 
 # text that only resembles a call stays text

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from dynserve.config import TINY_MODEL, WorkerConfig
-from dynserve.errors import ConfigError, ContextTooLong
+from dynserve.errors import ConfigError, ContextTooLong, EngineDied, Unavailable, WorkerLost
 from dynserve.executors.base import Executor, Output, generate, open_executor
+from dynserve.executors.engine import EngineSteps
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.model import ModelConfig
 from dynserve.executors.transceiver import MemoryTransceivers
@@ -331,3 +332,20 @@ async def test_sampled_tokens_follow_the_distribution() -> None:
     assert {draw(logits, SamplingParams(seed=3, top_k=2), p) for p in range(200)} == {1, 2}
     assert {draw(logits, SamplingParams(seed=3, top_p=0.5), p) for p in range(200)} == {1}
     assert {draw(logits, SamplingParams(seed=3, min_p=0.4), p) for p in range(200)} == {1, 2}
+
+
+async def test_an_engine_that_dies_fails_its_requests_so_that_others_can_run_them(
+    torch_opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = await torch_opened()
+
+    def broken(self: EngineSteps) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(EngineSteps, "plan", broken)
+    with pytest.raises(WorkerLost, match="engine died"):
+        await answer(executor, make_request([5, 6, 7]))
+    with pytest.raises(EngineDied, match="out of memory"):  # whose exit code is 3
+        await asyncio.shield(executor.failed)
+    with pytest.raises(Unavailable):
+        await answer(executor, make_request([5, 6, 7]))

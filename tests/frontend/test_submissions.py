@@ -71,7 +71,7 @@ async def test_a_request_received_by_both_transports_is_accepted_once() -> None:
 async def test_a_refused_request_is_sent_to_another_worker(ack: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulated(2) as c, c.client() as client:
         refusing = c.workers[0]
-        monkeypatch.setattr(refusing, "take", lambda request: ack)
+        monkeypatch.setattr(refusing, "start", lambda request: ack)
         for _ in range(6):
             assert (await client.post("/v1/completions", json=ASK)).status_code == 200
         assert accepted(c) == [0, 6]
@@ -81,7 +81,7 @@ async def test_a_refused_request_is_sent_to_another_worker(ack: Ack, monkeypatch
 async def test_a_workers_refusal_of_an_invalid_request_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     async with simulated(2) as c, c.client() as client:
         for worker in c.workers:
-            monkeypatch.setattr(worker, "take", lambda request: Refused("invalid_request", "no such thing", "prompt"))
+            monkeypatch.setattr(worker, "start", lambda request: Refused("invalid_request", "no such thing", "prompt"))
         answer = await client.post("/v1/completions", json=ASK)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
 
@@ -133,7 +133,7 @@ async def test_a_late_copy_of_a_refused_request_is_not_computed(
     async with simulated() as c, c.client() as client:
         worker, held = c.workers[0], hold(c)
         with monkeypatch.context() as patch:
-            patch.setattr(worker, "take", lambda request: Busy(7))
+            patch.setattr(worker, "start", lambda request: Busy(7))
             assert (await client.post("/v1/completions", json=ASK)).status_code == 429
         await asyncio.sleep(0.02)  # the frontend's messages about it are on their way
         assert len(held) == 1
@@ -169,7 +169,7 @@ async def test_a_reply_counts_as_refused_only_if_no_other_copy_is_in_flight(
             await submit(reply, request)
 
         monkeypatch.setattr(c.frontend.pipeline.submissions, "submit", noted)
-        monkeypatch.setattr(c.workers[0], "take", lambda request: Busy(7))
+        monkeypatch.setattr(c.workers[0], "start", lambda request: Busy(7))
         if silent:
             hold(c)
         else:

@@ -189,7 +189,7 @@ async def test_a_request_leaves_no_reference_cycle(end: str, stream: bool, monke
             assert b" 200 " in await posted(port, body)
             if end in ("refused", "moved", "fanned"):
                 body["n"] = 2 if end == "fanned" else 1
-                monkeypatch.setattr(c.workers[0], "take", lambda request: Busy(7))
+                monkeypatch.setattr(c.workers[0], "start", lambda request: Busy(7))
             elif end == "invalid":
                 body["temperature"] = 9
             else:

@@ -98,7 +98,7 @@ class Layer:
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         def get(name: str) -> Tensor:
-            return weights.take(f"model.layers.{index}.{name}")
+            return weights.load(f"model.layers.{index}.{name}")
 
         def joined(kind: str, *names: str) -> Tensor:
             return torch.cat([get(f"{name}.{kind}") for name in names])
@@ -122,10 +122,10 @@ class Transformer:
     def __init__(self, config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         with Weights(folder, device, dtype) as weights:
-            self.embedding = weights.take("model.embed_tokens.weight")
+            self.embedding = weights.load("model.embed_tokens.weight")
             self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
-            self.norm = weights.take("model.norm.weight")
-            self.head = self.embedding if config.tied_embeddings else weights.take("lm_head.weight")
+            self.norm = weights.load("model.norm.weight")
+            self.head = self.embedding if config.tied_embeddings else weights.load("lm_head.weight")
         self.cos, self.sin = rotary_table(config, device, dtype)
 
     @property
@@ -232,7 +232,7 @@ class Weights:
         for file in self._open.values():
             file.__exit__(None, None, None)
 
-    def take(self, name: str) -> Tensor:
+    def load(self, name: str) -> Tensor:
         file = "model.safetensors" if self._file_of is None else self._file_of.get(name, "")
         try:
             if file not in self._open:

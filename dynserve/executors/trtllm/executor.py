@@ -59,17 +59,18 @@ class Kind(Enum):
 class Progress(Enum):
     """The state of a request in the engine.
 
-        SUBMITTED ──first response──▶ ANSWERING ──last response, or abort──▶ ENDED
-            └──abort──▶ ABANDONED ──first response, which is aborted──▶ ENDED
+        SUBMITTED ──first response──▶ ANSWERING ──abort──▶ ABORTED
+            ├──abort of a GENERATION request──▶ ABANDONED ──first response──▶ ABORTED
+            └──abort of any other request──▶ ABORTED
 
-    Only a GENERATION request becomes ABANDONED: to abort one before its first response can crash the engine. Other
-    requests are aborted at once.
+    To abort a GENERATION request before its first response can crash the engine. A request that is not aborted stays
+    ANSWERING until its last response.
     """
 
     SUBMITTED = auto()
     ANSWERING = auto()
     ABANDONED = auto()
-    ENDED = auto()
+    ABORTED = auto()
 
 
 class _EngineRequest:
@@ -84,9 +85,8 @@ class _EngineRequest:
         self.request, self.kind, self.began = request, kind, began
         self.sink: OutputSink | None = sink
         self.progress = Progress.SUBMITTED
-        self.known = (
-            len(request.prior.token_ids) if request.prior is not None else 0
-        )  # tokens that the client had before
+        # tokens that the client had before
+        self.known = len(request.prior.token_ids) if request.prior is not None else 0
         self.generated = self.known  # tokens that the client has now
         self.handoff_id = 0  # id of the hand-off that a context phase opens
         self.result: Any = None
@@ -106,7 +106,7 @@ class _EngineRequest:
 
     @property
     def can_abort(self) -> bool:
-        return self.kind is not Kind.GENERATION or self.progress in (Progress.ANSWERING, Progress.ENDED)
+        return self.kind is not Kind.GENERATION or self.progress in (Progress.ANSWERING, Progress.ABORTED)
 
     def stop_timer(self) -> None:
         if self.timer is not None:
@@ -132,7 +132,7 @@ class TrtllmExecutor:
         self._contexts: dict[int, _EngineRequest] = {}  # prefills with an open hand-off
         self._held_tokens = 0  # tokens of their prompts
         self._tickets = count(1)
-        self._calls: dict[int, _EngineRequest] = {}
+        self._calls: dict[int, _EngineRequest] = {}  # by ticket, those whose outputs are still wanted
         self._inside = 0  # requests in the engine, with or without a sink
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
@@ -213,7 +213,7 @@ class TrtllmExecutor:
         self._handoffs.deliver(ticket)
 
     def engine_died(self) -> None:
-        """Fails all requests with WorkerLost, so that other workers compute them again."""
+        """Fails all requests with WorkerLost, so that other workers can run those that have no token yet."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.stop_timer()
@@ -255,11 +255,17 @@ class TrtllmExecutor:
         return self._engine.api.disaggregated(request_type=kind, disagg_request_id=next(self._engine.ids))
 
     def _start(self, ticket: int, call: _EngineRequest, params: Any) -> None:
-        """Passes the request to the engine. Raises CallerError when it is refused, ClusterError when the engine is dead."""
+        """Passes the request to the engine.
+
+        Raises:
+            CallerError: the engine refuses the request.
+            Unavailable: the engine is dead, or the prompt is too long to be computed here.
+            InternalError: the engine failed in another way.
+        """
         request = call.request
         prior = request.prior.token_ids if request.prior is not None else []
-        # the client's tokens are appended to the prompt, unless the engine returns them again: after a transfer, or
-        # because a grammar must read the answer from its start; tokens returned again are compared with the client's
+        # Prior tokens are appended to the prompt. After a transfer, or with a grammar (which must see the answer from its
+        # start), the engine generates them again instead: then they are compared with the client's, and skipped.
         again = bool(prior) and (call.kind is not Kind.WHOLE or request.grammar is not None)
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
@@ -300,7 +306,7 @@ class TrtllmExecutor:
             async for _ in result:
                 note_sign_of_life()
                 if call.progress in (Progress.SUBMITTED, Progress.ABANDONED):
-                    self._answered(call)
+                    self._note_first_response(call)
                 if call.sink is not None:
                     self._give(ticket, call)
         except asyncio.CancelledError:
@@ -315,9 +321,9 @@ class TrtllmExecutor:
             self._inside -= 1
             call.stop_timer()
 
-    def _answered(self, call: _EngineRequest) -> None:
+    def _note_first_response(self, call: _EngineRequest) -> None:
         if call.progress is Progress.ABANDONED:
-            call.progress = Progress.ENDED
+            call.progress = Progress.ABORTED
             self._engine.abort(call.result)
             return
         call.progress = Progress.ANSWERING
@@ -368,7 +374,7 @@ class TrtllmExecutor:
         return output
 
     def _end_here(self, ticket: int, call: _EngineRequest, output: Output, over: int) -> None:
-        """Ends the answer at max_tokens: the engine may not count the context phase's token, and yield `over` too many."""
+        """Ends the answer at max_tokens. An engine that does not count the context phase's token yields `over` too many."""
         if over:
             del output.token_ids[-over:]
             if output.logprobs is not None:
@@ -388,7 +394,7 @@ class TrtllmExecutor:
         call = self._contexts.pop(ticket)
         self._held_tokens -= call.request.num_tokens
         if how is not HandoffEnd.DELIVERED:
-            self._engine.abort(call.result)  # only an abort makes the engine free the blocks
+            self._engine.abort(call.result)  # the engine frees delivered blocks by itself, others only when aborted
 
     # what goes wrong
 
@@ -460,7 +466,7 @@ class TrtllmExecutor:
         call.stop_timer()
         limit, handoff = ABORT_TIMEOUT, call.request.handoff
         if call.can_abort:
-            call.progress = Progress.ENDED
+            call.progress = Progress.ABORTED
             self._engine.abort(call.result)
         else:
             call.progress = Progress.ABANDONED

@@ -175,7 +175,7 @@ async def test_after_a_lost_link_another_decode_worker_prefills_the_prompt_itsel
             return first_dies
 
         for worker in decoders:
-            monkeypatch.setattr(worker, "take", dying(worker, worker.take))
+            monkeypatch.setattr(worker, "start", dying(worker, worker.start))
         answer = await client.post("/v1/chat/completions", json=ASK)
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "7"
         (other,) = (worker for worker in decoders if worker.id not in dead)
