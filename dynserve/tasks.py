@@ -102,16 +102,16 @@ class Limit:
 
 
 class Backoff:
-    """Waits that double from `first` to `most` seconds, with jitter so that processes do not retry at the same time."""
+    """Waits that double from `first` to `longest` seconds, with jitter so that processes do not retry at the same time."""
 
-    def __init__(self, first: float = 0.1, most: float = 2.0) -> None:
-        self._first, self._most, self._next = first, most, first
+    def __init__(self, first: float = 0.1, longest: float = 2.0) -> None:
+        self._first, self._longest, self._next = first, longest, first
 
     def reset(self) -> None:
         self._next = self._first
 
     def next(self) -> float:
-        wait, self._next = self._next, min(self._most, self._next * 2)
+        wait, self._next = self._next, min(self._longest, self._next * 2)
         return wait * random.uniform(0.75, 1.25)
 
 

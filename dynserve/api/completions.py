@@ -98,7 +98,7 @@ def packed_prompts(
     for at, prompt in enumerate(listed(prompts)):
         where = f"{field}.{at}" if several else field
         ids = (
-            preprocessor.tokenize(prompt, most=max_seq_len, owner=owner, param=field)
+            preprocessor.tokenize(prompt, max_context=max_seq_len, owner=owner, param=field)
             if isinstance(prompt, str)
             else prompt
         )

@@ -46,7 +46,7 @@ def tokenized(request: TokenizeRequest, preprocessor: Preprocessor, max_seq_len:
     """The answer to `/tokenize`. Raises ContextTooLong for a text with more than twice the tokens of the context."""
     if request.prompt is not None:
         tokens = preprocessor.tokenize(
-            request.prompt, special=request.add_special_tokens, most=max_seq_len, owner=owner
+            request.prompt, special=request.add_special_tokens, max_context=max_seq_len, owner=owner
         )
     else:
         tokens = preprocessor.chat(request.chat().conversation(), max_seq_len, owner)[1]

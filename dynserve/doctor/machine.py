@@ -80,7 +80,7 @@ def triton(config: DoctorConfig) -> Iterator[Finding]:
     """Checks that Triton finds libcuda. Without `TRITON_LIBCUDA_PATH` it decodes the output of ldconfig as UTF-8."""
     if not config.trtllm:
         return
-    found, broken = _version("triton"), env.ask_ldconfig(env.LDCONFIG).broken
+    found, broken = _version("triton"), env.run_ldconfig(env.LDCONFIG).broken
     folder = os.environ.get("TRITON_LIBCUDA_PATH") or env.libcuda_folder(os.environ)
     name = f"triton {found or 'is not installed'}"
     if folder:

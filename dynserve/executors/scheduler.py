@@ -246,11 +246,11 @@ class Scheduler:
             return True
         return length - sequence.prompt_len >= request.stop.max_tokens or length >= self.max_seq_len
 
-    def max_steps(self, work: Seq[Slice], most: int) -> int:
-        """Returns how many decode-only steps like `work` there are blocks for, to commit them at once; at most `most`."""
-        while most > 1 and not self.blocks.can_allocate(sum(self._lacking(s.sequence, most) for s in work)):
-            most //= 2
-        return most
+    def max_steps(self, work: Seq[Slice], steps: int) -> int:
+        """Returns how many decode-only steps like `work` there are blocks for, to commit them at once; at most `steps`."""
+        while steps > 1 and not self.blocks.can_allocate(sum(self._lacking(s.sequence, steps) for s in work)):
+            steps //= 2
+        return steps
 
     def commit(self, work: Seq[Slice], sampled: Seq[Seq[Sampled]], now: float = 0.0) -> list[tuple[Sequence, Output]]:
         """Records a step that ended at `now`. `sampled[i]` is the new token of `work[i]` if that slice samples, or the

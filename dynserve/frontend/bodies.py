@@ -93,10 +93,10 @@ class RequestBody:
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def _receive(self) -> None:
-        most = self._config.max_body_bytes
+        max_bytes = self._config.max_body_bytes
         announced = exchange_of(self._request.scope).headers.get("content-length", "")
-        if announced.isdecimal() and len(announced) < 20 and int(announced) > most:
-            raise _too_large(most)
+        if announced.isdecimal() and len(announced) < 20 and int(announced) > max_bytes:
+            raise _too_large(max_bytes)
         content = bytearray()
         self.content = content
         self._bodies._arriving[self] = None
@@ -105,8 +105,8 @@ class RequestBody:
                 async for part in self._request.stream():
                     if self._given_up:
                         break
-                    if len(content) + len(part) > most:
-                        raise _too_large(most)
+                    if len(content) + len(part) > max_bytes:
+                        raise _too_large(max_bytes)
                     content += part
                     self._bodies.charge(self, max(0, len(content) - SMALL_BODY) - self.charged)
         except TimeoutError:
@@ -120,8 +120,8 @@ class RequestBody:
             raise _spent()
 
 
-def _too_large(most: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {most:,} bytes")
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {max_bytes:,} bytes")
 
 
 def _spent() -> Overloaded:

@@ -54,7 +54,7 @@ class PlacementRecord:
             _encode((candidates, [float(cost) for cost in costs])), len(reason.candidates) - len(candidates),
         )  # fmt: skip
 
-    def as_dict(self, most: int) -> dict[str, Any]:
+    def as_dict(self, max_candidates: int) -> dict[str, Any]:
         candidates, costs = _decode(self.packed)
         margin, runner_up = self._margin(candidates, costs)
         shown = [
@@ -64,7 +64,7 @@ class PlacementRecord:
                 "cost": _number(costs[i]) if costs else None, "index": c.index,
                 "index_age_s": round(c.index_age_s, 3),
             }
-            for i, c in enumerate(candidates[:most])
+            for i, c in enumerate(candidates[:max_candidates])
         ]  # fmt: skip
         found: dict[str, Any] = {
             "phase": self.phase, "why": self.why, "worker": self.worker, "runner_up": runner_up,
@@ -122,13 +122,13 @@ class Decision:
         self.placements.append(record)
         return record
 
-    def as_dict(self, most: int = MAX_CANDIDATES) -> dict[str, Any]:
+    def as_dict(self, max_candidates: int = MAX_CANDIDATES) -> dict[str, Any]:
         return {
             "request_id": self.request_id, "model": self.model, "prompt_tokens": self.prompt_tokens,
             "outcome": self.outcome, "queued_s": round(self.queued_s, 6),
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
             "duration_s": None if self.ended is None else round(self.ended - self.began, 6),
-            "placements": [placement.as_dict(most) for placement in self.placements],
+            "placements": [placement.as_dict(max_candidates) for placement in self.placements],
         }  # fmt: skip
 
     def header(self) -> bytes:

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 class Gate:
     """Admits requests. Without a keys file all requests are anonymous."""
 
-    def __init__(self, keys_file: str | None, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keys_file: str | None, max_requests: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError if the keys file cannot be read or has an invalid line."""
         self._path = Path(keys_file) if keys_file else None
-        self._most, self.clock = most, clock
+        self._max_requests, self.clock = max_requests, clock
         self._stamp: tuple[int, int] | None = None
         self._by_digest: dict[bytes, list[KeyUsage]] = {}  # by the first bytes: all are compared in constant time
         self.open_requests = OpenRequests()
@@ -39,7 +39,7 @@ class Gate:
             Overloaded: all clients together have too many open requests.
         """
         usage = None if self._path is None else self._known(_presented(headers))
-        if self.open_requests.count >= self._most:
+        if self.open_requests.count >= self._max_requests:
             raise Overloaded(f"{self.open_requests.count} requests are being answered; try again soon")
         if usage is not None:
             usage.admit(self.clock())

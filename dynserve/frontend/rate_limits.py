@@ -91,12 +91,12 @@ class ChargedCall:
         key = self._usage.key
         return f"group:{key.group}" if key.group else f"key:{key.name}"
 
-    def priority(self, wished: int | None) -> int:
+    def priority(self, requested: int | None) -> int:
         """Returns the priority of a request. The key's priority is the upper bound; without keys there is none."""
         if self._usage is None:
-            return wished or 0
-        most = self._usage.key.priority or 0
-        return most if wished is None else min(wished, most)
+            return requested or 0
+        ceiling = self._usage.key.priority or 0
+        return ceiling if requested is None else min(requested, ceiling)
 
     def __enter__(self) -> ChargedCall:
         return self

@@ -172,8 +172,8 @@ class _LocalCluster:
                 await asyncio.sleep(POLL)
 
     def show(self) -> None:
-        took = time.monotonic() - self._began
-        print(f"\nready after {took:.1f} s\n\n  {'process':<14} {'pid':>8}  {'role':<19} address")
+        elapsed = time.monotonic() - self._began
+        print(f"\nready after {elapsed:.1f} s\n\n  {'process':<14} {'pid':>8}  {'role':<19} address")
         for child in self._servers:
             url = redacted(self._plan.etcd_url if child.name == "etcd" else self._plan.nats_url)
             print(f"  {child.name:<14} {child.pid or 0:>8}  {'server':<19} {url}")

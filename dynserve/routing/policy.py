@@ -112,10 +112,10 @@ class Kv:
     def _exclude_herds(self, prompt: int, candidates: Sequence[Candidate], costs: list[float]) -> None:
         # prompt - overlap is never 0: one token is always computed
         delays = [c.waiting_prefill + prompt - c.overlap for c in candidates]
-        most = self.weights.herd * min(delays)  # the smallest itself never exceeds it
-        if max(delays) > most:
+        max_delay = self.weights.herd * min(delays)  # the smallest itself never exceeds it
+        if max(delays) > max_delay:
             for i, delay in enumerate(delays):
-                if delay > most and candidates[i].overlap:
+                if delay > max_delay and candidates[i].overlap:
                     costs[i] = math.inf
 
     def _draw(self, candidates: Sequence[Candidate], costs: list[float]) -> Candidate:

@@ -228,8 +228,8 @@ class Router:
 
         near = [t for t in decoders if delay(t) <= limit and self.has_room(t, "decode")]
         if near:
-            most = min(map(delay, prefillers), default=limit + toll) - toll
-            near = [t for t in near if delay(t) <= most]
+            max_delay = min(map(delay, prefillers), default=limit + toll) - toll
+            near = [t for t in near if delay(t) <= max_delay]
         return near, overlaps
 
     def place(

@@ -10,8 +10,8 @@ MAX_SESSIONS = 100_000  # the least recently used are dropped first
 class Sessions:
     """The worker of each `(session, pool)`, with a time to live in seconds that each use renews."""
 
-    def __init__(self, ttl_s: float, most: int = MAX_SESSIONS) -> None:
-        self._ttl_s, self._most = ttl_s, most
+    def __init__(self, ttl_s: float, max_sessions: int = MAX_SESSIONS) -> None:
+        self._ttl_s, self._max_sessions = ttl_s, max_sessions
         self._workers: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -25,5 +25,7 @@ class Sessions:
         key = (session, pool)
         self._workers[key] = (worker, now + self._ttl_s)
         self._workers.move_to_end(key)
-        while self._workers and (len(self._workers) > self._most or next(iter(self._workers.values()))[1] <= now):
+        while self._workers and (
+            len(self._workers) > self._max_sessions or next(iter(self._workers.values()))[1] <= now
+        ):
             self._workers.popitem(last=False)

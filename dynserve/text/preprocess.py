@@ -51,18 +51,20 @@ class Preprocessor:
         self.opens_reasoning = self._opens_reasoning()
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
-    def chat(self, conversation: Conversation, most: int | None = None, owner: str = "") -> tuple[str, list[int]]:
+    def chat(
+        self, conversation: Conversation, max_context: int | None = None, owner: str = ""
+    ) -> tuple[str, list[int]]:
         """Returns a conversation, with the opening of the assistant's turn, as text and as token ids.
         `owner`: see `Segments.encode`.
 
         Raises:
             BadRequest: the model has no template, or its template refuses these messages.
-            ContextTooLong: the text certainly has over twice `most` tokens.
+            ContextTooLong: the text certainly has over twice `max_context` tokens.
         """
         contents = "".join(str(message.get("content") or "") for message in conversation.messages)
-        self._check_length(contents, most, "messages")  # before the template copies and searches it
+        self._check_length(contents, max_context, "messages")  # before the template copies and searches it
         text = self.render(conversation)
-        self._check_length(text, most, "messages")
+        self._check_length(text, max_context, "messages")
         return text, self.segments.encode(text, owner)
 
     def render(self, conversation: Conversation, now: datetime | None = None) -> str:
@@ -99,15 +101,15 @@ class Preprocessor:
             return False
 
     def tokenize(
-        self, text: str, *, special: bool = True, most: int | None = None, owner: str = "", param: str = "prompt"
+        self, text: str, *, special: bool = True, max_context: int | None = None, owner: str = "", param: str = "prompt"
     ) -> list[int]:
         """Returns the token ids of a text. `special`: with the tokens that the tokenizer adds around a text (such as BOS).
         `owner`: see `Segments.encode`.
 
         Raises:
-            ContextTooLong: the text certainly has over twice `most` tokens.
+            ContextTooLong: the text certainly has over twice `max_context` tokens.
         """
-        self._check_length(text, most, param)
+        self._check_length(text, max_context, param)
         if not special:
             return self.segments.encode(text, owner)
         if self._around is None:
@@ -117,20 +119,20 @@ class Preprocessor:
         before, after = self._around
         return [*before, *self.segments.encode(text, owner), *after]
 
-    def _check_length(self, text: str, most: int | None, param: str) -> None:
-        """Raises what `tokenize` raises. The cost is bounded by `most`, not by the length of the text.
+    def _check_length(self, text: str, max_context: int | None, param: str) -> None:
+        """Raises what `tokenize` raises. The cost is bounded by `max_context`, not by the length of the text.
 
-        A slice may cut a word in two, which changes a few tokens in thousands: hence the bound of twice `most`.
+        A slice may cut a word in two, which changes a few tokens in thousands: hence the bound of twice `max_context`.
         """
-        if most is None or len(text) <= LIKELY_CHARACTERS * most:
+        if max_context is None or len(text) <= LIKELY_CHARACTERS * max_context:
             return
         found = 0
         for at in range(0, len(text), SLICE):
             found += len(self.tokenizer.encode_batch_fast([text[at : at + SLICE]], add_special_tokens=False)[0])
-            if found > 2 * most:
+            if found > 2 * max_context:
                 raise ContextTooLong(
-                    f"This model's maximum context length is {most} tokens. However, your prompt has more than {2 * most} "
-                    "tokens. Please shorten it.",
+                    f"This model's maximum context length is {max_context} tokens. However, your prompt has more than "
+                    f"{2 * max_context} tokens. Please shorten it.",
                     param=param,
                 )
 

@@ -19,7 +19,7 @@ def test_use_renews_a_session_and_disuse_ends_it() -> None:
 
 
 def test_the_table_of_sessions_is_bounded_and_drops_expired_ones() -> None:
-    sessions = Sessions(10.0, most=3)
+    sessions = Sessions(10.0, max_sessions=3)
     for i in range(5):
         sessions.note(f"s{i}", "prefill", "a", 0.0)
     assert len(sessions) == 3 and sessions.worker("s0", "prefill", 0.0) is None

@@ -159,11 +159,11 @@ async def test_large_bodies_are_answered_like_small_ones() -> None:
 def test_a_text_that_cannot_fit_is_not_tokenised_whole() -> None:
     text = "some words of a text " * 400_000
     began = time.process_time()
-    for tokenise in (lambda: PREPROCESSOR.tokenize(text, most=2048), lambda: PREPROCESSOR.tokenize(text, special=False, most=2048)):  # fmt: skip
+    for tokenise in (lambda: PREPROCESSOR.tokenize(text, max_context=2048), lambda: PREPROCESSOR.tokenize(text, special=False, max_context=2048)):  # fmt: skip
         with pytest.raises(ContextTooLong, match=r"maximum context length is 2048 tokens.*more than 4096 tokens"):
             tokenise()
     assert time.process_time() - began < 5  # the whole text takes many times as long
-    assert len(PREPROCESSOR.tokenize("a " * (SLICE * 2), most=SLICE * 2)) > SLICE  # what may fit is tokenised
+    assert len(PREPROCESSOR.tokenize("a " * (SLICE * 2), max_context=SLICE * 2)) > SLICE  # what may fit is tokenised
 
 
 LIMITS = ExecutorLimits(block_size=32, num_blocks=8, max_seq_len=256, max_batch_size=4, vocab_size=100)

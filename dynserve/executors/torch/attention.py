@@ -117,9 +117,9 @@ class KvCache(HostBlocks):
         self.memory.index_copy_(0, blocks, content)
 
     def _pieces(self, blocks: Sequence[int]) -> Iterator[Sequence[int]]:
-        most = max(1, PIECE_BYTES // self.block_bytes)
-        for at in range(0, len(blocks), most):
-            yield blocks[at : at + most]
+        size = max(1, PIECE_BYTES // self.block_bytes)
+        for at in range(0, len(blocks), size):
+            yield blocks[at : at + size]
 
     def _pinned(self, blocks: int) -> Tensor:
         return torch.empty((blocks, *self.memory.shape[1:]), dtype=self.memory.dtype, pin_memory=True)
@@ -195,10 +195,10 @@ class KvCache(HostBlocks):
         if not work:
             return None
         counts = [slice_.start // self._block_size + 1 for slice_ in work]
-        most = max(counts)
-        tables = [s.sequence.blocks[:n] + [0] * (most - n) for s, n in zip(work, counts, strict=True)]
+        width = max(counts)
+        tables = [s.sequence.blocks[:n] + [0] * (width - n) for s, n in zip(work, counts, strict=True)]
         lengths = torch.tensor([slice_.start + 1 for slice_ in work], device=self._device)
-        mask = torch.arange(most * self._block_size, device=self._device) < lengths[:, None]
+        mask = torch.arange(width * self._block_size, device=self._device) < lengths[:, None]
         return Decode(total - len(work), total, torch.tensor(tables, device=self._device), mask[:, None, None])
 
     def _chunk_mask(self, start: int, count: int) -> Tensor | None:

@@ -163,8 +163,8 @@ def _limit_memory() -> None:
     if status.exists():
         data = re.search(r"VmData:\s+(\d+) kB", status.read_text())
         if data is not None:
-            most = int(data[1]) * 1024 + MAX_MEMORY
-            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+            limit = int(data[1]) * 1024 + MAX_MEMORY
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 if __name__ == "__main__":

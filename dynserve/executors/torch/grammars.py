@@ -71,7 +71,7 @@ class CompiledGrammars:
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._vocabulary = GrammarVocabulary(str(folder), vocab_size, list(eos))
-        self._most_light = min(MAX_LIGHT, max(MIN_LIGHT, LIGHT_WORK / vocab_size))
+        self._max_light = min(MAX_LIGHT, max(MIN_LIGHT, LIGHT_WORK / vocab_size))
         self._threads = asyncio.Semaphore(MAX_THREADS)  # held until the thread ends, even after a timeout
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._waiting = 0
@@ -135,7 +135,7 @@ class CompiledGrammars:
         self._refuse_slow(key)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars are queued for compilation; try again later")
-        light = weight(*key) <= self._most_light
+        light = weight(*key) <= self._max_light
         lane = self._threads if light else self._processes
         self._waiting += 1
         try:
@@ -227,10 +227,10 @@ class _Compilation:
 
 
 class _GrammarCache:
-    """The compiled grammars that were used last, up to `most` bytes in total."""
+    """The compiled grammars that were used last, up to `max_bytes` bytes in total."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self.size = most, 0  # bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self.size = max_bytes, 0  # bytes
         self._grammars: OrderedDict[_Key, xgrammar.CompiledGrammar] = OrderedDict()
 
     def get(self, key: _Key) -> xgrammar.CompiledGrammar | None:
@@ -243,7 +243,7 @@ class _GrammarCache:
         if key not in self._grammars:
             self._grammars[key] = compiled
             self.size += _size(key, compiled)
-        while self.size > self._most:
+        while self.size > self._max_bytes:
             self.size -= _size(*self._grammars.popitem(last=False))
 
 

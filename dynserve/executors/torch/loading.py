@@ -81,8 +81,8 @@ def load(folder: Path, args: EngineArgs, target: ComputeTarget) -> tuple[Transfo
     small = model.num_parameters < SMALL_MODEL
     torch.set_num_threads(args.num_threads or (1 if small else os.cpu_count() or 1))
     size = args.kv_cache_config.tokens_per_block
-    most = min(CACHE_BYTES // _block_bytes(model, size), args.max_batch_size * -(-config.max_position // size))
-    cache = _cache(folder, model, args, most)
+    max_blocks = min(CACHE_BYTES // _block_bytes(model, size), args.max_batch_size * -(-config.max_position // size))
+    cache = _cache(folder, model, args, max_blocks)
     log.info("computing with %d thread(s)", torch.get_num_threads())
     return model, cache, PlainRunner(model, cache)
 
@@ -92,10 +92,10 @@ def _load_on_gpu(folder: Path, args: EngineArgs, model: Transformer) -> tuple[Tr
     reserve = _working_memory(model.config, args) + GPU_RESERVE
     free, _ = torch.cuda.mem_get_info()
     fraction = args.kv_cache_config.free_gpu_memory_fraction or GPU_FRACTION
-    most = int((free - reserve) * fraction) // _block_bytes(model, size)
-    if most < -(-args.max_num_tokens // size):
+    max_blocks = int((free - reserve) * fraction) // _block_bytes(model, size)
+    if max_blocks < -(-args.max_num_tokens // size):
         raise ConfigError(_too_small(model.config, ComputeTarget(model.device, model.dtype)))
-    cache = _cache(folder, model, args, most)
+    cache = _cache(folder, model, args, max_blocks)
     shape = Shape.of(model.config, size)
     if (reason := _no_kernels(model)) is None:
         try:
@@ -140,11 +140,11 @@ def _block_bytes(model: Transformer, block_size: int) -> int:
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * model.dtype.itemsize
 
 
-def _cache(folder: Path, model: Transformer, args: EngineArgs, most: int) -> KvCache:
-    """Allocates the KV cache. `most` is its number of blocks, unless an option sets it."""
+def _cache(folder: Path, model: Transformer, args: EngineArgs, max_blocks: int) -> KvCache:
+    """Allocates the KV cache. `max_blocks` is its number of blocks, unless an option sets it."""
     config, size = model.config, args.kv_cache_config.tokens_per_block
     wanted = args.kv_cache_config.max_tokens
-    num_blocks = args.num_blocks or (-(-wanted // size) if wanted else max(1, most))
+    num_blocks = args.num_blocks or (-(-wanted // size) if wanted else max(1, max_blocks))
     cache = KvCache(
         num_blocks=num_blocks, block_size=size, num_layers=config.num_layers, kv_heads=config.num_kv_heads,
         head_dim=config.head_dim, dtype=model.dtype, device=model.device, model=folder.resolve().name,

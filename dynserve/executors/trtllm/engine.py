@@ -101,7 +101,7 @@ class TrtllmEngine:
             raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
         self._watch.note_sign_of_life()
         self._watch.start()
-        watching = (self._watch.beat(), self._watch.poll(), self._watch.ask_health())
+        watching = (self._watch.beat(), self._watch.poll(), self._watch.poll_health())
         self._watching = [self.tasks.create_task(one) for one in watching]
 
     async def close(self) -> None:

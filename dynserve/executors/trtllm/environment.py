@@ -77,13 +77,13 @@ def is_utf8(environ: MutableMapping[str, str]) -> bool:
 def libcuda_folder(environ: MutableMapping[str, str], folders: Iterable[str] = _CUDA_FOLDERS) -> str | None:
     """Returns the folder of the driver's library, or None. Output of ldconfig that is not UTF-8 is skipped."""
     listed = environ.get("LD_LIBRARY_PATH", "").split(":")
-    for folder in [*filter(None, listed), *ask_ldconfig().folders, *folders]:
+    for folder in [*filter(None, listed), *run_ldconfig().folders, *folders]:
         if Path(folder, LIBCUDA).exists():
             return folder
     return None
 
 
-def ask_ldconfig(command: str = LDCONFIG) -> Ldconfig:
+def run_ldconfig(command: str = LDCONFIG) -> Ldconfig:
     try:
         done = subprocess.run([command, "-p"], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -99,7 +99,7 @@ def ask_ldconfig(command: str = LDCONFIG) -> Ldconfig:
 
 def undecodable(error: UnicodeDecodeError) -> ConfigError:
     """Returns the error for an import that failed although `prepare` has run, because no libcuda was found."""
-    broken = ask_ldconfig(LDCONFIG).broken
+    broken = run_ldconfig(LDCONFIG).broken
     return ConfigError(
         f"Triton cannot read what ldconfig prints ({error.reason}{f' in: {broken}' if broken else ''}), and no {LIBCUDA} "
         "was found to make it unnecessary; set TRITON_LIBCUDA_PATH to the folder that holds it"

@@ -83,7 +83,7 @@ class Watch:
             self._checking = self._tasks.create_task(self._answers(min(SUSPECTED, self._stall_s)))
         return await asyncio.shield(self._checking)
 
-    async def ask_health(self) -> None:
+    async def poll_health(self) -> None:
         """Calls the engine's own health check, which detects dead processes that no request waits for."""
         check: asyncio.Future[bool] | None = None
         while True:

@@ -55,8 +55,8 @@ def test_without_libcuda_the_import_error_names_the_variable_to_set(ldconfig: Pa
 
 def test_ldconfig_is_read_as_bytes(tmp_path: Path, ldconfig: Path) -> None:
     (tmp_path / "listing").write_bytes(LISTED + b"\tlibcuda.so.1 (libc6,x86-64) => /drivers/libcuda.so.1\n")
-    assert env.ask_ldconfig(str(ldconfig)) == (["/drivers"], "lib\\xc4.so (libc6,x86-64) => /opt/lib\\xc4.so")
-    assert env.ask_ldconfig("/nowhere/ldconfig") == ([], "")
+    assert env.run_ldconfig(str(ldconfig)) == (["/drivers"], "lib\\xc4.so (libc6,x86-64) => /opt/lib\\xc4.so")
+    assert env.run_ldconfig("/nowhere/ldconfig") == ([], "")
 
 
 def test_variables_that_are_already_set_are_not_changed(tmp_path: Path) -> None:

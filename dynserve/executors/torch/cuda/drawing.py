@@ -22,19 +22,19 @@ CHUNKS = 64  # upper bound of the blocks that share a row's logits
 class Drawing:
     """The device's sampler. `packet` holds the picks of `Forward.head` and every row's sampling fields."""
 
-    def __init__(self, forward: Forward, launcher: Launcher, vocabulary: int, most: int, device: torch.device) -> None:
+    def __init__(self, forward: Forward, launcher: Launcher, vocabulary: int, rows: int, device: torch.device) -> None:
         self._forward, self._launch = forward, launcher.launch
         self._vocabulary = vocabulary
         i, f = torch.int32, torch.float32
         self.packet = Packet(
-            {"picks": (most, i), "temperatures": (most, f), "keys": (2 * most, i), "top_ks": (most, i),
-             "top_ps": (most, f), "min_ps": (most, f), "turn": (1, i)}, device,
+            {"picks": (rows, i), "temperatures": (rows, f), "keys": (2 * rows, i), "top_ks": (rows, i),
+             "top_ps": (rows, f), "min_ps": (rows, f), "turn": (1, i)}, device,
         )  # fmt: skip
-        self._cuts = torch.zeros(most, dtype=torch.int64, device=device)
-        self._best = torch.zeros(most, dtype=torch.int64, device=device)
-        self._arrived = torch.zeros(most, dtype=torch.int32, device=device)
+        self._cuts = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._arrived = torch.zeros(rows, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        self._hosts = torch.zeros(IN_FLIGHT, most, dtype=torch.int32, pin_memory=pinned)
+        self._hosts = torch.zeros(IN_FLIGHT, rows, dtype=torch.int32, pin_memory=pinned)
         self._turn = 0
         self._cut = self._was_cut = False
 

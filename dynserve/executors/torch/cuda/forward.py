@@ -90,8 +90,8 @@ class Forward:
         self._picked = buffer(max_samples, shape.hidden)
         self.logits = buffer(max_samples, shape.vocabulary, torch.float32)
         self.drawn = torch.zeros(max_samples, dtype=torch.int32, device=device)
-        most = max(rows * splits_for(rows, shape, short=False) for rows in range(1, max_alone + 1))
-        self._parts = torch.zeros(most * shape.heads * (shape.head_dim + 2), dtype=torch.float32, device=device)
+        max_parts = max(rows * splits_for(rows, shape, short=False) for rows in range(1, max_alone + 1))
+        self._parts = torch.zeros(max_parts * shape.heads * (shape.head_dim + 2), dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_alone * shape.heads, dtype=torch.int32, device=device)
 
     @staticmethod

@@ -111,8 +111,8 @@ class CudaRunner:
         self._model, self._device, self._block, self._stream = model, model.device, shape.block, cache.stream
         slots = 2 * max_samples  # ended sequences keep theirs until none is free
         width = -(-max_seq_len // shape.block) + 1
-        self._most_samples = _padded(max_samples)
-        max_rows, max_samples = max(max_rows, SIZES_WITH_PROMPTS[-1]), self._most_samples
+        self._max_samples = _padded(max_samples)
+        max_rows, max_samples = max(max_rows, SIZES_WITH_PROMPTS[-1]), self._max_samples
         self._forward = Forward(
             model,
             cache,
@@ -130,12 +130,12 @@ class CudaRunner:
         self._slots: dict[int, _Slot] = {}
         self._capture = Capture(self._device)
 
-    def capture(self, most: int) -> None:
-        """Captures the graphs for steps of up to `most` tokens. Logs the progress."""
+    def capture(self, max_size: int) -> None:
+        """Captures the graphs for steps of up to `max_size` tokens. Logs the progress."""
         began = logged = time.monotonic()
         plans: list[tuple[int, Callable[[int], None]]] = [
-            *((size, self._capture_with_prompts) for size in reversed(SIZES_WITH_PROMPTS) if size <= most),
-            *((size, self._capture_size) for size in reversed(SIZES) if size <= most),
+            *((size, self._capture_with_prompts) for size in reversed(SIZES_WITH_PROMPTS) if size <= max_size),
+            *((size, self._capture_size) for size in reversed(SIZES) if size <= max_size),
         ]
         with torch.inference_mode(), self._on_stream():
             for done, (size, capture) in enumerate(plans):  # the largest first: the others then use its memory
@@ -154,9 +154,9 @@ class CudaRunner:
         for short, alone in itertools.product((True, False), repeat=2):
             if alone or size <= FEW:
                 self._capture.keep(("layers", size, alone, short), partial(self._layers, size, alone, short))
-            if alone and size <= self._most_samples:
+            if alone and size <= self._max_samples:
                 self._capture.keep(("decode", size, short), partial(self._decode, size, short))
-        if size <= self._most_samples:
+        if size <= self._max_samples:
             self._capture.keep(("head", size), partial(self._head, size))
 
     def enter(self) -> None:
@@ -266,7 +266,7 @@ class CudaRunner:
         host["tokens"][:size] = host["slots"][:size] = 0
         host["changes"][0] = 0
         packet.send()
-        self._drawing.prepare([], [], [], min(size, self._most_samples))
+        self._drawing.prepare([], [], [], min(size, self._max_samples))
 
     def _lay_out(
         self, packet: Packet, work: Sequence[Slice], before: dict[int, int], padded: int, fresh: Sequence[int] = ()
