@@ -6,7 +6,8 @@ SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
 ARGS ?=
 
-# Modules are compiled when they are first imported: compiling all of torch and triton takes longer than installing them.
+# Modules are compiled when they are first imported: compiling all of torch and triton takes longer than installing them. Those
+# that every worker imports are compiled by one process, so that the workers' first start is not slowed down.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c docker/constraints.txt
 
 .PHONY: serve test check bench differential install clean
@@ -35,6 +36,7 @@ $(SERVING): pyproject.toml docker/constraints.txt
 	@echo "installing dynserve with torch, etcd and NATS into $(VENV): about 2 GB, once"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -e '.[torch,local]'
+	@$(BIN)/python -c 'import dynserve.executors.torch.executor, dynserve.executors.torch.grammars, dynserve.frontend.app, xgrammar'
 	@touch $@
 
 $(TESTING): $(SERVING)
