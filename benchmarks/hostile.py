@@ -37,7 +37,8 @@ import nats
 import psutil
 from budget import Row, machine, report
 
-from dynserve.config import TINY_MODEL, host_port
+from dynserve.addresses import host_port
+from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 
 MODEL = "tiny"

@@ -13,17 +13,16 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
+from dynserve.addresses import WILDCARDS
 from dynserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ FOREIGN = {
     "--port": "--http-port",
 }
 
-_ANYWHERE = {"0.0.0.0", "::"}
 
 TINY_MODEL = Path(__file__).parent / "local" / "tiny_model"
 
@@ -90,11 +88,17 @@ def option_of(cls: type[DataclassInstance], name: str) -> Any:
 class PlanesConfig:
     """The addresses of the shared planes. Every role has these options."""
 
-    nats_url: str = option("nats://127.0.0.1:4222", "NATS server", "NATS_URL")
-    etcd_url: str = option("http://127.0.0.1:2379", "etcd server", "ETCD_URL")
+    nats_url: str = option("nats://127.0.0.1:4222", "NATS server, or several with commas", "NATS_URL")
+    etcd_url: str = option("http://127.0.0.1:2379", "etcd server, or several of one cluster with commas", "ETCD_URL")
     namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
     link_host: str = option(
         "127.0.0.1", "address that links (frontend) and KV transfers (worker) listen on", "DYN_LINK_HOST"
+    )
+    advertise_host: str | None = option(
+        None,
+        "name or address that other processes connect to; default: the one that a listener is bound to, or for 0.0.0.0 "
+        "and :: this machine's own",
+        "DYN_ADVERTISE_HOST",
     )
     log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
 
@@ -331,28 +335,6 @@ def mode_of(role: Role) -> DisaggregationMode:
     return "prefill_and_decode" if role == "aggregated" else role
 
 
-def redacted(url: str) -> str:
-    """Removes user names and passwords from an address, or several with commas, for logs, errors and reports."""
-    return _CREDENTIALS.sub(r"\1***@", url)
-
-
-_CREDENTIALS = re.compile(r"(//|^|,)[^/]*@")
-
-
-def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
-    """Returns host and port of `http://host:port`, `nats://host:port` or `host:port`."""
-    host, port, netloc = "", None, ""
-    with suppress(ValueError):
-        parts = urlsplit(url if "//" in url else f"//{url}")
-        host, netloc = parts.hostname or "", parts.netloc
-        port = parts.port
-    if not host or (port is None and netloc.rpartition("@")[2].strip("[]").lower() != host):
-        raise ConfigError(
-            f"{what} {redacted(url)!r} is not an address; expected something like 127.0.0.1:{default_port}"
-        )
-    return host, port or default_port
-
-
 Config = TypeVar("Config", FrontendConfig, WorkerConfig, UpConfig)
 Loaded = TypeVar("Loaded", bound="DataclassInstance")
 
@@ -503,7 +485,7 @@ def _apart(config: FrontendConfig, counts: dict[str, int]) -> None:
     hosts = {"http_port": config.http_host, "link_port": config.link_host, "system_port": config.system_host}
     for one, other in combinations(counts, 2):
         first, second = getattr(config, one), getattr(config, other)
-        if not first or not second or not (hosts[one] == hosts[other] or _ANYWHERE & {hosts[one], hosts[other]}):
+        if not first or not second or not (hosts[one] == hosts[other] or WILDCARDS & {hosts[one], hosts[other]}):
             continue
         if first < second + counts[other] and second < first + counts[one]:
             raise ConfigError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dynserve.config
-from dynserve.config import FrontendConfig, PlanesConfig, UpConfig, WorkerConfig, host_port, load
+from dynserve.config import FrontendConfig, PlanesConfig, UpConfig, WorkerConfig, load
 from dynserve.errors import ConfigError
 from dynserve.frontend.frontend import router_options
 from dynserve.routing.router import RouterOptions
@@ -69,13 +69,6 @@ def test_the_page_of_a_role_lists_every_option(role: type[PlanesConfig], page: s
     rows = [row for row in (PACKAGE / page / "README.md").read_text().splitlines() if row.startswith("| `--")]
     listed = set(re.findall(r"--([a-z-]+)", " ".join(row.split("|")[1] for row in rows)))
     assert listed == {field.name.replace("_", "-") for field in dataclasses.fields(role)}
-
-
-def test_addresses_are_parsed_with_and_without_a_scheme() -> None:
-    assert host_port("http://a:1", "x", 9) == host_port("a:1", "x", 9) == ("a", 1)
-    assert host_port("nats://a", "x", 9) == ("a", 9)
-    with pytest.raises(ConfigError, match="ETCD_URL"):
-        host_port("http://a:port", "ETCD_URL", 9)
 
 
 def test_a_frontend_configures_the_router_with_the_routers_own_defaults() -> None:

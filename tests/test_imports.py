@@ -11,7 +11,19 @@ import pytest
 import dynserve
 
 ROOT = Path(dynserve.__file__).parent
-GROUND = {"child", "clock", "config", "errors", "log_limit", "model_files", "process", "sse", "streams", "tasks"}
+GROUND = {
+    "addresses",
+    "child",
+    "clock",
+    "config",
+    "errors",
+    "log_limit",
+    "model_files",
+    "process",
+    "sse",
+    "streams",
+    "tasks",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "wire": set(),
     "dialects": {"wire"},

@@ -10,7 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from dynserve.config import WorkerConfig, host_port, nearest, redacted
+from dynserve.addresses import join_host_port, servers
+from dynserve.config import WorkerConfig, nearest
 from dynserve.doctor.finding import DoctorConfig, Finding
 from dynserve.errors import ConfigError, DynserveError
 from dynserve.executors.engine_args import engine_args
@@ -89,35 +90,37 @@ def backend_of(config: DoctorConfig) -> str | None:
 
 
 def nats(config: DoctorConfig) -> Iterator[Finding]:
-    host, port = host_port(config.nats_url, "--nats-url", 4222)
-    try:
-        with socket.create_connection((host, port), TIMEOUT) as sock:
-            greeting = sock.recv(4096)
-    except OSError as error:
-        yield _unreachable("NATS", redacted(config.nats_url), error, "NATS_URL")
-        return
-    if greeting.startswith(b"INFO "):
-        yield Finding("NATS", "ok", redacted(config.nats_url))
-    else:
-        yield Finding("NATS", "fail", f"{redacted(config.nats_url)} is not a NATS server", "check the port")
+    for server in servers(config.nats_url, "--nats-url", 4222):
+        shown = join_host_port(server.host, server.port)
+        try:
+            with socket.create_connection((server.host, server.port), TIMEOUT) as sock:
+                greeting = sock.recv(4096)
+        except OSError as error:
+            yield _unreachable("NATS", shown, error, "NATS_URL")
+            continue
+        if greeting.startswith(b"INFO "):
+            yield Finding("NATS", "ok", shown)
+        else:
+            yield Finding("NATS", "fail", f"{shown} is not a NATS server", "check the port")
 
 
 def etcd(config: DoctorConfig) -> Iterator[Finding]:
-    host, port = host_port(config.etcd_url, "--etcd-url", 2379)
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://{host}:{port}/version", timeout=TIMEOUT) as answer:
-            body = answer.read(4096)
-    except OSError as error:
-        yield _unreachable("etcd", redacted(config.etcd_url), error, "ETCD_URL")
-        return
-    except (ValueError, EOFError) as error:
-        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} does not speak HTTP: {error}", "check the port")
-        return
-    if b"etcdserver" in body:
-        yield Finding("etcd", "ok", redacted(config.etcd_url))
-    else:
-        yield Finding("etcd", "fail", f"{redacted(config.etcd_url)} is not an etcd server", "check the port")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for server in servers(config.etcd_url, "--etcd-url", 2379):
+        shown = join_host_port(server.host, server.port)
+        try:
+            with opener.open(f"http://{shown}/version", timeout=TIMEOUT) as answer:
+                body = answer.read(4096)
+        except OSError as error:
+            yield _unreachable("etcd", shown, error, "ETCD_URL")
+            continue
+        except (ValueError, EOFError) as error:
+            yield Finding("etcd", "fail", f"{shown} does not speak HTTP: {error}", "check the port")
+            continue
+        if b"etcdserver" in body:
+            yield Finding("etcd", "ok", shown)
+        else:
+            yield Finding("etcd", "fail", f"{shown} is not an etcd server", "check the port")
 
 
 def ports(config: DoctorConfig) -> Iterator[Finding]:

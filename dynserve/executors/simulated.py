@@ -54,7 +54,8 @@ async def open_executor(
     steps = EngineSteps(scheduler, stepper.wake.set)
     opening = open_engine(
         args, scheduler, steps, EngineModel(vocab_size, eos), EmptyBlocks(f"simulated:{size}", args.bytes_per_token * size),
-        TimedTransceivers(transceivers or TcpTransceivers(), args), instance_id=instance_id, host=config.link_host,
+        TimedTransceivers(transceivers or TcpTransceivers((), config.advertise_host), args),
+        instance_id=instance_id, host=config.link_host,
     )  # fmt: skip
     async with opening as (engine, tasks):
         tasks.create_task(stepper.run(steps, engine))

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from dynserve.addresses import advertised, host_port, join_host_port
 from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
 from dynserve.executors.carriers import Carrier, CarrierFailed
 from dynserve.executors.handoff import HandoffTable
@@ -154,17 +155,17 @@ class TcpTransceivers:
     """Opens a server on a free port of `host`, and closes all connections at the end of the block. The first of
     `carriers` that can reach the other side moves the bytes."""
 
-    def __init__(self, carriers: Sequence[Carrier] = ()) -> None:
-        self._carriers = carriers
+    def __init__(self, carriers: Sequence[Carrier] = (), advertise_host: str | None = None) -> None:
+        self._carriers, self._advertise_host = carriers, advertise_host
 
     @asynccontextmanager
     async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
         with translate({OSError: ConfigError}, f"cannot listen for KV transfers on {host}"):
-            listener = socket.create_server((host, 0))
+            listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setblocking(False)
         try:
             async with task_group() as tasks:
-                transceiver = TcpTransceiver(table, store, listener, tasks, self._carriers)
+                transceiver = TcpTransceiver(table, store, listener, tasks, self._carriers, self._advertise_host)
                 tasks.create_task(transceiver.serve())
                 try:
                     yield transceiver
@@ -177,7 +178,7 @@ class TcpTransceivers:
 class TcpTransceiver:
     def __init__(
         self, table: HandoffTable, store: BlockStore, listener: socket.socket, tasks: OwnedTasks,
-        carriers: Sequence[Carrier] = (),
+        carriers: Sequence[Carrier] = (), advertise_host: str | None = None,
     ) -> None:  # fmt: skip
         self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
         self._carriers = {carrier.name: carrier for carrier in carriers}
@@ -185,7 +186,8 @@ class TcpTransceiver:
         self._failed: set[tuple[str, str]] = set()  # address and carrier that did not work together
         self.carried: Counter[str] = Counter()  # transfers that were begun, by carrier
         host, port = listener.getsockname()[:2]
-        self._state = _encode(_TransceiverState(f"{host}:{port}", store.layout))
+        address = join_host_port(advertised(host, advertise_host), port)
+        self._state = _encode(_TransceiverState(address, store.layout))
         self._idle: dict[str, list[socket.socket]] = {}
         self._new_connections: dict[asyncio.Task[None], None] = {}  # oldest first
 
@@ -408,16 +410,19 @@ def _shut(sock: socket.socket) -> None:
 
 
 async def _connect(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException:
-        sock.close()
-        raise
+    loop = asyncio.get_running_loop()
+    with translate({ConfigError: HandoffBroken}, "the hand-off"):
+        host, port = host_port(address, "address", 0)
+    async with asyncio.timeout(CONNECT_TIMEOUT):
+        (family, _, _, _, target), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            await loop.sock_connect(sock, target)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            sock.close()
+            raise
     return sock
 
 

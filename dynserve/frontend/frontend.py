@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from secrets import token_hex
 from typing import Any, get_args
 
+from dynserve.addresses import advertised
 from dynserve.config import FrontendConfig, Role, mode_of
 from dynserve.frontend.admission import Admission
 from dynserve.frontend.fleet import Fleet
@@ -118,7 +119,11 @@ class Frontend:
                     planes.registry.watch(discovery.prefix(namespace), frontend._discovered),
                 ):
                     instance = FrontendInstance(
-                        id=id_, host=config.http_host, pid=os.getpid(), link_address=address, http_url=http_url
+                        id=id_,
+                        host=advertised(config.http_host, config.advertise_host),
+                        pid=os.getpid(),
+                        link_address=address,
+                        http_url=http_url,
                     )
                     key = discovery.key(namespace, instance)
                     async with planes.registry.register(key, discovery.encode(instance)) as registration:

@@ -34,7 +34,11 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
             supervisor = Supervisor([Group(specs)], tasks)
             try:
                 await supervisor.start()
-                log.info("%d frontends start at %s", len(specs), url_of(held, "https" if config.tls_key else "http"))
+                log.info(
+                    "%d frontends start at %s",
+                    len(specs),
+                    url_of(held, "https" if config.tls_key else "http", config.advertise_host),
+                )
                 await stop.wait(supervisor.broken)
                 log.info("stopping")
             finally:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from dynserve.addresses import redacted
 from dynserve.child import ChildSpec, Group, Supervisor
-from dynserve.config import UpConfig, WorkerConfig, exit_with, load, redacted
+from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.keys import check_keys

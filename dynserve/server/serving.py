@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import uvicorn
 
+from dynserve.addresses import advertised, join_host_port
 from dynserve.errors import ConfigError, translate
 from dynserve.server.heads import HttpLimits, allowed_hosts
 from dynserve.server.protocol import BoundedProtocol
@@ -45,9 +46,10 @@ def bind(host: str, port: int, flag: str, *, shared: bool = False) -> socket.soc
     return sock
 
 
-def url_of(sock: socket.socket, scheme: str = "http") -> str:
+def url_of(sock: socket.socket, scheme: str = "http", advertise_host: str | None = None) -> str:
+    """Returns the URL at which other processes reach the socket. `advertise_host`: see `addresses.advertised`."""
     host, port = sock.getsockname()[:2]
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"{scheme}://{join_host_port(advertised(host, advertise_host), port)}"
 
 
 class Tls(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import aetcd
 from aetcd.rtypes import EventKind
 
-from dynserve.config import host_port, redacted
+from dynserve.addresses import redacted, servers
 from dynserve.errors import Unavailable, translate
 from dynserve.log_limit import LimitedLog
 from dynserve.tasks import Outage, running, within
@@ -47,11 +47,12 @@ _CHANNEL = {
 
 
 class EtcdRegistry:
-    """The registry on one etcd server, or on the one address of an etcd cluster."""
+    """The registry on an etcd cluster. `url` has the addresses of its members, with commas; the next one is used when one
+    fails. `http://user:password@host:port` logs in."""
 
     def __init__(self, url: str) -> None:
         self._url = redacted(url)
-        self._host, self._port = host_port(url, "ETCD_URL", 2379)
+        self._servers, self._turn = servers(url, "ETCD_URL", 2379), 0
 
     @asynccontextmanager
     async def register(self, key: str, value: bytes) -> AsyncIterator[Registration]:
@@ -98,10 +99,16 @@ class EtcdRegistry:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[aetcd.Client]:
-        """Yields a new client. An aetcd client does not recover from every broken watch; a new one always works."""
-        client = aetcd.Client(self._host, self._port, timeout=CALL_TIMEOUT, options=_CHANNEL)
+        """Yields a new client. An aetcd client does not recover from every broken watch; a new one always works. When the
+        block fails, the next client is of the next server."""
+        server = self._servers[self._turn % len(self._servers)]
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        client = aetcd.Client(host, server.port, server.user, server.password, timeout=CALL_TIMEOUT, options=_CHANNEL)
         try:
             yield client
+        except Unavailable:
+            self._turn += 1
+            raise
         finally:
             await within(1.0, client.close(), "closing the etcd connection")
 

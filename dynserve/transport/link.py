@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from dynserve.config import host_port
+from dynserve.addresses import advertised, host_port, join_host_port
 from dynserve.errors import ConfigError, Unavailable, translate
 from dynserve.log_limit import LimitedLog
 from dynserve.transport.base import Link, LinkHandler
@@ -254,7 +254,10 @@ def _watch_peer(sock: socket.socket) -> None:
 
 
 class TcpLinks:
-    """`Links` over TCP."""
+    """`Links` over TCP. `advertise_host`: see `addresses.advertised`."""
+
+    def __init__(self, advertise_host: str | None = None) -> None:
+        self._advertise_host = advertise_host
 
     @asynccontextmanager
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
@@ -281,7 +284,7 @@ class TcpLinks:
             server = await loop.create_server(connected, host, port)
         try:
             bound = server.sockets[0].getsockname()
-            yield f"{bound[0]}:{bound[1]}"
+            yield join_host_port(advertised(bound[0], self._advertise_host), bound[1])
         finally:
             server.close()
             for link in list(links):

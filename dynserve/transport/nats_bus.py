@@ -12,7 +12,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from dynserve.config import host_port, redacted
+from dynserve.addresses import redacted, servers
 from dynserve.errors import ClusterError, DynserveError, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
 from dynserve.transport.base import Callback, Handler, Mailbox, OnReply
@@ -121,9 +121,13 @@ class _NatsMailbox:
 
 @asynccontextmanager
 async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
-    """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers."""
-    reported_down = False
-    shown = redacted(url)
+    """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers.
+
+    `url` may have several servers of one cluster, with commas; user and password or a token stand before the host.
+    """
+    reported_down, attempts = False, -1
+    shown, probed = redacted(url), servers(url, "NATS_URL", 4222)
+    urls = [part.strip() for part in url.split(",") if part.strip()]
 
     async def disconnected() -> None:
         nonlocal reported_down
@@ -148,7 +152,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
         with translate(_ERRORS, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT + 1):
                 await client.connect(
-                    url,
+                    urls,
                     name=name,
                     connect_timeout=CONNECT_TIMEOUT,
                     allow_reconnect=True,
@@ -161,8 +165,10 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
                 )
 
     async def first_connect() -> None:
-        # the client's own loop would retry for ever without a log line, so the server is probed first
-        host, port = host_port(url, "NATS_URL", 4222)
+        # the client's own loop would retry for ever without a log line, so one server after the other is probed first
+        nonlocal attempts
+        attempts += 1
+        host, port, *_ = probed[attempts % len(probed)]
         with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 _, writer = await asyncio.open_connection(host, port)

@@ -31,7 +31,7 @@ async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
         async def fetch(system_url: str, digest: str) -> bytes:
             return await fetch_model_file(client, system_url, digest)
 
-        yield Planes(bus, registry, TcpLinks(), fetch)
+        yield Planes(bus, registry, TcpLinks(config.advertise_host), fetch)
 
 
 async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: str) -> bytes:

@@ -27,7 +27,7 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
     workers: list[Worker] = []
     async with AsyncExitStack() as stack:
         sock = bind(config.system_host, config.system_port, "--system-port")
-        system_url = url_of(sock)
+        system_url = url_of(sock, advertise_host=config.advertise_host)
         await stack.enter_async_context(serving(system_app(lambda: workers), sock))
         # torch takes a second to import, which overlaps with the wait for the planes
         importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from dynserve.addresses import advertised
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
@@ -99,7 +100,7 @@ class Worker:
             id=self.id,
             role=self.config.role,
             epoch=self.epoch,
-            host=self.config.link_host,
+            host=advertised(self.config.link_host, self.config.advertise_host),
             pid=os.getpid(),
             system_url=system_url,
             card=card,

@@ -115,7 +115,7 @@ async def test_a_grammar_compiled_in_a_process_constrains_like_one_of_a_thread()
     schema: dict[str, Any] = {"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": 30}
     grammar = Grammar(kind="json", text=json.dumps(schema))
     ours = grammars()
-    assert weight(grammar.kind, grammar.text) > ours._most_light
+    assert weight(grammar.kind, grammar.text) > ours._max_light
     matcher = (await ours.matcher(grammar))._matcher
     assert matcher.accept_string('["') and not matcher.accept_string("x" * 61) and matcher.accept_string('x"]')
     with pytest.raises(BadRequest, match="^the grammar cannot be used: [^/]+$"):

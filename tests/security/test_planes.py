@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 
-from dynserve.config import host_port, redacted
+from dynserve.addresses import host_port, redacted
 from dynserve.errors import ConfigError, HandoffMismatch, Unavailable
 from dynserve.executors.handoff import HandoffTable
 from dynserve.executors.transceiver import HostBlocks, TcpTransceivers, _decode_reply, _FetchRequest

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from secrets import token_hex
 
+import httpx
 import pytest
 
-from dynserve.errors import Unavailable
+from dynserve.errors import Unavailable, translate
+from dynserve.local.embedded import free_ports
 from dynserve.transport import etcd_registry, nats_bus
 from dynserve.transport.base import Bus, Change, Deleted, Put, Registry
 from dynserve.transport.etcd_registry import EtcdRegistry
@@ -219,3 +221,58 @@ async def test_a_nats_that_accepts_but_does_not_answer_yet_is_awaited(
         assert await asyncio.wait_for(opening, 10)
     finally:
         server.kill()
+
+
+# several addresses, users
+
+
+async def test_a_registry_uses_a_member_of_the_etcd_cluster_that_answers(servers: tuple[str, str]) -> None:
+    (dead,) = free_ports(1)
+    registry, prefix = EtcdRegistry(f"127.0.0.1:{dead},{servers[0]}"), f"t/{token_hex(4)}/"
+    changes: list[Change] = []
+    async with registry.watch(prefix, changes.append), registry.register(f"{prefix}a", b"1"):
+        await until(lambda: changes == [Put(f"{prefix}a", b"1")], 10)
+
+
+async def test_a_bus_uses_a_nats_server_of_several_that_answers(servers: tuple[str, str]) -> None:
+    (dead,) = free_ports(1)
+    async with open_nats(f"nats://127.0.0.1:{dead}, {servers[1]}", "test") as bus:
+        assert bus.connected
+
+
+async def read(registry: EtcdRegistry, key: str) -> None:
+    async with registry.client() as client:
+        with translate(etcd_registry._ERRORS, "etcd"):
+            await client.get(key.encode())
+
+
+async def test_a_registry_logs_in_with_user_and_password(tmp_path: Path) -> None:
+    etcd = Server("etcd", tmp_path)
+    etcd.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"{etcd.url}/v3/auth/", trust_env=False) as client:
+            for path, body in (
+                ("user/add", {"name": "root", "password": "s3cret,"}),
+                ("user/grant", {"user": "root", "role": "root"}),
+                ("enable", {}),
+            ):
+                assert (await client.post(path, json=body)).status_code == 200
+        changes: list[Change] = []
+        allowed = EtcdRegistry(etcd.url.replace("//", "//root:s3cret%2C@"))
+        async with allowed.watch("t/", changes.append), allowed.register("t/a", b"1"):
+            await until(lambda: changes == [Put("t/a", b"1")], 10)
+        with pytest.raises(Unavailable, match="user name is empty"):
+            await read(EtcdRegistry(etcd.url), "t/a")
+    finally:
+        etcd.kill()
+
+
+async def test_a_bus_logs_in_with_user_and_password(tmp_path: Path) -> None:
+    nats = Server("nats", tmp_path)
+    nats._command += ["--user", "u", "--pass", "s3cret"]
+    nats.start()
+    try:
+        async with open_nats(nats.url.replace("//", "//u:s3cret@"), "test") as bus:
+            assert bus.connected
+    finally:
+        nats.kill()

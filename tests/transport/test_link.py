@@ -178,3 +178,20 @@ async def test_a_port_in_use_is_a_configuration_error() -> None:
         with pytest.raises(ConfigError, match="cannot listen"):
             async with TcpLinks().listen("127.0.0.1", int(address.split(":")[1]), End().accept):
                 pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1", "localhost"])
+async def test_a_worker_reaches_a_frontend_at_the_address_that_it_advertises(host: str) -> None:
+    frontend, worker = End(), End()
+    links = TcpLinks()
+    async with links.listen(host, 0, frontend.accept) as address:
+        assert "0.0.0.0" not in address
+        link = await links.dial(address, worker)
+        link.send(Hello("w", 1))
+        await until(lambda: frontend.bursts == [[Hello("w", 1)]])
+        link.close()
+
+
+async def test_a_frontend_behind_another_address_advertises_that_one() -> None:
+    async with TcpLinks("frontend.example").listen("0.0.0.0", 0, End().accept) as address:
+        assert address.startswith("frontend.example:")

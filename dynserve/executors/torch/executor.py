@@ -59,7 +59,8 @@ async def open_executor(
     pairing = {"KV cache": cache.layout.partition(":")[2]}
     opening = open_engine(
         args, scheduler, steps, EngineModel(model.config.vocab_size, frozenset(eos), model.config.hidden_size, pairing),
-        cache, transceivers or TcpTransceivers(carriers), instance_id=instance_id, host=config.link_host,
+        cache, transceivers or TcpTransceivers(carriers, config.advertise_host),
+        instance_id=instance_id, host=config.link_host,
         grammars=grammars,
     )  # fmt: skip
     async with opening as (engine, tasks):
