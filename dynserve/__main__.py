@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": ("dynserve.doctor.report", "check this machine: problems, and what to do about them"),
     "make-model": ("dynserve.local.make_model", "make a model with random weights, for work on speed"),
     "key": ("dynserve.frontend.keys_command", "make an API key"),
+    "deploy": ("dynserve.deploy.__main__", "run a deployment file written for Dynamo"),
 }
 
 

@@ -21,11 +21,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ChildSpec(NamedTuple):
-    """The command of a child. `environment` is added to this process's own; secrets go there, since `ps` shows commands."""
+    """The command of a child. `environment` is added to this process's own; secrets go there, since `ps` shows commands.
+
+    `whole_group`: signals go to all processes of the child's process group, for a shell that does not pass them on.
+    """
 
     name: str
     command: list[str]
     environment: Mapping[str, str] = {}
+    folder: str | None = None  # to run in; None: this process's own
+    grace_s: float = TERMINATE_TIMEOUT  # between SIGTERM and SIGKILL
+    whole_group: bool = False
 
 
 class Group(NamedTuple):
@@ -41,8 +47,7 @@ class Child:
     def __init__(
         self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
     ) -> None:
-        self.name, self._command, self.restarts = spec.name, spec.command, restart
-        self._environment = dict(spec.environment)
+        self.name, self._spec, self.restarts = spec.name, spec, restart
         self._died, self._width, self._tasks = died, width, tasks
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
@@ -58,37 +63,42 @@ class Child:
         self._watcher = self._tasks.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Sends SIGTERM, and SIGKILL to a child that still runs after `TERMINATE_TIMEOUT`."""
+        """Sends SIGTERM, and SIGKILL to a child that still runs after its `grace_s`."""
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            self._signal(process, signal.SIGTERM)
             try:
-                async with asyncio.timeout(TERMINATE_TIMEOUT):
+                async with asyncio.timeout(self._spec.grace_s):
                     await process.wait()
             except TimeoutError:
-                self._say(f"did not stop within {TERMINATE_TIMEOUT:.0f} s; killed")
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                self._say(f"did not stop within {self._spec.grace_s:.0f} s; killed")
+                self._signal(process, signal.SIGKILL)
                 await process.wait()
             except asyncio.CancelledError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                self._signal(process, signal.SIGKILL)
                 raise
         if self._watcher is not None:
             await asyncio.wait([self._watcher], timeout=1.0)
 
+    def _signal(self, process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._spec.whole_group:
+                os.killpg(process.pid, number)  # it began a session, and with it a group of its number
+            else:
+                process.send_signal(number)
+
     async def _spawn(self) -> None:
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *self._spec.command,
+                cwd=self._spec.folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
                 preexec_fn=_die_with_parent,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self._spec.environment),
             )
         except OSError as error:
             raise ConfigError(f"cannot start {self.name}: {error}") from error
@@ -118,7 +128,7 @@ class Child:
                 return
             await self._spawn()
             if self._stopping and self._process is not None:  # `stop` was called during the start
-                self._process.terminate()
+                self._signal(self._process, signal.SIGTERM)
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):

@@ -201,7 +201,7 @@ class FrontendConfig(PlanesConfig):
     )
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
+        check_bounds(self)
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
@@ -259,7 +259,7 @@ class WorkerConfig(PlanesConfig):
     )
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
+        check_bounds(self)
         if self.adapters and self.executor != "trtllm":
             raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} does not support adapters")
         _device(self)
@@ -317,7 +317,7 @@ class UpConfig:
     log_level: LogLevel = option_of(PlanesConfig, "log_level")
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
+        check_bounds(self)
         _tls(self)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device!r} is not one of auto, cpu, cuda")
@@ -439,7 +439,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value!r} does not fit: {str(error).lower()}") from error
 
 
-def _check_bounds(config: DataclassInstance) -> None:
+def check_bounds(config: DataclassInstance) -> None:
     """Raises ConfigError for a value beyond the bounds of its option."""
     for name, bounds in _bounds_of(type(config)).items():
         value = getattr(config, name)

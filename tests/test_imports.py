@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"wire", "dialects", "text", "render", "transport", "executors", "server"},
     "doctor": {"text", "executors"},
     "local": {"executors", "frontend", "server"},
+    "deploy": {"executors", "frontend", "local", "server"},
     "cluster": {"transport", "executors", "frontend", "worker"},
 }
 APART = {

@@ -1,0 +1,1 @@
+"""Deployments from files: reading `DynamoGraphDeployment`s, and running them on this machine."""

@@ -1,0 +1,1 @@
+"""Dynamo's command lines, run by dynserve: see `dynserve.deploy.entry`."""
