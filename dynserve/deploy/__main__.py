@@ -10,6 +10,7 @@ from dynserve.config import exit_with, nearest
 from dynserve.errors import ConfigError
 
 COMMANDS = {
+    "render": ("dynserve.deploy.render_command", "print a DynamoGraphDeployment's manifests for plain Kubernetes"),
     "local": ("dynserve.deploy.local", "run a DynamoGraphDeployment as processes on this machine"),
 }
 

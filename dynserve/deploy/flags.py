@@ -140,8 +140,10 @@ class Translation(NamedTuple):
         return found[-1] if found else None
 
 
-def translate(module: str, arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> Translation:
-    """Translates the arguments of `python -m dynamo.MODULE`.
+def translate(
+    module: str, arguments: Sequence[str], environ: Mapping[str, str] = os.environ, *, here: bool = True
+) -> Translation:
+    """Translates the arguments of `python -m dynamo.MODULE`. `here`: it runs on this machine, which must have the model.
 
     Raises:
         ConfigError: there is no such module here, or a flag is unknown, refused or lacks its value.
@@ -164,7 +166,7 @@ def translate(module: str, arguments: Sequence[str], environ: Mapping[str, str] 
             notes.append(note)
     if module == "frontend":
         return Translation("frontend", _words(_frontend(found)), notes)
-    return Translation("worker", _words(_worker(module, found, options, environ)), notes)
+    return Translation("worker", _words(_worker(module, found, options, environ, here=here)), notes)
 
 
 def _split(module: str, arguments: Sequence[str], table: Mapping[str, Rule]) -> list[tuple[str, str]]:
@@ -209,7 +211,9 @@ def _frontend(found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _worker(module: str, found: dict[str, str], options: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+def _worker(
+    module: str, found: dict[str, str], options: dict[str, Any], environ: Mapping[str, str], *, here: bool
+) -> dict[str, str]:
     if found.get("--disaggregation-mode") == "encode":
         raise ConfigError("--disaggregation-mode encode: dynserve serves text only")
     if (mode := found.get("--disaggregation-mode")) is not None:
@@ -219,7 +223,8 @@ def _worker(module: str, found: dict[str, str], options: dict[str, Any], environ
     model = found.get("--model-path")
     if model is not None:
         found.setdefault("--served-model-name", model)
-        found["--model-path"] = environ.get("DYN_MODEL_PATH") or resolve_model(model, environ)
+        if here:
+            found["--model-path"] = environ.get("DYN_MODEL_PATH") or resolve_model(model, environ)
     if options:
         given = json.loads(found.get("--override-engine-args", "{}"))
         found["--override-engine-args"] = json.dumps(options | given)

@@ -56,31 +56,30 @@ class Role(NamedTuple):
         return self.translation.role == "frontend"
 
 
-def roles_of(graph: Graph, overrides: Overrides, notes: Notes) -> list[Role]:
-    """Returns the components that are processes here.
+def roles_of(graph: Graph, overrides: Overrides, notes: Notes, *, here: bool = True) -> list[Role]:
+    """Returns the components that dynserve runs. `here`: as processes on this machine, not as pods.
 
     Raises:
-        ConfigError: a component cannot run here, a name in `scale` is unknown, or there is no frontend or no worker.
+        ConfigError: a component cannot run, a name in `scale` is unknown, or there is no frontend or no worker.
     """
     names = {component.key for component in graph.components}
     for name in overrides.scale:
         if name not in names:
             raise ConfigError(f"--scale: {graph.name} has no component {name!r}; it has {', '.join(sorted(names))}")
-    found = [role for one in graph.components if (role := _role(graph, one, overrides, notes)) is not None]
+    found = [role for one in graph.components if (role := _role(graph, one, overrides, notes, here=here)) is not None]
     for missing in {"frontend", "worker"} - {role.translation.role for role in found}:
         raise ConfigError(f"{graph.place}: {graph.name} has no {missing}")
     return found
 
 
-def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes) -> Role | None:
+def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes, *, here: bool) -> Role | None:
     words = _command_words(component)
     if component.type == "planner" or any("dynamo.planner" in word for word in words):
         notes.warn(component.place, f"{component.name} does not run: dynserve has no planner")
         return None
     if component.nodes > 1:
-        raise ConfigError(
-            f"{component.place}: {component.name}: a worker of {component.nodes} nodes cannot run on one machine"
-        )
+        what = f"there are no workers of {component.nodes} nodes; use one node, or more replicas"
+        raise ConfigError(f"{component.place}: {component.name}: {what}")
     env = _plain_env(graph, component)
     if overrides.executor:
         env["DYN_EXECUTOR"] = overrides.executor
@@ -90,12 +89,13 @@ def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes
         command = find_command(words, env)
         if command is None:
             raise ConfigError("its command runs no module of dynamo")
-        translation = translate(command.module, command.arguments, env)
+        translation = translate(command.module, command.arguments, env, here=here)
     except ConfigError as error:
         raise ConfigError(f"{_command_place(component)}: {component.name}: {error}") from error
     for note in translation.notes:
         notes.warn(_command_place(component), f"{component.name}: {note}")
-    _report_unused(component, notes)
+    if here:
+        _report_unused(component, notes)
     replicas = overrides.scale.get(component.key, component.replicas)
     return Role(component, command, translation, replicas)
 

@@ -149,7 +149,7 @@ def test_components_that_cannot_run_here_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("multinode: {nodeCount: 2}\n" + COMMAND, "2 nodes cannot run on one machine"),
+        ("multinode: {nodeCount: 2}\n" + COMMAND, "no workers of 2 nodes"),
         (
             "extraPodSpec: {mainContainer: {command: [sleep, '3']}}",
             "f.yaml:.*: w: its command runs no module of dynamo",
