@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Bytecode is kept even where this variable is set: dozens of processes import torch, and would compile it each time
+export PYTHONDONTWRITEBYTECODE :=
+
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
 ARGS ?=
