@@ -22,6 +22,7 @@ class Server(NamedTuple):
     port: int
     user: str | None = None
     password: str | None = None
+    scheme: str = ""
 
 
 def redacted(url: str) -> str:
@@ -54,7 +55,7 @@ def servers(urls: str, what: str, default_port: int) -> list[Server]:
         host, port = host_port(url, what, default_port)
         parts = urlsplit(url if "//" in url else f"//{url}")
         user, password = parts.username, parts.password
-        found.append(Server(host, port, user and unquote(user), password and unquote(password)))
+        found.append(Server(host, port, user and unquote(user), password and unquote(password), parts.scheme))
     if not found:
         raise ConfigError(f"{what} is empty; expected something like 127.0.0.1:{default_port}")
     return found

@@ -100,6 +100,16 @@ class PlanesConfig:
         "and :: this machine's own",
         "DYN_ADVERTISE_HOST",
     )
+    plane_tls_certificate: str | None = option(
+        None, "PEM file: mutual TLS on links, KV transfers and model files", "DYN_PLANE_TLS_CERTIFICATE"
+    )
+    plane_tls_key: str | None = option(None, "PEM file with the key of --plane-tls-certificate", "DYN_PLANE_TLS_KEY")
+    plane_tls_ca: str | None = option(
+        None,
+        "PEM file with the authority of the cluster's certificates; NATS and etcd are checked by it, too, if their "
+        "addresses begin with tls:// and https://",
+        "DYN_PLANE_TLS_CA",
+    )
     log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
 
 
@@ -207,6 +217,7 @@ class FrontendConfig(PlanesConfig):
                 f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
             )
         _tls(self)
+        _plane_tls(self)
         for name in ("link_port", "system_port"):
             if (first := getattr(self, name)) and first + self.workers > 65536:
                 raise ConfigError(f"{_flag(name)} {first}: {self.workers} ports from it on pass 65535; use a lower one")
@@ -263,6 +274,7 @@ class WorkerConfig(PlanesConfig):
         if self.adapters and self.executor != "trtllm":
             raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} does not support adapters")
         _device(self)
+        _plane_tls(self)
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
 
@@ -471,6 +483,13 @@ def _beyond(value: float, bounds: Meta) -> str:
 def _tls(config: Any) -> None:
     if (config.tls_certificate is None) != (config.tls_key is None):
         raise ConfigError("--tls-certificate and --tls-key need each other: set both or neither")
+
+
+def _plane_tls(config: PlanesConfig) -> None:
+    if (config.plane_tls_certificate is None) != (config.plane_tls_key is None):
+        raise ConfigError("--plane-tls-certificate and --plane-tls-key need each other: set both or neither")
+    if config.plane_tls_certificate is not None and config.plane_tls_ca is None:
+        raise ConfigError("--plane-tls-certificate needs --plane-tls-ca: the authority whose certificates are accepted")
 
 
 def _one_of(config: Any, name: str, known: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from dynserve import log_limit
 from dynserve.config import TINY_MODEL
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.wire.requests import GenerateRequest, RenderOptions, SamplingParams, StopConditions, pack_tokens
+from tests.certificates import Authority
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 MODEL = TINY_MODEL.name
@@ -92,6 +93,12 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority of the cluster's certificates."""
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ GROUND = {
     "errors",
     "log_limit",
     "model_files",
+    "plane_tls",
     "process",
     "sse",
     "streams",

@@ -26,6 +26,7 @@ from dynserve.executors.handoff import HandoffTable
 from dynserve.executors.scheduler import Sampled, Sequence, Slice
 from dynserve.executors.transceiver import BlockStore, HostBlocks, TcpTransceivers, Transceiver, Transceivers
 from dynserve.model_files import eos_token_ids, model_limits
+from dynserve.plane_tls import plane_tls
 from dynserve.wire.hashing import sequence_hash
 from dynserve.wire.requests import Handoff, TokenLogprob
 
@@ -54,7 +55,7 @@ async def open_executor(
     steps = EngineSteps(scheduler, stepper.wake.set)
     opening = open_engine(
         args, scheduler, steps, EngineModel(vocab_size, eos), EmptyBlocks(f"simulated:{size}", args.bytes_per_token * size),
-        TimedTransceivers(transceivers or TcpTransceivers((), config.advertise_host), args),
+        TimedTransceivers(transceivers or TcpTransceivers((), config.advertise_host, plane_tls(config)), args),
         instance_id=instance_id, host=config.link_host,
     )  # fmt: skip
     async with opening as (engine, tasks):

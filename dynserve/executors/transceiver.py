@@ -1,7 +1,8 @@
 """The cache transceiver: moves the blocks of a hand-off from the prefill worker's memory into the decode worker's.
 
-`TcpTransceiver` uses plain TCP between the two workers, directly from and into the block tensors. Where both sides have a
-carrier (`carriers.py`) in common that can reach the other side, the carrier moves the bytes.
+`TcpTransceiver` uses TCP between the two workers, directly from and into the block tensors, with mutual TLS if the cluster
+has it. Where both sides have a carrier (`carriers.py`) in common that can reach the other side, the carrier moves the
+bytes.
 
     decode                                   prefill
     Fetch{id, request, hash, layout} ──────▶ is it open, of this request, and of the same memory layout?
@@ -15,20 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
-from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 
-from dynserve.addresses import advertised, host_port, join_host_port
+from dynserve.addresses import advertised, join_host_port
 from dynserve.errors import ConfigError, HandoffBroken, HandoffError, HandoffMismatch, from_wire, translate
 from dynserve.executors.carriers import Carrier, CarrierFailed
+from dynserve.executors.connections import Connection, accepted, address_scheme, connect
 from dynserve.executors.handoff import HandoffTable
 from dynserve.log_limit import LimitedLog
+from dynserve.plane_tls import PlaneTls
 from dynserve.tasks import OwnedTasks, task_group
 from dynserve.wire import MALFORMED
 from dynserve.wire.numbers import BlockHash, Count
@@ -36,7 +37,6 @@ from dynserve.wire.requests import Handoff
 
 log = LimitedLog(logging.getLogger(__name__))
 
-CONNECT_TIMEOUT = 2.0  # seconds
 IDLE_CONNECTIONS = 4  # kept open per peer
 IDLE_TIMEOUT = 300.0  # seconds a server keeps a connection without a fetch
 FIRST_FETCH_TIMEOUT = 10.0  # seconds a server keeps a connection that has not fetched anything yet
@@ -133,7 +133,6 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_state = msgspec.msgpack.Decoder(_TransceiverState).decode
 _decode_fetch = msgspec.msgpack.Decoder(_FetchRequest).decode
 _decode_reply = msgspec.msgpack.Decoder(_FetchReply).decode
-_length = struct.Struct("<I")
 
 _BROKEN: dict[type[BaseException], Any] = dict.fromkeys((OSError, *MALFORMED), HandoffBroken)
 
@@ -153,10 +152,12 @@ def parse_state(state: bytes, layout: str) -> str:
 
 class TcpTransceivers:
     """Opens a server on a free port of `host`, and closes all connections at the end of the block. The first of
-    `carriers` that can reach the other side moves the bytes."""
+    `carriers` that can reach the other side moves the bytes, which TLS does not encrypt then."""
 
-    def __init__(self, carriers: Sequence[Carrier] = (), advertise_host: str | None = None) -> None:
-        self._carriers, self._advertise_host = carriers, advertise_host
+    def __init__(
+        self, carriers: Sequence[Carrier] = (), advertise_host: str | None = None, tls: PlaneTls | None = None
+    ) -> None:
+        self._carriers, self._advertise_host, self._tls = carriers, advertise_host, tls
 
     @asynccontextmanager
     async def open(self, table: HandoffTable, store: BlockStore, host: str) -> AsyncIterator[Transceiver]:
@@ -165,7 +166,9 @@ class TcpTransceivers:
         listener.setblocking(False)
         try:
             async with task_group() as tasks:
-                transceiver = TcpTransceiver(table, store, listener, tasks, self._carriers, self._advertise_host)
+                transceiver = TcpTransceiver(
+                    table, store, listener, tasks, self._carriers, self._advertise_host, self._tls
+                )
                 tasks.create_task(transceiver.serve())
                 try:
                     yield transceiver
@@ -178,17 +181,17 @@ class TcpTransceivers:
 class TcpTransceiver:
     def __init__(
         self, table: HandoffTable, store: BlockStore, listener: socket.socket, tasks: OwnedTasks,
-        carriers: Sequence[Carrier] = (), advertise_host: str | None = None,
+        carriers: Sequence[Carrier] = (), advertise_host: str | None = None, tls: PlaneTls | None = None,
     ) -> None:  # fmt: skip
-        self._table, self._store, self._listener, self._tasks = table, store, listener, tasks
+        self._table, self._store, self._listener, self._tasks, self._tls = table, store, listener, tasks, tls
         self._carriers = {carrier.name: carrier for carrier in carriers}
         self._in_use: Counter[str] = Counter()  # connections, by address
         self._failed: set[tuple[str, str]] = set()  # address and carrier that did not work together
         self.carried: Counter[str] = Counter()  # transfers that were begun, by carrier
         host, port = listener.getsockname()[:2]
-        address = join_host_port(advertised(host, advertise_host), port)
+        address = address_scheme(tls) + join_host_port(advertised(host, advertise_host), port)
         self._state = _encode(_TransceiverState(address, store.layout))
-        self._idle: dict[str, list[socket.socket]] = {}
+        self._idle: dict[str, list[Connection]] = {}
         self._new_connections: dict[asyncio.Task[None], None] = {}  # oldest first
 
     @property
@@ -207,12 +210,12 @@ class TcpTransceiver:
     async def _fetched(self, address: str, handoff: Handoff, blocks: list[int], skip: int) -> bool:
         """Tries the fetch once. Returns False when it should be retried: on a new connection, or by another carrier."""
         self._in_use[address] += 1
-        kept: socket.socket | None = None
+        kept: Connection | None = None
         try:
-            sock, reused = await self._connection(address)
+            connection, reused = await self._connection(address)
             try:
-                await self._fetch_over(sock, address, handoff, blocks, skip)
-                kept = sock
+                await self._fetch_over(connection, address, handoff, blocks, skip)
+                kept = connection
             except (OSError, EOFError):
                 if not reused:
                     raise
@@ -221,11 +224,11 @@ class TcpTransceiver:
                 self._warn_of(address, error)
                 return False
             except HandoffError:
-                kept = sock
+                kept = connection
                 raise
             finally:
                 if kept is None:
-                    sock.close()
+                    connection.close()
         finally:
             self._in_use[address] -= 1
             if kept is not None:
@@ -249,7 +252,6 @@ class TcpTransceiver:
                 log.warning("accept", "port", "no KV transfer can be accepted at the moment: %s", error)
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = self._tasks.create_task(self._serve_one(sock))
             self._new_connections[task] = None
             task.add_done_callback(self._identified)
@@ -261,30 +263,30 @@ class TcpTransceiver:
         self._new_connections.pop(task, None)
 
     def close(self) -> None:
-        for address, sockets in list(self._idle.items()):
-            for sock in list(sockets):
-                self._end_idle(address, sock)
+        for address, connections in list(self._idle.items()):
+            for connection in list(connections):
+                self._end_idle(address, connection)
 
-    async def _connection(self, address: str) -> tuple[socket.socket, bool]:
+    async def _connection(self, address: str) -> tuple[Connection, bool]:
         if idle := self._idle.get(address):
-            sock = idle.pop()
-            asyncio.get_running_loop().remove_reader(sock)
-            return sock, True
-        return await _connect(address), False
+            connection = idle.pop()
+            asyncio.get_running_loop().remove_reader(connection.sock)
+            return connection, True
+        return await connect(address, self._tls), False
 
-    def _keep(self, address: str, sock: socket.socket) -> None:
+    def _keep(self, address: str, connection: Connection) -> None:
         idle = self._idle.setdefault(address, [])
         if len(idle) < IDLE_CONNECTIONS:
-            idle.append(sock)
+            idle.append(connection)
             # the peer sends nothing on it unrequested: it becomes readable only when it ends
-            asyncio.get_running_loop().add_reader(sock, self._end_idle, address, sock)
+            asyncio.get_running_loop().add_reader(connection.sock, self._end_idle, address, connection)
         else:
-            sock.close()
+            connection.close()
 
-    def _end_idle(self, address: str, sock: socket.socket) -> None:
-        asyncio.get_running_loop().remove_reader(sock)
-        sock.close()
-        self._idle[address].remove(sock)
+    def _end_idle(self, address: str, connection: Connection) -> None:
+        asyncio.get_running_loop().remove_reader(connection.sock)
+        connection.close()
+        self._idle[address].remove(connection)
         self._release_peer(address)
 
     def _release_peer(self, address: str) -> None:
@@ -297,53 +299,53 @@ class TcpTransceiver:
             carrier.lost(address)
 
     async def _fetch_over(
-        self, sock: socket.socket, address: str, handoff: Handoff, blocks: list[int], skip: int
+        self, connection: Connection, address: str, handoff: Handoff, blocks: list[int], skip: int
     ) -> None:
-        loop = asyncio.get_running_loop()
         hellos = {
             name: c.hello() for name, c in self._carriers.items() if blocks and (address, name) not in self._failed
         }
         fetch = _FetchRequest(
             handoff.id, handoff.request_id, handoff.sequence_hash, self._store.layout, skip, len(blocks), hellos
         )
-        await _send_message(sock, fetch)
-        reply = _decode_reply(await _receive_message(sock))
+        await connection.send_message(_encode(fetch))
+        reply = _decode_reply(await connection.receive_message(MAX_MESSAGE))
         if reply.code:
             raise from_wire(reply.code, reply.message)
         self.carried[reply.carrier or "tcp"] += 1
         if reply.carrier:
-            await self._receive_by(reply.carrier, blocks, _Connection(sock, address))
+            await self._receive_by(reply.carrier, blocks, _Channel(connection, address))
             return
         async with aclosing(self._store.incoming(blocks)) as pieces:
             async for piece in pieces:
-                await _receive_into(sock, piece)
-        await loop.sock_sendall(sock, CONFIRM)
+                await connection.receive(piece)
+        await connection.send(CONFIRM)
 
-    async def _receive_by(self, name: str, blocks: list[int], connection: _Connection) -> None:
+    async def _receive_by(self, name: str, blocks: list[int], channel: _Channel) -> None:
         carrier = self._carriers.get(name)
         if carrier is None:
             raise ConnectionResetError(f"the peer sends by the carrier {name}, which was not offered")
         try:
-            await carrier.receive(blocks, connection)
+            await carrier.receive(blocks, channel)
         except CarrierFailed as error:
             raise CarrierFailed(name) from error.__cause__
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(connection.sock, CONFIRM)
-        if await loop.sock_recv(connection.sock, 1) != CONFIRM:
+        await channel.connection.send(CONFIRM)
+        if await channel.connection.receive_byte() != CONFIRM:
             raise ConnectionResetError("the hand-off ended before all its blocks were received")
 
     async def _serve_one(self, sock: socket.socket) -> None:
         """Answers fetches on one connection until the peer disconnects. An error of the peer ends this connection only."""
         with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
             task = asyncio.current_task()
+            async with asyncio.timeout(FIRST_FETCH_TIMEOUT):
+                connection = await accepted(sock, self._tls)
             while True:
                 async with asyncio.timeout(FIRST_FETCH_TIMEOUT if task in self._new_connections else IDLE_TIMEOUT):
-                    fetch = _decode_fetch(await _receive_message(sock))
-                await self._answer(sock, fetch)
+                    fetch = _decode_fetch(await connection.receive_message(MAX_MESSAGE))
+                await self._answer(connection, fetch)
 
-    async def _answer(self, sock: socket.socket, fetch: _FetchRequest) -> None:
+    async def _answer(self, connection: Connection, fetch: _FetchRequest) -> None:
         try:
-            stop = partial(_shut, sock)
+            stop = connection.shut
             with self._table.sending(fetch.id, fetch.request_id, fetch.sequence_hash, stop) as (blocks, delivered):
                 if (task := asyncio.current_task()) is not None:
                     self._identified(task)  # it has sent the hand-off's id and hash
@@ -355,7 +357,7 @@ class TcpTransceiver:
                     )
                 carrier = self._carrier_for(fetch.carriers)
                 try:
-                    await self._send_blocks(sock, blocks[fetch.skip :], carrier)
+                    await self._send_blocks(connection, blocks[fetch.skip :], carrier)
                 except (OSError, EOFError):
                     raise
                 except Exception as error:  # such as out of memory: it fails this transfer, not the worker
@@ -363,11 +365,11 @@ class TcpTransceiver:
                     raise EOFError from error
                 if carrier is not None:
                     # a cancellation shuts this connection: the byte confirms that there was none
-                    await asyncio.get_running_loop().sock_sendall(sock, CONFIRM)
+                    await connection.send(CONFIRM)
                 delivered()
         except HandoffError as error:
             log.warning("refused", error.code, "refused a KV transfer: %s", error)
-            await _send_message(sock, _FetchReply(error.code, str(error)))
+            await connection.send_message(_encode(_FetchReply(error.code, str(error))))
 
     def _carrier_for(self, offered: Mapping[str, bytes]) -> Carrier | None:
         for name, carrier in self._carriers.items():
@@ -375,83 +377,31 @@ class TcpTransceiver:
                 return carrier
         return None
 
-    async def _send_blocks(self, sock: socket.socket, blocks: list[int], carrier: Carrier | None) -> None:
-        loop = asyncio.get_running_loop()
+    async def _send_blocks(self, connection: Connection, blocks: list[int], carrier: Carrier | None) -> None:
         if carrier is not None:
-            await _send_message(sock, _FetchReply(carrier=carrier.name))
-            await carrier.send(blocks, _Connection(sock, ""))
+            await connection.send_message(_encode(_FetchReply(carrier=carrier.name)))
+            await carrier.send(blocks, _Channel(connection, ""))
         else:
-            await _send_message(sock, _FetchReply())
+            await connection.send_message(_encode(_FetchReply()))
             async with aclosing(self._store.outgoing(blocks)) as pieces:
                 async for piece in pieces:
-                    await loop.sock_sendall(sock, piece)
-        confirmed = await loop.sock_recv(sock, 1)
+                    await connection.send(piece)
+        confirmed = await connection.receive_byte()
         if confirmed != CONFIRM:
             raise EOFError("the receiver disconnected before it confirmed the blocks")
 
 
-class _Connection:
+class _Channel:
     """`CarrierChannel` over a transfer's TCP connection."""
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock, self.peer = sock, peer
+    def __init__(self, connection: Connection, peer: str) -> None:
+        self.connection, self.peer = connection, peer
 
     async def send(self, message: bytes) -> None:
-        await _send_bytes(self.sock, message)
+        await self.connection.send_message(message)
 
     async def receive(self) -> bytes:
-        return await _receive_message(self.sock, MAX_CARRIER_MESSAGE)
-
-
-def _shut(sock: socket.socket) -> None:
-    """Ends all sends and receives on the connection; the other side may have ended it before."""
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-async def _connect(address: str) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    with translate({ConfigError: HandoffBroken}, "the hand-off"):
-        host, port = host_port(address, "address", 0)
-    async with asyncio.timeout(CONNECT_TIMEOUT):
-        (family, _, _, _, target), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            await loop.sock_connect(sock, target)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except BaseException:
-            sock.close()
-            raise
-    return sock
-
-
-async def _send_message(sock: socket.socket, message: _FetchRequest | _FetchReply) -> None:
-    await _send_bytes(sock, _encode(message))
-
-
-async def _send_bytes(sock: socket.socket, payload: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(sock, _length.pack(len(payload)) + payload)
-
-
-async def _receive_message(sock: socket.socket, limit: int = MAX_MESSAGE) -> bytes:
-    head = bytearray(4)
-    await _receive_into(sock, memoryview(head))
-    (size,) = _length.unpack(head)
-    if size > limit:
-        raise OSError(f"a message of {size} bytes is over the limit of {limit}")
-    body = bytearray(size)
-    await _receive_into(sock, memoryview(body))
-    return bytes(body)
-
-
-async def _receive_into(sock: socket.socket, view: memoryview) -> None:
-    loop = asyncio.get_running_loop()
-    while view:
-        received = await loop.sock_recv_into(sock, view)
-        if received == 0:
-            raise ConnectionResetError("the peer closed the connection")
-        view = view[received:]
+        return await self.connection.receive_message(MAX_CARRIER_MESSAGE)
 
 
 class MemoryTransceivers:

@@ -81,7 +81,8 @@ class Models:
     async def _try(self, name: str, instance: WorkerInstance) -> Model | None:
         card = instance.card
         try:
-            files = {file: await self._fetch_file(instance.system_url, digest) for file, digest in card.files.items()}
+            url = instance.files_url or instance.system_url
+            files = {file: await self._fetch_file(url, digest) for file, digest in card.files.items()}
             preprocessor = await asyncio.to_thread(Preprocessor, files)
         except Unavailable as error:
             log.warning("model %s: %s", name, error)

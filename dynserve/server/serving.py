@@ -53,10 +53,11 @@ def url_of(sock: socket.socket, scheme: str = "http", advertise_host: str | None
 
 
 class Tls(NamedTuple):
-    """The paths of the PEM files of a certificate and its key."""
+    """The paths of the PEM files of a certificate and its key, and of an authority of which clients need a certificate."""
 
     certificate: str
     key: str
+    client_ca: str | None = None
 
 
 def tls_of(certificate: str | None, key: str | None) -> Tls | None:
@@ -97,6 +98,8 @@ async def serving(
         proxy_headers=False,
         http=type("_Bounded", (BoundedProtocol,), {"limits": bounds}), ws="none",
         ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
+        ssl_ca_certs=tls.client_ca if tls else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
     )  # fmt: skip
     if tls is not None:
         check_tls(tls)

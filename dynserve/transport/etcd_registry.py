@@ -14,14 +14,20 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aetcd
+import grpc
+from aetcd import rpc, watcher
 from aetcd.rtypes import EventKind
 
 from dynserve.addresses import redacted, servers
+from dynserve.config import PlanesConfig
 from dynserve.errors import Unavailable, translate
 from dynserve.log_limit import LimitedLog
+from dynserve.plane_tls import server_tls
 from dynserve.tasks import Outage, running, within
 from dynserve.transport.base import Change, Deleted, Put, Registration
 
@@ -48,11 +54,12 @@ _CHANNEL = {
 
 class EtcdRegistry:
     """The registry on an etcd cluster. `url` has the addresses of its members, with commas; the next one is used when one
-    fails. `http://user:password@host:port` logs in."""
+    fails. `http://user:password@host:port` logs in, `https://` uses TLS with `credentials`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self._url = redacted(url)
         self._servers, self._turn = servers(url, "ETCD_URL", 2379), 0
+        self._credentials = credentials or grpc.ssl_channel_credentials()
 
     @asynccontextmanager
     async def register(self, key: str, value: bytes) -> AsyncIterator[Registration]:
@@ -103,7 +110,8 @@ class EtcdRegistry:
         block fails, the next client is of the next server."""
         server = self._servers[self._turn % len(self._servers)]
         host = f"[{server.host}]" if ":" in server.host else server.host
-        client = aetcd.Client(host, server.port, server.user, server.password, timeout=CALL_TIMEOUT, options=_CHANNEL)
+        kind = partial(_TlsClient, self._credentials) if server.scheme == "https" else aetcd.Client
+        client = kind(host, server.port, server.user, server.password, timeout=CALL_TIMEOUT, options=_CHANNEL)
         try:
             yield client
         except Unavailable:
@@ -111,6 +119,38 @@ class EtcdRegistry:
             raise
         finally:
             await within(1.0, client.close(), "closing the etcd connection")
+
+
+class _TlsClient(aetcd.Client):  # type: ignore[misc]  # aetcd has no annotations
+    """An etcd client with TLS, which aetcd 1.0 does not have: only the channel differs."""
+
+    def __init__(self, credentials: grpc.ChannelCredentials, host: str, port: int, *args: Any, **options: Any) -> None:
+        super().__init__(host, port, *args, **options)
+        self._credentials, self._target = credentials, f"{host}:{port}"
+
+    async def connect(self) -> None:
+        if self._connected.is_set():
+            return
+        self.channel = grpc.aio.secure_channel(self._target, self._credentials, list(_CHANNEL.items()))
+        with translate({grpc.RpcError: Unavailable}, "etcd"):
+            if self._username is not None and self._password is not None:
+                login = rpc.AuthenticateRequest(name=self._username, password=self._password)
+                answer = await rpc.AuthStub(self.channel).Authenticate(login, timeout=CALL_TIMEOUT)
+                self.metadata = (("token", answer.token),)
+        self.kvstub, self.leasestub = rpc.KVStub(self.channel), rpc.LeaseStub(self.channel)
+        self._watcher = watcher.Watcher(rpc.WatchStub(self.channel), timeout=CALL_TIMEOUT, metadata=self.metadata)
+        self._connected.set()
+
+
+def etcd_credentials(config: PlanesConfig) -> grpc.ChannelCredentials:
+    """Returns the credentials for etcd servers with `https://`: those of `--plane-tls-ca`, or else of this machine.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    server_tls(config)  # gRPC would find out at the first connection only that a file cannot be used
+    files = (config.plane_tls_ca, config.plane_tls_key, config.plane_tls_certificate)
+    return grpc.ssl_channel_credentials(*(Path(file).read_bytes() if file else None for file in files))
 
 
 class _Watch:

@@ -5,7 +5,8 @@
 A worker that sends nothing for `SILENCE` seconds is lost. A frontend may be silent for longer: it has one event loop for
 all its clients, and a worker that closes its link ends every answer on it. TCP itself detects that a frontend's machine
 is down. A peer that reads so slowly that `MAX_UNSENT` bytes wait is disconnected: one stuck process must not use up
-another's memory. A connection that has not said hello may send `MAX_HELLO` bytes.
+another's memory. A connection that has not said hello may send `MAX_HELLO` bytes. Addresses of frontends with mutual TLS
+begin with `tls://`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, cast
 from dynserve.addresses import advertised, host_port, join_host_port
 from dynserve.errors import ConfigError, Unavailable, translate
 from dynserve.log_limit import LimitedLog
+from dynserve.plane_tls import HANDSHAKE_TIMEOUT, TLS_SCHEME, PlaneTls, check_tls_of
+from dynserve.tasks import task_group
 from dynserve.transport.base import Link, LinkHandler
 from dynserve.wire import MALFORMED
 from dynserve.wire import link as wire
@@ -35,6 +38,7 @@ MAX_UNGREETED = 256  # connections that have not said hello; beyond that the old
 MAX_FRAME = 64 << 20  # bytes; only a broken or hostile peer sends a longer frame
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
+ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 
 log = LimitedLog(logging.getLogger(__name__))
 
@@ -175,8 +179,14 @@ class TcpLink(FramedLink, asyncio.Protocol):
         self._ungreeted = accept is not None
         self._greeting: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
+        self.opening: asyncio.Task[None] | None = None  # the TLS handshake of the listening side
         self._rest = bytearray()  # the bytes received so far of an incomplete frame
         self._need = 4  # bytes that it must have before it is parsed
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has had a connection; with TLS, after the handshake."""
+        return self._transport is not None
 
     def write(self, frame: bytes | bytearray) -> None:
         transport = self._transport
@@ -188,6 +198,8 @@ class TcpLink(FramedLink, asyncio.Protocol):
     def hang_up(self, *, at_once: bool) -> None:
         if self._transport is not None:
             (self._transport.abort if at_once else self._transport.close)()
+        elif self.opening is not None:
+            self.opening.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -253,11 +265,64 @@ def _watch_peer(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, number, int(FRONTEND_SILENCE * 1000))
 
 
-class TcpLinks:
-    """`Links` over TCP. `advertise_host`: see `addresses.advertised`."""
+def _listener(host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setblocking(False)
+    return listener
 
-    def __init__(self, advertise_host: str | None = None) -> None:
-        self._advertise_host = advertise_host
+
+@asynccontextmanager
+async def _listening(server: asyncio.Server) -> AsyncIterator[Any]:
+    """Yields the address that the server is bound to."""
+    try:
+        yield server.sockets[0].getsockname()
+    finally:
+        server.close()
+
+
+@asynccontextmanager
+async def _listening_with_tls(
+    listener: socket.socket, connected: Callable[[], TcpLink], tls: PlaneTls
+) -> AsyncIterator[Any]:
+    """Like `_listening`. A handshake belongs to its link from the start, so that those not yet done are bounded, too."""
+    loop = asyncio.get_running_loop()
+
+    async def shake_hands(link: TcpLink, sock: socket.socket) -> None:
+        try:
+            await loop.connect_accepted_socket(
+                lambda: link, sock, ssl=tls.server, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
+            )
+        except OSError as error:
+            log.warning("handshake", "failed", "a connection to the link port is refused: %s", error)
+        finally:
+            if not link.connected:
+                sock.close()
+                link.connection_lost(None)
+
+    async def accept() -> None:
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # such as no free file descriptor, which is temporary
+                log.warning("accept", "port", "no link can be accepted at the moment: %s", error)
+                await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            link = connected()
+            link.opening = tasks.create_task(shake_hands(link, sock))
+
+    try:
+        async with task_group() as tasks:
+            tasks.create_task(accept())
+            yield listener.getsockname()
+    finally:
+        listener.close()
+
+
+class TcpLinks:
+    """`Links` over TCP, with mutual TLS if `tls` is given. `advertise_host`: see `addresses.advertised`."""
+
+    def __init__(self, advertise_host: str | None = None, tls: PlaneTls | None = None) -> None:
+        self._advertise_host, self._tls = advertise_host, tls
 
     @asynccontextmanager
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
@@ -281,21 +346,27 @@ class TcpLinks:
             return link
 
         with translate({OSError: ConfigError}, f"cannot listen for links on {host}:{port}"):
-            server = await loop.create_server(connected, host, port)
-        try:
-            bound = server.sockets[0].getsockname()
-            yield join_host_port(advertised(bound[0], self._advertise_host), bound[1])
-        finally:
-            server.close()
-            for link in list(links):
-                link.close()
+            if self._tls is None:
+                listening = _listening(await loop.create_server(connected, host, port))
+            else:
+                listening = _listening_with_tls(_listener(host, port), connected, self._tls)
+        async with listening as bound:
+            try:
+                scheme = "" if self._tls is None else TLS_SCHEME
+                yield scheme + join_host_port(advertised(bound[0], self._advertise_host), bound[1])
+            finally:
+                for link in list(links):
+                    link.close()
 
     async def dial(self, address: str, handler: LinkHandler) -> Link:
         with translate({ConfigError: Unavailable}, "an entry in discovery"):
             host, port = host_port(address, "link address", 7000)
+            check_tls_of(address, self._tls, f"the frontend at {address}")
         loop = asyncio.get_running_loop()
         with translate({OSError: Unavailable, TimeoutError: Unavailable}, f"cannot reach the frontend at {address}"):
             async with asyncio.timeout(DIAL_TIMEOUT):
-                _, link = await loop.create_connection(lambda: TcpLink(worker_side=True), host, port)
+                _, link = await loop.create_connection(
+                    lambda: TcpLink(worker_side=True), host, port, ssl=None if self._tls is None else self._tls.client
+                )
         link.start(handler)
         return cast(Link, link)

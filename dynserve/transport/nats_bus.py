@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import nats
 import nats.errors
@@ -29,6 +31,19 @@ _ERRORS: dict[type[BaseException], type[DynserveError]] = {
     nats.errors.Error: Unavailable,
     OSError: Unavailable,
 }
+
+
+class _Client(Client):
+    """A client that holds servers to `tls://`: the library would go on without TLS if the server does not demand it."""
+
+    def __init__(self, urls: list[str]) -> None:
+        super().__init__()
+        self._demands_tls = any(url.startswith("tls://") for url in urls)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if self._demands_tls and not info.get("tls_required"):
+            raise nats.errors.Error("the address says tls://, but the server does not require TLS")
+        await super()._process_info(info, initial_connection)
 
 
 class NatsBus:
@@ -120,10 +135,11 @@ class _NatsMailbox:
 
 
 @asynccontextmanager
-async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
+async def open_nats(url: str, name: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[NatsBus]:
     """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers.
 
-    `url` may have several servers of one cluster, with commas; user and password or a token stand before the host.
+    `url` may have several servers of one cluster, with commas; user and password or a token stand before the host. With
+    `tls://` nothing is sent without TLS; `tls` has the authorities and the certificate for it.
     """
     reported_down, attempts = False, -1
     shown, probed = redacted(url), servers(url, "NATS_URL", 4222)
@@ -144,11 +160,11 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
     async def quiet(error: Exception) -> None:
         log.debug("nats: %s", error)
 
-    client = Client()
+    client: Client = _Client(urls)
 
     async def connect() -> None:
         nonlocal client
-        client = Client()  # a client whose connect failed half-way is not used again
+        client = _Client(urls)  # a client whose connect failed half-way is not used again
         with translate(_ERRORS, f"NATS at {shown}"):
             async with asyncio.timeout(CONNECT_TIMEOUT + 1):
                 await client.connect(
@@ -162,6 +178,7 @@ async def open_nats(url: str, name: str) -> AsyncIterator[NatsBus]:
                     disconnected_cb=disconnected,
                     reconnected_cb=reconnected,
                     error_cb=quiet,
+                    tls=tls,
                 )
 
     async def first_connect() -> None:

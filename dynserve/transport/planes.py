@@ -11,8 +11,9 @@ import httpx
 from dynserve.config import PlanesConfig
 from dynserve.errors import Unavailable, translate
 from dynserve.model_files import verified
+from dynserve.plane_tls import plane_tls, server_tls
 from dynserve.transport.base import Planes
-from dynserve.transport.etcd_registry import EtcdRegistry
+from dynserve.transport.etcd_registry import EtcdRegistry, etcd_credentials
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.nats_bus import open_nats
 
@@ -24,14 +25,16 @@ MAX_FILE = 256 << 20  # bytes; the largest tokenizer files have 20 MB
 async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
     """Opens the planes. Waits for NATS, but not for etcd: `register` and `watch` retry until it answers."""
     async with AsyncExitStack() as stack:
-        registry = EtcdRegistry(config.etcd_url)  # first, so that a wrong URL is an error before the wait for NATS
-        bus = await stack.enter_async_context(open_nats(config.nats_url, name))
-        client = await stack.enter_async_context(httpx.AsyncClient(timeout=FETCH_TIMEOUT, trust_env=False))
+        # first, so that a wrong URL or file is an error before the wait for NATS
+        tls, registry = plane_tls(config), EtcdRegistry(config.etcd_url, etcd_credentials(config))
+        bus = await stack.enter_async_context(open_nats(config.nats_url, name, server_tls(config)))
+        opened = httpx.AsyncClient(timeout=FETCH_TIMEOUT, trust_env=False, verify=True if tls is None else tls.client)
+        client = await stack.enter_async_context(opened)
 
         async def fetch(system_url: str, digest: str) -> bytes:
             return await fetch_model_file(client, system_url, digest)
 
-        yield Planes(bus, registry, TcpLinks(config.advertise_host), fetch)
+        yield Planes(bus, registry, TcpLinks(config.advertise_host, tls), fetch)
 
 
 async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: str) -> bytes:

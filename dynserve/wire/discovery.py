@@ -50,6 +50,7 @@ class WorkerInstance(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     pid: Count
     system_url: str
     card: Card
+    files_url: str = ""  # of the server of model files, if it is not the system server
 
 
 class FrontendInstance(msgspec.Struct, frozen=True, kw_only=True, tag="frontend"):

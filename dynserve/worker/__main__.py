@@ -11,11 +11,12 @@ from pathlib import Path
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
 from dynserve.model_files import check_model_folder
+from dynserve.plane_tls import plane_tls
 from dynserve.process import StopSignal, run_role, settle_memory
-from dynserve.server.serving import bind, serving, url_of
+from dynserve.server.serving import Tls, bind, serving, url_of
 from dynserve.transport.planes import open_planes
 from dynserve.worker.serving import new_instance_id, serving_targets
-from dynserve.worker.system import system_app
+from dynserve.worker.system import files_app, system_app
 from dynserve.worker.worker import Worker
 
 log = logging.getLogger("dynserve.worker")
@@ -28,13 +29,21 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
     async with AsyncExitStack() as stack:
         sock = bind(config.system_host, config.system_port, "--system-port")
         system_url = url_of(sock, advertise_host=config.advertise_host)
-        await stack.enter_async_context(serving(system_app(lambda: workers), sock))
+        tls = plane_tls(config)
+        await stack.enter_async_context(serving(system_app(lambda: workers, files=tls is None), sock))
+        files_url = ""
+        if tls is not None:
+            files_sock = bind(config.link_host, 0, "--link-host")
+            files_url = url_of(files_sock, "https", config.advertise_host)
+            certificates = Tls(tls.certificate, tls.key, client_ca=tls.ca)
+            await stack.enter_async_context(serving(files_app(lambda: workers), files_sock, tls=certificates))
         # torch takes a second to import, which overlaps with the wait for the planes
         importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
         planes = await stack.enter_async_context(open_planes(config, instance_id))
         await importing
         executor = await stack.enter_async_context(open_executor(config, instance_id))
-        workers += await stack.enter_async_context(serving_targets(config, executor, planes, instance_id, system_url))
+        serving_all = serving_targets(config, executor, planes, instance_id, system_url, files_url)
+        workers += await stack.enter_async_context(serving_all)
         settle_memory()
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)

@@ -18,7 +18,7 @@ from dynserve.worker.worker import Worker
 
 @asynccontextmanager
 async def serving_worker(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = ""
 ) -> AsyncIterator[Worker]:
     """Yields a worker that serves: warmed up, registered, linked to every frontend. Drains it at the end of the block."""
     worker = Worker(config, executor, planes, instance_id)
@@ -30,7 +30,7 @@ async def serving_worker(
             tasks.create_task(worker.watch_engine())
             frontends = FrontendLinks(worker, planes.links, tasks)
             async with planes.registry.watch(discovery.frontends(config.namespace), frontends.discovered):
-                instance = worker.instance(system_url)
+                instance = worker.instance(system_url, files_url)
                 key = discovery.key(config.namespace, instance)
                 async with planes.registry.register(key, discovery.encode(instance)) as registration:
                     await registration.registered.wait()
@@ -48,13 +48,13 @@ def new_instance_id(role: str) -> str:
 
 @asynccontextmanager
 async def serving_targets(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = ""
 ) -> AsyncIterator[list[Worker]]:
     """Yields a worker for each target of the executor: one, or several when an engine has several KV caches. Those stop
     together: while one drains, the others must not accept new requests."""
     targets = executor.targets
     if len(targets) == 1:
-        async with serving_worker(config, executor, planes, instance_id, system_url) as worker:
+        async with serving_worker(config, executor, planes, instance_id, system_url, files_url) as worker:
             yield [worker]
         return
     leave = asyncio.Event()
@@ -62,7 +62,7 @@ async def serving_targets(
         serving = []
         for at, target in enumerate(targets):
             ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url)
+            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url, files_url)
             serving.append((tasks.create_task(_serve_until(one, ready, leave)), ready))
         try:
             yield [await ready for _, ready in serving]

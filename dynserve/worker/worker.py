@@ -75,7 +75,7 @@ class Worker:
         if config.kv_events:
             executor.listen_kv(self._journal.add)
 
-    def instance(self, system_url: str) -> WorkerInstance:
+    def instance(self, system_url: str, files_url: str = "") -> WorkerInstance:
         limits = self.executor.limits
         card = Card(
             model=self.config.model_name,
@@ -104,6 +104,7 @@ class Worker:
             pid=os.getpid(),
             system_url=system_url,
             card=card,
+            files_url=files_url,
         )
 
     @property

@@ -15,6 +15,7 @@ from dynserve.errors import HandoffBroken, HandoffError, HandoffGone, HandoffMis
 from dynserve.executors.handoff import HandoffEnd, HandoffTable
 from dynserve.executors.transceiver import HostBlocks, MemoryTransceivers, TcpTransceivers, Transceiver
 from dynserve.wire.requests import GenerateRequest, Handoff
+from tests.certificates import Authority
 from tests.conftest import make_request, until
 
 REQUEST = make_request([1, 2, 3])
@@ -42,9 +43,11 @@ class Side:
         return self.table.open(ticket, request, blocks, 0, self.transceiver.state())
 
 
-@pytest.fixture(params=["tcp", "memory"])
-async def sides(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    factory = TcpTransceivers() if request.param == "tcp" else MemoryTransceivers()
+@pytest.fixture(params=["tcp", "tls", "memory"])
+async def sides(request: pytest.FixtureRequest, authority: Authority) -> AsyncIterator[Any]:
+    factory: Any = MemoryTransceivers()
+    if request.param != "memory":
+        factory = TcpTransceivers(tls=authority.tls if request.param == "tls" else None)
     async with AsyncExitStack() as stack:
 
         async def make(name: str, fill: int, **how: Any) -> Side:

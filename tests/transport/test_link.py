@@ -13,6 +13,7 @@ from dynserve.transport.base import Link, Links
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.memory import MemoryLink, MemoryLinks
 from dynserve.wire.link import Cancel, FrontendPing, HandoffDeclined, Hello, StepTokens, Tokens, WorkerPing
+from tests.certificates import Authority
 from tests.conftest import until
 
 
@@ -37,9 +38,11 @@ class End:
         self.reasons.append(reason)
 
 
-@pytest.fixture(params=["tcp", "memory"])
-def links(request: pytest.FixtureRequest) -> Links:
-    return TcpLinks() if request.param == "tcp" else MemoryLinks()
+@pytest.fixture(params=["tcp", "tls", "memory"])
+def links(request: pytest.FixtureRequest, authority: Authority) -> Links:
+    if request.param == "memory":
+        return MemoryLinks()
+    return TcpLinks(tls=authority.tls if request.param == "tls" else None)
 
 
 async def test_messages_go_both_ways_in_order(links: Links) -> None:

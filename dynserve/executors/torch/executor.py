@@ -26,6 +26,7 @@ from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import DeviceStep, Runner
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
 from dynserve.model_files import eos_token_ids
+from dynserve.plane_tls import plane_tls
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ async def open_executor(
     pairing = {"KV cache": cache.layout.partition(":")[2]}
     opening = open_engine(
         args, scheduler, steps, EngineModel(model.config.vocab_size, frozenset(eos), model.config.hidden_size, pairing),
-        cache, transceivers or TcpTransceivers(carriers, config.advertise_host),
+        cache, transceivers or TcpTransceivers(carriers, config.advertise_host, plane_tls(config)),
         instance_id=instance_id, host=config.link_host,
         grammars=grammars,
     )  # fmt: skip

@@ -34,6 +34,10 @@ async def open_executor(config: WorkerConfig, instance_id: str, transceivers: ob
     """
     given = opts.read_options(config)
     prepare(os.environ, config.model_path)
+    if config.plane_tls_certificate and config.role != "aggregated":
+        log.warning(
+            "--plane-tls-certificate does not cover TensorRT-LLM's KV transfers: keep them on a private network"
+        )
     api = await detached(import_api)
     log.info("tensorrt_llm %s", api.version)
     schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"

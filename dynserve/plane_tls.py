@@ -1,0 +1,83 @@
+"""`PlaneTls`: mutual TLS between the processes of a cluster, for links, KV transfers and model files.
+
+All processes have certificates of one private authority, and accept every peer that has one, whatever its name: pods have
+no lasting names, and being of this cluster is all that a peer has to prove. The authority must sign nothing else.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from dynserve.config import PlanesConfig
+from dynserve.errors import ConfigError, translate
+
+HANDSHAKE_TIMEOUT = 3.0  # seconds
+TLS_SCHEME = "tls://"  # before the addresses of listeners that take TLS only
+
+
+class PlaneTls:
+    """The contexts for mutual TLS, made of PEM files: a certificate, its key, and the authority of all peers.
+
+    Raises:
+        ConfigError: a file is missing or not PEM, or certificate and key are not a pair.
+    """
+
+    def __init__(self, certificate: str, key: str, ca: str) -> None:
+        self.certificate, self.key, self.ca = certificate, key, ca
+        self.server = self._context(ssl.PROTOCOL_TLS_SERVER)  # for the side that listens
+        self.server.num_tickets = 0  # sessions are not resumed, and an idle connection must stay silent
+        self.client = self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def _context(self, side: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        load_authority(context, self.ca)
+        load_pair(context, self.certificate, self.key)
+        return context
+
+
+def plane_tls(config: PlanesConfig) -> PlaneTls | None:
+    """Returns the contexts of a configuration, or None if it has no certificate. Raises ConfigError like `PlaneTls`."""
+    if config.plane_tls_certificate and config.plane_tls_key and config.plane_tls_ca:
+        return PlaneTls(config.plane_tls_certificate, config.plane_tls_key, config.plane_tls_ca)
+    return None
+
+
+def check_tls_of(address: str, tls: PlaneTls | None, what: str) -> None:
+    """Raises ConfigError unless the address of `what` and this process both have TLS, or both have none."""
+    if address.startswith(TLS_SCHEME) != (tls is not None):
+        has, lacks = ("this process", what) if tls is not None else (what, "this process")
+        raise ConfigError(
+            f"{has} takes mutual TLS only and {lacks} has none: set --plane-tls-certificate on all or none"
+        )
+
+
+def server_tls(config: PlanesConfig) -> ssl.SSLContext:
+    """Returns the context for NATS, which is used if its address begins with `tls://`. The server's name is checked, by
+    `--plane-tls-ca` if it is set, else by the authorities of this machine. Raises ConfigError for unusable files."""
+    context = ssl.create_default_context()
+    if config.plane_tls_ca:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        load_authority(context, config.plane_tls_ca)
+    if config.plane_tls_certificate and config.plane_tls_key:
+        load_pair(context, config.plane_tls_certificate, config.plane_tls_key)
+    return context
+
+
+def load_authority(context: ssl.SSLContext, ca: str) -> None:
+    with translate({OSError: ConfigError, ssl.SSLError: ConfigError}, f"--plane-tls-ca {ca}"):
+        context.load_verify_locations(ca)
+
+
+def load_pair(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    def no_password() -> str:
+        raise ConfigError(f"--plane-tls-key {key} is encrypted; use a key without a password")
+
+    for flag, path in (("--plane-tls-certificate", certificate), ("--plane-tls-key", key)):
+        with translate({OSError: ConfigError}, f"{flag} {path}"):
+            Path(path).read_bytes()
+    with translate({OSError: ConfigError}, f"--plane-tls-certificate {certificate} and --plane-tls-key {key}"):
+        context.load_cert_chain(certificate, key, no_password)
