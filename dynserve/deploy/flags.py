@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynserve.config import nearest
+from dynserve.deploy.commands import OWN
 from dynserve.errors import ConfigError
+from dynserve.model_files import resolve_model
 
 
 class Rule(NamedTuple):
@@ -148,6 +149,8 @@ def translate(
     Raises:
         ConfigError: there is no such module here, or a flag is unknown, refused or lacks its value.
     """
+    if module in OWN:
+        return Translation(OWN[module], _apart(arguments), [])
     table = TABLES.get(module)
     if table is None:
         raise ConfigError(f"dynamo.{module} has no counterpart in dynserve{nearest(module, TABLES)}")
@@ -167,6 +170,11 @@ def translate(
     if module == "frontend":
         return Translation("frontend", _words(_frontend(found)), notes)
     return Translation("worker", _words(_worker(module, found, options, environ, here=here)), notes)
+
+
+def _apart(arguments: Sequence[str]) -> list[str]:
+    """Returns `--flag=value` as two words."""
+    return [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def _split(module: str, arguments: Sequence[str], table: Mapping[str, Rule]) -> list[tuple[str, str]]:
@@ -234,31 +242,6 @@ def _worker(
 
 
 _MODES = {"aggregated": "prefill_and_decode", "agg": "prefill_and_decode", "null": "prefill_and_decode"}
-
-
-def resolve_model(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the folder of a model: `name` itself, or the snapshot of a Hugging Face id in the local cache.
-
-    Raises:
-        ConfigError: there is no such folder; the message says where it was looked for. Nothing is downloaded.
-    """
-    if Path(name).is_dir():
-        return name
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    repository = cache / f"models--{name.replace('/', '--')}"
-    try:
-        revision = (repository / "refs" / "main").read_text().strip()
-    except OSError:
-        revision = ""
-    found = [repository / "snapshots" / revision] if revision else sorted(repository.glob("snapshots/*"))
-    for folder in found:
-        if (folder / "config.json").exists():
-            return str(folder)
-    raise ConfigError(
-        f"model {name!r} is neither a folder nor in the cache {cache}: download it (`hf download {name}`), set HF_HOME to "
-        "the cache that has it, or DYN_MODEL_PATH to the model's own folder"
-    )
 
 
 def _number(text: str) -> float:

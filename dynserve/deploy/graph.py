@@ -32,6 +32,7 @@ class Component:
     shared_memory: str = "8Gi"  # size of /dev/shm; "0" for none
     ingress: Map | None = None
     nodes: int = 1
+    max_replicas: int = 0  # 0: no autoscaler
 
     @property
     def key(self) -> str:

@@ -33,7 +33,7 @@ from dynserve.deploy.plan import (
     roles_of,
     specs,
 )
-from dynserve.deploy.reader import read_graph
+from dynserve.deploy.reader import read_deployment
 from dynserve.errors import ConfigError
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
@@ -72,7 +72,7 @@ class LocalConfig:
 
 async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
     notes = Notes()
-    graph = read_graph(path, notes)
+    graph, _ = read_deployment(path, notes)
     load_folder(graph, Path(config.config_maps or Path(path).parent), Path(path))
     overrides = Overrides(config.model_path, config.executor, scale_of(config.scale))
     roles = roles_of(graph, overrides, notes)
@@ -93,13 +93,13 @@ async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
                 await deployment.stop()
 
 
-def scale_of(text: str | None) -> dict[str, int]:
+def scale_of(text: str | None, flag: str = "--scale") -> dict[str, int]:
     """Parses `name=2,name=0`. Raises ConfigError."""
     found = {}
     for part in filter(None, (text or "").split(",")):
         name, _, count = part.strip().partition("=")
         if not name or not count.isdecimal() or len(count) > 4:
-            raise ConfigError(f"--scale: {part.strip()!r} is not of the form name=2")
+            raise ConfigError(f"{flag}: {part.strip()!r} is not of the form name=2")
         found[name.lower()] = int(count)
     return found
 

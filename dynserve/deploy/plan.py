@@ -88,7 +88,7 @@ def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes
     try:
         command = find_command(words, env)
         if command is None:
-            raise ConfigError("its command runs no module of dynamo")
+            raise ConfigError("its command runs neither a module of dynamo nor dynserve")
         translation = translate(command.module, command.arguments, env, here=here)
     except ConfigError as error:
         raise ConfigError(f"{_command_place(component)}: {component.name}: {error}") from error

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dynserve.deploy.cluster import Cluster, cluster_graph, is_cluster, parse_cluster
 from dynserve.deploy.documents import Document, Fields, Map, Notes, Place, Seq, read_documents
 from dynserve.deploy.graph import Claim, Component, Graph, texts
 from dynserve.errors import ConfigError
@@ -30,7 +31,23 @@ def read_graph(path: str | Path, notes: Notes) -> Graph:
     Raises:
         ConfigError: the file has no deployment or several, or one that is invalid.
     """
+    return _graph_of(path, read_documents(path), notes)
+
+
+def read_deployment(path: str | Path, notes: Notes) -> tuple[Graph, Cluster | None]:
+    """Reads a file with one deployment, or a `cluster.yaml`, whose settings are returned as well.
+
+    Raises:
+        ConfigError: as `read_graph` and `parse_cluster`.
+    """
     documents = read_documents(path)
+    if len(documents) == 1 and is_cluster(documents[0]):
+        cluster = parse_cluster(documents[0])
+        return cluster_graph(documents[0], cluster), cluster
+    return _graph_of(path, documents, notes), None
+
+
+def _graph_of(path: str | Path, documents: list[Document], notes: Notes) -> Graph:
     found = [document for document in documents if document.kind == KIND]
     if len(found) != 1:
         kinds = ", ".join(sorted({document.kind or "?" for document in documents})) or "nothing"

@@ -7,36 +7,68 @@ file behaves as it did there. Security settings and disruption budgets are ours.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dynserve.deploy.documents import Map, Notes
-from dynserve.deploy.graph import Graph, merged_env
+from dynserve.deploy.autoscalers import by_cpu, by_role, keda
+from dynserve.deploy.cluster import Autoscaling, Cluster, Route, Server
+from dynserve.deploy.commands import OWN
+from dynserve.deploy.documents import Notes
+from dynserve.deploy.exposure import http_route, ingress, network_policy, pod_monitor
+from dynserve.deploy.graph import Claim, Graph, merged_env
+from dynserve.deploy.objects import (
+    TLS,
+    Object,
+    checked_name,
+    container_security,
+    entry,
+    labels,
+    metadata,
+    plain,
+    pod_security,
+    tls_mount,
+    tls_volume,
+)
 from dynserve.deploy.plan import GRACE, Role, default_mode
+from dynserve.deploy.server_objects import servers_of
 from dynserve.errors import ConfigError
 
 HTTP_PORT, SYSTEM_PORT = 8000, 9090
-USER = 1000
 PRE_STOP_S = 5  # seconds for which a frontend serves on after it was removed from its Service
-NATS_IMAGE, ETCD_IMAGE = "nats:2.10.29-alpine", "quay.io/coreos/etcd:v3.5.21"
-NAME_LIMIT = 63
 SHARED, SHARED_NAME, TMP = "/dev/shm", "dynserve-shared-memory", "dynserve-tmp"
-_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-
-Object = dict[str, Any]
 
 
 class RenderOptions(NamedTuple):
-    """The settings that a file does not have."""
+    """The settings that a `DynamoGraphDeployment` does not have. A `cluster.yaml` has all of them."""
 
     image: str | None = None  # of all components, in place of the file's
-    nats_url: str | None = None  # None: the file's, else a server of our own
-    etcd_url: str | None = None
+    nats: Server = Server()
+    etcd: Server = Server()
     executor: str | None = None
     pod_monitor: bool = False  # needs the Prometheus operator
-    autoscale: int = 0  # frontends at most, by CPU; 0: a fixed number
+    network_policy: bool = True
+    max_replicas: Mapping[str, int] = {}  # component in lower case -> replicas that an autoscaler may reach
+    autoscaling: Autoscaling = Autoscaling()
+    objective: bool = False  # the frontends have an objective for the first token
+    plane_tls_secret: str = ""  # with ca.crt, tls.crt and tls.key
+    route: Route = Route()
+
+
+def options_of(cluster: Cluster, given: RenderOptions) -> RenderOptions:
+    """Returns the settings of a `cluster.yaml`, over which those that were given on the command line win."""
+    tls = cluster.plane_tls
+    if tls.enabled and not (tls.secret or given.plane_tls_secret):
+        raise ConfigError(
+            "planeTls.enabled needs planeTls.secret: make the files with docker/scripts/plane-certificates.sh, and of them "
+            "a Secret (the Helm chart makes both itself)"
+        )
+    return given._replace(
+        nats=given.nats if given.nats.url else cluster.nats, etcd=given.etcd if given.etcd.url else cluster.etcd,
+        pod_monitor=given.pod_monitor or cluster.pod_monitor, network_policy=cluster.network_policy,
+        autoscaling=cluster.autoscaling if given.autoscaling == Autoscaling() else given.autoscaling,
+        objective=cluster.frontend.ttft_slo_ms > 0, route=cluster.route,
+        plane_tls_secret=given.plane_tls_secret or (tls.secret if tls.enabled else ""),
+    )  # fmt: skip
 
 
 def render(graph: Graph, roles: Sequence[Role], options: RenderOptions, notes: Notes) -> list[Object]:
@@ -45,7 +77,7 @@ def render(graph: Graph, roles: Sequence[Role], options: RenderOptions, notes: N
     Raises:
         ConfigError: a name is not possible in Kubernetes, or a component has no image.
     """
-    nats, etcd, servers = _servers(graph, options)
+    nats, etcd, servers = servers_of(graph, options.nats, options.etcd, options.plane_tls_secret)
     found = [_config_map(graph, name, content) for name, content in graph.config_maps.items()]
     found += [_claim(graph, one) for one in graph.claims if one.create]
     found += [*servers, _service_account(graph)]
@@ -55,15 +87,11 @@ def render(graph: Graph, roles: Sequence[Role], options: RenderOptions, notes: N
         workload = _Workload(graph, role, options, {"NATS_URL": nats, "ETCD_URL": etcd} | own, notes)
         ports.add(workload.port)
         found += workload.objects()
-    found.append(_network_policy(graph, sorted(ports)))
+    if options.network_policy:
+        found.append(network_policy(graph, sorted(ports)))
     if options.pod_monitor:
-        found.append(_pod_monitor(graph))
+        found.append(pod_monitor(graph))
     return found + [dict(other) for other in graph.others]
-
-
-def labels(graph: Graph, component: str = "") -> dict[str, str]:
-    found = {"app.kubernetes.io/name": "dynserve", "app.kubernetes.io/instance": graph.name}
-    return found | ({"app.kubernetes.io/component": component} if component else {})
 
 
 class _Workload:
@@ -74,19 +102,24 @@ class _Workload:
     ) -> None:
         self._graph, self._role, self._options, self._planes, self._notes = graph, role, options, planes, notes
         self._component = role.component
-        self.name = checked_name(f"{graph.name}-{role.component.key}", role)
+        self.name = checked_name(f"{graph.name}-{role.component.key}", role.component.place)
         self._labels = labels(graph, role.component.key)
         own = role.translation.value("--http-port") or ""
         self.port = SYSTEM_PORT if not role.is_frontend else int(own) if own.isdecimal() else HTTP_PORT
 
     def objects(self) -> list[Object]:
         found = [self._deployment(), self._service(), self._budget()]
-        if self._role.is_frontend:
-            if self._options.autoscale:
-                found.append(self._autoscaler())
-            if self._component.ingress is not None:
-                found.append(self._ingress(self._component.ingress))
+        if self._max_replicas:
+            found.append(self._autoscaler())
+        if self._role.is_frontend and self._component.ingress is not None:
+            found.append(ingress(self._object, self._component.ingress, self.name, HTTP_PORT))
+        if self._role.is_frontend and self._options.route.parent_refs:
+            found.append(http_route(self._object, self._options.route, self.name, HTTP_PORT))
         return found
+
+    @property
+    def _max_replicas(self) -> int:
+        return self._options.max_replicas.get(self._component.key) or self._component.max_replicas
 
     def _object(self, api: str, kind: str, spec: Object, name: str = "") -> Object:
         component = self._component
@@ -104,15 +137,27 @@ class _Workload:
             "strategy": {"type": "RollingUpdate", "rollingUpdate": surge},  # GPUs are scarce: no surge of workers
             "template": {"metadata": self._pod_metadata(), "spec": self._pod()},
         }
-        if not (self._role.is_frontend and self._options.autoscale):  # else the autoscaler sets it
+        if not self._max_replicas:  # else the autoscaler sets it
             spec["replicas"] = self._role.replicas
         return self._object("apps/v1", "Deployment", spec)
 
     def _pod_metadata(self) -> Object:
-        # engines read their files once: a changed ConfigMap must restart them
-        content = json.dumps(self._graph.config_maps, sort_keys=True).encode()
-        annotations = self._component.pod_annotations | {"dynserve/config": hashlib.sha256(content).hexdigest()[:16]}
-        return {"labels": self._component.pod_labels | self._labels, "annotations": annotations}
+        component = self._component
+        found: Object = {"labels": component.pod_labels | self._labels}
+        annotations = dict(component.pod_annotations)
+        if content := self._mounted_content():  # engines read their files once: a changed ConfigMap must restart them
+            annotations["dynserve/config"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return found | ({"annotations": annotations} if annotations else {})
+
+    def _mounted_content(self) -> str:
+        """Returns names and content of the ConfigMaps that the pods mount."""
+        volumes = [volume.get("configMap") or {} for volume in self._component.pod.get("volumes") or []]
+        names = sorted({str(source["name"]) for source in volumes if "name" in source})
+        return "".join(
+            f"{name}/{file}\n{content}\n"
+            for name in names
+            for file, content in sorted(self._graph.config_maps.get(name, {}).items())
+        )
 
     def _pod(self) -> Object:
         component = self._component
@@ -120,10 +165,7 @@ class _Workload:
             "serviceAccountName": self._graph.name,
             "automountServiceAccountToken": False,
             "terminationGracePeriodSeconds": int(GRACE),
-            "securityContext": {
-                "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
+            "securityContext": pod_security(),
         }  # fmt: skip
         if self._role.is_frontend:
             pod["topologySpreadConstraints"] = [{
@@ -144,6 +186,8 @@ class _Workload:
         if self._needs(SHARED):
             memory = {"medium": "Memory", "sizeLimit": self._component.shared_memory}
             found.append({"name": SHARED_NAME, "emptyDir": memory})
+        if self._options.plane_tls_secret:
+            found.append(tls_volume(self._options.plane_tls_secret))
         claims = dict.fromkeys(self._component.claims.values())
         return found + [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in claims]
 
@@ -153,7 +197,7 @@ class _Workload:
         image = self._options.image or given.get("image")
         if not image:
             raise ConfigError(f"{component.place}: {component.name} has no image; use --image")
-        if not self._options.image:
+        if not self._options.image and role.command.module not in OWN:
             self._notes.warn(
                 component.place,
                 f"{component.name}: its image {image} must have dynserve in it; --image gives another one",
@@ -163,9 +207,7 @@ class _Workload:
             "command": ["python3", "-m", "dynamo.frontend"] if role.is_frontend else [],
             "ports": [{"name": "http", "containerPort": self.port}] if role.is_frontend
             else [{"name": "system", "containerPort": SYSTEM_PORT}],
-            "securityContext": {
-                "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
-            },
+            "securityContext": container_security(),
             **_probes(self.port, frontend=role.is_frontend),
         }  # fmt: skip
         if role.is_frontend:  # clients are no longer sent here before it stops
@@ -188,6 +230,8 @@ class _Workload:
         found = [{"name": TMP, "mountPath": "/tmp"}] if self._needs("/tmp") else []
         if self._needs(SHARED):
             found.append({"name": SHARED_NAME, "mountPath": SHARED})
+        if self._options.plane_tls_secret:
+            found.append(tls_mount())
         return found + [{"name": claim, "mountPath": point} for point, claim in self._component.claims.items()]
 
     def _needs(self, point: str) -> bool:
@@ -209,19 +253,22 @@ class _Workload:
             defaults |= {"DYN_HTTP_HOST": "0.0.0.0", "DYN_HTTP_PORT": str(HTTP_PORT)}
         else:
             defaults |= {"DYN_SYSTEM_PORT": str(SYSTEM_PORT)}
+        if self._options.plane_tls_secret:
+            files = {"CERTIFICATE": "tls.crt", "KEY": "tls.key", "CA": "ca.crt"}
+            defaults |= {f"DYN_PLANE_TLS_{name}": f"{TLS}/{file}" for name, file in files.items()}
         entries = merged_env(self._graph.env, self._component.env)
         given = {str(entry.get("name")) for entry in entries}
-        own = [_entry(name, value) for name, value in defaults.items() if name not in given]
+        own = [entry(name, value) for name, value in defaults.items() if name not in given]
         # Dynamo's own names of the servers' addresses count as well
         skipped = {"NATS_URL"} & given or {"NATS_SERVER"} & given, {"ETCD_URL"} & given or {"ETCD_ENDPOINTS"} & given
-        forced = {"NATS_URL": self._options.nats_url, "ETCD_URL": self._options.etcd_url}
+        forced = {"NATS_URL": self._options.nats.url, "ETCD_URL": self._options.etcd.url}
         for name, present in zip(("NATS_URL", "ETCD_URL"), skipped, strict=True):
             if not present or forced[name]:
-                own.append(_entry(name, self._planes[name]))
-        own += [_entry(name, value) for name, value in self._planes.items() if name == "DYN_ROLE" and name not in given]
+                own.append(entry(name, self._planes[name]))
+        own += [entry(name, value) for name, value in self._planes.items() if name == "DYN_ROLE" and name not in given]
         replaced = {name for name, value in forced.items() if value}
         if self._options.executor and not self._role.is_frontend:
-            own.append(_entry("DYN_EXECUTOR", self._options.executor))
+            own.append(entry("DYN_EXECUTOR", self._options.executor))
             replaced.add("DYN_EXECUTOR")
         return own + [plain(entry) for entry in entries if entry.get("name") not in replaced]
 
@@ -239,30 +286,20 @@ class _Workload:
         return self._object("policy/v1", "PodDisruptionBudget", {"selector": {"matchLabels": self._labels}, **bound})
 
     def _autoscaler(self) -> Object:
-        target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": self.name}
-        cpu = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}
-        return self._object("autoscaling/v2", "HorizontalPodAutoscaler", {
-            "scaleTargetRef": target, "minReplicas": max(1, self._role.replicas), "maxReplicas": self._options.autoscale,
-            "metrics": [{"type": "Resource", "resource": cpu}],
-        })  # fmt: skip
-
-    def _ingress(self, given: Map) -> Object:
-        host = f"{given.get('hostPrefix') or ''}{given.get('host') or ''}.{given.get('hostSuffix') or 'local'}"
-        backend = {"service": {"name": self.name, "port": {"number": HTTP_PORT}}}
-        path = {"path": "/", "pathType": "Prefix", "backend": backend}
-        spec: Object = {"rules": [{"host": host, "http": {"paths": [path]}}]}
-        if name := given.get("ingressControllerClassName"):
-            spec["ingressClassName"] = str(name)
-        if secret := (given.get("tls") or {}).get("secretName"):
-            spec["tls"] = [{"hosts": [host], "secretName": str(secret)}]
-        found = self._object("networking.k8s.io/v1", "Ingress", spec)
-        found["metadata"]["annotations"] = {
-            # answers are streams: nothing may be held back or cut off
-            "nginx.ingress.kubernetes.io/proxy-buffering": "off",
-            "nginx.ingress.kubernetes.io/proxy-read-timeout": "3600",
-            **found["metadata"].get("annotations", {}), **(given.get("annotations") or {}),
-        }  # fmt: skip
-        return found
+        least, most = max(1, self._role.replicas), self._max_replicas
+        if self._role.is_frontend:
+            return self._object("autoscaling/v2", "HorizontalPodAutoscaler", by_cpu(self.name, least, most))
+        mode = (
+            self._role.translation.value("--disaggregation-mode")
+            or self._planes.get("DYN_ROLE")
+            or "prefill_and_decode"
+        )
+        settings, cluster = self._options.autoscaling, self._graph.dynamo_namespace
+        if settings.kind == "keda":
+            spec = keda(self.name, least, most, settings, cluster, mode, objective=self._options.objective)
+            return self._object("keda.sh/v1alpha1", "ScaledObject", spec)
+        spec = by_role(self.name, least, most, settings, cluster, mode)
+        return self._object("autoscaling/v2", "HorizontalPodAutoscaler", spec)
 
 
 def _probes(port: int, *, frontend: bool) -> Object:
@@ -282,124 +319,17 @@ def _probes(port: int, *, frontend: bool) -> Object:
     }
 
 
-def _servers(graph: Graph, options: RenderOptions) -> tuple[str, str, list[Object]]:
-    """Returns the addresses of NATS and etcd, and the objects of those that the file does not name."""
-    env = {
-        str(entry.get("name")): str(entry.get("value"))
-        for one in graph.components
-        for entry in one.env
-        if entry.get("value")
-    }
-    env |= {str(entry.get("name")): str(entry.get("value")) for entry in graph.env if entry.get("value")}
-    nats = options.nats_url or env.get("NATS_URL") or env.get("NATS_SERVER") or ""
-    etcd = options.etcd_url or env.get("ETCD_URL") or env.get("ETCD_ENDPOINTS") or ""
-    found = []
-    if not nats:
-        found += _server(graph, "nats", NATS_IMAGE, 4222, [])
-        nats = f"nats://{graph.name}-nats:4222"
-    if not etcd:
-        flags = ["/usr/local/bin/etcd", "--data-dir=/data", "--listen-client-urls=http://0.0.0.0:2379"]
-        found += _server(
-            graph, "etcd", ETCD_IMAGE, 2379, [*flags, f"--advertise-client-urls=http://{graph.name}-etcd:2379"]
-        )
-        etcd = f"http://{graph.name}-etcd:2379"
-    return nats, etcd, found
-
-
-def _server(graph: Graph, name: str, image: str, port: int, command: list[str]) -> list[Object]:
-    """A single server without lasting data: processes register again when it comes back empty."""
-    own, full = labels(graph, name), f"{graph.name}-{name}"
-    metadata: Object = {"name": full, "labels": own} | ({"namespace": graph.namespace} if graph.namespace else {})
-    container: Object = {
-        "name": name, "image": image, "ports": [{"name": name, "containerPort": port}],
-        "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 5},
-        "securityContext": {
-            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "data", "mountPath": "/tmp"}],
-    } | ({"command": command} if command else {})  # fmt: skip
-    pod = {
-        "automountServiceAccountToken": False, "containers": [container], "volumes": [{"name": "data", "emptyDir": {}}],
-        "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"},
-        },
-    }  # fmt: skip
-    template = {"metadata": {"labels": own}, "spec": pod}
-    spec = {"replicas": 1, "selector": {"matchLabels": own}, "strategy": {"type": "Recreate"}, "template": template}
-    ports = [{"name": name, "port": port, "targetPort": port}]
-    return [
-        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec},
-        {"apiVersion": "v1", "kind": "Service", "metadata": dict(metadata), "spec": {"selector": own, "ports": ports}},
-    ]
-
-
-def _metadata(graph: Graph, name: str) -> Object:
-    return {"name": name, "labels": labels(graph)} | ({"namespace": graph.namespace} if graph.namespace else {})
-
-
 def _config_map(graph: Graph, name: str, content: Mapping[str, str]) -> Object:
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(graph, name), "data": dict(content)}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(graph, name), "data": dict(content)}
 
 
-def _claim(graph: Graph, claim: Any) -> Object:
-    spec = {
-        "accessModes": [claim.access_mode], "storageClassName": claim.storage_class,
-        "resources": {"requests": {"storage": claim.size}},
-    }  # fmt: skip
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": _metadata(graph, claim.name), "spec": spec}
+def _claim(graph: Graph, claim: Claim) -> Object:
+    spec: Object = {"accessModes": [claim.access_mode], "resources": {"requests": {"storage": claim.size}}}
+    if claim.storage_class:
+        spec["storageClassName"] = claim.storage_class
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata(graph, claim.name), "spec": spec}
 
 
 def _service_account(graph: Graph) -> Object:
-    metadata = _metadata(graph, graph.name)
-    return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata, "automountServiceAccountToken": False}
-
-
-def _network_policy(graph: Graph, ports: Sequence[int]) -> Object:
-    """Links, KV transfers, NATS and etcd are open to pods of this deployment only; `ports` (the API, `/metrics`) to all."""
-    peers = {"podSelector": {"matchLabels": labels(graph)}}
-    open_ports = {"ports": [{"protocol": "TCP", "port": port} for port in ports]}
-    spec = {
-        "podSelector": {"matchLabels": labels(graph)}, "policyTypes": ["Ingress"],
-        "ingress": [{"from": [peers]}, open_ports],
-    }  # fmt: skip
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": _metadata(graph, graph.name),
-        "spec": spec,
-    }
-
-
-def _pod_monitor(graph: Graph) -> Object:
-    endpoints = [{"port": port, "path": "/metrics", "interval": "15s"} for port in ("http", "system")]
-    spec = {"selector": {"matchLabels": labels(graph)}, "podMetricsEndpoints": endpoints}
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PodMonitor",
-        "metadata": _metadata(graph, graph.name),
-        "spec": spec,
-    }
-
-
-def checked_name(name: str, role: Role) -> str:
-    """Returns a name that a Service may have. Raises ConfigError."""
-    name = name.lower()
-    if not _LABEL.fullmatch(name):
-        raise ConfigError(
-            f"{role.component.place}: {name!r} is not possible as the name of a Service: up to {NAME_LIMIT} lower-case "
-            "letters, digits and dashes, beginning with a letter"
-        )
-    return name
-
-
-def _entry(name: str, value: Any) -> Object:
-    return {"name": name, "value": value} if isinstance(value, str) else {"name": name, "valueFrom": value}
-
-
-def plain(value: Any) -> Any:
-    """Returns the value without the types that know their lines, for writing it as YAML."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value
+    own = metadata(graph, graph.name)
+    return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": own, "automountServiceAccountToken": False}

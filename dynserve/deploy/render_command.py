@@ -9,12 +9,14 @@ from pathlib import Path
 
 import yaml
 
-from dynserve.config import NotNegative, check_bounds, exit_with, load, option
+from dynserve.config import check_bounds, exit_with, load, option
+from dynserve.deploy.cluster import Autoscaling, Server
 from dynserve.deploy.documents import Notes
 from dynserve.deploy.local import scale_of
+from dynserve.deploy.objects import Object
 from dynserve.deploy.plan import Overrides, load_folder, roles_of
-from dynserve.deploy.reader import read_graph
-from dynserve.deploy.render import Object, RenderOptions, render
+from dynserve.deploy.reader import read_deployment
+from dynserve.deploy.render import RenderOptions, options_of, render
 from dynserve.errors import ConfigError
 
 
@@ -34,9 +36,13 @@ class RenderConfig:
     nats_url: str | None = option(None, "NATS; default: the file's, else a small one is rendered")
     etcd_url: str | None = option(None, "etcd; default: the file's, else a small one is rendered")
     pod_monitor: bool = option(False, "render a PodMonitor, for clusters with the Prometheus operator")
-    max_frontends: NotNegative = option(
-        0, "render a HorizontalPodAutoscaler of the frontends, by CPU, up to so many; 0: none"
+    max_replicas: str | None = option(
+        None, "render an autoscaler of a component, up to so many replicas, as name=4,name=8"
     )
+    keda_prometheus: str | None = option(
+        None, "autoscalers of workers are KEDA's, which read this Prometheus; default: a metrics adapter is needed"
+    )
+    plane_tls_secret: str | None = option(None, "Secret with ca.crt, tls.crt and tls.key: mutual TLS between all pods")
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -44,13 +50,21 @@ class RenderConfig:
 
 def manifests(path: str, config: RenderConfig, notes: Notes) -> list[Object]:
     """Returns the objects of the deployment in a file. Raises ConfigError."""
-    graph = read_graph(path, notes)
+    graph, cluster = read_deployment(path, notes)
     load_folder(graph, Path(config.config_maps or Path(path).parent), Path(path))
     overrides = Overrides(executor=config.executor, scale=scale_of(config.scale))
     roles = roles_of(graph, overrides, notes, here=False)
+    keda = Autoscaling(kind="keda", prometheus=config.keda_prometheus) if config.keda_prometheus else Autoscaling()
     options = RenderOptions(
-        config.image, config.nats_url, config.etcd_url, config.executor, config.pod_monitor, config.max_frontends
-    )
+        config.image, Server(url=config.nats_url or ""), Server(url=config.etcd_url or ""), config.executor,
+        config.pod_monitor, max_replicas=scale_of(config.max_replicas, "--max-replicas"), autoscaling=keda,
+        plane_tls_secret=config.plane_tls_secret or "",
+    )  # fmt: skip
+    if cluster is not None:
+        options = options_of(cluster, options)
+    unknown = options.max_replicas.keys() - {component.key for component in graph.components}
+    if unknown:
+        raise ConfigError(f"--max-replicas: {graph.name} has no component {min(unknown)!r}")
     return render(graph, roles, options, notes)
 
 

@@ -20,8 +20,10 @@ from dynserve.frontend.admission import Admission
 from dynserve.frontend.fleet import Fleet
 from dynserve.frontend.gate import Gate
 from dynserve.frontend.metrics import FrontendMetrics
+from dynserve.frontend.objective import FirstTokenObjective
 from dynserve.frontend.pipeline import Pipeline
 from dynserve.frontend.reply import Peer
+from dynserve.frontend.scaling import ScalingCollector
 from dynserve.frontend.sharing import Sharing
 from dynserve.frontend.submissions import Submissions
 from dynserve.frontend.threads import TokenizerThreads
@@ -71,7 +73,8 @@ class Frontend:
     ) -> None:
         self.config, self.id, self._planes = config, id_, planes
         self.started_at = time.time()
-        self.metrics = FrontendMetrics()
+        objective = FirstTokenObjective(config.ttft_slo_ms / 1000) if config.ttft_slo_ms else None
+        self.metrics = FrontendMetrics(objective)
         self.gate = Gate(config.api_keys_file, config.max_requests)
         self.threads = TokenizerThreads(pool)
         self.router = Router(router_options(config), rng)
@@ -87,6 +90,10 @@ class Frontend:
             id_, self.fleet, self.router, self.submissions, self.metrics, self.admission,
             timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
         )  # fmt: skip
+        self.metrics.add(ScalingCollector(
+            config.namespace, self.fleet.peers.values,
+            lambda: sum(map(len, self.admission.queues.values())), objective,
+        ))  # fmt: skip
         self._registration: Registration | None = None
         self._listed = asyncio.Event()  # set once discovery has listed this frontend, and so all older entries
 

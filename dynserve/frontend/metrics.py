@@ -10,6 +10,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dynserve.frontend.objective import FirstTokenObjective
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -18,10 +20,11 @@ class FrontendMetrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, objective: FirstTokenObjective | None = None) -> None:
         self._registry = CollectorRegistry()
         self._of: dict[str, ModelMetrics] = {}
         self._registry.register(_RequestCollector(self._of))
+        self._objective = objective
         ours = self._registry
         self.refused = Counter(
             "dynserve_requests_refused", "Requests answered with an error at the edge", ["code"], registry=ours
@@ -73,8 +76,12 @@ class FrontendMetrics:
         """The metrics of one model."""
         found = self._of.get(model)
         if found is None:
-            found = self._of[model] = ModelMetrics()
+            found = self._of[model] = ModelMetrics(self._objective)
         return found
+
+    def add(self, collector: Collector) -> None:
+        """Adds metrics that are read at every scrape."""
+        self._registry.register(collector)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -99,10 +106,12 @@ class ModelMetrics:
     lock and check at every call, which cost a twentieth of a short request."""
 
     __slots__ = (
-        "accepted", "cached_tokens", "duration", "ended", "in_flight", "output_tokens", "prompt_tokens", "ttft",
+        "accepted", "cached_tokens", "duration", "ended", "in_flight", "objective", "output_tokens", "prompt_tokens",
+        "ttft",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, objective: FirstTokenObjective | None = None) -> None:
+        self.objective = objective
         self.accepted = self.in_flight = self.prompt_tokens = self.output_tokens = self.cached_tokens = 0
         self.ended = dict.fromkeys(("finished", "failed", "cancelled"), 0)
         self.ttft, self.duration = HistogramCounts(), HistogramCounts()

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
-from dynserve.model_files import check_model_folder
+from dynserve.model_files import HUB_ID, check_model_folder, resolve_model
 from dynserve.plane_tls import plane_tls
 from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.serving import Tls, bind, serving, url_of
@@ -23,6 +24,7 @@ log = logging.getLogger("dynserve.worker")
 
 
 async def run(config: WorkerConfig, stop: StopSignal) -> None:
+    config = with_model_folder(config)
     check_model_folder(Path(config.model_path))
     instance_id = new_instance_id(config.role)
     workers: list[Worker] = []
@@ -48,6 +50,18 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s stops: it accepts no new requests and finishes the open ones", instance_id)
+
+
+def with_model_folder(config: WorkerConfig) -> WorkerConfig:
+    """Replaces a Hugging Face id by its folder in the local cache; clients then use the id as the model's name.
+
+    Raises:
+        ConfigError: the id is not in the cache.
+    """
+    if Path(config.model_path).exists() or not HUB_ID.fullmatch(config.model_path):
+        return config
+    name = config.served_model_name or config.model_path
+    return replace(config, model_path=resolve_model(config.model_path), served_model_name=name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -59,6 +60,39 @@ def test_the_guides_file_serves_its_model_survives_a_dead_worker_and_ends_at_ctr
         assert [path.name for path in tmp_path.iterdir()] == ["local.log"]  # its files are removed
     finally:
         process.kill()
+
+
+def health_of(port: int) -> Any:
+    return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).json()
+
+
+def test_a_cluster_file_is_served_with_its_engine_options(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        f"model: {TINY_MODEL}\nservedModelName: small\nexecutor: simulated\nfrontend: {{routerMode: round-robin}}\n"
+        "prefill: {engine: {num_blocks: 77}}\ndecode: {gpus: 1, env: {A: b}}\n"
+    )
+    command = [sys.executable, "-m", "dynserve", "deploy", "local", str(path), "--http-port", str(port)]
+    process = Process(command, tmp_path / "local.log")
+    try:
+        deadline = time.monotonic() + 60
+        while "Ctrl-C stops everything." not in process.output():
+            assert process.alive() and time.monotonic() < deadline, process.output()
+            time.sleep(0.05)
+        health = health_of(port)
+        while not all(one["load"] for one in health["instances"]):  # the first report takes a moment
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            health = health_of(port)
+        assert health["models"] == ["small"] and health["router_mode"] == "round-robin"
+        blocks = {one["role"]: one["load"]["total_blocks"] for one in health["instances"]}
+        assert blocks["prefill"] == 77 != blocks["decode"]
+        process.kill(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait(60)
 
 
 def test_errors_are_sentences_with_exit_code_2(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_components_that_cannot_run_here_are_reported(tmp_path: Path) -> None:
         ("multinode: {nodeCount: 2}\n" + COMMAND, "no workers of 2 nodes"),
         (
             "extraPodSpec: {mainContainer: {command: [sleep, '3']}}",
-            "f.yaml:.*: w: its command runs no module of dynamo",
+            "f.yaml:.*: w: its command runs neither a module of dynamo",
         ),
         (COMMAND.replace("--model, m", "--modle, m"), "unknown argument '--modle'"),
     ],

@@ -56,7 +56,7 @@ envs: [{name: HF_HOME, value: /cache}]
         ", replicas: 3, envFromSecret: s, volumeMounts: [{name: cache, mountPoint: /cache}], resources: {limits: {gpu: 1}}",
         VLLM + ", env: [{name: N, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}]}, nodeSelector: {a: b}",
     )
-    for objects in (rendered(GUIDE, tmp_path), rendered(spec, tmp_path, max_frontends=5)):
+    for objects in (rendered(GUIDE, tmp_path), rendered(spec, tmp_path, max_replicas="f=5,w=9")):
         for item in objects:
             kubernetes_validate.validate(item, version, strict=True)
 
@@ -149,7 +149,7 @@ def test_the_port_of_a_frontend_follows_its_command(tmp_path: Path) -> None:
 
 
 def test_an_autoscaler_owns_the_number_of_frontends(tmp_path: Path) -> None:
-    objects = rendered(services(", replicas: 2"), tmp_path, max_frontends=4)
+    objects = rendered(services(", replicas: 2"), tmp_path, max_replicas="f=4")
     assert "replicas" not in one(objects, "Deployment", "g-f")["spec"]
     scaler = one(objects, "HorizontalPodAutoscaler", "g-f")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 4)
