@@ -41,14 +41,18 @@ class Group(NamedTuple):
     restart: bool = True
 
 
+OnLine = Callable[[str, str], None]  # a child's name and a line of its output
+
+
 class Child:
     """One child process. Calls `died(child, code)` for each exit that `stop` did not cause, before a restart."""
 
     def __init__(
-        self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks
-    ) -> None:
-        self.name, self._spec, self.restarts = spec.name, spec, restart
-        self._died, self._width, self._tasks = died, width, tasks
+        self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks,
+        on_line: OnLine | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.spec, self.restarts = spec.name, spec, restart
+        self._died, self._width, self._tasks, self._on_line = died, width, tasks, on_line
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
         self._stopping = False
@@ -69,10 +73,10 @@ class Child:
         if process is not None and process.returncode is None:
             self._signal(process, signal.SIGTERM)
             try:
-                async with asyncio.timeout(self._spec.grace_s):
+                async with asyncio.timeout(self.spec.grace_s):
                     await process.wait()
             except TimeoutError:
-                self._say(f"did not stop within {self._spec.grace_s:.0f} s; killed")
+                self._say(f"did not stop within {self.spec.grace_s:.0f} s; killed")
                 self._signal(process, signal.SIGKILL)
                 await process.wait()
             except asyncio.CancelledError:
@@ -83,7 +87,7 @@ class Child:
 
     def _signal(self, process: asyncio.subprocess.Process, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            if self._spec.whole_group:
+            if self.spec.whole_group:
                 os.killpg(process.pid, number)  # it began a session, and with it a group of its number
             else:
                 process.send_signal(number)
@@ -91,14 +95,14 @@ class Child:
     async def _spawn(self) -> None:
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *self._spec.command,
-                cwd=self._spec.folder,
+                *self.spec.command,
+                cwd=self.spec.folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
                 preexec_fn=_die_with_parent,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self._spec.environment),
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.spec.environment),
             )
         except OSError as error:
             raise ConfigError(f"cannot start {self.name}: {error}") from error
@@ -131,6 +135,8 @@ class Child:
                 self._signal(self._process, signal.SIGTERM)
 
     def _say(self, line: str) -> None:
+        if self._on_line is not None:
+            self._on_line(self.name, line)
         with contextlib.suppress(OSError):
             print(f"{self.name:>{self._width}} | {line}", file=sys.stderr, flush=True)
 
@@ -139,21 +145,34 @@ class Supervisor:
     """Groups of children that run together. They are started in the order of the groups, and stopped in reverse.
 
     `broken` gets the error that ends all of them: a child reported a wrong configuration, or a child without restarts
-    died.
+    died. `on_line` gets each child's lines, with its name.
     """
 
-    def __init__(self, groups: Sequence[Group], tasks: OwnedTasks) -> None:
-        width = max(len(spec.name) for group in groups for spec in group.specs)
-        self.groups = [
-            [Child(spec, restart=group.restart, died=self._died, width=width, tasks=tasks) for spec in group.specs]
-            for group in groups
-        ]
+    def __init__(self, groups: Sequence[Group], tasks: OwnedTasks, on_line: OnLine | None = None) -> None:
+        self._width = max(len(spec.name) for group in groups for spec in group.specs)
+        self._tasks, self._on_line = tasks, on_line
+        self.groups = [[self._child(spec, group.restart) for spec in group.specs] for group in groups]
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         for group in self.groups:
             for child in group:
                 await child.start()
+
+    async def add(self, spec: ChildSpec, group: list[Child]) -> None:
+        """Starts one more child of a group, with restarts."""
+        group.append(child := self._child(spec, True))
+        await child.start()
+
+    async def remove(self, child: Child, group: list[Child]) -> None:
+        """Stops one child of a group for good."""
+        await child.stop()
+        group.remove(child)
+
+    def _child(self, spec: ChildSpec, restart: bool) -> Child:
+        return Child(
+            spec, restart=restart, died=self._died, width=self._width, tasks=self._tasks, on_line=self._on_line
+        )
 
     async def stop(self) -> None:
         for group in reversed(self.groups):

@@ -11,7 +11,8 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import httpx
 
 from dynserve.child import ChildSpec, Group, Supervisor
 from dynserve.config import ExecutorName, LogLevel, Port, PositiveFloat, check_bounds, exit_with, load, option
+from dynserve.deploy.control import controlled
 from dynserve.deploy.documents import Notes
 from dynserve.deploy.graph import Graph
 from dynserve.deploy.plan import (
@@ -44,6 +46,8 @@ from dynserve.tasks import OwnedTasks, task_group
 POLL = 0.1  # seconds
 REPORT_EVERY = 2.0  # seconds between progress lines
 DEFAULT_PORT = 8000
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+MAX_LINES = 2000  # of the processes' output, kept for `dynserve deploy logs`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,13 @@ async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
         for line in notes.lines:
             print(f"note: {line}", flush=True)
         async with task_group() as tasks:
-            deployment = _Deployment(graph, config, servers, processes, port, tasks)
+            replicas = partial(_replicas, graph, roles, Path(folder), planes, overrides, port)
+            deployment = LocalDeployment(graph, config, servers, processes, port, tasks, replicas)
             try:
                 await deployment.start()
                 deployment.show()
-                await stop.wait(deployment.broken)
+                async with controlled(graph.name, deployment):
+                    await stop.wait(deployment.broken)
                 print("\nstopping: workers, frontend, servers", flush=True)
             finally:
                 await deployment.stop()
@@ -166,16 +172,35 @@ def _processes(
     return found
 
 
-class _Deployment:
+def _replicas(
+    graph: Graph, roles: Sequence[Role], folder: Path, planes: Planes, overrides: Overrides, port: int,
+    name: str, count: int,
+) -> list[ChildSpec]:  # fmt: skip
+    """Returns the processes of one component if it has so many replicas. Raises ConfigError."""
+    changed = [role._replace(replicas=count) if role.component.key == name else role for role in roles]
+    if name not in {role.component.key for role in roles}:
+        known = ", ".join(sorted(role.component.key for role in roles))
+        raise ConfigError(f"{graph.name} has no component {name!r}; it has {known}")
+    made = _processes(graph, changed, folder, planes, overrides, port, Notes())
+    prefix = f"{name}-"
+    return [spec for specs in made.values() for spec in specs if spec.name.removeprefix(prefix).isdecimal()]
+
+
+class LocalDeployment:
+    """The processes of a deployment. `replicas(component, count)` returns those of one component."""
+
     def __init__(
         self, graph: Graph, config: LocalConfig, servers: Sequence[ChildSpec], processes: dict[str, list[ChildSpec]],
-        port: int, tasks: OwnedTasks,
+        port: int, tasks: OwnedTasks, replicas: Callable[[str, int], list[ChildSpec]],
     ) -> None:  # fmt: skip
-        self._graph, self._config = graph, config
+        self._graph, self._config, self._replicas = graph, config, replicas
+        self.lines: deque[str] = deque(maxlen=MAX_LINES)
+        self.listeners: list[Callable[[str], None]] = []
+        self._scaling = asyncio.Lock()
         groups = [Group(processes["frontend"]), Group(processes["worker"])]
         if servers:  # a server loses its data when it dies, so only the others are started again
             groups.insert(0, Group(servers, restart=False))
-        self._supervisor = Supervisor(groups, tasks)
+        self._supervisor = Supervisor(groups, tasks, self._heard)
         self.broken = self._supervisor.broken
         self._url, self._began = f"http://127.0.0.1:{port}", time.monotonic()
         self._expected = len(processes["worker"])
@@ -219,6 +244,62 @@ class _Deployment:
         body = f'{{"model": "{model}", "prompt": "Hello world", "max_tokens": 50}}'
         print(f"\ntry it:\n  curl {self._url}/v1/completions -H 'content-type: application/json' -d '{body}'\n")
         print("Ctrl-C stops everything.", flush=True)
+
+    def _heard(self, name: str, line: str) -> None:
+        text = f"{name} | {line}"
+        self.lines.append(text)
+        for listener in self.listeners:
+            listener(text)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Returns name, pid (0 while it is started again) and number of restarts of each process."""
+        return [
+            {"name": child.name, "pid": child.pid or 0, "restarts": max(0, child.starts - 1)}
+            for group in self._supervisor.groups
+            for child in group
+        ]
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    async def scale(self, name: str, count: int) -> None:
+        """Starts or stops processes until the component has `count`; the newest ones are stopped first, after a drain.
+
+        Raises:
+            ConfigError: there is no such component, or too few GPUs.
+        """
+        async with self._scaling:
+            wanted = self._replicas(name, count)
+            group = next(
+                (
+                    g
+                    for g in self._supervisor.groups
+                    if any(child.name.removeprefix(f"{name}-").isdecimal() for child in g)
+                ),
+                self._supervisor.groups[-1],
+            )
+            running = [child for child in group if child.name.removeprefix(f"{name}-").isdecimal()]
+            names = {child.name for child in running}
+            for spec in wanted:
+                if spec.name not in names:
+                    await self._supervisor.add(self._on_free_gpus(spec), group)
+            await asyncio.gather(*(self._supervisor.remove(child, group) for child in running[len(wanted) :]))
+
+    def _on_free_gpus(self, spec: ChildSpec) -> ChildSpec:
+        """Replaces the GPUs of a new process, which were counted for all processes, by those that none has."""
+        wanted = spec.environment.get(VISIBLE)
+        if wanted is None:
+            return spec
+        used = {
+            number
+            for group in self._supervisor.groups
+            for child in group
+            for number in child.spec.environment.get(VISIBLE, "").split(",")
+        }
+        free = [str(number) for number in range(gpus()) if str(number) not in used]
+        chosen = ",".join(free[: len(wanted.split(","))])
+        return spec._replace(environment={**spec.environment, VISIBLE: chosen})
 
     async def stop(self) -> None:
         await self._supervisor.stop()
