@@ -102,9 +102,9 @@ def transfer(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("NIXL", "skip", f"KV caches move over {backend}")
         return
     folders = env.nixl_plugin_folders()
-    named = os.environ.get("NIXL_PLUGINS_DIR")
     try:
-        env.check_nixl(os.environ)
+        _, named = env.nixl_plugin_setting(os.environ)
+        env.check_nixl(dict(os.environ))
     except Exception as error:
         needed: FindingState = "fail" if config.role in ("prefill", "decode") else "warn"
         yield Finding("NIXL", needed, str(error))

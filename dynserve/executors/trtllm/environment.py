@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,9 @@ _CUDA_FOLDERS = (
 _NIXL_PLUGINS = (
     "/opt/nvidia/nvda_nixl/lib*/**/plugins", "/usr/local/nixl/lib*/**/plugins", "/usr/lib/*-linux-gnu/plugins",
 )  # fmt: skip
-_SHOWN = ("TRITON_LIBCUDA_PATH", "LC_ALL", "NIXL_PLUGINS_DIR", "LD_LIBRARY_PATH", "UCX_TLS", "UCX_NET_DEVICES")
+# NIXL's source reads the first, TensorRT-LLM's documents say the second
+_PLUGIN_VARIABLES = ("NIXL_PLUGIN_DIR", "NIXL_PLUGINS_DIR")
+_SHOWN = ("TRITON_LIBCUDA_PATH", "LC_ALL", *_PLUGIN_VARIABLES, "LD_LIBRARY_PATH", "UCX_TLS", "UCX_NET_DEVICES")
 _CUDA_TRANSPORTS = ("cuda", "all", "^")
 
 
@@ -113,12 +115,14 @@ def check_nixl(environ: MutableMapping[str, str]) -> None:
     Raises:
         ConfigError: the folders that NIXL searches have no plugins.
     """
-    named = environ.get("NIXL_PLUGINS_DIR")
+    variable, named = nixl_plugin_setting(environ)
     if named and not _plugins(named):
         raise ConfigError(
-            f"NIXL_PLUGINS_DIR={named} holds no libplugin_*.so: NIXL would crash there. Unset it to use the packaged ones, "
+            f"{variable}={named} holds no libplugin_*.so: NIXL would crash there. Unset it to use the packaged ones, "
             "or name the folder that has libplugin_UCX.so"
         )
+    if named:  # whichever of the two names this build of NIXL reads
+        environ.update(dict.fromkeys(_PLUGIN_VARIABLES, named))
     folders = [named] if named else nixl_plugin_folders()
     if len(folders) > 1:
         log.warning(
@@ -132,6 +136,19 @@ def check_nixl(environ: MutableMapping[str, str]) -> None:
         "/opt/nvidia/nvda_nixl): this looks like a slim image, and NIXL would crash in it. Use TensorRT-LLM's complete "
         "release image, or set NIXL_PLUGINS_DIR, or backend: UCX in cache_transceiver_config"
     )
+
+
+def nixl_plugin_setting(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the variable that names the folder of NIXL's plugins, and the folder; empty if none does.
+
+    Raises:
+        ConfigError: both variables are set, to different folders.
+    """
+    found = [(name, environ[name]) for name in _PLUGIN_VARIABLES if environ.get(name)]
+    if len({folder for _, folder in found}) > 1:
+        both = " and ".join(f"{name}={folder}" for name, folder in found)
+        raise ConfigError(f"{both} differ: set one of them, or both to the same folder")
+    return found[0] if found else ("", "")
 
 
 def nixl_plugin_folders() -> list[str]:

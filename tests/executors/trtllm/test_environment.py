@@ -89,11 +89,19 @@ def test_variables_that_break_transfers_cause_a_warning(environ: dict[str, str],
     assert message is None or message in found[0]
 
 
-def test_a_folder_without_nixl_plugins_is_recognised(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"NIXL_PLUGINS_DIR=.* holds no libplugin_\*.so"):
-        env.check_nixl({"NIXL_PLUGINS_DIR": str(tmp_path)})
+@pytest.mark.parametrize("name", ["NIXL_PLUGIN_DIR", "NIXL_PLUGINS_DIR"])
+def test_a_folder_without_nixl_plugins_is_recognised(tmp_path: Path, name: str) -> None:
+    environ = {name: str(tmp_path)}
+    with pytest.raises(ConfigError, match=rf"{name}=.* holds no libplugin_\*.so"):
+        env.check_nixl(environ)
     (tmp_path / "libplugin_UCX.so").touch()
-    env.check_nixl({"NIXL_PLUGINS_DIR": str(tmp_path)})
+    env.check_nixl(environ)
+    assert environ == {"NIXL_PLUGIN_DIR": str(tmp_path), "NIXL_PLUGINS_DIR": str(tmp_path)}
+
+
+def test_two_folders_of_nixl_plugins_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"NIXL_PLUGIN_DIR=/a and NIXL_PLUGINS_DIR=/b differ"):
+        env.check_nixl({"NIXL_PLUGIN_DIR": "/a", "NIXL_PLUGINS_DIR": "/b"})
 
 
 def test_a_slim_image_without_nixl_plugins_is_recognised(monkeypatch: pytest.MonkeyPatch, trtllm_double: None) -> None:
