@@ -56,7 +56,9 @@ class Podman:
         path.write_text(text)
         return path
 
-    def run(self, *words: str | Path, tool: str = "podman", check: bool = True, timeout: float = 120) -> str:
+    def run(
+        self, *words: str | Path, tool: str = "podman", check: bool = True, timeout: float = 120, errors: bool = False
+    ) -> str:
         """Runs a command and returns its output. Raises AssertionError with its errors."""
         command = [tool, *self._storage, *map(str, words)]
         done = subprocess.run(
@@ -64,7 +66,7 @@ class Podman:
         )
         if check:
             assert done.returncode == 0, f"{' '.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        return done.stdout.strip()
+        return (done.stdout + (done.stderr if errors else "")).strip()
 
     def make_base(self) -> str:
         """Makes the base image, and returns its name."""
@@ -145,7 +147,9 @@ class Podman:
     def logs(self) -> str:
         """Returns the last lines of all containers."""
         names = self.run("ps", "--all", "--format", "{{.Names}}").split()
-        return "\n".join(f"--- {name}\n{self.run('logs', '--tail', '15', name, check=False)}" for name in names)
+        return "\n".join(
+            f"--- {name}\n{self.run('logs', '--tail', '15', name, check=False, errors=True)}" for name in names
+        )
 
     def reset(self, *, keep_images: bool) -> None:
         """Removes all containers, and unless they are kept, all images and the storage."""

@@ -27,6 +27,7 @@ from tests.images.podman import Podman, missing
 WANTED = os.environ.get("DYNSERVE_IMAGES") == "1"
 pytestmark = pytest.mark.skipif(not WANTED or missing() != "", reason=missing() or "`make images` runs these")
 
+NATS, ETCD = "nats://platform-nats:4222", "http://platform-etcd:2379"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ALONE = ("--no-healthcheck", "--network", "none")  # podman's health checks need systemd
 BODY = {"model": MODEL, "prompt": "one, two, three,", "max_tokens": 16, "ignore_eos": True}
@@ -108,8 +109,15 @@ class Cluster:
 
     def __init__(self, podman: Podman, image: str) -> None:
         self._podman, self._image = podman, image
-        options = RenderConfig(image=image, executor="torch")
+        # the guide's file names servers of Dynamo's platform, whose names podman cannot give
+        options = RenderConfig(image=image, executor="torch", nats_url=NATS, etcd_url=ETCD)
         objects = manifests(str(GUIDE), options, Notes())
+        with tempfile.TemporaryDirectory() as folder:
+            platform = Path(folder) / "platform.yaml"
+            platform.write_text(f"model: m\nimage: {image}\naggregated: {{}}\n")
+            objects += [
+                one for one in manifests(str(platform), RenderConfig(), Notes()) if one["kind"] == "StatefulSet"
+            ]
         self.maps = [one for one in objects if one["kind"] == "ConfigMap"]
         self.pods: dict[str, dict[str, Any]] = {}
         for one in objects:
@@ -166,7 +174,7 @@ class Cluster:
         self._podman.play([*self.maps, self.pods[pod]])
 
 
-TINY = "/opt/dynserve/lib/python3.11/site-packages/dynserve/local/tiny_model"
+TINY = "/opt/app/dynserve/local/tiny_model"
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +188,7 @@ def test_the_guides_pods_answer_through_prefill_and_decode(cluster: Cluster, pod
     assert sorted(one["role"] for one in cluster.ready()) == ["decode", "decode", "prefill", "prefill"]
     answer = httpx.post(f"{cluster.base}/v1/completions", json=BODY, timeout=60, trust_env=False)
     assert answer.status_code == 200 and answer.json()["choices"][0]["text"].startswith(" four")
-    for pod in cluster.named("trtllm"):
+    for pod in cluster.named("worker"):
         state = podman.run("exec", f"{pod}-main", "sh", "-c", "id -u; touch /x 2>&1; grep CapEff /proc/self/status")
         user, error, capabilities = state.splitlines()
         assert user == "1000" and "Read-only file system" in error and int(capabilities.split()[1], 16) == 0
@@ -203,7 +211,7 @@ def test_each_worker_is_replaced_under_load_without_a_failed_request(cluster: Cl
     for thread in threads:
         thread.start()
     try:
-        for pod in cluster.named("trtllm"):
+        for pod in cluster.named("worker"):
             before = {one["id"] for one in cluster.ready()}
             assert cluster.stop(pod) == 0
             cluster.restart(pod)
