@@ -68,6 +68,11 @@ class Podman:
             assert done.returncode == 0, f"{' '.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return (done.stdout + (done.stderr if errors else "")).strip()
 
+    def wrapper(self) -> str:
+        """Returns a script that is podman with this storage."""
+        settings = f"CONTAINERS_CONF={self._environment['CONTAINERS_CONF']}"
+        return f'#!/bin/sh\nexec env {settings} {shutil.which("podman")} {" ".join(self._storage)} "$@"\n'
+
     def make_base(self) -> str:
         """Makes the base image, and returns its name."""
         name = "localhost/dynserve-base"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +23,8 @@ import pytest
 
 from dynserve.deploy.documents import Notes
 from dynserve.deploy.render_command import RenderConfig, manifests
+from dynserve.local.embedded import free_ports
+from tests.deploy.test_docker import DOCKER
 from tests.deploy.test_reader import GUIDE
 from tests.images.podman import Podman, missing
 
@@ -229,3 +233,42 @@ def test_a_frontend_ends_with_exit_code_0(cluster: Cluster, podman: Podman) -> N
     cluster.restart(pod)
     cluster.base = f"http://{podman.address(pod)}:8000"
     until(lambda: len(cluster.ready()) == 4, podman)
+
+
+def test_the_compose_file_starts_a_cluster_that_answers(podman: Podman, images: dict[str, str], tmp_path: Path) -> None:
+    program = tmp_path / "podman"
+    program.write_text(podman.wrapper())
+    program.chmod(0o755)
+    (port,) = free_ports(1)
+    services = ("etcd", "nats", "frontend", "prefill", "decode")
+    override = {"services": {name: {"healthcheck": {"disable": True}} for name in services}}  # they need systemd
+    (tmp_path / "override.yaml").write_text(json.dumps(override))
+    # the image for a laptop has both servers
+    settings = dict.fromkeys(("DYNSERVE_IMAGE", "ETCD_IMAGE", "NATS_IMAGE"), images["cpu"]) | {
+        "DYNSERVE_PORT": str(port)
+    }
+    compose = [Path(sys.executable).parent / "podman-compose", "--podman-path", program, "--no-ansi"]
+    compose += ["-f", DOCKER / "compose.yaml", "-f", tmp_path / "override.yaml"]
+
+    def run(*words: str) -> str:
+        done = subprocess.run([*compose, *words], capture_output=True, text=True, timeout=180, check=False, env=os.environ | settings)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    try:
+        run("up", "--detach", "--no-build")
+        base = f"http://127.0.0.1:{port}"
+
+        def ready() -> int:
+            try:
+                found = httpx.get(f"{base}/health", timeout=2, trust_env=False).json()["instances"]
+            except httpx.HTTPError:
+                return 0
+            return sum(one["state"] == "ready" for one in found)
+
+        until(lambda: ready() == 4, podman, 120)
+        body = BODY | {"model": "tiny_model", "max_tokens": 4}
+        answer = httpx.post(f"{base}/v1/completions", json=body, timeout=60, trust_env=False).json()
+        assert answer["choices"][0]["text"].startswith(" four")
+    finally:
+        run("down", "--timeout", "40")
