@@ -62,7 +62,7 @@ def planes(rounds_s: float) -> dict[str, float]:
         for clients in (1, 128):
             values = measured(setup, clients, rounds_s, TOKENS, stream=True)
             for part in ("frontend", "worker"):
-                found[f"{part}, us/token, {clients} streams"] = values[part]
+                found[f"{part}, us/token, {clients} stream(s)"] = values[part]
     with cluster(["prefill", "decode"], {"speed": 0}) as setup:
         ask = PlacementQuery(TINY_MODEL.name, PROMPT, 2)
         load.run(setup.port, ask, 1, 0.3)

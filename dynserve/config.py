@@ -221,7 +221,7 @@ class FrontendConfig(PlanesConfig):
                 f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
             )
         _tls(self)
-        _plane_tls(self)
+        check_plane_tls(self)
         for name in ("link_port", "system_port"):
             if (first := getattr(self, name)) and first + self.workers > 65536:
                 raise ConfigError(f"{_flag(name)} {first}: {self.workers} ports from it on pass 65535; use a lower one")
@@ -278,7 +278,7 @@ class WorkerConfig(PlanesConfig):
         if self.adapters and self.executor != "trtllm":
             raise ConfigError(f"--lora-adapters needs --executor trtllm; {self.executor} does not support adapters")
         _device(self)
-        _plane_tls(self)
+        check_plane_tls(self)
         _one_of(self, "tool_call_parser", TOOL_PARSERS)
         _one_of(self, "reasoning_parser", REASONING_PARSERS)
 
@@ -489,7 +489,8 @@ def _tls(config: Any) -> None:
         raise ConfigError("--tls-certificate and --tls-key need each other: set both or neither")
 
 
-def _plane_tls(config: PlanesConfig) -> None:
+def check_plane_tls(config: PlanesConfig) -> None:
+    """Raises ConfigError for files of which others are missing."""
     if (config.plane_tls_certificate is None) != (config.plane_tls_key is None):
         raise ConfigError("--plane-tls-certificate and --plane-tls-key need each other: set both or neither")
     if config.plane_tls_certificate is not None and config.plane_tls_ca is None:

@@ -6,8 +6,10 @@ no lasting names, and being of this cluster is all that a peer has to prove. The
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from pathlib import Path
+from typing import Any
 
 from dynserve.config import PlanesConfig
 from dynserve.errors import ConfigError, translate
@@ -20,7 +22,8 @@ class PlaneTls:
     """The contexts for mutual TLS, made of PEM files: a certificate, its key, and the authority of all peers.
 
     Raises:
-        ConfigError: a file is missing or not PEM, or certificate and key are not a pair.
+        ConfigError: a file is missing or not PEM, certificate and key are not a pair, or the certificate is not of this
+            authority, or not valid now: no peer would accept it.
     """
 
     def __init__(self, certificate: str, key: str, ca: str) -> None:
@@ -28,6 +31,9 @@ class PlaneTls:
         self.server = self._context(ssl.PROTOCOL_TLS_SERVER)  # for the side that listens
         self.server.num_tickets = 0  # sessions are not resumed, and an idle connection must stay silent
         self.client = self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+        with translate({ssl.SSLError: ConfigError}, f"--plane-tls-certificate {certificate} with --plane-tls-ca {ca}"):
+            self.expires = ssl.cert_time_to_seconds(str(_handshake(self.server, self.client)["notAfter"]))  # Unix time
 
     def _context(self, side: int) -> ssl.SSLContext:
         context = ssl.SSLContext(side)
@@ -37,6 +43,17 @@ class PlaneTls:
         load_authority(context, self.ca)
         load_pair(context, self.certificate, self.key)
         return context
+
+
+def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any]:
+    """Returns the server's certificate, after a handshake of both contexts in memory. Raises SSLError if it fails."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking = client.wrap_bio(back, there)
+    answering = server.wrap_bio(there, back, server_side=True)
+    for side in (asking, answering, asking, answering):  # two flights of TLS 1.3
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return dict(asking.getpeercert() or {})
 
 
 def plane_tls(config: PlanesConfig) -> PlaneTls | None:

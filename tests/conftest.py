@@ -113,6 +113,23 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     nats.kill()
 
 
+@pytest.fixture(scope="session")
+def secured(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URLs of an etcd and a NATS that ask for certificates of the cluster."""
+    folder = tmp_path_factory.mktemp("secured")
+    etcd, nats = Server("etcd", folder), Server("nats", folder)
+    etcd._command = [word.replace("http:", "https:") if f":{etcd.port}" in word else word for word in etcd._command]
+    etcd._command += ["--cert-file", authority.certificate, "--key-file", authority.key]
+    etcd._command += ["--client-cert-auth", "--trusted-ca-file", authority.ca]
+    nats._command += ["--tls", "--tlscert", authority.certificate, "--tlskey", authority.key]
+    nats._command += ["--tlsverify", "--tlscacert", authority.ca]
+    etcd.start()
+    nats.start()
+    yield etcd.url.replace("http:", "https:"), nats.url.replace("nats:", "tls:")
+    etcd.kill()
+    nats.kill()
+
+
 class Deployment:
     """A frontend and workers as real processes."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import shutil
 import ssl
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from dynserve.transport.link import TcpLinks
 from dynserve.transport.nats_bus import open_nats
 from dynserve.wire.link import Hello
 from tests.certificates import Authority
-from tests.conftest import MODEL, Deployment, Server, until
+from tests.conftest import MODEL, Deployment, until
 from tests.executors.test_handoff import Side
 from tests.transport.test_link import End
 
@@ -101,9 +103,10 @@ async def test_a_link_without_a_certificate_of_the_cluster_gets_nothing(
         assert frontend.links == []
 
 
-async def test_both_sides_of_a_link_are_checked(authority: Authority, other: Authority) -> None:
+async def test_both_sides_of_a_link_are_checked(authority: Authority, tmp_path: Path) -> None:
     frontend, worker = End(), End()
-    pretender = PlaneTls(other.certificate, other.key, authority.ca)
+    pretender = Authority(tmp_path).tls  # it would accept the worker
+    pretender.server.load_verify_locations(authority.ca)
     async with TcpLinks(tls=pretender).listen("127.0.0.1", 0, frontend.accept) as address:
         with pytest.raises(Unavailable, match="certificate verify failed"):
             await TcpLinks(tls=authority.tls).dial(address, worker)
@@ -199,23 +202,6 @@ def planes_config(authority: Authority | None, **more: Any) -> PlanesConfig:
     return PlanesConfig(
         plane_tls_certificate=authority.certificate, plane_tls_key=authority.key, plane_tls_ca=authority.ca, **more
     )
-
-
-@pytest.fixture(scope="module")
-def secured(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """URLs of an etcd and a NATS that ask for certificates of the cluster."""
-    folder = tmp_path_factory.mktemp("secured")
-    etcd, nats = Server("etcd", folder), Server("nats", folder)
-    etcd._command = [word.replace("http:", "https:") if f":{etcd.port}" in word else word for word in etcd._command]
-    etcd._command += ["--cert-file", authority.certificate, "--key-file", authority.key]
-    etcd._command += ["--client-cert-auth", "--trusted-ca-file", authority.ca]
-    nats._command += ["--tls", "--tlscert", authority.certificate, "--tlskey", authority.key]
-    nats._command += ["--tlsverify", "--tlscacert", authority.ca]
-    etcd.start()
-    nats.start()
-    yield etcd.url.replace("http:", "https:"), nats.url.replace("nats:", "tls:")
-    etcd.kill()
-    nats.kill()
 
 
 async def test_a_registry_and_a_bus_reach_servers_that_ask_for_certificates(
@@ -348,19 +334,16 @@ def shakes_hands(server: ssl.SSLContext, client: ssl.SSLContext, tls: PlaneTls, 
     return sides[1].version() == "TLSv1.3"
 
 
-def test_an_expired_certificate_is_refused(authority: Authority, tmp_path: Path) -> None:
-    import datetime
-
+def test_a_certificate_that_no_peer_would_accept_is_an_error_at_once(
+    authority: Authority, other: Authority, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--plane-tls-certificate .* with --plane-tls-ca .*verify failed"):
+        PlaneTls(other.certificate, other.key, authority.ca)
     ca = trustme.CA()
     expired = ca.issue_cert("localhost", not_after=datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
     ca.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
     expired.private_key_pem.write_to_path(str(tmp_path / "tls.key"))
     expired.cert_chain_pems[0].write_to_path(str(tmp_path / "tls.crt"))
-    tls = PlaneTls(str(tmp_path / "tls.crt"), str(tmp_path / "tls.key"), str(tmp_path / "ca.crt"))
-
-    async def dial() -> None:
-        async with TcpLinks(tls=tls).listen("127.0.0.1", 0, End().accept) as address:
-            await TcpLinks(tls=tls).dial(address, End())
-
-    with pytest.raises(Unavailable, match="certificate has expired"):
-        asyncio.run(dial())
+    with pytest.raises(ConfigError, match="certificate has expired"):
+        PlaneTls(str(tmp_path / "tls.crt"), str(tmp_path / "tls.key"), str(tmp_path / "ca.crt"))
+    assert authority.tls.expires > time.time()

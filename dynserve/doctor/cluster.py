@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from dynserve.addresses import join_host_port, servers
-from dynserve.config import WorkerConfig, nearest
+from dynserve.config import WorkerConfig, check_plane_tls, nearest
 from dynserve.doctor.finding import DoctorConfig, Finding
 from dynserve.errors import ConfigError, DynserveError
 from dynserve.executors.engine_args import engine_args
@@ -19,8 +20,10 @@ from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm.options import Options, llm_arguments, read_options, resolved_backend
 from dynserve.model_files import check_model_folder, read_model_files
+from dynserve.plane_tls import plane_tls, server_tls
 
 TIMEOUT = 2.0  # seconds
+EXPIRES_SOON = 30  # days
 
 
 def model(config: DoctorConfig) -> Iterator[Finding]:
@@ -89,6 +92,20 @@ def backend_of(config: DoctorConfig) -> str | None:
     return (given.values.get("cache_transceiver_config") or {}).get("backend")
 
 
+def certificates(config: DoctorConfig) -> Iterator[Finding]:
+    """Checks the certificate of the planes, if there is one."""
+    try:
+        check_plane_tls(config)
+        tls = plane_tls(config)
+    except ConfigError as error:
+        yield Finding("plane TLS", "fail", str(error), "make all three files anew with plane-certificates.sh")
+        return
+    if tls is not None:
+        days = int((tls.expires - time.time()) / 86400)
+        soon = "renew it on all processes" if days < EXPIRES_SOON else ""
+        yield Finding("plane TLS", "warn" if soon else "ok", f"the certificate is valid for {days} more days", soon)
+
+
 def nats(config: DoctorConfig) -> Iterator[Finding]:
     for server in servers(config.nats_url, "--nats-url", 4222):
         shown = join_host_port(server.host, server.port)
@@ -99,17 +116,25 @@ def nats(config: DoctorConfig) -> Iterator[Finding]:
             yield _unreachable("NATS", shown, error, "NATS_URL")
             continue
         if greeting.startswith(b"INFO "):
-            yield Finding("NATS", "ok", shown)
+            plain = server.scheme == "tls" and b'"tls_required":true' not in greeting
+            yield (
+                Finding("NATS", "fail", f"{shown} has no TLS", "say nats://") if plain else Finding("NATS", "ok", shown)
+            )
         else:
             yield Finding("NATS", "fail", f"{shown} is not a NATS server", "check the port")
 
 
 def etcd(config: DoctorConfig) -> Iterator[Finding]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        secured = urllib.request.HTTPSHandler(context=server_tls(config))
+    except ConfigError:
+        return  # `certificates` reports it
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), secured)
     for server in servers(config.etcd_url, "--etcd-url", 2379):
         shown = join_host_port(server.host, server.port)
+        scheme = "https" if server.scheme == "https" else "http"
         try:
-            with opener.open(f"http://{shown}/version", timeout=TIMEOUT) as answer:
+            with opener.open(f"{scheme}://{shown}/version", timeout=TIMEOUT) as answer:
                 body = answer.read(4096)
         except OSError as error:
             yield _unreachable("etcd", shown, error, "ETCD_URL")
@@ -138,7 +163,7 @@ def ports(config: DoctorConfig) -> Iterator[Finding]:
                 yield Finding(name, "ok", f"{port} is free")
 
 
-CLUSTER = (model, options, nats, etcd, ports)
+CLUSTER = (model, options, certificates, nats, etcd, ports)
 
 
 def _names(given: Options) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from dynserve.doctor.cluster import CLUSTER
 from dynserve.doctor.machine import MACHINE
 from dynserve.doctor.report import DoctorConfig, Finding, findings
 from dynserve.executors.trtllm import environment as env
+from tests.certificates import Authority
 from tests.conftest import DOUBLES
 
 SMI = "NVIDIA H100 80GB HBM3, 81559, {free}, 580.65.06, 9.0"
@@ -131,6 +132,23 @@ def test_errors_in_an_engine_options_file_are_reported_with_their_line(tmp_path:
 
 def test_a_folder_that_is_not_a_model_is_reported(tmp_path: Path) -> None:
     assert found(model_path=str(tmp_path))["model"].text.endswith("has no config.json in it")
+
+
+def test_certificates_and_servers_with_tls_are_checked(
+    authority: Authority, secured: tuple[str, str], servers: tuple[str, str], tmp_path: Path
+) -> None:
+    files = {"certificate": authority.certificate, "key": authority.key, "ca": authority.ca}
+    given = {f"plane_tls_{name}": path for name, path in files.items()}
+    report = found(role="frontend", http_port=0, etcd_url=secured[0], nats_url=secured[1], **given)
+    assert [report[name].state for name in ("plane TLS", "NATS", "etcd")] == ["ok", "ok", "ok"]
+    without = found(role="frontend", http_port=0, etcd_url=secured[0], nats_url=servers[1].replace("nats:", "tls:"))
+    assert "plane TLS" not in without and without["etcd"].state in ("warn", "fail")
+    assert without["NATS"].state == "fail" and "has no TLS" in without["NATS"].text
+    half = found(role="frontend", http_port=0, plane_tls_certificate=authority.certificate)
+    assert half["plane TLS"].state == "fail" and "need each other" in half["plane TLS"].text
+    other = Authority(tmp_path)
+    report = found(role="frontend", http_port=0, **(given | {"plane_tls_ca": other.ca}))
+    assert report["plane TLS"].state == "fail" and "verify failed" in report["plane TLS"].text
 
 
 def test_a_port_in_use_and_a_server_that_is_not_etcd_are_reported() -> None:
