@@ -161,8 +161,9 @@ class Supervisor:
 
     async def add(self, spec: ChildSpec, group: list[Child]) -> None:
         """Starts one more child of a group, with restarts."""
-        group.append(child := self._child(spec, True))
+        child = self._child(spec, True)
         await child.start()
+        group.append(child)
 
     async def remove(self, child: Child, group: list[Child]) -> None:
         """Stops one child of a group for good."""

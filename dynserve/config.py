@@ -106,8 +106,8 @@ class PlanesConfig:
     plane_tls_key: str | None = option(None, "PEM file with the key of --plane-tls-certificate", "DYN_PLANE_TLS_KEY")
     plane_tls_ca: str | None = option(
         None,
-        "PEM file with the authority of the cluster's certificates; NATS and etcd are checked by it, too, if their "
-        "addresses begin with tls:// and https://",
+        "PEM file with the CA of the cluster's certificates; NATS and etcd are verified by it, too, if their addresses "
+        "begin with tls:// and https://",
         "DYN_PLANE_TLS_CA",
     )
     log_level: LogLevel = option("info", "debug, info, warning or error", "DYN_LOG_LEVEL")
@@ -236,7 +236,9 @@ class WorkerConfig(PlanesConfig):
         "prefill_and_decode", "prefill_and_decode, prefill or decode", "DYN_ROLE"
     )
     executor: ExecutorName = option("torch", "torch, simulated or trtllm", "DYN_EXECUTOR")
-    system_host: str = option("127.0.0.1", "address of /health, /live, /metrics and model files", "DYN_SYSTEM_HOST")
+    system_host: str = option(
+        "127.0.0.1", "address of /health, /live, /metrics and, without mutual TLS, model files", "DYN_SYSTEM_HOST"
+    )
     system_port: Port = option(0, "port of --system-host; 0 picks a free one", "DYN_SYSTEM_PORT")
     max_seq_len: Positive | None = option(None, "longest prompt + answer, in tokens; default: the model's")
     max_batch_size: Positive | None = option(None, "sequences in one step")
@@ -490,11 +492,11 @@ def _tls(config: Any) -> None:
 
 
 def check_plane_tls(config: PlanesConfig) -> None:
-    """Raises ConfigError for files of which others are missing."""
+    """Raises ConfigError if one of the files for mutual TLS is set without the others that it needs."""
     if (config.plane_tls_certificate is None) != (config.plane_tls_key is None):
         raise ConfigError("--plane-tls-certificate and --plane-tls-key need each other: set both or neither")
     if config.plane_tls_certificate is not None and config.plane_tls_ca is None:
-        raise ConfigError("--plane-tls-certificate needs --plane-tls-ca: the authority whose certificates are accepted")
+        raise ConfigError("--plane-tls-certificate needs --plane-tls-ca: the CA whose certificates are accepted")
 
 
 def _one_of(config: Any, name: str, known: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """`PlaneTls`: mutual TLS between the processes of a cluster, for links, KV transfers and model files.
 
-All processes have certificates of one private authority, and accept every peer that has one, whatever its name: pods have
-no lasting names, and being of this cluster is all that a peer has to prove. The authority must sign nothing else.
+All processes have certificates of one private certificate authority (CA), and accept every peer that has one, whatever
+its name: pods have no lasting names. The CA must sign nothing else.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TLS_SCHEME = "tls://"  # before the addresses of listeners that take TLS only
 
 
 class PlaneTls:
-    """The contexts for mutual TLS, made of PEM files: a certificate, its key, and the authority of all peers.
+    """The contexts for mutual TLS, made of PEM files: a certificate, its key, and the CA of all peers.
 
     Raises:
         ConfigError: a file is missing or not PEM, certificate and key are not a pair, or the certificate is not of this
-            authority, or not valid now: no peer would accept it.
+            CA, or not valid now: no peer would accept it.
     """
 
     def __init__(self, certificate: str, key: str, ca: str) -> None:
@@ -40,7 +40,7 @@ class PlaneTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
-        load_authority(context, self.ca)
+        load_ca(context, self.ca)
         load_pair(context, self.certificate, self.key)
         return context
 
@@ -74,17 +74,17 @@ def check_tls_of(address: str, tls: PlaneTls | None, what: str) -> None:
 
 def server_tls(config: PlanesConfig) -> ssl.SSLContext:
     """Returns the context for NATS, which is used if its address begins with `tls://`. The server's name is checked, by
-    `--plane-tls-ca` if it is set, else by the authorities of this machine. Raises ConfigError for unusable files."""
+    `--plane-tls-ca` if it is set, else by the CAs of this machine. Raises ConfigError for unusable files."""
     context = ssl.create_default_context()
     if config.plane_tls_ca:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        load_authority(context, config.plane_tls_ca)
+        load_ca(context, config.plane_tls_ca)
     if config.plane_tls_certificate and config.plane_tls_key:
         load_pair(context, config.plane_tls_certificate, config.plane_tls_key)
     return context
 
 
-def load_authority(context: ssl.SSLContext, ca: str) -> None:
+def load_ca(context: ssl.SSLContext, ca: str) -> None:
     with translate({OSError: ConfigError, ssl.SSLError: ConfigError}, f"--plane-tls-ca {ca}"):
         context.load_verify_locations(ca)
 

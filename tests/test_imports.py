@@ -24,6 +24,7 @@ GROUND = {
     "sse",
     "streams",
     "tasks",
+    "tls_listener",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "wire": set(),

@@ -24,11 +24,13 @@ from dynserve.config import FrontendConfig, PlanesConfig
 from dynserve.errors import ConfigError, HandoffBroken, TimedOut, Unavailable
 from dynserve.executors import connections
 from dynserve.plane_tls import PlaneTls, server_tls
+from dynserve.server import serving as serving_module
 from dynserve.transport import link as link_module
 from dynserve.transport.base import Change, Put
 from dynserve.transport.etcd_registry import EtcdRegistry, etcd_credentials
 from dynserve.transport.link import TcpLinks
 from dynserve.transport.nats_bus import open_nats
+from dynserve.transport.planes import open_planes
 from dynserve.wire.link import Hello
 from tests.certificates import Authority
 from tests.conftest import MODEL, Deployment, until
@@ -191,6 +193,40 @@ async def test_blocks_larger_than_a_tls_record_arrive_unchanged(
         for ticket in range(3):  # the second and third over the connection that was kept
             await decode.transceiver.fetch(prefill.offer([4, 2, 7], ticket=ticket), [1, 3, 5], 0)
     assert [decode.store.view(b) for b in (1, 3, 5)] == [prefill.store.view(b) for b in (4, 2, 7)]
+
+
+# model files
+
+
+async def test_a_frontend_with_tls_fetches_no_model_file_without_it(
+    authority: Authority, servers: tuple[str, str]
+) -> None:
+    config = planes_config(authority, etcd_url=servers[0], nats_url=servers[1])
+    async with open_planes(config, "test") as planes:
+        with pytest.raises(Unavailable, match="has no mutual TLS: set --plane-tls-certificate on all or none"):
+            await planes.fetch_file("http://127.0.0.1:1", "0" * 64)
+
+
+async def test_unfinished_handshakes_of_an_https_server_are_bounded(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_module, "MAX_HANDSHAKES", 5)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    sock = serving_module.bind("127.0.0.1", 0, "--port")
+    port = sock.getsockname()[1]
+    files = serving_module.Tls(authority.certificate, authority.key, client_ca=authority.ca)
+    async with serving_module.serving(app, sock, tls=files):
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(12)]
+        for reader, _ in opened[:7]:  # the oldest are closed without a byte
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+        async with httpx.AsyncClient(verify=authority.tls.client, trust_env=False) as client:
+            assert (await client.get(f"https://127.0.0.1:{port}/")).text == "ok"
+        for _, writer in opened:
+            writer.close()
 
 
 # NATS and etcd

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a private authority and one certificate for the processes of a cluster, for --plane-tls-*: ca.crt, tls.crt, tls.key.
+# Makes a private certificate authority and one certificate for the processes of a cluster, for --plane-tls-*: ca.crt, tls.crt, tls.key.
 #     plane-certificates.sh FOLDER [NAME…]
 # NAMEs are names or addresses of NATS and etcd that use the certificate, too. The authority's key is thrown away, so nobody
 # can sign another one: to renew the certificate, make all three files anew and restart all processes.

@@ -46,13 +46,17 @@ refresh_pod_names() {
     export FRONTEND_POD PREFILL_POD DECODE_POD
 }
 
+_dynserve_lacks_configmap() {
+    [ -f "$1" ] && grep -qE '^kind: *DynamoGraphDeployment' "$1" && ! grep -qE '^kind: *ConfigMap' "$1"
+}
+
 # deploy_trtllm [yaml]: makes the ConfigMap of the YAML files beside the file (again, if they have changed), applies the
 # file, and waits until all pods are ready. A folder of rendered manifests works, too.
 deploy_trtllm() {
     local file="${1:-deployments/trtllm/trtllm-disagg-qwen.yaml}" folder engine=() one
     _dynserve_need kubectl || return 1
     [ -e "$file" ] || _dynserve_fail "$file does not exist: deploy_trtllm FILE" || return 1
-    if [ -f "$file" ] && grep -qE '^kind: *DynamoGraphDeployment' "$file" && ! grep -qE '^kind: *ConfigMap' "$file"; then
+    if _dynserve_lacks_configmap "$file"; then
         folder=$(dirname "$file")
         for one in "$folder"/*config*.yaml; do [ -f "$one" ] && engine+=("--from-file=$one"); done
         if [ "${#engine[@]}" -gt 0 ]; then
@@ -70,14 +74,24 @@ deploy_trtllm() {
     echo "model:      $MODEL_ID"
 }
 
+# Whether all Deployments run what was applied last: old pods are ready, too, until they are replaced.
+_dynserve_rolled_out() {
+    local format='{range .items[*]}{.metadata.name}|{.metadata.generation}|{.status.observedGeneration}|{.spec.replicas}'
+    format+='|{.status.updatedReplicas}|{.status.availableReplicas}{"\n"}{end}'
+    _dynserve_kubectl get deployments --output "jsonpath=$format" 2> /dev/null \
+        | awk -F '|' -v prefix="$DEPLOYMENT_NAME-" \
+            'index($1, prefix) == 1 && ($2 != $3 || $5 + 0 < $4 + 0 || $6 + 0 < $4 + 0) { late = 1 } END { exit late }'
+}
+
 # Waits until the deployment has pods and all of them are ready.
 _dynserve_wait() {
     local deadline=$((SECONDS + READY_TIMEOUT)) lines total ready
     while :; do
-        lines=$(_dynserve_kubectl get pods --no-headers 2> /dev/null | grep -E "^$DEPLOYMENT_NAME-" || true)
+        lines=$(_dynserve_kubectl get pods --no-headers 2> /dev/null \
+            | grep -E "^$DEPLOYMENT_NAME-" | grep -vE "^$DEPLOYMENT_NAME-test | Completed " || true)
         total=$(grep -c . <<< "$lines" || true)
         ready=$(awk '{ split($2, n, "/"); if (n[1] == n[2] && $3 == "Running") count++ } END { print count + 0 }' <<< "$lines")
-        if [ "$total" -gt 0 ] && [ "$ready" -eq "$total" ]; then
+        if [ "$total" -gt 0 ] && [ "$ready" -eq "$total" ] && _dynserve_rolled_out; then
             echo "$ready of $total pods are ready"
             return 0
         fi
@@ -89,14 +103,16 @@ _dynserve_wait() {
     done
 }
 
-# cleanup_deployment [yaml]: deletes what the file describes, and the ConfigMap; ends the port-forward that was started here.
+# cleanup_deployment [yaml]: deletes what the file describes, and the ConfigMap that deploy_trtllm makes for it; ends the port-forward that was started here.
 cleanup_deployment() {
     local file="${1:-deployments/trtllm/trtllm-disagg-qwen.yaml}"
     _dynserve_need kubectl || return 1
     [ -e "$file" ] || _dynserve_fail "$file does not exist: cleanup_deployment FILE" || return 1
     _dynserve_stop_forward
     _dynserve_kubectl delete --ignore-not-found --filename "$file" || return 1
-    _dynserve_kubectl delete --ignore-not-found configmap trtllm-config || return 1
+    if _dynserve_lacks_configmap "$file"; then
+        _dynserve_kubectl delete --ignore-not-found configmap trtllm-config || return 1
+    fi
     echo "deleted $DEPLOYMENT_NAME"
 }
 
@@ -221,15 +237,15 @@ check_all_logs() {
 get_metrics() {
     _dynserve_need kubectl || return 1
     refresh_pod_names || return 1
-    local pair pod port
+    local pair pod port page
     for pair in "$FRONTEND_POD:8000" "$PREFILL_POD:9090"; do
         pod=${pair%:*}
         port=${pair##*:}
         [ -n "$pod" ] || _dynserve_fail "$DEPLOYMENT_NAME lacks a pod" || return 1
         echo "== $pod"
-        _dynserve_kubectl exec "$pod" -- python3 -c "import urllib.request as r
-print(r.urlopen('http://127.0.0.1:$port/metrics', timeout=10).read().decode())" \
-            | grep -E '^(dynserve|dynamo|http|trtllm)_' | head -n 20 || return 1
+        page=$(_dynserve_kubectl exec "$pod" -- python3 -c "import urllib.request as r
+print(r.urlopen('http://127.0.0.1:$port/metrics', timeout=10).read().decode())") || return 1
+        grep -E '^(dynserve|dynamo|http|trtllm)_' <<< "$page" | head -n 20
     done
 }
 

@@ -13,7 +13,7 @@ COMMANDS = {
     "render": ("FILE", "print a deployment's manifests for plain Kubernetes"),
     "local": ("FILE", "run a deployment as processes on this machine"),
     "status": ("[NAME]", "show what runs, here or on Kubernetes"),
-    "scale": ("NAME", "set the replicas of components, as decode=3"),
+    "scale": ("NAME COMPONENT=N", "set the replicas of components"),
     "logs": ("NAME", "print the output of a deployment's processes"),
 }
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: dynserve deploy COMMAND … [options]\n\ncommands:")
         for name, (argument, what) in COMMANDS.items():
-            print(f"  {name + ' ' + argument:16} {what}")
+            print(f"  {name + ' ' + argument:22} {what}")
         print("\nFILE is a DynamoGraphDeployment, or a cluster.yaml.", end="")
         print("\n`dynserve deploy COMMAND --help` lists a command's options.")
         raise SystemExit(0 if arguments else 2)

@@ -15,8 +15,11 @@ def by_cpu(name: str, minimum: int, maximum: int) -> Object:
 
 
 def by_role(name: str, minimum: int, maximum: int, settings: Autoscaling, cluster: str, role: str) -> Object:
-    """Returns the spec of a HorizontalPodAutoscaler of workers. A metrics adapter has to serve the frontends' metrics as
-    external ones; the autoscaler follows the one that asks for most."""
+    """Returns the spec of a HorizontalPodAutoscaler of workers. It follows the metric that asks for most.
+
+    A metrics adapter has to serve the metrics as external ones, and of all frontends' series the greatest: Kubernetes would
+    add them up, although every frontend publishes the same of the workers.
+    """
     wanted = {
         "dynserve_role_kv_occupancy": f"{settings.kv_occupancy_percent * 10}m",
         "dynserve_role_waiting_requests": str(settings.waiting_requests),
@@ -31,10 +34,12 @@ def by_role(name: str, minimum: int, maximum: int, settings: Autoscaling, cluste
         }
         for metric, value in wanted.items()
     ]
-    spec = _hpa(name, minimum, maximum, metrics)
-    # a worker that leaves finishes its answers first: not all at once
-    spec["behavior"] = {"scaleDown": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]}}
-    return spec
+    return _hpa(name, minimum, maximum, metrics) | {"behavior": _slow_scale_down()}
+
+
+def _slow_scale_down() -> Object:
+    """A worker that leaves finishes its answers first: not all at once."""
+    return {"scaleDown": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]}}
 
 
 def _hpa(name: str, minimum: int, maximum: int, metrics: list[Object]) -> Object:
@@ -45,8 +50,8 @@ def _hpa(name: str, minimum: int, maximum: int, metrics: list[Object]) -> Object
 def keda(
     name: str, minimum: int, maximum: int, settings: Autoscaling, cluster: str, role: str, *, objective: bool
 ) -> Object:
-    """Returns the spec of a KEDA ScaledObject of workers. `objective`: the frontends have one for the first token, for
-    which prefill is what counts."""
+    """Returns the spec of a KEDA ScaledObject of workers. `objective`: the frontends have an objective for TTFT, by which
+    the roles that prefill are scaled, too."""
     of_role = f'{{cluster="{cluster}",role="{role}"}}'
     triggers = [
         _trigger(settings, f"max(dynserve_role_kv_occupancy{of_role})", settings.kv_occupancy_percent, "AverageValue"),
@@ -62,6 +67,7 @@ def keda(
         triggers.append(_trigger(settings, query, settings.missed_percent, "Value"))
     return {
         "scaleTargetRef": {"name": name}, "minReplicaCount": minimum, "maxReplicaCount": maximum, "triggers": triggers,
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _slow_scale_down()}},
     }  # fmt: skip
 
 

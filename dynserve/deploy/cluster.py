@@ -29,6 +29,7 @@ from dynserve.errors import ConfigError
 
 MODELS, CONFIG, KEYS = "/models", "/config", "/keys"  # mount points
 GPU = "nvidia.com/gpu"
+FIXED = ("--http-host", "--http-port", "--system-host", "--system-port", "--tls-certificate", "--tls-key", "--workers")
 
 Text = Annotated[str, Meta(min_length=1)]
 Quantity = Annotated[str, Meta(pattern=r"^[0-9.]+([eE][0-9]+|[numkKMGTPE]i?)?$", description="such as 500m or 16Gi")]
@@ -86,9 +87,12 @@ class Workers(Pods):
 
 
 class Server(Strict):
-    """NATS or etcd: an address, or else a small server of the deployment's own."""
+    """NATS or etcd. Without an address the deployment gets a small server of its own."""
 
     url: str = ""
+    url_secret: Annotated[
+        str, Meta(description="Secret with the address under the key `url`, for one with a password")
+    ] = ""
     image: str = ""
     resources: Resources = msgspec.field(default_factory=Resources)
 
@@ -103,7 +107,7 @@ class ModelCache(Strict):
 
 
 class PlaneTls(Strict):
-    """Mutual TLS between the pods."""
+    """Mutual TLS between the pods, and with NATS and etcd."""
 
     enabled: bool = False
     secret: Annotated[
@@ -195,9 +199,29 @@ def parse_cluster(document: Document) -> Cluster:
     if found.plane_tls.secret and not found.plane_tls.enabled:
         line = document.content["planeTls"].line_of("secret")
         raise ConfigError(f"{document.path}:{line}: planeTls.secret needs planeTls.enabled: true")
+    for role, pods in (("frontend", found.frontend), *found.workers()):
+        if problem := _pods_problem(pods):
+            raise ConfigError(f"{document.path}: {role}{problem}")
+    if found.frontend.max_replicas and "cpu" not in found.frontend.resources.requests:
+        raise ConfigError(
+            f"{document.path}: frontend.maxReplicas needs frontend.resources.requests.cpu: it scales by that"
+        )
     if found.autoscaling.kind == "keda" and not found.autoscaling.prometheus:
         raise ConfigError(f"{document.path}: autoscaling.kind keda needs autoscaling.prometheus")
     return found
+
+
+def _pods_problem(pods: Pods) -> str:
+    """Returns what is wrong with settings that depend on each other; empty if nothing is."""
+    if 0 < pods.max_replicas < pods.replicas:
+        return f".maxReplicas {pods.max_replicas} is less than replicas {pods.replicas}"
+    for word in pods.args:
+        if word.partition("=")[0] in FIXED:
+            return f".args: {word.partition('=')[0]} cannot be changed here, since probes and Services depend on it"
+    for name in ("NATS_URL", "NATS_SERVER", "ETCD_URL", "ETCD_ENDPOINTS"):
+        if name in pods.env:
+            return f".env.{name}: use nats.url and etcd.url"
+    return ""
 
 
 def _wrong(document: Document, message: str) -> str:
@@ -237,6 +261,7 @@ def values_schema() -> dict[str, Any]:
     schema["$schema"] = "http://json-schema.org/draft-07/schema#"
     text = json.dumps(schema).replace("#/$defs/", "#/definitions/").replace('"$defs"', '"definitions"')
     found: dict[str, Any] = json.loads(text)
+    found["definitions"]["Cluster"]["properties"]["global"] = {"type": "object"}  # Helm's own, for charts within charts
     return found
 
 
@@ -244,7 +269,7 @@ def values_schema() -> dict[str, Any]:
 
 
 def cluster_graph(document: Document, cluster: Cluster) -> Graph:
-    """Returns the deployment that a `cluster.yaml` describes. Raises ConfigError."""
+    """Returns the deployment that a `cluster.yaml` describes."""
     name = cluster.name or re.sub(r"[^a-z0-9-]+", "-", Path(document.path).stem.lower()).strip("-") or "dynserve"
     place = Place(document.path, document.content.line)
     graph = Graph(name, cluster.namespace, place, name, [])
@@ -314,6 +339,9 @@ def _component(cluster: Cluster, role: str, pods: Pods, place: Place, command: l
     pod["volumes"], main["volumeMounts"] = _deep(pods.volumes), _deep(pods.volume_mounts)
     given = pods.resources
     resources: dict[str, dict[str, Any]] = {"requests": dict(given.requests), "limits": dict(given.limits)}
+    for name, server in (("NATS_URL", cluster.nats), ("ETCD_URL", cluster.etcd)):
+        if server.url_secret:
+            env = [*env, _map(name=name, valueFrom={"secretKeyRef": {"name": server.url_secret, "key": "url"}})]
     component = Component(
         role, "frontend" if role == "frontend" else "worker", "", pods.replicas, place, main, pod,
         pod_labels=dict(pods.labels), pod_annotations=dict(pods.annotations),
@@ -321,9 +349,6 @@ def _component(cluster: Cluster, role: str, pods: Pods, place: Place, command: l
         env=[*env, *(_entry(name, value) for name, value in sorted(pods.env.items()))],
     )  # fmt: skip
     component.max_replicas = pods.max_replicas
-    for name in ("NATS_URL", "NATS_SERVER", "ETCD_URL", "ETCD_ENDPOINTS"):
-        if name in pods.env:
-            raise ConfigError(f"{place}: {role}.env.{name}: use nats.url and etcd.url")
     return component
 
 

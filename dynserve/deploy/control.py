@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,7 +18,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from dynserve.errors import ConfigError, DynserveError
+from dynserve.errors import ConfigError, DynserveError, translate
 
 MAX_REQUEST = 1 << 16  # bytes
 MAX_WAITING = 1000  # lines that wait for a client of `logs`; older ones are dropped
@@ -42,11 +43,19 @@ def control_folder() -> Path:
     """Returns the folder of the sockets, which is made. Raises ConfigError if another user owns it."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(runtime) / "dynserve" if runtime else Path("/tmp") / f"dynserve-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
+    with translate({OSError: ConfigError}, f"the folder for control sockets {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder} must be a folder that only you can open; remove it")
     return folder
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name that cannot be that of a socket, or if the sockets' folder cannot be used."""
+    if not re.fullmatch(r"[\w.-]{1,63}", name):
+        raise ConfigError(f"{name!r} is not possible as a name: up to 63 letters, digits, dots and dashes")
+    control_folder()
 
 
 def running() -> list[str]:
@@ -100,16 +109,16 @@ async def _done(deployment: Controlled, request: dict[str, Any]) -> dict[str, An
 async def _logs(
     deployment: Controlled, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    component, tail = str(request.get("component") or ""), int(request.get("tail", 0))
+    component, tail = str(request.get("component") or "").lower(), int(request.get("tail", 0))
     waiting: deque[str] = deque(maxlen=MAX_WAITING)
     arrived = asyncio.Event()
 
     def heard(line: str) -> None:
-        if line.startswith(component):
+        if _is_of(line, component):
             waiting.append(line)
             arrived.set()
 
-    old = [line for line in deployment.lines if line.startswith(component)]
+    old = [line for line in deployment.lines if _is_of(line, component)]
     if request.get("follow"):
         deployment.listeners.append(heard)  # at once, so that no line is missed or sent twice
     left = asyncio.ensure_future(reader.read())  # ends when the client leaves
@@ -130,6 +139,12 @@ async def _logs(
         left.cancel()
 
 
+def _is_of(line: str, component: str) -> bool:
+    """Whether a line comes from a process of this component; every line does if it is empty."""
+    name = line.partition(" | ")[0]
+    return component in ("", name) or name.rpartition("-")[0] == component
+
+
 async def ask(name: str, request: dict[str, Any], timeout: float) -> dict[str, Any]:
     """Sends a request to a deployment on this machine, and returns its answer.
 
@@ -139,9 +154,11 @@ async def ask(name: str, request: dict[str, Any], timeout: float) -> dict[str, A
     async with _connected(name, request) as reader:
         try:
             async with asyncio.timeout(timeout):
-                answer: dict[str, Any] = json.loads(await reader.readline() or b"{}")
+                answer: dict[str, Any] = json.loads(await reader.readline())
         except TimeoutError:
             raise ConfigError(f"{name} has not answered within {timeout:.0f} s") from None
+        except (OSError, ValueError):
+            raise ConfigError(f"{name} has ended meanwhile") from None
     if "error" in answer:
         raise ConfigError(str(answer["error"]))
     return answer
@@ -159,8 +176,9 @@ async def _connected(name: str, request: dict[str, Any]) -> AsyncIterator[asynci
     path = control_folder() / f"{name}.sock"
     try:
         reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
-    except OSError:
-        path.unlink(missing_ok=True)  # of a process that was killed
+    except OSError as error:
+        if isinstance(error, ConnectionRefusedError):
+            path.unlink(missing_ok=True)  # of a process that was killed
         raise ConfigError(f"{name} does not run on this machine{_others(name)}") from None
     try:
         writer.write(json.dumps(request).encode() + b"\n")

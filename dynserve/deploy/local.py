@@ -1,4 +1,4 @@
-"""`dynserve deploy local FILE`: a `DynamoGraphDeployment` as processes on this machine.
+"""`dynserve deploy local FILE`: a `DynamoGraphDeployment` or a `cluster.yaml` as processes on this machine.
 
 Each pod is a process with the file's own command, environment and mounted files. Its `python3 -m dynamo.MODULE` is dynserve
 (`entry.py`). etcd and NATS are started here, unless the file names servers that this machine reaches.
@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import httpx
 
 from dynserve.child import ChildSpec, Group, Supervisor
 from dynserve.config import ExecutorName, LogLevel, Port, PositiveFloat, check_bounds, exit_with, load, option
-from dynserve.deploy.control import controlled
+from dynserve.deploy.cluster import Cluster
+from dynserve.deploy.control import check_name, controlled
 from dynserve.deploy.documents import Notes
 from dynserve.deploy.graph import Graph
 from dynserve.deploy.plan import (
@@ -76,7 +77,10 @@ class LocalConfig:
 
 async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
     notes = Notes()
-    graph, _ = read_deployment(path, notes)
+    graph, cluster = read_deployment(path, notes)
+    check_name(graph.name)
+    if cluster is not None:
+        config = _with_settings(config, cluster, notes)
     load_folder(graph, Path(config.config_maps or Path(path).parent), Path(path))
     overrides = Overrides(config.model_path, config.executor, scale_of(config.scale))
     roles = roles_of(graph, overrides, notes)
@@ -97,6 +101,15 @@ async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
                 print("\nstopping: workers, frontend, servers", flush=True)
             finally:
                 await deployment.stop()
+
+
+def _with_settings(config: LocalConfig, cluster: Cluster, notes: Notes) -> LocalConfig:
+    """Returns the configuration with the servers of a `cluster.yaml`, and notes what of it has no meaning here."""
+    for key, given in (("planeTls", cluster.plane_tls.enabled), ("apiKeysSecret", cluster.api_keys_secret)):
+        if given:
+            notes.warn(None, f"{key} does not apply here: there are no Secrets")
+    nats_url, etcd_url = config.nats_url or cluster.nats.url or None, config.etcd_url or cluster.etcd.url or None
+    return replace(config, nats_url=nats_url, etcd_url=etcd_url)
 
 
 def scale_of(text: str | None, flag: str = "--scale") -> dict[str, int]:
@@ -159,11 +172,13 @@ def share_gpus(roles: Sequence[Role], available: int, notes: Notes) -> list[list
 
 
 def _processes(
-    graph: Graph, roles: Sequence[Role], folder: Path, planes: Planes, overrides: Overrides, port: int, notes: Notes
-) -> dict[str, list[ChildSpec]]:
+    graph: Graph, roles: Sequence[Role], folder: Path, planes: Planes, overrides: Overrides, port: int, notes: Notes,
+    *, on_gpus: bool = True,
+) -> dict[str, list[ChildSpec]]:  # fmt: skip
+    """Returns the processes by role. Without `on_gpus` they get none yet."""
     mode = default_mode(roles)
     found: dict[str, list[ChildSpec]] = {"frontend": [], "worker": []}
-    available = 0 if overrides.executor == "simulated" else gpus()
+    available = 0 if overrides.executor == "simulated" or not on_gpus else gpus()
     for role, numbers in zip(roles, share_gpus(roles, available, notes), strict=True):
         made = specs(graph, role, folder, planes, overrides, numbers, port)
         if mode is not None and not role.is_frontend and role.translation.value("--disaggregation-mode") is None:
@@ -181,7 +196,7 @@ def _replicas(
     if name not in {role.component.key for role in roles}:
         known = ", ".join(sorted(role.component.key for role in roles))
         raise ConfigError(f"{graph.name} has no component {name!r}; it has {known}")
-    made = _processes(graph, changed, folder, planes, overrides, port, Notes())
+    made = _processes(graph, changed, folder, planes, overrides, port, Notes(), on_gpus=False)
     prefix = f"{name}-"
     return [spec for specs in made.values() for spec in specs if spec.name.removeprefix(prefix).isdecimal()]
 
@@ -197,6 +212,7 @@ class LocalDeployment:
         self.lines: deque[str] = deque(maxlen=MAX_LINES)
         self.listeners: list[Callable[[str], None]] = []
         self._scaling = asyncio.Lock()
+        self._gpus = 0 if config.executor == "simulated" else gpus()
         groups = [Group(processes["frontend"]), Group(processes["worker"])]
         if servers:  # a server loses its data when it dies, so only the others are started again
             groups.insert(0, Group(servers, restart=False))
@@ -283,23 +299,24 @@ class LocalDeployment:
             names = {child.name for child in running}
             for spec in wanted:
                 if spec.name not in names:
-                    await self._supervisor.add(self._on_free_gpus(spec), group)
+                    await self._supervisor.add(self._on_free_gpus(name, spec), group)
             await asyncio.gather(*(self._supervisor.remove(child, group) for child in running[len(wanted) :]))
 
-    def _on_free_gpus(self, spec: ChildSpec) -> ChildSpec:
-        """Replaces the GPUs of a new process, which were counted for all processes, by those that none has."""
-        wanted = spec.environment.get(VISIBLE)
-        if wanted is None:
+    def _on_free_gpus(self, name: str, spec: ChildSpec) -> ChildSpec:
+        """Gives a new process GPUs that no running one has, if this machine has any.
+
+        Raises:
+            ConfigError: too few are free.
+        """
+        children = [child for group in self._supervisor.groups for child in group]
+        used = {number for child in children for number in child.spec.environment.get(VISIBLE, "").split(",")}
+        free = [str(number) for number in range(self._gpus) if str(number) not in used]
+        wanted = next(one.gpus for one in self._graph.components if one.key == name)
+        if not wanted or not self._gpus:
             return spec
-        used = {
-            number
-            for group in self._supervisor.groups
-            for child in group
-            for number in child.spec.environment.get(VISIBLE, "").split(",")
-        }
-        free = [str(number) for number in range(gpus()) if str(number) not in used]
-        chosen = ",".join(free[: len(wanted.split(","))])
-        return spec._replace(environment={**spec.environment, VISIBLE: chosen})
+        if wanted > len(free):
+            raise ConfigError(f"{spec.name} needs {wanted} GPUs, and {len(free)} of {self._gpus} are free")
+        return spec._replace(environment={**spec.environment, VISIBLE: ",".join(free[:wanted])})
 
     async def stop(self) -> None:
         await self._supervisor.stop()

@@ -60,10 +60,15 @@ def status(name: str | None, config: OperateConfig) -> None:
                 "nothing runs on this machine; name a deployment on Kubernetes: dynserve deploy status NAME"
             )
         for one in names:
-            status(one, config)
+            try:
+                status(one, config)
+            except ConfigError as error:  # such as a socket that a killed one left
+                print(error)
         return
     rows, health = local_status(name) if _is_local(name, config) else kubernetes_status(name, config)
     print(f"{name}: {health.get('status', 'no answer')}, models: {', '.join(health.get('models') or ['none'])}")
+    if reason := health.get("reason"):
+        print(f"  {reason}")
     for problem in problems(health):
         print(f"  {problem}")
     print(table(rows))
@@ -94,7 +99,7 @@ def local_status(name: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def kubernetes_status(name: str, config: OperateConfig) -> tuple[list[Row], dict[str, Any]]:
-    """Returns the rows of a deployment on Kubernetes, and the frontend's health by way of the API server."""
+    """Returns the rows of a deployment on Kubernetes, and the frontend's health, through the API server's proxy."""
     pods = [
         one for one in json.loads(_kubectl(config, "get", "pods", "--output", "json"))["items"] if _belongs(one, name)
     ]
@@ -118,7 +123,8 @@ def kubernetes_status(name: str, config: OperateConfig) -> tuple[list[Row], dict
 def _belongs(pod: dict[str, Any], name: str) -> bool:
     """Whether a pod is of a deployment: of ours by its label, of Dynamo's operator by its name."""
     labels = pod["metadata"].get("labels") or {}
-    return labels.get("app.kubernetes.io/instance") == name or pod["metadata"]["name"].startswith(f"{name}-")
+    instance = labels.get("app.kubernetes.io/instance") or labels.get("nvidia.com/dynamo-graph-deployment-name")
+    return bool(instance == name if instance else pod["metadata"]["name"].startswith(f"{name}-"))
 
 
 def component_of(pod: dict[str, Any], name: str) -> str:
@@ -136,8 +142,11 @@ def _service_health(name: str, config: OperateConfig) -> dict[str, Any]:
     path = f"/api/v1/namespaces/{space}/services/{name}-frontend:8000/proxy/health"
     try:
         found: dict[str, Any] = json.loads(_kubectl(config, "get", "--raw", path))
-    except (ConfigError, ValueError):  # a frontend without a model answers 503, which kubectl reports as an error
-        return {}
+    except (
+        ConfigError,
+        ValueError,
+    ) as error:  # kubectl reports a frontend without a model, which answers 503, as an error
+        return {"reason": str(error)}
     return found
 
 
@@ -236,7 +245,7 @@ def _run(command: str, argv: Sequence[str]) -> None:
     at = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     positional, rest = list(argv[:at]), [short.get(word, word) for word in argv[at:]]
     kind = LogsConfig if command == "logs" else OperateConfig
-    config = load(kind, f"dynserve deploy {command} NAME", rest)
+    config = load(kind, f"dynserve deploy {command} NAME{' COMPONENT=N…' if command == 'scale' else ''}", rest)
     if command == "status" and len(positional) <= 1:
         status(positional[0] if positional else None, config)
     elif command == "scale" and positional:

@@ -1,4 +1,5 @@
-"""Kubernetes manifests of a deployment, from built-in kinds only: no operator and no custom resource is needed.
+"""Kubernetes manifests of a deployment. They need no operator; PodMonitor, ScaledObject and HTTPRoute are made only on
+request.
 
 The rules for probes, ports, shared memory and the order of environment entries are those of Dynamo's operator, so that a
 file behaves as it did there. Security settings and disruption budgets are ours.
@@ -34,6 +35,7 @@ from dynserve.deploy.server_objects import servers_of
 from dynserve.errors import ConfigError
 
 HTTP_PORT, SYSTEM_PORT = 8000, 9090
+FRONTEND_DEADLINE_S, LOAD_DEADLINE_S = 600, 7200  # until a Deployment whose pods are not ready is reported as failed
 PRE_STOP_S = 5  # seconds for which a frontend serves on after it was removed from its Service
 SHARED, SHARED_NAME, TMP = "/dev/shm", "dynserve-shared-memory", "dynserve-tmp"
 
@@ -135,6 +137,7 @@ class _Workload:
         spec: Object = {
             "selector": {"matchLabels": self._labels},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": surge},  # GPUs are scarce: no surge of workers
+            "progressDeadlineSeconds": FRONTEND_DEADLINE_S if self._role.is_frontend else LOAD_DEADLINE_S,
             "template": {"metadata": self._pod_metadata(), "spec": self._pod()},
         }
         if not self._max_replicas:  # else the autoscaler sets it
@@ -287,7 +290,15 @@ class _Workload:
 
     def _autoscaler(self) -> Object:
         least, most = max(1, self._role.replicas), self._max_replicas
+        component = self._component
+        if most < least:
+            raise ConfigError(f"{component.place}: {component.name}: at most {most} replicas are less than its {least}")
         if self._role.is_frontend:
+            own = (component.main.get("resources") or {}).get("requests") or {}
+            if "cpu" not in {**own, **component.resources.get("requests", {})}:
+                raise ConfigError(
+                    f"{component.place}: {component.name} has no request of cpu, by which it would be scaled"
+                )
             return self._object("autoscaling/v2", "HorizontalPodAutoscaler", by_cpu(self.name, least, most))
         mode = (
             self._role.translation.value("--disaggregation-mode")
@@ -311,7 +322,6 @@ def _probes(port: int, *, frontend: bool) -> Object:
         "failureThreshold": 3,
     }
     start = {"httpGet": {"path": "/live", "port": port}, "periodSeconds": 10, "timeoutSeconds": 5}
-    # a worker answers /live at once, but its image and model may take long to load
     return {
         "livenessProbe": live,
         "readinessProbe": ready,

@@ -19,6 +19,7 @@ from dynserve.deploy.objects import (
 
 NATS_IMAGE, ETCD_IMAGE = "nats:2.10.29-alpine", "quay.io/coreos/etcd:v3.5.21"
 NATS_PORT, ETCD_PORT = 4222, 2379
+SECRET = "in a Secret"  # in place of an address that only the pods know
 
 
 class Servers(NamedTuple):
@@ -34,6 +35,7 @@ def servers_of(graph: Graph, nats: Server, etcd: Server, tls_secret: str) -> Ser
     env: dict[str, str] = {}
     for source in (*(one.env for one in graph.components), graph.env):
         env |= {str(entry.get("name")): str(entry["value"]) for entry in source if entry.get("value")}
+        env |= {str(entry.get("name")): SECRET for entry in source if entry.get("valueFrom")}
     nats_url = nats.url or env.get("NATS_URL") or env.get("NATS_SERVER") or ""
     etcd_url = etcd.url or env.get("ETCD_URL") or env.get("ETCD_ENDPOINTS") or ""
     found: list[Object] = []

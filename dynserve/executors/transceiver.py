@@ -152,7 +152,7 @@ def parse_state(state: bytes, layout: str) -> str:
 
 class TcpTransceivers:
     """Opens a server on a free port of `host`, and closes all connections at the end of the block. The first of
-    `carriers` that can reach the other side moves the bytes, which TLS does not encrypt then."""
+    `carriers` that can reach the other side moves the bytes; TLS does not encrypt what a carrier moves."""
 
     def __init__(
         self, carriers: Sequence[Carrier] = (), advertise_host: str | None = None, tls: PlaneTls | None = None
@@ -336,12 +336,19 @@ class TcpTransceiver:
         """Answers fetches on one connection until the peer disconnects. An error of the peer ends this connection only."""
         with sock, suppress(OSError, EOFError, *MALFORMED, TimeoutError):
             task = asyncio.current_task()
-            async with asyncio.timeout(FIRST_FETCH_TIMEOUT):
-                connection = await accepted(sock, self._tls)
+            connection = await self._accepted(sock)
             while True:
                 async with asyncio.timeout(FIRST_FETCH_TIMEOUT if task in self._new_connections else IDLE_TIMEOUT):
                     fetch = _decode_fetch(await connection.receive_message(MAX_MESSAGE))
                 await self._answer(connection, fetch)
+
+    async def _accepted(self, sock: socket.socket) -> Connection:
+        try:
+            async with asyncio.timeout(FIRST_FETCH_TIMEOUT):
+                return await accepted(sock, self._tls)
+        except OSError as error:
+            log.warning("handshake", "failed", "a connection for KV transfers is refused: %r", error)
+            raise
 
     async def _answer(self, connection: Connection, fetch: _FetchRequest) -> None:
         try:

@@ -24,6 +24,11 @@ class FirstTokenObjective:
         self._counts[slot][0] += 1
         self._counts[slot][1] += ttft_s > self.limit_s
 
+    def gave_up(self, waited_s: float) -> None:
+        """Counts a request that ended without a token as missed, if it has waited for longer than the limit."""
+        if waited_s > self.limit_s:
+            self.observe(waited_s)
+
     def missed_ratio(self) -> float:
         """Returns the share of those that missed it; 0 without requests."""
         oldest = int(self._clock()) - WINDOW

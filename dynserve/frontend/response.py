@@ -128,6 +128,10 @@ class TokenResponse(Response):
 
     def _settle(self) -> None:
         """Charges the key for all that was computed, however the request ended, and for nothing that never began."""
+        for run in self._runs:
+            objective = run.metrics.objective
+            if objective is not None and run.decision.ttft_s is None and not self._refused:
+                objective.gave_up(self._clock() - self._began)
         generated = sum(self._generated.get(run, len(run.tokens)) for run in self._runs)
         self._call.settle(self._computed_prompt_tokens() + generated)
         self._call.close()

@@ -90,7 +90,8 @@ def make_plan(config: UpConfig, folder: Path) -> LaunchPlan:
     etcd_url = config.etcd_url or f"http://127.0.0.1:{etcd_port}"
     nats_url = config.nats_url or f"nats://127.0.0.1:{nats_port}"
     common = ["--namespace", config.namespace, "--log-level", config.log_level]
-    planes = {"NATS_URL": nats_url, "ETCD_URL": etcd_url}  # not as flags: they may contain passwords
+    # not as flags: they may contain passwords. The system port of this process's environment would be that of all children.
+    planes = {"NATS_URL": nats_url, "ETCD_URL": etcd_url, "DYN_SYSTEM_PORT": "0"}
     frontend = [
         sys.executable, "-m", "dynserve.frontend", *common, "--http-host", config.http_host,
         "--http-port", str(config.http_port), "--router-mode", config.router_mode,

@@ -6,9 +6,9 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import uvicorn
 
@@ -16,7 +16,10 @@ from dynserve.addresses import advertised, join_host_port
 from dynserve.errors import ConfigError, translate
 from dynserve.server.heads import HttpLimits, allowed_hosts
 from dynserve.server.protocol import BoundedProtocol
+from dynserve.tls_listener import tls_listener
 
+TLS_TIMEOUT = 10.0  # seconds of a handshake
+MAX_HANDSHAKES = 512  # that are not done; with more, the oldest is closed
 GOODBYE = 5  # seconds that open connections get when the server stops
 
 
@@ -53,7 +56,7 @@ def url_of(sock: socket.socket, scheme: str = "http", advertise_host: str | None
 
 
 class Tls(NamedTuple):
-    """The paths of the PEM files of a certificate and its key, and of an authority of which clients need a certificate."""
+    """The paths of the PEM files of a certificate and its key. With `client_ca`, clients need a certificate of that CA."""
 
     certificate: str
     key: str
@@ -83,6 +86,21 @@ def check_tls(tls: Tls) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, no_password)
 
 
+def _listening_with_tls(server: _Server, sock: socket.socket) -> AbstractAsyncContextManager[None]:
+    """Accepts connections for uvicorn, which would not bound their handshakes."""
+    config = server.config
+    assert config.ssl is not None
+
+    def protocol() -> BoundedProtocol:
+        made = config.http_protocol_class(  # type: ignore[call-arg]
+            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        )
+        return cast(BoundedProtocol, made)
+
+    sock.listen(config.backlog)
+    return tls_listener(sock, protocol, config.ssl, lambda *_: None, timeout=TLS_TIMEOUT, max_pending=MAX_HANDSHAKES)
+
+
 @asynccontextmanager
 async def serving(
     app: Any, sock: socket.socket, limits: HttpLimits | None = None, tls: Tls | None = None
@@ -104,14 +122,15 @@ async def serving(
     if tls is not None:
         check_tls(tls)
     server = _Server(config)
-    task = asyncio.create_task(server.serve([sock]))
+    task = asyncio.create_task(server.serve([sock] if tls is None else []))
     try:
         while not server.started:
             if task.done():
                 task.result()
                 raise ConfigError("the HTTP server did not start")
             await asyncio.sleep(0.005)
-        yield
+        async with _listening_with_tls(server, sock) if tls is not None else nullcontext():
+            yield
     finally:
         server.should_exit = True
         await task

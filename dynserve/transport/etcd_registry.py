@@ -143,7 +143,7 @@ class _TlsClient(aetcd.Client):  # type: ignore[misc]  # aetcd has no annotation
 
 
 def etcd_credentials(config: PlanesConfig) -> grpc.ChannelCredentials:
-    """Returns the credentials for etcd servers with `https://`: those of `--plane-tls-ca`, or else of this machine.
+    """Returns the credentials for etcd with `https://`, verified by `--plane-tls-ca`, or else by the CAs of this machine.
 
     Raises:
         ConfigError: a file cannot be used.

@@ -23,7 +23,7 @@ from dynserve.addresses import advertised, host_port, join_host_port
 from dynserve.errors import ConfigError, Unavailable, translate
 from dynserve.log_limit import LimitedLog
 from dynserve.plane_tls import HANDSHAKE_TIMEOUT, TLS_SCHEME, PlaneTls, check_tls_of
-from dynserve.tasks import task_group
+from dynserve.tls_listener import tls_listener
 from dynserve.transport.base import Link, LinkHandler
 from dynserve.wire import MALFORMED
 from dynserve.wire import link as wire
@@ -38,7 +38,6 @@ MAX_UNGREETED = 256  # connections that have not said hello; beyond that the old
 MAX_FRAME = 64 << 20  # bytes; only a broken or hostile peer sends a longer frame
 MAX_UNSENT = 64 << 20  # bytes
 DIAL_TIMEOUT = 2.0  # seconds
-ACCEPT_PAUSE = 0.1  # seconds, when no connection can be accepted
 
 log = LimitedLog(logging.getLogger(__name__))
 
@@ -179,14 +178,8 @@ class TcpLink(FramedLink, asyncio.Protocol):
         self._ungreeted = accept is not None
         self._greeting: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
-        self.opening: asyncio.Task[None] | None = None  # the TLS handshake of the listening side
         self._rest = bytearray()  # the bytes received so far of an incomplete frame
         self._need = 4  # bytes that it must have before it is parsed
-
-    @property
-    def connected(self) -> bool:
-        """Whether it has had a connection; with TLS, after the handshake."""
-        return self._transport is not None
 
     def write(self, frame: bytes | bytearray) -> None:
         transport = self._transport
@@ -198,11 +191,12 @@ class TcpLink(FramedLink, asyncio.Protocol):
     def hang_up(self, *, at_once: bool) -> None:
         if self._transport is not None:
             (self._transport.abort if at_once else self._transport.close)()
-        elif self.opening is not None:
-            self.opening.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._closed:  # during the TLS handshake
+            self._transport.abort()
+            return
         if (sock := transport.get_extra_info("socket")) is not None:
             _watch_peer(sock)
         if self._accept is not None:
@@ -266,9 +260,7 @@ def _watch_peer(sock: socket.socket) -> None:
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setblocking(False)
-    return listener
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 @asynccontextmanager
@@ -284,38 +276,17 @@ async def _listening(server: asyncio.Server) -> AsyncIterator[Any]:
 async def _listening_with_tls(
     listener: socket.socket, connected: Callable[[], TcpLink], tls: PlaneTls
 ) -> AsyncIterator[Any]:
-    """Like `_listening`. A handshake belongs to its link from the start, so that those not yet done are bounded, too."""
-    loop = asyncio.get_running_loop()
+    """Like `_listening`. A link that never gets its connection ends."""
+    address = listener.getsockname()
 
-    async def shake_hands(link: TcpLink, sock: socket.socket) -> None:
-        try:
-            await loop.connect_accepted_socket(
-                lambda: link, sock, ssl=tls.server, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
-            )
-        except OSError as error:
-            log.warning("handshake", "failed", "a connection to the link port is refused: %s", error)
-        finally:
-            if not link.connected:
-                sock.close()
-                link.connection_lost(None)
+    def failed(link: TcpLink, reason: object) -> None:
+        log.warning("handshake", "failed", "a connection to the link port is refused: %r", reason)
+        link.connection_lost(None)
 
-    async def accept() -> None:
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:  # such as no free file descriptor, which is temporary
-                log.warning("accept", "port", "no link can be accepted at the moment: %s", error)
-                await asyncio.sleep(ACCEPT_PAUSE)
-                continue
-            link = connected()
-            link.opening = tasks.create_task(shake_hands(link, sock))
-
-    try:
-        async with task_group() as tasks:
-            tasks.create_task(accept())
-            yield listener.getsockname()
-    finally:
-        listener.close()
+    async with tls_listener(
+        listener, connected, tls.server, failed, timeout=HANDSHAKE_TIMEOUT, max_pending=MAX_UNGREETED
+    ):
+        yield address
 
 
 class TcpLinks:

@@ -34,7 +34,7 @@ _ERRORS: dict[type[BaseException], type[DynserveError]] = {
 
 
 class _Client(Client):
-    """A client that holds servers to `tls://`: the library would go on without TLS if the server does not demand it."""
+    """A client that refuses servers without TLS if an address begins with `tls://`. The library would go on without it."""
 
     def __init__(self, urls: list[str]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ async def open_nats(url: str, name: str, tls: ssl.SSLContext | None = None) -> A
     """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers.
 
     `url` may have several servers of one cluster, with commas; user and password or a token stand before the host. With
-    `tls://` nothing is sent without TLS; `tls` has the authorities and the certificate for it.
+    `tls://` nothing is sent without TLS; `tls` has the CAs and the certificate for it.
     """
     reported_down, attempts = False, -1
     shown, probed = redacted(url), servers(url, "NATS_URL", 4222)

@@ -32,6 +32,10 @@ async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
         client = await stack.enter_async_context(opened)
 
         async def fetch(system_url: str, digest: str) -> bytes:
+            if tls is not None and not system_url.startswith("https://"):
+                raise Unavailable(
+                    f"the worker at {system_url} has no mutual TLS: set --plane-tls-certificate on all or none"
+                )
             return await fetch_model_file(client, system_url, digest)
 
         yield Planes(bus, registry, TcpLinks(config.advertise_host, tls), fetch)

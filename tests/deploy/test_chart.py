@@ -103,6 +103,7 @@ AGGREGATED = """
 model: m
 aggregated: {replicas: 4, maxReplicas: 8, gpus: 1, engine: {max_batch_size: 8}}
 etcd: {url: "http://etcd:2379"}
+nats: {urlSecret: nats-address}
 modelCache: {claim: have}
 networkPolicy: false
 """
@@ -139,6 +140,8 @@ def comparable(objects: Iterable[dict[str, Any]]) -> dict[str, Any]:
             for key, value in metadata["labels"].items()
             if key not in ("helm.sh/chart", "app.kubernetes.io/managed-by")
         }
+        if metadata.get("annotations") == {"helm.sh/resource-policy": "keep"}:
+            del metadata["annotations"]
         found[f"{one['kind']} {metadata['name']}"] = one
     return found
 
@@ -159,8 +162,15 @@ def test_objects_of_the_chart_are_valid_in_every_version_of_kubernetes(version: 
                 kubernetes_validate.validate(one, version, strict=True)
 
 
-def test_rendering_twice_gives_the_same(tmp_path: Path) -> None:
+def test_rendering_twice_gives_the_same_but_for_generated_certificates(tmp_path: Path) -> None:
     assert from_chart(ALL, tmp_path) == from_chart(ALL, tmp_path)
+    values = SMALL + "planeTls: {enabled: true}"
+    first, second = (comparable(from_chart(values, tmp_path)) for _ in range(2))
+    assert {name for name in first if first[name] != second[name]} == {"Secret rel-plane-tls"}
+
+
+def test_the_chart_may_be_part_of_another_one(tmp_path: Path) -> None:
+    assert from_chart(SMALL + "global: {a: b}", tmp_path) == from_chart(SMALL, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -196,6 +206,10 @@ WRONG = {
     "model: m\naggregated: {}\nplaneTls: {secret: s}": ":3: planeTls.secret needs planeTls.enabled: true",
     "model: m\naggregated: {}\nautoscaling: {kind: keda}": "autoscaling.kind keda needs autoscaling.prometheus",
     "model: m\naggregated: {env: {NATS_URL: x}}": "aggregated.env.NATS_URL: use nats.url and etcd.url",
+    "model: m\naggregated: {replicas: 4, maxReplicas: 2}": "aggregated.maxReplicas 2 is less than replicas 4",
+    "model: m\naggregated: {args: [--system-port=1]}": "aggregated.args: --system-port cannot be changed here",
+    "model: m\naggregated: {}\nfrontend: {args: [--http-port, '1']}": "frontend.args: --http-port cannot be changed",
+    "model: m\naggregated: {}\nfrontend: {maxReplicas: 2}": "needs frontend.resources.requests.cpu",
     "model: m\naggregated: {args: [1]}": "args: expected `str`, got `int`",
     "model: m\naggregated: {resources: {limits: {memory: 16GB}}}": "limits: expected `str` matching regex",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,11 +16,17 @@ from typing import Any
 
 import pytest
 
+from dynserve.child import ChildSpec
 from dynserve.config import TINY_MODEL
 from dynserve.deploy import control, operate
+from dynserve.deploy import local as local_module
+from dynserve.deploy.documents import Map, Place
+from dynserve.deploy.graph import Component, Graph
+from dynserve.deploy.local import LocalConfig, LocalDeployment
 from dynserve.deploy.operate import OperateConfig
 from dynserve.errors import ConfigError
 from dynserve.local.embedded import free_ports
+from dynserve.tasks import task_group
 from tests.conftest import Process
 from tests.deploy.kubernetes_stand_in import StandIn, serving
 from tests.deploy.test_scripts import KUBECTL
@@ -81,6 +88,39 @@ def test_scaling_starts_and_stops_workers_while_requests_go_on(local: Process, r
     assert sum(line.split()[0] == "decode" for line in text.splitlines()) == 1
     wrong = deploy("scale", "small", "decoder=1", runtime=runtime)
     assert wrong.returncode == 2 and "no component 'decoder'; it has decode, frontend, prefill" in wrong.stderr
+
+
+def test_new_workers_get_the_gpus_that_no_running_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_module, "gpus", lambda: 4)
+    started: list[ChildSpec] = []
+
+    class Child:
+        def __init__(self, spec: ChildSpec) -> None:
+            self.spec, self.name = spec, spec.name
+
+    async def add(spec: ChildSpec, group: list[Any]) -> None:
+        started.append(spec)
+        group.append(Child(spec))
+
+    async def scenario() -> None:
+        component = Component(
+            "decode", "worker", "", 1, Place("f", 1), Map(), resources={"limits": {"nvidia.com/gpu": "2"}}
+        )
+        graph = Graph("g", "", Place("f", 1), "g", [component])
+        running = ChildSpec("decode-0", [], {"CUDA_VISIBLE_DEVICES": "0,2"})
+        frontend = ChildSpec("frontend-0", [])
+        async with task_group() as tasks:
+            deployment = LocalDeployment(
+                graph, LocalConfig(), [], {"frontend": [frontend], "worker": [running]}, 1, tasks,
+                lambda name, count: [ChildSpec(f"{name}-{number}", []) for number in range(count)],
+            )  # fmt: skip
+            monkeypatch.setattr(deployment._supervisor, "add", add)
+            await deployment.scale("decode", 2)
+            with pytest.raises(ConfigError, match="decode-2 needs 2 GPUs, and 0 of 4 are free"):
+                await deployment.scale("decode", 3)
+
+    asyncio.run(scenario())
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in started] == ["1,3"]
 
 
 def test_logs_are_those_of_one_component_and_go_on_with_follow(local: Process, runtime: Path) -> None:
@@ -168,6 +208,10 @@ def test_status_on_kubernetes_joins_pods_with_the_instances_of_the_frontend(
         pod["status"]["podIP"] = ip
         pod["metadata"]["labels"] = {"app.kubernetes.io/instance": "chat", "app.kubernetes.io/component": component}
     cluster.add_pod("ours", "other-frontend-1")
+    cluster.add_pod("ours", "chat-b-frontend-1")  # of another deployment, as its label says
+    cluster.objects["pods", "ours", "chat-b-frontend-1"]["metadata"]["labels"] = {
+        "app.kubernetes.io/instance": "chat-b"
+    }
     cluster.health["ours", "chat-frontend"] = {
         "status": "healthy", "models": ["m"], "planes": {"nats": True, "registered": False},
         "instances": [{
@@ -180,7 +224,7 @@ def test_status_on_kubernetes_joins_pods_with_the_instances_of_the_frontend(
     assert text.startswith("chat: healthy, models: m\n  registered is down\n  decode-ab: SLOW\n")
     (line,) = [line for line in text.splitlines() if "chat-decode-1" in line]
     assert line.split() == ["decode", "chat-decode-1", "0", "1/1", "decode-ab", "decode", "ready", "3", "1", "25", "%"]
-    assert "other-frontend" not in text
+    assert "other-frontend" not in text and "chat-b" not in text
     with pytest.raises(ConfigError, match="nor has pods in elsewhere"):
         operate.status("chat", OperateConfig(namespace="elsewhere"))
 
@@ -191,7 +235,10 @@ def test_status_without_an_answer_of_the_frontend_still_lists_the_pods(
     cluster.add_pod("ours", "graph-trtllmdecodeworker-1-x", ready="0/1")  # of Dynamo's operator, without our labels
     operate.status("graph", OperateConfig())
     text = capsys.readouterr().out
-    assert "graph: no answer, models: none" in text and "trtllmdecodeworker  graph-trtllmdecodeworker-1-x" in text
+    assert (
+        "graph: no answer, models: none\n  kubectl get --raw" in text
+        and "trtllmdecodeworker  graph-trtllmdecodeworker-1-x" in text
+    )
 
 
 def test_scale_on_kubernetes_sets_the_replicas_of_the_deployment(cluster: StandIn) -> None:

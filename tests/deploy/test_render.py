@@ -52,7 +52,7 @@ def test_everything_rendered_is_valid_in_every_version_of_kubernetes(version: st
     spec = """pvcs: [{name: cache, create: true, size: 50Gi, storageClass: fast, volumeAccessMode: ReadWriteMany}]
 envs: [{name: HF_HOME, value: /cache}]
 """ + services(
-        ", ingress: {enabled: true, host: chat, tls: {secretName: t}}, replicas: 2",
+        ", ingress: {enabled: true, host: chat, tls: {secretName: t}}, replicas: 2, resources: {requests: {cpu: '1'}}",
         ", replicas: 3, envFromSecret: s, volumeMounts: [{name: cache, mountPoint: /cache}], resources: {limits: {gpu: 1}}",
         VLLM + ", env: [{name: N, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}]}, nodeSelector: {a: b}",
     )
@@ -149,7 +149,7 @@ def test_the_port_of_a_frontend_follows_its_command(tmp_path: Path) -> None:
 
 
 def test_an_autoscaler_owns_the_number_of_frontends(tmp_path: Path) -> None:
-    objects = rendered(services(", replicas: 2"), tmp_path, max_replicas="f=4")
+    objects = rendered(services(", replicas: 2, resources: {requests: {cpu: '1'}}"), tmp_path, max_replicas="f=4")
     assert "replicas" not in one(objects, "Deployment", "g-f")["spec"]
     scaler = one(objects, "HorizontalPodAutoscaler", "g-f")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 4)
@@ -193,3 +193,26 @@ def test_the_command_prints_documents_or_writes_files(tmp_path: Path) -> None:
     assert len(files) == len(printed) and f"deployment-{NAME}-frontend.yaml" in files
     with pytest.raises(ConfigError, match="--output"):
         write(printed, str(GUIDE))
+
+
+def test_autoscalers_that_could_not_work_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="f has no request of cpu"):
+        rendered(services(), tmp_path, max_replicas="f=4")
+    with pytest.raises(ConfigError, match="w: at most 2 replicas are less than its 3"):
+        rendered(services(worker=", replicas: 3"), tmp_path, max_replicas="w=2")
+    with pytest.raises(ConfigError, match="has no component 'x'"):
+        rendered(services(), tmp_path, max_replicas="x=2")
+
+
+def test_workers_are_scaled_by_what_the_frontends_publish_of_their_role(tmp_path: Path) -> None:
+    prefill = VLLM.replace("--model, m", "--model, m, --is-prefill-worker")
+    plain = one(
+        rendered(services(command=prefill + "}"), tmp_path, max_replicas="w=5"), "HorizontalPodAutoscaler", "g-w"
+    )
+    selectors = [metric["external"]["metric"]["selector"]["matchLabels"] for metric in plain["spec"]["metrics"]]
+    assert selectors == [{"cluster": "g", "role": "prefill"}] * 2
+    scaled = one(
+        rendered(services(command=prefill + "}"), tmp_path, max_replicas="w=5", keda_prometheus="http://p"), "ScaledObject", "g-w"
+    )  # fmt: skip
+    assert all('role="prefill"' in trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"])
+    assert scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]

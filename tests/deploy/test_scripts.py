@@ -92,6 +92,24 @@ def test_a_deployment_is_applied_with_its_configmap_and_again_without_a_change(
     assert helper(f"cleanup_deployment {GUIDE}", environment).returncode == 0  # there is nothing left to delete
 
 
+def test_a_deployment_is_waited_for_until_its_new_pods_have_replaced_the_old_ones(
+    kubernetes: tuple[StandIn, dict[str, str]],
+) -> None:
+    stand_in, environment = kubernetes
+    add_pods(stand_in)
+    stand_in.add_pod(SPACE, f"{GRAPH}-test", ready="0/1")  # of `helm test`
+    name = f"{GRAPH}-trtllmdecodeworker"
+    deployment: dict[str, Any] = {
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "namespace": SPACE, "generation": 2},
+        "spec": {"replicas": 2}, "status": {"observedGeneration": 2, "updatedReplicas": 1, "availableReplicas": 2},
+    }  # fmt: skip
+    stand_in.objects["deployments", SPACE, name] = deployment
+    late = helper(f"deploy_trtllm {GUIDE}", environment | {"READY_TIMEOUT": "1"})
+    assert late.returncode == 1 and "after 1 s 3 of 3 pods are ready" in late.stderr
+    deployment["status"]["updatedReplicas"] = 2
+    assert helper(f"deploy_trtllm {GUIDE}", environment | {"READY_TIMEOUT": "1"}).returncode == 0
+
+
 def test_pods_that_do_not_become_ready_are_an_error_after_the_time_limit(
     kubernetes: tuple[StandIn, dict[str, str]],
 ) -> None:
@@ -154,6 +172,8 @@ def test_logs_and_metrics_are_those_of_the_first_pod_of_each_part(streaming: tup
     assert helper("check_prefill_logs", environment).stdout.split()[2:] == ["logs", f"{GRAPH}-trtllmprefillworker-7d4f-x", "--follow"]  # fmt: skip
     assert helper("check_all_logs", environment).stdout.count("--tail=50") == 3
     metrics = helper("get_metrics", environment).stdout
+    broken = 'set +o pipefail; kubectl() { case " $* " in *" exec "*) return 1 ;; *) command kubectl "$@" ;; esac; }; get_metrics'
+    assert helper(broken, environment).returncode == 1
     assert metrics.count("dynserve_instances 4") == 2 and "process_x" not in metrics
     del stand_in.objects["pods", SPACE, f"{GRAPH}-trtllmdecodeworker-7d4f-x"]
     done = helper("check_decode_logs", environment)

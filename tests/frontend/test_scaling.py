@@ -26,6 +26,32 @@ def test_the_objective_counts_the_last_minute() -> None:
     assert objective.missed_ratio() == 1
 
 
+def test_requests_that_end_without_a_token_have_missed_it_if_they_waited_for_longer() -> None:
+    objective = FirstTokenObjective(0.5)
+    objective.gave_up(0.4)  # its client left early: that says nothing
+    assert objective.missed_ratio() == 0
+    objective.observe(0.1)
+    objective.gave_up(30.0)
+    assert objective.missed_ratio() == 0.5
+
+
+async def test_a_request_that_times_out_in_the_queue_has_missed_the_objective() -> None:
+    options = {"ttft_slo_ms": 50, "max_queued_s": 0.2, "busy_prefill_tokens": 1}
+    engine = {"step_ms": 300, "num_blocks": 64}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine, options=options) as cluster:
+        async with cluster.client() as client:
+            body = {"model": cluster.model, "prompt": [7] * 320, "max_tokens": 50, "ignore_eos": True}
+            first = asyncio.create_task(client.post("/v1/completions", json=body))
+            await until(lambda: any(worker.executor.load().running for worker in cluster.workers))
+            answer = await client.post("/v1/completions", json=body)
+            text = (await client.get("/metrics")).text
+            first.cancel()
+            await asyncio.wait([first])
+    assert answer.status_code in (429, 503), answer.text
+    (line,) = [line for line in text.splitlines() if line.startswith("dynserve_ttft_slo_missed_ratio")]
+    assert float(line.split()[-1]) > 0
+
+
 async def test_metrics_have_occupancy_and_queues_of_each_role_and_the_share_that_missed_the_objective() -> None:
     engine = {"step_ms": 5, "num_blocks": 64, "max_batch_size": 1}
     options = {"ttft_slo_ms": 0.001}

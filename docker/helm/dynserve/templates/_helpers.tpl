@@ -57,6 +57,20 @@ labels:
 {{- if ne (has "prefill" $roles) (has "decode" $roles) }}{{ fail "prefill and decode need each other" }}{{ end -}}
 {{- if and .Values.planeTls.secret (not .Values.planeTls.enabled) }}{{ fail "planeTls.secret needs planeTls.enabled: true" }}{{ end -}}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.prometheus) }}{{ fail "autoscaling.kind keda needs autoscaling.prometheus" }}{{ end -}}
+{{- range $role := $roles -}}
+{{- $pods := index $.Values $role -}}
+{{- $most := int (dig "maxReplicas" 0 $pods) -}}
+{{- if and $most (lt $most (int (dig "replicas" 1 $pods))) }}{{ fail (printf "%s.maxReplicas %d is less than replicas" $role $most) }}{{ end -}}
+{{- range dig "args" list $pods -}}
+{{- $flag := first (splitList "=" .) -}}
+{{- if has $flag (list "--http-host" "--http-port" "--system-host" "--system-port" "--tls-certificate" "--tls-key" "--workers") -}}
+{{- fail (printf "%s.args: %s cannot be changed here, since probes and Services depend on it" $role $flag) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (gt (int (dig "maxReplicas" 0 .Values.frontend)) 0) (not (dig "resources" "requests" "cpu" "" .Values.frontend)) -}}
+{{- fail "frontend.maxReplicas needs frontend.resources.requests.cpu: it scales by that" -}}
+{{- end -}}
 {{- if .Values.namespace }}{{ fail "namespace: use helm's --namespace" }}{{ end -}}
 {{- toJson $roles -}}
 {{- end -}}
@@ -108,8 +122,8 @@ labels:
   (list "DYN_PLANE_TLS_CERTIFICATE" "/planes/tls.crt") (list "DYN_PLANE_TLS_KEY" "/planes/tls.key")
   (list "DYN_PLANE_TLS_CA" "/planes/ca.crt")) -}}
 {{- end -}}
-{{- $defaults = concat $defaults (list
-  (list "NATS_URL" (include "dynserve.natsUrl" $root)) (list "ETCD_URL" (include "dynserve.etcdUrl" $root))) -}}
+{{- if not $root.Values.nats.urlSecret }}{{ $defaults = append $defaults (list "NATS_URL" (include "dynserve.natsUrl" $root)) }}{{ end -}}
+{{- if not $root.Values.etcd.urlSecret }}{{ $defaults = append $defaults (list "ETCD_URL" (include "dynserve.etcdUrl" $root)) }}{{ end -}}
 {{- if not (hasKey $given "POD_IP") }}
 - name: POD_IP
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
@@ -130,6 +144,12 @@ labels:
   valueFrom: {secretKeyRef: {name: {{ $root.Values.hfTokenSecret }}, key: HF_TOKEN, optional: true}}
 {{- else }}
   value: {{ get (merge (deepCopy $given) (dict (first .) (index . 1))) (first .) | quote }}
+{{- end }}
+{{- end }}
+{{- range list (list "NATS_URL" $root.Values.nats.urlSecret) (list "ETCD_URL" $root.Values.etcd.urlSecret) }}
+{{- if index . 1 }}
+- name: {{ first . }}
+  valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: url}}
 {{- end }}
 {{- end }}
 {{- range $name, $value := $given }}
