@@ -230,8 +230,12 @@ class FrontendConfig(PlanesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig(PlanesConfig):
-    model_path: str = option(str(TINY_MODEL), "folder with config.json, weights and tokenizer", "DYN_MODEL_PATH")
-    served_model_name: str | None = option(None, "name that clients use; default: the folder's name", "DYN_MODEL_NAME")
+    model_path: str = option(
+        str(TINY_MODEL), "folder with config.json, weights and tokenizer, or Hugging Face id", "DYN_MODEL_PATH"
+    )
+    served_model_name: str | None = option(
+        None, "name that clients use; default: the folder's name, or the id", "DYN_MODEL_NAME"
+    )
     disaggregation_mode: DisaggregationMode = option(
         "prefill_and_decode", "prefill_and_decode, prefill or decode", "DYN_ROLE"
     )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynserve.errors import ConfigError, Unavailable
 
 # The files that a frontend needs; the first is required.
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name of Hugging Face
 NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -36,31 +32,6 @@ def check_model_folder(folder: Path) -> None:
     for name in ("config.json", NAMES[0]):
         if not (folder / name).is_file():
             raise ConfigError(f"--model-path {folder} has no {name} in it")
-
-
-def resolve_model(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the folder of a model: `name` itself, or the snapshot of a Hugging Face id in the local cache.
-
-    Raises:
-        ConfigError: there is no such folder; the message says where it was looked for. Nothing is downloaded.
-    """
-    if Path(name).is_dir():
-        return name
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    repository = cache / f"models--{name.replace('/', '--')}"
-    try:
-        revision = (repository / "refs" / "main").read_text().strip()
-    except OSError:
-        revision = ""
-    found = [repository / "snapshots" / revision] if revision else sorted(repository.glob("snapshots/*"))
-    for folder in found:
-        if (folder / "config.json").exists():
-            return str(folder)
-    raise ConfigError(
-        f"model {name!r} is neither a folder nor in the cache {cache}: download it (`hf download {name}`), set HF_HOME to "
-        "the cache that has it, or --model-path to the model's own folder"
-    )
 
 
 def digest(content: bytes) -> str:

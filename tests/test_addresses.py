@@ -25,7 +25,10 @@ def test_a_joined_address_is_parsed_to_the_same_parts(host: str, text: str) -> N
 
 
 def test_several_servers_stand_with_commas_and_may_have_users() -> None:
-    assert servers("etcd-0:1, http://u:p%40%2C@[::1]:2,", "x", 9) == [Server("etcd-0", 1), Server("::1", 2, "u", "p@,")]
+    assert servers("etcd-0:1, http://u:p%40%2C@[::1]:2,", "x", 9) == [
+        Server("etcd-0", 1),
+        Server("::1", 2, "u", "p@,", "http"),
+    ]
     for invalid in ("", " , ", "a:1,b:port"):
         with pytest.raises(ConfigError, match="NATS_URL"):
             servers(invalid, "NATS_URL", 4222)

@@ -17,6 +17,7 @@ GROUND = {
     "clock",
     "config",
     "errors",
+    "hub",
     "log_limit",
     "model_files",
     "plane_tls",

@@ -145,7 +145,7 @@ class Autoscaling(Strict):
 class Cluster(Strict):
     """The whole file."""
 
-    model: Annotated[str, Meta(min_length=1, description="folder in the pods, or Hugging Face id in the model cache")]
+    model: Annotated[str, Meta(min_length=1, description="folder in the pods, or Hugging Face id")]
     image: Text = "dynserve:cpu"
     name: Annotated[str, Meta(description="of all objects; default: the file's name, or the Helm release's")] = ""
     namespace: Annotated[str, Meta(description="of Kubernetes; Helm has --namespace instead")] = ""

@@ -22,6 +22,20 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 OWN = {"dynserve.frontend": "frontend", "dynserve.worker": "worker"}  # our own modules -> roles
 
 
+# The guide's edit of an installed file of Triton, which fails on non-ASCII paths: comment, assignment, and the whole `if`
+_TRITON_PATCH = re.compile(
+    r"^(?:[ \t]*#[^\n]*\n)?[ \t]*\w+=[^\n]*triton/backends/nvidia/driver\.py[^\n]*\n"
+    r"[ \t]*if [^\n]*\n(?:[^\n]*\n)*?[ \t]*fi[ \t]*\n",
+    re.MULTILINE,
+)
+
+
+def without_triton_patch(script: str) -> str:
+    """Returns a shell script without the deployment guide's patch of Triton. Workers of dynserve need none: Triton does not
+    run the code that it changes (`executors/trtllm/environment.py`)."""
+    return _TRITON_PATCH.sub("", script)
+
+
 class Command(NamedTuple):
     """One call of a module of Dynamo, `python3 -m dynamo.MODULE ARGUMENTS`, or of dynserve's own, whose name is whole."""
 

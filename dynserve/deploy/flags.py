@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from dynserve.config import nearest
 from dynserve.deploy.commands import OWN
 from dynserve.errors import ConfigError
-from dynserve.model_files import resolve_model
 
 
 class Rule(NamedTuple):
@@ -232,7 +231,7 @@ def _worker(
     if model is not None:
         found.setdefault("--served-model-name", model)
         if here:
-            found["--model-path"] = environ.get("DYN_MODEL_PATH") or resolve_model(model, environ)
+            found["--model-path"] = environ.get("DYN_MODEL_PATH") or model
     if options:
         given = json.loads(found.get("--override-engine-args", "{}"))
         found["--override-engine-args"] = json.dumps(options | given)

@@ -32,17 +32,19 @@ from dynserve.deploy.plan import (
     Role,
     default_mode,
     given_planes,
+    hub_models,
     load_folder,
     roles_of,
     specs,
 )
 from dynserve.deploy.reader import read_deployment
 from dynserve.errors import ConfigError
+from dynserve.hub import model_folder
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
 from dynserve.process import StopSignal, run_process
 from dynserve.server.serving import bind
-from dynserve.tasks import OwnedTasks, task_group
+from dynserve.tasks import OwnedTasks, detached, task_group
 
 POLL = 0.1  # seconds
 REPORT_EVERY = 2.0  # seconds between progress lines
@@ -84,6 +86,8 @@ async def run(path: str, config: LocalConfig, stop: StopSignal) -> None:
     load_folder(graph, Path(config.config_maps or Path(path).parent), Path(path))
     overrides = Overrides(config.model_path, config.executor, scale_of(config.scale))
     roles = roles_of(graph, overrides, notes)
+    for model, weights in hub_models(graph, roles, overrides).items():  # once, before the workers need it
+        await detached(partial(model_folder, weights=weights), model)
     with tempfile.TemporaryDirectory(prefix="dynserve-") as folder:
         servers, planes = _servers(graph, config, Path(folder), notes)
         port = free_port(config.http_port)

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from dynserve.addresses import servers
 from dynserve.child import ChildSpec
-from dynserve.deploy.commands import Command, find_command
+from dynserve.deploy.commands import Command, find_command, without_triton_patch
 from dynserve.deploy.documents import Map, Notes, Place
 from dynserve.deploy.entry import PATH, adopt
 from dynserve.deploy.flags import Translation, translate
 from dynserve.deploy.graph import Component, Graph, merged_env
 from dynserve.errors import ConfigError
+from dynserve.hub import is_id
 
 MAX_FOLDER_FILE = 1 << 20  # bytes; a ConfigMap of Kubernetes has no more
 GRACE = 60.0  # seconds, where the pod has no terminationGracePeriodSeconds: the operator's default
@@ -73,6 +74,7 @@ def roles_of(graph: Graph, overrides: Overrides, notes: Notes, *, here: bool = T
 
 
 def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes, *, here: bool) -> Role | None:
+    _remove_triton_patch(component, notes)
     words = _command_words(component)
     if component.type == "planner" or any("dynamo.planner" in word for word in words):
         notes.warn(component.place, f"{component.name} does not run: dynserve has no planner")
@@ -98,6 +100,16 @@ def _role(graph: Graph, component: Component, overrides: Overrides, notes: Notes
         _report_unused(component, notes)
     replicas = overrides.scale.get(component.key, component.replicas)
     return Role(component, command, translation, replicas)
+
+
+def _remove_triton_patch(component: Component, notes: Notes) -> None:
+    for key in ("command", "args"):
+        given = component.main.get(key) or []
+        words = [without_triton_patch(word) if isinstance(word, str) else word for word in given]
+        if words != given:
+            what = "its patch of Triton is left out: dynserve does not need it"
+            notes.warn(Place(component.place.path, component.main.line_of(key)), f"{component.name}: {what}")
+            component.main[key] = words
 
 
 def _command_words(component: Component) -> list[str]:
@@ -222,6 +234,19 @@ def _field(graph: Graph, component: Component, path: str, pod: str, place: Place
     if kind in labels:
         return labels[kind].get(key, "")
     raise ConfigError(f"{place}: {component.name}: there is no field {path!r} here")
+
+
+def hub_models(graph: Graph, roles: Sequence[Role], overrides: Overrides) -> dict[str, bool]:
+    """Returns the models that workers name by their Hugging Face ids, and whether they need the weights."""
+    found: dict[str, bool] = {}
+    for role in roles:
+        if not role.is_frontend and role.replicas:
+            env = _plain_env(graph, role.component)
+            model = overrides.model_path or env.get("DYN_MODEL_PATH") or role.translation.value("--model-path") or ""
+            executor = overrides.executor or env.get("DYN_EXECUTOR") or role.translation.value("--executor")
+            if is_id(model):
+                found[model] = found.get(model, False) or executor != "simulated"
+    return found
 
 
 # files

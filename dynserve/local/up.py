@@ -26,6 +26,7 @@ from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.keys import check_keys
+from dynserve.hub import with_model_folder
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
 from dynserve.model_files import check_model_folder
@@ -48,6 +49,7 @@ class LaunchPlan(NamedTuple):
 
 
 async def run(config: UpConfig, stop: StopSignal) -> None:
+    config = await with_model_folder(config)
     check(config)
     with tempfile.TemporaryDirectory(prefix="dynserve-") as folder:
         plan = make_plan(config, Path(folder))

@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from dynserve.config import WorkerConfig
 from dynserve.executors.base import executor_module, open_executor
-from dynserve.model_files import HUB_ID, check_model_folder, resolve_model
+from dynserve.hub import is_id, with_model_folder
+from dynserve.model_files import check_model_folder
 from dynserve.plane_tls import plane_tls
 from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.serving import Tls, bind, serving, url_of
@@ -24,8 +24,8 @@ log = logging.getLogger("dynserve.worker")
 
 
 async def run(config: WorkerConfig, stop: StopSignal) -> None:
-    config = with_model_folder(config)
-    check_model_folder(Path(config.model_path))
+    if not is_id(config.model_path):
+        check_model_folder(Path(config.model_path))
     instance_id = new_instance_id(config.role)
     workers: list[Worker] = []
     async with AsyncExitStack() as stack:
@@ -39,6 +39,8 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
             files_url = url_of(files_sock, "https", config.advertise_host)
             certificates = Tls(tls.certificate, tls.key, client_ca=tls.ca)
             await stack.enter_async_context(serving(files_app(lambda: workers), files_sock, tls=certificates))
+        config = await with_model_folder(config)  # while /live answers already
+        check_model_folder(Path(config.model_path))
         # torch takes a second to import, which overlaps with the wait for the planes
         importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
         planes = await stack.enter_async_context(open_planes(config, instance_id))
@@ -50,18 +52,6 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s stops: it accepts no new requests and finishes the open ones", instance_id)
-
-
-def with_model_folder(config: WorkerConfig) -> WorkerConfig:
-    """Replaces a Hugging Face id by its folder in the local cache; clients then use the id as the model's name.
-
-    Raises:
-        ConfigError: the id is not in the cache.
-    """
-    if Path(config.model_path).exists() or not HUB_ID.fullmatch(config.model_path):
-        return config
-    name = config.served_model_name or config.model_path
-    return replace(config, model_path=resolve_model(config.model_path), served_model_name=name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

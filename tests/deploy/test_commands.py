@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynserve.deploy.commands import Command, find_command
+from dynserve.deploy.commands import Command, find_command, without_triton_patch
 from dynserve.errors import ConfigError
 
 WORKER = Command("trtllm", ["--model-path", "m", "--disaggregation-mode", "prefill"])
@@ -69,3 +69,24 @@ def test_two_different_modules_in_one_command_are_refused() -> None:
 def test_an_open_quote_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no closing quotation"):
         shell("python3 -m dynamo.vllm --model 'm")
+
+
+PATCH = """set -x
+# Patch Triton Unicode bug
+TRITON_DRIVER="/opt/venv/lib/python3.12/site-packages/triton/backends/nvidia/driver.py"
+if [ -f "$TRITON_DRIVER" ]; then
+  sed -i 's/a/b/g' "$TRITON_DRIVER"
+fi
+
+# Start prefill worker
+exec python3 -m dynamo.trtllm --model-path m
+"""
+
+
+def test_the_guides_patch_of_triton_is_left_out_and_nothing_else() -> None:
+    assert (
+        without_triton_patch(PATCH)
+        == "set -x\n\n# Start prefill worker\nexec python3 -m dynamo.trtllm --model-path m\n"
+    )
+    for other in ("X=1\nif [ -f $X ]; then\n  echo x\nfi\nexec y\n", PATCH.replace("fi\n", "done\n")):
+        assert without_triton_patch(other) == other

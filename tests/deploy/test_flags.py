@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -99,16 +98,8 @@ def test_values_that_change_nothing_are_accepted_for_refused_flags() -> None:
         assert "--data-parallel-size" not in translate(module, arguments, MODEL).arguments
 
 
-def test_a_hub_id_is_found_in_the_local_cache_and_stays_the_served_name(tmp_path: Path) -> None:
-    snapshot = tmp_path / "hub" / "models--Org--Name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").touch()
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc\n")
-    for env in ({"HF_HOME": str(tmp_path)}, {"HF_HUB_CACHE": str(tmp_path / "hub")}):
-        found = translate("trtllm", ["--model-path", "Org/Name"], env)
-        assert (found.value("--model-path"), found.value("--served-model-name")) == (str(snapshot), "Org/Name")
-    (snapshot.parents[1] / "refs" / "main").unlink()  # as in a cache that was copied without its references
-    assert translate("trtllm", ["--model-path", "Org/Name"], env).value("--model-path") == str(snapshot)
-    with pytest.raises(ConfigError, match="'Org/Other' is neither a folder nor in the cache .*hf download Org/Other"):
-        translate("trtllm", ["--model-path", "Org/Other"], env)
+def test_a_hub_id_stays_the_served_name_whichever_folder_holds_the_model() -> None:
+    found = translate("trtllm", ["--model-path", "Org/Name"], {})
+    assert (found.value("--model-path"), found.value("--served-model-name")) == ("Org/Name", "Org/Name")
+    found = translate("trtllm", ["--model-path", "Org/Name"], {"DYN_MODEL_PATH": "/models/name"})
+    assert (found.value("--model-path"), found.value("--served-model-name")) == ("/models/name", "Org/Name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,14 +99,15 @@ def test_a_cluster_file_is_served_with_its_engine_options(tmp_path: Path) -> Non
 def test_errors_are_sentences_with_exit_code_2(tmp_path: Path) -> None:
     def run(*words: str) -> str:
         command = [sys.executable, "-m", "dynserve", "deploy", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         return done.stderr
 
     assert "unknown command deploy 'loca' (did you mean local?)" in run("loca")
     assert "needs a FILE" in run("local")
     assert "No such file" in run("local", str(tmp_path / "x.yaml"))
-    assert f"model '{MODEL}' is neither a folder nor in the cache" in run("local", str(GUIDE))
+    assert f"--model-path {MODEL}: the cache does not have it, and HF_HUB_OFFLINE" in run("local", str(GUIDE))
     assert "--scale" in run("local", str(GUIDE), "--scale", "decode")
 
 

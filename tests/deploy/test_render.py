@@ -73,6 +73,7 @@ def test_the_guides_objects_have_the_names_that_its_commands_use(tmp_path: Path)
     service = one(objects, "Service", f"{NAME}-frontend")["spec"]
     assert service["ports"] == [{"name": "http", "port": 8000, "targetPort": 8000}]
     worker = container(objects, f"{NAME}-trtllmprefillworker")
+    assert "TRITON" not in worker["args"][0]
     assert worker["command"] == ["/bin/bash", "-c"] and "exec python3 -m dynamo.trtllm" in worker["args"][0]
     assert worker["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     config = one(objects, "ConfigMap", "trtllm-config")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,9 @@ import pytest
 from dynserve.deploy.documents import Notes
 from dynserve.deploy.render_command import RenderConfig, manifests
 from dynserve.local.embedded import free_ports
+from tests.conftest import wait_for_port
 from tests.deploy.test_docker import DOCKER
+from tests.deploy.test_guide import FORWARD
 from tests.deploy.test_reader import GUIDE
 from tests.images.podman import Podman, missing
 
@@ -196,6 +199,22 @@ def test_the_guides_pods_answer_through_prefill_and_decode(cluster: Cluster, pod
         state = podman.run("exec", f"{pod}-main", "sh", "-c", "id -u; touch /x 2>&1; grep CapEff /proc/self/status")
         user, error, capabilities = state.splitlines()
         assert user == "1000" and "Read-only file system" in error and int(capabilities.split()[1], 16) == 0
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_the_smoke_test_of_the_scripts_passes_on_the_pods(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "forward.py").write_text(FORWARD.replace('"127.0.0.1", int(sys.argv[2])', "sys.argv[2], 8000"))
+    (port,) = free_ports(1)
+    forward = [sys.executable, tmp_path / "forward.py", str(port), httpx.URL(cluster.base).host]
+    environment = os.environ | {"LOCAL_PORT": str(port), "MODEL_ID": MODEL}
+    with subprocess.Popen(forward) as forwarding:
+        try:
+            wait_for_port(port)
+            command = ["bash", DOCKER / "scripts" / "benchmark-trtllm.sh", "smoke"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+        finally:
+            forwarding.terminate()
+    assert done.returncode == 0 and "smoke test passed" in done.stdout, done.stderr
 
 
 def test_each_worker_is_replaced_under_load_without_a_failed_request(cluster: Cluster, podman: Podman) -> None:

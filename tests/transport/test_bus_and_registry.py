@@ -267,12 +267,17 @@ async def test_a_registry_logs_in_with_user_and_password(tmp_path: Path) -> None
         etcd.kill()
 
 
-async def test_a_bus_logs_in_with_user_and_password(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "login"), [(["--user", "u", "--pass", "s3cret"], "u:s3cret"), (["--auth", "t0ken"], "t0ken")]
+)
+async def test_a_bus_logs_in_with_user_and_password_or_with_a_token(
+    tmp_path: Path, flags: list[str], login: str
+) -> None:
     nats = Server("nats", tmp_path)
-    nats._command += ["--user", "u", "--pass", "s3cret"]
+    nats._command += flags
     nats.start()
     try:
-        async with open_nats(nats.url.replace("//", "//u:s3cret@"), "test") as bus:
+        async with open_nats(nats.url.replace("//", f"//{login}@"), "test") as bus:
             assert bus.connected
     finally:
         nats.kill()
