@@ -179,7 +179,12 @@ def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_worker_serves_a_model_under_its_id(deploy: object, hub: Hub, tmp_path: Path) -> None:
     deployment: Deployment = deploy()  # type: ignore[operator]
-    deployment.env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    deployment.env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     deployment.frontend()
     deployment.worker("prefill_and_decode", "--model-path", "org/model@v1", "--executor", "simulated")
     deployment.wait_for(1)
