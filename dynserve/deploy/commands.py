@@ -25,7 +25,7 @@ OWN = {"dynserve.frontend": "frontend", "dynserve.worker": "worker"}  # our own 
 # The guide's edit of an installed file of Triton, which fails on non-ASCII paths: comment, assignment, and the whole `if`
 _TRITON_PATCH = re.compile(
     r"^(?:[ \t]*#[^\n]*\n)?[ \t]*\w+=[^\n]*triton/backends/nvidia/driver\.py[^\n]*\n"
-    r"[ \t]*if [^\n]*\n(?:[^\n]*\n)*?[ \t]*fi[ \t]*\n",
+    r"[ \t]*if [^\n]*\n(?:[^\n]*\n)*?[ \t]*fi[ \t]*\n(?:[ \t]*\n)*",
     re.MULTILINE,
 )
 

@@ -85,8 +85,7 @@ exec python3 -m dynamo.trtllm --model-path m
 
 def test_the_guides_patch_of_triton_is_left_out_and_nothing_else() -> None:
     assert (
-        without_triton_patch(PATCH)
-        == "set -x\n\n# Start prefill worker\nexec python3 -m dynamo.trtllm --model-path m\n"
+        without_triton_patch(PATCH) == "set -x\n# Start prefill worker\nexec python3 -m dynamo.trtllm --model-path m\n"
     )
     for other in ("X=1\nif [ -f $X ]; then\n  echo x\nfi\nexec y\n", PATCH.replace("fi\n", "done\n")):
         assert without_triton_patch(other) == other

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
+from dynserve.deploy.render_command import as_yaml
 
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("buildah", "podman", "mmdebstrap", "iptables")
@@ -141,7 +141,7 @@ class Podman:
     def play(self, objects: list[dict[str, Any]]) -> None:
         """Starts pods, as `kubectl apply` would."""
         path = self._folder / "play.yaml"
-        path.write_text("---\n".join(yaml.safe_dump(one) for one in objects))
+        path.write_text("---\n".join(as_yaml(one) for one in objects))
         self.run("kube", "play", "--network", NETWORK, path)
 
     def address(self, pod: str) -> str:
