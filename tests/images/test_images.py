@@ -173,7 +173,8 @@ class Cluster:
 
     def stop(self, pod: str, grace: int = 60) -> int:
         """Stops a pod as Kubernetes does, removes it, and returns the exit code of its main container."""
-        self._podman.run("pod", "stop", "--time", str(grace), pod, timeout=grace + 30)
+        # `pod stop` would take the network away while the worker finishes its answers; Kubernetes does that afterwards
+        self._podman.run("stop", "--time", str(grace), f"{pod}-main", timeout=grace + 30)
         code = json.loads(self._podman.run("inspect", f"{pod}-main"))[0]["State"]["ExitCode"]
         self._podman.run("pod", "rm", "--force", pod)
         return int(code)
