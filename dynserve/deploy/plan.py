@@ -274,7 +274,7 @@ def load_folder(graph: Graph, folder: Path, own: Path) -> None:
             }
             if not found:
                 raise ConfigError(
-                    f"{place}: ConfigMap {name!r} is not in the file, and {folder} has no files for it; use --from"
+                    f"{place}: ConfigMap {name!r} is not in the file, and {folder} has no files for it; use --config-maps"
                 )
             graph.config_maps[name] = found
 
