@@ -89,12 +89,18 @@ def load_ca(context: ssl.SSLContext, ca: str) -> None:
         context.load_verify_locations(ca)
 
 
-def load_pair(context: ssl.SSLContext, certificate: str, key: str) -> None:
-    def no_password() -> str:
-        raise ConfigError(f"--plane-tls-key {key} is encrypted; use a key without a password")
+def load_pair(context: ssl.SSLContext, certificate: str, key: str, flags: str = "--plane-tls") -> None:
+    """Loads a certificate and its key, which the options `flags`-certificate and `flags`-key name.
 
-    for flag, path in (("--plane-tls-certificate", certificate), ("--plane-tls-key", key)):
+    Raises:
+        ConfigError: a file is missing, not PEM, or needs a password, or they are not a pair.
+    """
+
+    def no_password() -> str:
+        raise ConfigError(f"{flags}-key {key} is encrypted; use a key without a password")
+
+    for flag, path in ((f"{flags}-certificate", certificate), (f"{flags}-key", key)):
         with translate({OSError: ConfigError}, f"{flag} {path}"):
             Path(path).read_bytes()
-    with translate({OSError: ConfigError}, f"--plane-tls-certificate {certificate} and --plane-tls-key {key}"):
+    with translate({OSError: ConfigError}, f"{flags}-certificate {certificate} and {flags}-key {key} are not a pair"):
         context.load_cert_chain(certificate, key, no_password)

@@ -7,13 +7,13 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import uvicorn
 
 from dynserve.addresses import advertised, join_host_port
 from dynserve.errors import ConfigError, translate
+from dynserve.plane_tls import load_pair
 from dynserve.server.heads import HttpLimits, allowed_hosts
 from dynserve.server.protocol import BoundedProtocol
 from dynserve.tls_listener import tls_listener
@@ -73,17 +73,7 @@ def tls_of(certificate: str | None, key: str | None) -> Tls | None:
 
 def check_tls(tls: Tls) -> None:
     """Raises ConfigError for files that are missing, not PEM, not a pair, or need a password."""
-
-    def no_password() -> str:
-        raise ConfigError(f"--tls-key {tls.key} is encrypted; use a key without a password")
-
-    for flag, path in (("--tls-certificate", tls.certificate), ("--tls-key", tls.key)):
-        with translate({OSError: ConfigError}, f"{flag} {path}"):
-            Path(path).read_bytes()
-    with translate(
-        {OSError: ConfigError}, f"--tls-certificate {tls.certificate} and --tls-key {tls.key} are not a pair"
-    ):
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, no_password)
+    load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), tls.certificate, tls.key, "--tls")
 
 
 def _listening_with_tls(server: _Server, sock: socket.socket) -> AbstractAsyncContextManager[None]:
