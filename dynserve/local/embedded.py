@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import sys
 from pathlib import Path
 
 from dynserve.errors import ConfigError
+
+_FIRST_PORT = 10240
+_MAX_TRIES = 500
+_RANDOM = random.SystemRandom()  # two processes that start at once must not draw the same ports
 
 
 def etcd_command(data: Path, port: int, peer_port: int) -> list[str]:
@@ -29,13 +35,28 @@ def nats_command(port: int) -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns different ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Returns different ports that were free a moment ago, outside the range that outgoing connections get theirs from.
+
+    A port of that range may be the local end of somebody's connection before its server listens.
+    """
+    found: list[int] = []
+    for port in _RANDOM.sample(range(_FIRST_PORT, _first_ephemeral_port()), _MAX_TRIES):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise ConfigError(
+        f"of {_MAX_TRIES} ports between {_FIRST_PORT} and {_first_ephemeral_port()} only {found} are free"
+    )
+
+
+def _first_ephemeral_port() -> int:
     try:
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:  # not Linux
+        first = 49152  # IANA's
+    return first if first >= _FIRST_PORT + _MAX_TRIES else 49152
 
 
 def _etcd_binary() -> str:

