@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "render": {"wire", "dialects", "text"},
     "routing": {"wire"},
     "transport": {"wire"},
-    "executors": {"wire", "text"},
+    "executors": {"wire", "text", "dialects"},
     "server": set(),
     "frontend": {"wire", "text", "api", "render", "routing", "transport", "server"},
     "worker": {"wire", "dialects", "text", "render", "transport", "executors", "server"},

@@ -41,7 +41,10 @@ class Cluster:
 
     def _worker(self, role: str, **cache: Any) -> Process:
         flags = ("--executor", "trtllm", "--extra-engine-args", str(GUIDE / f"trtllm-{role}-config.yaml"))
-        engine = {"kv_cache_config": {"max_tokens": BLOCKS * 32} | cache}
+        engine = {
+            "kv_cache_config": {"max_tokens": BLOCKS * 32} | cache,
+            "cache_transceiver_config": {"kv_transfer_timeout_ms": 4000},  # hand-offs that nobody fetches hold blocks so long
+        }
         return self.deployment.worker(role, *flags, "--engine-stall-s", str(STALL), engine=engine)
 
     def address(self, process: Process) -> str:

@@ -18,7 +18,8 @@ from dynserve.errors import ConfigError, DynserveError
 from dynserve.executors.engine_args import engine_args
 from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
-from dynserve.executors.trtllm.options import Options, llm_arguments, read_options, resolved_backend
+from dynserve.executors.trtllm.arguments import llm_arguments, resolved_backend
+from dynserve.executors.trtllm.options import WITHOUT_EFFECT, Options, read_options
 from dynserve.model_files import check_model_folder, read_model_files
 from dynserve.plane_tls import plane_tls, server_tls
 
@@ -171,6 +172,8 @@ def _names(given: Options) -> Iterator[Finding]:
     a failure only below the top level."""
     for name, value in given.values.items():
         nested = ARGS.get(name)
+        if name in WITHOUT_EFFECT:
+            continue
         if name not in ARGS:
             hint = nearest(name, ARGS) or "; the worker checks it with the installed package"
             yield Finding(

@@ -17,7 +17,7 @@ from dynserve.doctor.cluster import backend_of
 from dynserve.doctor.finding import DoctorConfig, Finding, FindingState
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm import environment as env
-from dynserve.executors.trtllm.options import resolved_backend
+from dynserve.executors.trtllm.arguments import resolved_backend
 
 TESTED = (PIN, "1.2.1")
 NVIDIA_SMI = "nvidia-smi"

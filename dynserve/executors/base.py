@@ -63,6 +63,7 @@ class ExecutorLimits(NamedTuple):
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # properties that the other side of a hand-off must share
     single_use_handoffs: bool = False  # once a worker may have begun to fetch a hand-off, no second worker can use it
+    no_grammars: str = ""  # why answers cannot follow a grammar, where an option can change that
 
 
 def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_tokens: int | None) -> None:
@@ -86,7 +87,8 @@ def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_toke
             "than the model"
         )
     if request.grammar is not None and not limits.grammars:
-        raise BadRequest("this model's workers do not support grammars", param="response_format")
+        because = f": {limits.no_grammars}" if limits.no_grammars else ""
+        raise BadRequest(f"this model's workers do not support grammars{because}", param="response_format")
     if request.pooling is not None and not limits.embedding_size:
         raise BadRequest("this model's workers make no embeddings", param="model")
 

@@ -1,7 +1,6 @@
 """The names of TensorRT-LLM's arguments at the pinned version, for machines where it is missing and for other executors.
 
-A TensorRT-LLM worker uses the installed package's own models instead (`options.schema_of`). The pinned version has some
-more top-level fields, for kernels and loaders, than are listed here.
+A TensorRT-LLM worker uses the installed package's own models instead (`options.schema_of`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ KV_CACHE: Schema = _fields("""
     disk_prefetch_num_reqs secondary_offload_min_priority cross_kv_cache_fraction event_buffer_max_size
     attention_dp_events_gather_period_ms kv_events_config kv_cache_event_hash_algo dtype use_uvm iteration_stats_interval
     use_kv_cache_manager_v2 block_reuse_config mamba_ssm_cache_dtype mamba_ssm_stochastic_rounding mamba_ssm_philox_rounds
-    mamba_state_cache_interval mamba_state_config enable_swa_scratch_reuse max_util_for_resume enable_kv_pool_rebalance
+    mamba_state_config enable_swa_scratch_reuse max_util_for_resume enable_kv_pool_rebalance
     pool_ratio avg_seq_len fp8_context_mla_kv_len_cap
 """)
 TRANSCEIVER: Schema = _fields("""
@@ -35,7 +34,7 @@ ARGS: Schema = {
     pipeline_parallel_size context_parallel_size moe_tensor_parallel_size moe_expert_parallel_size moe_cluster_parallel_size
     enable_attention_dp enable_lm_head_tp_in_adp pp_partition cp_config gpus_per_node max_batch_size max_num_tokens
     max_input_len max_beam_width max_seq_len encoder_cuda_graph_config enable_chunked_prefill disable_overlap_scheduler
-    guided_decoding_backend attn_backend moe_config speculative_config enable_lora lora_config load_format model_kwargs
+    guided_decoding_backend attn_backend moe_config speculative_config enable_lora load_format model_kwargs
     custom_tokenizer batched_logits_processor gather_generation_logits enable_iter_perf_stats enable_iter_req_stats
     print_iter_log max_stats_len iter_stats_max_iterations request_stats_max_iterations return_perf_metrics
     perf_metrics_max_requests perf_metrics_output_dir prometheus_metrics_config stream_interval num_postprocess_workers
@@ -44,11 +43,25 @@ ARGS: Schema = {
     prefill_cuda_graph_backend allreduce_strategy sampler_force_async_worker enable_in_graph_sampling
     enable_low_latency_host_dispatch enable_tokenization_cache enable_early_first_token_response kv_connector_config
     orchestrator_type env_overrides telemetry_config generation_config sleep_config checkpoint_format checkpoint_io_policy
-    mm_encoder_only disable_mm_encoder encode_only num_serve_frontends otlp_traces_endpoint
+    mm_encoder_only disable_mm_encoder encode_only num_serve_frontends otlp_traces_endpoint checkpoint_loader dwdp_config
+    enable_encoder_decoder_mixed_cuda_graph enable_energy_metrics enable_layerwise_nvtx_marker enable_min_latency
+    enable_mla_skip_correction enable_resource_governor enable_return_routed_experts enable_speculative_beam_history_d2h
+    encoder_max_batch_size encoder_max_num_tokens force_dynamic_quantization gms_config kv_cache_compression_config
+    layer_wise_benchmarks_config mla_skip_correction_threshold multimodal_config mx_config nvfp4_gemm_config
+    peft_cache_config prefill_capture_num_tokens ray_placement_config ray_worker_extension_cls ray_worker_nsight_options
+    reorder_policy_config sparse_attention_config use_cute_dsl_bf16_bmm use_cute_dsl_bf16_gemm
+    use_cute_dsl_blockscaling_bmm use_cute_dsl_blockscaling_mm use_fine_grained_sync
     """),
     "kv_cache_config": KV_CACHE,
     "cache_transceiver_config": TRANSCEIVER,
-    "cuda_graph_config": _fields("batch_sizes max_batch_size enable_padding mode"),
+    # the last four for encoders only
+    "cuda_graph_config": _fields("""
+        batch_sizes max_batch_size enable_padding mode num_tokens max_num_token seq_lens max_seq_len
+    """),
+    "lora_config": _fields("""
+        lora_dir lora_ckpt_source lora_target_modules trtllm_modules_to_hf_modules max_lora_rank max_loras max_cpu_loras
+        swap_gate_up_proj_lora_b_weight cuda_graph_specialize_lora overlap_lora_and_base
+    """),
     "scheduler_config": _fields("""
         capacity_scheduler_policy context_chunking_policy dynamic_batch_config waiting_queue_policy use_python_scheduler
         enable_prefix_aware_scheduling
@@ -60,4 +73,5 @@ ARGS: Schema = {
         kv_cache_routing_new_conv_placement
     """),
 }
-OLD = frozenset(["backend", "build_config", "pytorch_backend_config"])  # accepted, and translated by `spellings`
+# accepted, and translated or dropped by `spellings`
+OLD = frozenset(["backend", "build_config", "pytorch_backend_config", "sampler_type"])

@@ -42,6 +42,8 @@ INLINE_PREPARED = 16 << 10  # bytes; of a larger body the prompts are made in a 
 BYTES_PER_TOKEN = 8  # of a body, charged for each token of its text before that is counted
 UNBOUNDED_ANSWER = 4096  # tokens, at most, that are charged for an answer without a bound of its length
 MAX_SESSION = 256  # characters
+# W3C trace context, with the length up to which each header is passed on, in characters
+TRACE_HEADERS = (("traceparent", 128), ("tracestate", 512))
 MAX_PRIORITY = 1_000
 MAX_NAMED = 8  # unknown fields that a header names
 
@@ -196,6 +198,9 @@ def routing_hints(headers: Mapping[str, str], call: ChargedCall, request: ApiReq
         priority=call.priority(priority),
         session=_of_owner(call.cache_owner, session) if session else "",
         instances=tuple(name for part in instances.split(",") if (name := part.strip())),
+        trace_headers={
+            name: value for name, limit in TRACE_HEADERS if 0 < len(value := headers.get(name, "")) <= limit
+        },
         explain=headers.get("x-dynserve-explain", "") in ("1", "true"),
     )
 

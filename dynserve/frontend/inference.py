@@ -8,13 +8,14 @@ from dynserve.wire.requests import Generation
 
 
 class RoutingHints(msgspec.Struct, frozen=True, kw_only=True):
-    """The owner of a request, and the hints for its placement."""
+    """The owner of a request, the hints for its placement, and the trace that it belongs to."""
 
     owner: str = ""  # name of the API key: only it can read the request's record
     cache_owner: str = ""  # requests of one owner reuse each other's cached prompts
     cache_salt: str = ""  # the owner and the client's own salt
     priority: int = 0  # higher ones are admitted first
     session: str = ""
+    trace_headers: dict[str, str] = {}  # of W3C trace context
     instances: tuple[str, ...] = ()
     explain: bool = False
 

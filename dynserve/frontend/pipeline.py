@@ -236,6 +236,8 @@ class Run:
             cache_salt=request.hints.cache_salt,
             adapter=self._adapter,
             priority=request.hints.priority,
+            session=request.hints.session,
+            trace_headers=request.hints.trace_headers,
             prior=phase.prior,
             handoff=phase.handoff,
         )

@@ -199,6 +199,8 @@ class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True,
     cache_salt: str = ""
     adapter: str = ""  # name of a LoRA adapter; empty: the model itself
     priority: int = 0  # higher goes first, where the engine has a priority queue
+    session: str = ""  # requests of one session share their prefix, and may share a rank of the engine
+    trace_headers: dict[str, str] = {}  # of W3C trace context, for the engine's own spans
     prior: PriorOutput | None = None
     handoff: Handoff | None = None
 

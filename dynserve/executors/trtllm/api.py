@@ -25,6 +25,7 @@ class Api(NamedTuple):
     disaggregated: Any
     scheduling: Any
     lora: Any
+    conversation: Any  # None on versions that know no conversations
     logprob: Any
     request_error: type[Exception]
     engine_dead: type[Exception] | None  # None on 1.2, where a dead engine only stops answering
@@ -62,6 +63,7 @@ def import_api() -> Api:
         disaggregated=package.DisaggregatedParams,
         scheduling=scheduling.SchedulingParams,
         lora=request.LoRARequest,
+        conversation=getattr(api, "ConversationParams", None),
         logprob=result.Logprob,
         request_error=utils.RequestError,
         engine_dead=getattr(utils, "EngineDeadError", None),

@@ -16,13 +16,15 @@ from dynserve.errors import DynserveError, EngineDied, InternalError
 from dynserve.executors.base import Executor
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.api import Api
-from dynserve.executors.trtllm.kv_events import KvStreams
+from dynserve.executors.trtllm.arguments import WITHOUT_EVENTS
+from dynserve.executors.trtllm.kv_events import PROBE_SALT, KvStreams
 from dynserve.executors.trtllm.pump import Pump
 from dynserve.executors.trtllm.stats import Stats
 from dynserve.executors.trtllm.watch import Watch
 from dynserve.model_files import model_config
 from dynserve.tasks import OwnedTasks, detached
 from dynserve.wire.events import KvEvent
+from dynserve.wire.requests import pack_tokens
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,8 @@ START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
 CAPACITY_TIMEOUT = 30.0  # seconds
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
-CANARY_SALT = "dynserve-canary"
 MIN_GLOBAL_ID = 1 << 40  # smaller ids are the engine's own
+LOOP_CRASHED = "Event loop terminated with error"  # in a `RequestError`: the process lives, but computes nothing more
 
 
 class RankExecutor(Executor, Protocol):
@@ -47,31 +49,49 @@ class RankExecutor(Executor, Protocol):
 
 
 class TrtllmEngine:
-    """The engine that the executors of all ranks share. Call `start` before the first request, `close` after the last."""
+    """The engine that the executors of all ranks share. Call `start` before the first request, `close` after the last.
+
+    The worker process of the engine changes some of its options; `llm.args` keeps what was passed. So `block_size` and
+    the capacity are asked of the engine, or read from its statistics, before they are published.
+    """
 
     def __init__(
-        self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, pairing: Mapping[str, str],
-        capacity: Mapping[str, int], tasks: OwnedTasks,
+        self, llm: Any, api: Api, config: WorkerConfig, instance_id: str, backend: str, capacity: Mapping[str, int],
+        tasks: OwnedTasks,
     ) -> None:  # fmt: skip
-        self.llm, self.api, self.pairing, self.tasks = llm, api, pairing, tasks
+        self.llm, self.api, self.tasks = llm, api, tasks
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ids = global_ids(instance_id)
+        self._config, self._backend = config, backend
         args = llm.args
         transceiver = args.cache_transceiver_config
         self.disaggregates = transceiver is not None and transceiver.backend is not None
         self.block_size: int = capacity.get("tokensPerBlock") or args.kv_cache_config.tokens_per_block
+        self.knows_block_size = "tokensPerBlock" in capacity  # else it is what the options say
         # 0 until a row of statistics contains it, on versions without `get_kv_cache_capacity`
         self.total_blocks: int = capacity.get("maxNumBlocks") or 0
+        self._total_tokens: int = capacity.get("maxNumTokens") or 0
+        self.pairing: Mapping[str, str] = self._pairing()  # empty without a transceiver
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
-        self.has_kv_events: bool = config.kv_events and args.kv_cache_config.event_buffer_max_size > 0
-        self._streams = KvStreams(self.block_size, self.ranks) if self.has_kv_events else None
+        self.has_kv_events = config.kv_events and _emits_kv_events(args)
+        self.streams = KvStreams(self.block_size, self.ranks) if self.has_kv_events else None
         self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die, tasks)
-        self._pump = Pump(llm, self._streams, self._on_stats)
+        self._pump = Pump(llm, self.streams, self._on_stats)
         self.note_sign_of_life, self.alive = self._watch.note_sign_of_life, self._watch.alive
         self._watching: list[asyncio.Task[None]] = []
         self.closing = False
-        self._canaries = count(1)
+        self._probes = count(1)
         self.targets: Sequence[RankExecutor] = ()
+
+    @property
+    def silence(self) -> float:
+        """The seconds since the engine has sent something."""
+        return self._watch.silence
+
+    @property
+    def capacity(self) -> int | None:
+        """The tokens that the KV cache holds: the engine refuses longer sequences. None if it does not tell."""
+        return self._total_tokens or self.total_blocks * self.block_size or None
 
     @property
     def guessed_blocks(self) -> int:
@@ -84,7 +104,7 @@ class TrtllmEngine:
         """Generates a first token, which also enables the getters that the pump reads.
 
         Raises:
-            InternalError: the engine does not answer.
+            InternalError: the engine does not answer, or refuses a prompt that nothing is wrong with.
         """
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -135,23 +155,37 @@ class TrtllmEngine:
             target.engine_died()
 
     async def canary(self) -> None:
-        """Generates one token of a fixed prompt. The salt separates it from the padding requests of attention DP."""
+        """Generates one token of a fixed prompt. Raises what the engine raises; nothing in the prompt can be refused."""
+        await self.probe(CANARY)
+
+    async def probe(
+        self, prompt: list[int], *, max_tokens: int = 1, logprobs: int | None = None, lora: Any = None
+    ) -> Any:
+        """Generates an answer that no client has asked for, greedily, and returns its result.
+
+        The salt separates it from the padding requests of attention DP, which have an unsalted prompt.
+        """
         api = self.api
-        params = api.sampling(max_tokens=1, temperature=0.0, end_id=-1, pad_id=0, detokenize=False)
-        keywords: dict[str, Any] = {"streaming": True, "cache_salt": f"{CANARY_SALT}-{next(self._canaries)}"}
+        params = api.sampling(
+            max_tokens=max_tokens, temperature=0.0, end_id=-1, pad_id=0, detokenize=False, logprobs=logprobs
+        )
+        keywords: dict[str, Any] = {"streaming": True, "cache_salt": f"{PROBE_SALT}-{next(self._probes)}"}
+        if lora is not None:
+            keywords["lora_request"] = lora
         if self.disaggregates:
             keywords["disaggregated_params"] = api.disaggregated(
                 request_type=state.BOTH, disagg_request_id=next(self.ids)
             )
-        result = self.llm.generate_async(CANARY, params, **keywords)
+        if self.streams is not None:
+            self.streams.note_apart(pack_tokens(prompt), adapter=lora is not None)
+        result = self.llm.generate_async(prompt, params, **keywords)
         try:
             async for _ in result:
                 self._watch.note_sign_of_life()
-        except api.request_error as error:  # an engine that refuses a request is alive
-            log.warning("the canary was refused: %s", error)
         except asyncio.CancelledError:
             self.abort(result)
             raise
+        return result
 
     def abort(self, result: Any) -> None:
         """Aborts a request, unless the engine is dead or shut down."""
@@ -164,21 +198,63 @@ class TrtllmEngine:
 
     def losses(self, rank: int) -> tuple[int, int]:
         """Returns the number of gaps in a rank's KV events, and of blocks stored without a known parent."""
-        if self._streams is None:
+        if self.streams is None:
             return 0, 0
-        stream = self._streams.ranks[rank]
+        stream = self.streams.ranks[rank]
         return stream.gaps, stream.orphans
+
+    def set_block_size(self, tokens: int) -> None:
+        """Corrects the block size, before the first request: the engine has chosen another one than its options say."""
+        log.warning(
+            "the engine uses KV blocks of %d tokens, not of %d: that is what this worker publishes",
+            tokens,
+            self.block_size,
+        )
+        self.block_size = tokens
+        self.pairing = self._pairing()
+        if self.streams is not None:
+            self.streams.set_block_size(tokens)
+        for target in self.targets:
+            target.stats.block_size = tokens
+
+    def give_up_kv_events(self, reason: str) -> None:
+        """Makes the worker publish that it reports no KV events, before the first request."""
+        log.warning(
+            "the engine reports no KV events: %s. Requests are not routed by what its cache really holds; block reuse may "
+            "be off for this model or its attention backend", reason,
+        )  # fmt: skip
+        self.has_kv_events = False
+
+    def _pairing(self) -> Mapping[str, str]:
+        if not self.disaggregates:
+            return {}
+        return pairing_of(self.api, self.llm, self._config.model_path, self._backend, self.block_size)
 
     def _on_stats(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
         self._watch.note_sign_of_life()
-        for rank, found in events.items():
+        for rank, found in events.items() if self.has_kv_events else ():
             self.targets[rank].kv_changed(found)
         now = asyncio.get_running_loop().time()
         for row in rows:
             rank = row.get("attentionDpRank") or 0
-            if rank < len(self.targets):
-                self.targets[rank].stats.update(row, now)
-                self.total_blocks = self.targets[rank].stats.total_blocks
+            if rank >= len(self.targets):
+                continue
+            if not self._watching:  # the first rows, before any request
+                size = (row.get("kvCacheStats") or {}).get("tokensPerBlock") or 0
+                self.knows_block_size = self.knows_block_size or size > 0
+                if size and size != self.block_size:
+                    self.set_block_size(size)
+            self.targets[rank].stats.update(row, now)
+            self.total_blocks = self.targets[rank].stats.total_blocks
+
+
+def _emits_kv_events(args: Any) -> bool:
+    """Whether these arguments have the engine record the changes of its prefix cache, for a worker that reads them."""
+    cache = args.kv_cache_config
+    pushed = getattr(cache, "kv_events_config", None)
+    pushes = pushed is not None and pushed.enable_kv_cache_events and pushed.publisher != "null"
+    reused = cache.enable_block_reuse and args.attn_backend not in WITHOUT_EVENTS
+    return bool(reused and cache.event_buffer_max_size > 0 and not pushes)
 
 
 async def capacity_of(llm: Any) -> Mapping[str, int]:
@@ -188,7 +264,7 @@ async def capacity_of(llm: Any) -> Mapping[str, int]:
     try:
         async with asyncio.timeout(CAPACITY_TIMEOUT):
             found: Mapping[str, int] = await detached(llm.get_kv_cache_capacity)
-            return found
+            return {name: value for name, value in found.items() if value > 0}
     except Exception as error:
         log.warning("the engine does not report its cache's size (%s: %s)", type(error).__name__, error)
         return {}
@@ -200,7 +276,7 @@ def global_ids(instance_id: str) -> Iterator[int]:
     return count(owner << 32 | 1)
 
 
-def pairing_of(api: Api, llm: Any, model_path: str, backend: str) -> dict[str, str]:
+def pairing_of(api: Api, llm: Any, model_path: str, backend: str, block_size: int) -> dict[str, str]:
     """Returns the properties that both sides of a hand-off must share: TensorRT-LLM's own messages do not carry them."""
     args = llm.args
     config = model_config(Path(model_path))
@@ -211,6 +287,6 @@ def pairing_of(api: Api, llm: Any, model_path: str, backend: str) -> dict[str, s
         "tensorrt_llm": api.version,
         "transceiver backend": backend,
         "transceiver runtime": str(getattr(transceiver, "transceiver_runtime", None) or "CPP"),
-        "tokens_per_block": str(args.kv_cache_config.tokens_per_block),
+        "tokens_per_block": str(block_size),
         "KV cache dtype": kv_dtype if kv_dtype != "auto" else dtype,
     }

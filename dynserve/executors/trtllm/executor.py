@@ -14,7 +14,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from dynserve.config import WorkerConfig
 from dynserve.errors import (
     BadRequest,
+    ContextTooLong,
     DynserveError,
     HandoffBroken,
     HandoffError,
@@ -32,12 +32,13 @@ from dynserve.errors import (
 )
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
 from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
-from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm import state
 from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
-from dynserve.executors.trtllm.engine import TrtllmEngine
-from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, sampling_of
-from dynserve.executors.trtllm.stats import Stats
+from dynserve.executors.trtllm.arguments import TRANSFER_TIMEOUT_MS
+from dynserve.executors.trtllm.engine import LOOP_CRASHED, TrtllmEngine
+from dynserve.executors.trtllm.engine_request import EngineRequest, Kind, Progress
+from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, salt_of, sampling_of
+from dynserve.executors.trtllm.stats import FRESH, Stats
 from dynserve.model_files import eos_token_ids, model_limits
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest
@@ -46,105 +47,63 @@ log = logging.getLogger(__name__)
 
 TRANSFER_GRACE = 5.0  # seconds beyond the engine's own time limit of a transfer
 ABORT_TIMEOUT = 30.0  # seconds for an aborted request to end
-
-
-class Kind(Enum):
-    """The part of a request that the engine computes."""
-
-    CONTEXT = auto()  # the prompt and one token, then a hand-off
-    GENERATION = auto()  # the tokens after a hand-off
-    WHOLE = auto()  # prompt and answer
-
-
-class Progress(Enum):
-    """The state of a request in the engine.
-
-        SUBMITTED ──first response──▶ ANSWERING ──abort──▶ ABORTED
-            ├──abort of a GENERATION request──▶ ABANDONED ──first response──▶ ABORTED
-            └──abort of any other request──▶ ABORTED
-
-    To abort a GENERATION request before its first response can crash the engine. A request that is not aborted stays
-    ANSWERING until its last response.
-    """
-
-    SUBMITTED = auto()
-    ANSWERING = auto()
-    ABANDONED = auto()
-    ABORTED = auto()
-
-
-class _EngineRequest:
-    """One request in the engine. `sink` is None once no more output is wanted."""
-
-    __slots__ = (
-        "began", "cursor", "generated", "handoff_id", "kind", "known", "progress", "request", "result", "sink", "task",
-        "timer",
-    )  # fmt: skip
-
-    def __init__(self, request: GenerateRequest, kind: Kind, sink: OutputSink, began: float) -> None:
-        self.request, self.kind, self.began = request, kind, began
-        self.sink: OutputSink | None = sink
-        self.progress = Progress.SUBMITTED
-        # tokens that the client had before
-        self.known = len(request.prior.token_ids) if request.prior is not None else 0
-        self.generated = self.known  # tokens that the client has now
-        self.handoff_id = 0  # id of the hand-off that a context phase opens
-        self.result: Any = None
-        self.cursor: Cursor
-        self.task: asyncio.Task[None]
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def declines_handoff(self) -> bool:
-        """Whether the prompt is computed here although a prefill worker has computed it."""
-        return self.request.phase == "decode" and self.kind is Kind.WHOLE
-
-    @property
-    def has_output(self) -> bool:
-        """Whether this worker has sent the client any token."""
-        return self.generated > self.known
-
-    @property
-    def can_abort(self) -> bool:
-        return self.kind is not Kind.GENERATION or self.progress in (Progress.ANSWERING, Progress.ABORTED)
-
-    def stop_timer(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+TOO_LONG = "default_max_tokens"  # in the engine's refusal of a prompt that does not fit in its context or its cache
 
 
 class TrtllmExecutor:
     """One rank's `Executor`."""
 
-    def __init__(self, engine: TrtllmEngine, config: WorkerConfig, instance_id: str, rank: int) -> None:
+    def __init__(
+        self, engine: TrtllmEngine, config: WorkerConfig, instance_id: str, rank: int, no_grammars: str = ""
+    ) -> None:
         self._engine, self._loop, self._rank = engine, asyncio.get_running_loop(), rank
         args, folder = engine.llm.args, Path(config.model_path)
         vocab_size, context = model_limits(folder)
         self._eos = tuple(eos_token_ids(folder))
-        parses_reasoning, within = args.reasoning_parser is not None, rank if engine.ranks > 1 else None
-        self._terms = Terms(engine.api, self._eos, vocab_size, parses_reasoning, _adapters(config), within)
-        self._max_seq_len: int = args.max_seq_len or context
-        self._grammars = args.guided_decoding_backend is not None
-        self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size)
+        within = rank if engine.ranks > 1 else None
+        self._terms = Terms(
+            engine.api,
+            self._eos,
+            vocab_size,
+            adapters_of(config),
+            within,
+            _has_priorities(args),
+            _keeps_conversations(args),
+        )
+        self._context_length: int = args.max_seq_len or context
+        self._no_grammars = no_grammars
+        self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks)
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
-        self._handoffs = HandoffTable(instance_id, (timeout_ms or opts.TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
-        self._contexts: dict[int, _EngineRequest] = {}  # prefills with an open hand-off
+        self._transfer_s = timeout_ms / 1000 if timeout_ms else None  # None: the engine waits for ever
+        self._handoffs = HandoffTable(instance_id, self._transfer_s or TRANSFER_TIMEOUT_MS / 1000, self._handoff_ended)
+        self._contexts: dict[int, EngineRequest] = {}  # finished prefills whose blocks the engine holds, by ticket
         self._held_tokens = 0  # tokens of their prompts
+        self._releases: dict[int, asyncio.TimerHandle] = {}  # of those that nobody will fetch
         self._tickets = count(1)
-        self._calls: dict[int, _EngineRequest] = {}  # by ticket, those whose outputs are still wanted
+        self._calls: dict[int, EngineRequest] = {}  # by ticket, those whose outputs are still wanted
         self._inside = 0  # requests in the engine, with or without a sink
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
+        self._said: set[str] = set()  # warnings that are logged once
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest prompt with its answer, in tokens: the engine limits its context to what its KV cache holds."""
+        return min(self._context_length, self._engine.capacity or self._context_length)
+
+    @property
+    def max_prompt(self) -> int:
+        """The longest prompt that the engine computes here, in tokens."""
+        return min(self.max_seq_len - 2, self._max_prompt() or self.max_seq_len)
 
     @property
     def limits(self) -> ExecutorLimits:
         engine, args = self._engine, self._engine.llm.args
         blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
         return ExecutorLimits(
-            engine.block_size, blocks, self._max_seq_len, args.max_batch_size, self._terms.vocab_size, self._grammars,
-            adapters=tuple(self._terms.adapters), kv_events=engine.has_kv_events, pairing=engine.pairing if
-            engine.disaggregates else {}, single_use_handoffs=True,
+            engine.block_size, blocks, self.max_seq_len, args.max_batch_size, self._terms.vocab_size,
+            grammars=not self._no_grammars, no_grammars=self._no_grammars, adapters=tuple(self._terms.adapters),
+            kv_events=engine.has_kv_events, pairing=engine.pairing, single_use_handoffs=True,
         )  # fmt: skip
 
     @property
@@ -156,7 +115,9 @@ class TrtllmExecutor:
         return self._engine.targets
 
     def load(self) -> Load:
-        return self.stats.load(self._inside, len(self._handoffs), self._held_tokens, self._loop.time())
+        live_tokens = sum(call.request.num_tokens + call.generated for call in self._calls.values())
+        now = self._loop.time()
+        return self.stats.load(self._inside, live_tokens, len(self._handoffs), self._held_tokens, now)
 
     def counters(self) -> Mapping[str, float]:
         gaps, orphans = self._engine.losses(self._rank)
@@ -169,8 +130,17 @@ class TrtllmExecutor:
         }
 
     def describe(self) -> Mapping[str, str]:
-        status = "dead" if self.failed.done() else self.stats.state(self._inside, self._loop.time())
-        return {"engine": status, **self._engine.pairing}
+        found = {"engine": self._status(), "KV events": "on" if self._engine.has_kv_events else "off"}
+        if self._no_grammars:
+            found["grammars"] = f"off: {self._no_grammars}"
+        return {**found, **self._engine.pairing}
+
+    def _status(self) -> str:
+        if self.failed.done():
+            return "dead"
+        if not self._inside:
+            return "idle"
+        return "busy" if self._engine.silence <= FRESH else "silent"
 
     def listen_kv(self, listener: KvListener) -> None:
         self._kv_listener = listener
@@ -190,17 +160,17 @@ class TrtllmExecutor:
         ticket, began = next(self._tickets), self._loop.time()
         params = self._adopt_handoff(request) if request.phase == "decode" else None
         if params is not None and request.handoff is not None:
-            call = _EngineRequest(request, Kind.GENERATION, sink, began)
+            call = EngineRequest(request, Kind.GENERATION, sink, began)
             self._start(ticket, call, params)
             limit = request.handoff.ttl_s + TRANSFER_GRACE
             call.timer = self._loop.call_later(limit, self._transfer_overdue, ticket, call, limit)
         elif request.phase == "prefill" and request.stop.max_tokens > 1:
-            call = _EngineRequest(request, Kind.CONTEXT, sink, began)
+            call = EngineRequest(request, Kind.CONTEXT, sink, began)
             context = self._params(state.CONTEXT)
             call.handoff_id = context.disagg_request_id
             self._start(ticket, call, context)
         else:
-            self._start(ticket, _EngineRequest(request, Kind.WHOLE, sink, began), self._params(state.BOTH))
+            self._start(ticket, EngineRequest(request, Kind.WHOLE, sink, began), self._params(state.BOTH))
         return ticket
 
     def abort(self, ticket: int) -> None:
@@ -226,6 +196,8 @@ class TrtllmExecutor:
         self._handoffs.cancel_all()
         for ticket in list(self._calls):
             self.abort(ticket)
+        for timer in self._releases.values():
+            timer.cancel()
 
     def _max_prompt(self) -> int | None:
         """Returns the upper bound of a prompt, in tokens, where prompts are not computed in chunks."""
@@ -254,7 +226,7 @@ class TrtllmExecutor:
             return None
         return self._engine.api.disaggregated(request_type=kind, disagg_request_id=next(self._engine.ids))
 
-    def _start(self, ticket: int, call: _EngineRequest, params: Any) -> None:
+    def _start(self, ticket: int, call: EngineRequest, params: Any) -> None:
         """Passes the request to the engine.
 
         Raises:
@@ -269,7 +241,7 @@ class TrtllmExecutor:
         again = bool(prior) and (call.kind is not Kind.WHOLE or request.grammar is not None)
         done = 0 if again else len(prior)
         prompt = prompt_of(request, prior=not again)
-        max_tokens = max(1, min(request.stop.max_tokens - done, self._max_seq_len - len(prompt)))
+        max_tokens = max(1, min(request.stop.max_tokens - done, self.max_seq_len - len(prompt)))
         if call.declines_handoff and len(prompt) > (self._max_prompt() or len(prompt)):
             raise Unavailable("the hand-off was declined, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
@@ -280,8 +252,9 @@ class TrtllmExecutor:
         self._inside += 1
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
-    def _generate(self, prompt: list[int], params: Any, call: _EngineRequest, max_tokens: int, min_tokens: int) -> Any:
+    def _generate(self, prompt: list[int], params: Any, call: EngineRequest, max_tokens: int, min_tokens: int) -> Any:
         engine, request = self._engine, call.request
+        self._note_unusual(request)
         try:
             sampling = sampling_of(request, self._terms, max_tokens=max_tokens, min_tokens=min_tokens)
             keywords = keywords_of(request, self._terms, params)
@@ -289,16 +262,39 @@ class TrtllmExecutor:
         except DynserveError:
             raise
         except (engine.api.request_error, ValueError, NotImplementedError) as error:
-            raise BadRequest(str(error)) from error
+            if LOOP_CRASHED in str(error):
+                engine.die(str(error))
+                raise Unavailable("the engine is dead") from error
+            raise (_too_long(request, error) if TOO_LONG in str(error) else BadRequest(str(error))) from error
         except Exception as error:
             if engine.api.engine_dead is not None and isinstance(error, engine.api.engine_dead):
                 engine.die(str(error))
                 raise Unavailable("the engine is dead") from error
             raise InternalError(f"the engine refused a request: {type(error).__name__}: {error}") from error
 
+    def _note_unusual(self, request: GenerateRequest) -> None:
+        """Says once what the engine does not do for a request, and keeps its blocks apart from those of other prompts."""
+        engine, salt = self._engine, salt_of(request)
+        if (salt or request.adapter) and engine.streams is not None:
+            engine.streams.note_apart(request.prompt, adapter=bool(request.adapter))
+            if not engine.streams.names_salts:
+                self._warn_once(
+                    "this engine's KV events name no salts: requests that have one are not routed by cached prefixes"
+                )
+        if request.priority and not self._terms.priorities:
+            self._warn_once(
+                "priorities of requests are not passed to the engine, which ignores them unless its options say "
+                "scheduler_config: {waiting_queue_policy: priority}"
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
     # answers out
 
-    async def _consume(self, ticket: int, call: _EngineRequest) -> None:
+    async def _consume(self, ticket: int, call: EngineRequest) -> None:
         """Reads a request's results to the end. An error becomes the request's last output; it is not raised, since that
         would end the task group."""
         engine, result, note_sign_of_life = self._engine, call.result, self._engine.note_sign_of_life
@@ -321,7 +317,7 @@ class TrtllmExecutor:
             self._inside -= 1
             call.stop_timer()
 
-    def _note_first_response(self, call: _EngineRequest) -> None:
+    def _note_first_response(self, call: EngineRequest) -> None:
         if call.progress is Progress.ABANDONED:
             call.progress = Progress.ABORTED
             self._engine.abort(call.result)
@@ -331,7 +327,7 @@ class TrtllmExecutor:
         if call.kind is Kind.GENERATION:
             self._transfers["done"] += 1
 
-    def _give(self, ticket: int, call: _EngineRequest) -> None:
+    def _give(self, ticket: int, call: EngineRequest) -> None:
         sink = call.sink
         try:
             output = self._output(ticket, call)
@@ -355,7 +351,7 @@ class TrtllmExecutor:
             log.exception("request %s: its output could not be delivered", call.request.id)
             self.abort(ticket)
 
-    def _output(self, ticket: int, call: _EngineRequest) -> Output | None:
+    def _output(self, ticket: int, call: EngineRequest) -> Output | None:
         """Returns the new output for the client, or None."""
         output = read_context(call.result, call.cursor) if call.kind is Kind.CONTEXT else call.cursor.read(call.result)
         if output is None:
@@ -373,7 +369,7 @@ class TrtllmExecutor:
             self._hand_over(ticket, call, output)
         return output
 
-    def _end_here(self, ticket: int, call: _EngineRequest, output: Output, over: int) -> None:
+    def _end_here(self, ticket: int, call: EngineRequest, output: Output, over: int) -> None:
         """Ends the answer at max_tokens. An engine that does not count the context phase's token yields `over` too many."""
         if over:
             del output.token_ids[-over:]
@@ -382,23 +378,31 @@ class TrtllmExecutor:
         output.reason = "length"
         self._stop_computing(ticket, call)
 
-    def _hand_over(self, ticket: int, call: _EngineRequest, output: Output) -> None:
+    def _hand_over(self, ticket: int, call: EngineRequest, output: Output) -> None:
         params = call.result.outputs[0].disaggregated_params
         request = call.request
         packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
+        call.finished = self._loop.time()
         self._contexts[ticket] = call
         self._held_tokens += request.num_tokens
 
     def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
-        call = self._contexts.pop(ticket)
-        self._held_tokens -= call.request.num_tokens
-        if how is not HandoffEnd.DELIVERED:
-            self._engine.abort(call.result)  # the engine frees delivered blocks by itself, others only when aborted
+        """The engine frees blocks that were fetched, and others at its own time limit: nothing can be aborted of a request
+        that has ended there. Until then they count as used."""
+        if how is HandoffEnd.DELIVERED:
+            self._release(ticket)
+        elif self._transfer_s is not None:
+            left = self._contexts[ticket].finished + self._transfer_s - self._loop.time()
+            self._releases[ticket] = self._loop.call_later(max(0.0, left), self._release, ticket)
+
+    def _release(self, ticket: int) -> None:
+        self._releases.pop(ticket, None)
+        self._held_tokens -= self._contexts.pop(ticket).request.num_tokens
 
     # what goes wrong
 
-    async def _engine_failed(self, ticket: int, call: _EngineRequest, error: Exception) -> None:
+    async def _engine_failed(self, ticket: int, call: EngineRequest, error: Exception) -> None:
         """Handles an error of unknown cause. A dead engine has reported its end, or generates no token any more: then all
         its requests may be retried on other workers. Otherwise only this one fails, since its retries could crash one
         worker after another."""
@@ -410,7 +414,13 @@ class TrtllmExecutor:
         log.error("request %s: its result ended with %s: %s", call.request.id, type(error).__name__, error)
         self._fail(ticket, call, InternalError(f"the engine's result ended with an error: {type(error).__name__}"))
 
-    def _request_failed(self, ticket: int, call: _EngineRequest, error: Exception) -> None:
+    def _request_failed(self, ticket: int, call: EngineRequest, error: Exception) -> None:
+        if LOOP_CRASHED in str(error):
+            self._engine.die(str(error))
+            return
+        if call.progress is Progress.SUBMITTED and TOO_LONG in str(error):
+            self._fail(ticket, call, _too_long(call.request, error))
+            return
         if call.kind is Kind.GENERATION and not call.has_output:
             self._compute_here(ticket, call, HandoffBroken(str(error)))
             return
@@ -419,12 +429,12 @@ class TrtllmExecutor:
         else:
             self._fail(ticket, call, InternalError(f"the engine failed the request: {error}"))
 
-    def _transfer_overdue(self, ticket: int, call: _EngineRequest, seconds: float) -> None:
+    def _transfer_overdue(self, ticket: int, call: EngineRequest, seconds: float) -> None:
         if self._calls.get(ticket) is call:
             self._abandon(call, keep_sink=True)
             self._compute_here(ticket, call, HandoffBroken(f"no token arrived within {seconds:.0f} s"))
 
-    def _compute_here(self, ticket: int, call: _EngineRequest, error: HandoffError) -> None:
+    def _compute_here(self, ticket: int, call: EngineRequest, error: HandoffError) -> None:
         """Computes the prompt here after a failed transfer: once, and only before this worker has sent a token."""
         sink, call.sink = call.sink, None
         if sink is None:
@@ -434,13 +444,13 @@ class TrtllmExecutor:
             self._fail(ticket, call, error)
             return
         self._note_failure(call.request, error)
-        again = _EngineRequest(call.request, Kind.WHOLE, sink, call.began)
+        again = EngineRequest(call.request, Kind.WHOLE, sink, call.began)
         try:
             self._start(ticket, again, self._params(state.BOTH))
         except DynserveError as failure:
             self._fail(ticket, again, failure)
 
-    def _fail(self, ticket: int, call: _EngineRequest, error: DynserveError) -> None:
+    def _fail(self, ticket: int, call: EngineRequest, error: DynserveError) -> None:
         self._calls.pop(ticket, None)
         sink, call.sink = call.sink, None
         if sink is not None:
@@ -452,13 +462,13 @@ class TrtllmExecutor:
 
     # ending
 
-    def _stop_computing(self, ticket: int, call: _EngineRequest) -> None:
+    def _stop_computing(self, ticket: int, call: EngineRequest) -> None:
         """Aborts the request in the engine, unless it has ended there. Its sink still receives an output."""
         if not call.result.finished:
             self._calls.pop(ticket, None)
             self._abandon(call, keep_sink=True)
 
-    def _abandon(self, call: _EngineRequest, *, keep_sink: bool = False) -> None:
+    def _abandon(self, call: EngineRequest, *, keep_sink: bool = False) -> None:
         """Aborts the request in the engine, now or once `Progress` allows it. Its task is cancelled if it does not end in
         time."""
         if not keep_sink:
@@ -475,5 +485,17 @@ class TrtllmExecutor:
         call.timer = self._loop.call_later(limit, call.task.cancel)
 
 
-def _adapters(config: WorkerConfig) -> dict[str, Adapter]:
+def adapters_of(config: WorkerConfig) -> dict[str, Adapter]:
     return {name: Adapter(at, path) for at, (name, path) in enumerate(config.adapters.items(), 1)}
+
+
+def _too_long(request: GenerateRequest, error: Exception) -> ContextTooLong:
+    return ContextTooLong(f"{request.num_tokens} tokens leave no room for an answer in the engine's context: {error}")
+
+
+def _has_priorities(args: Any) -> bool:
+    return getattr(args.scheduler_config, "waiting_queue_policy", "fcfs") == "priority"
+
+
+def _keeps_conversations(args: Any) -> bool:
+    return bool(getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False))

@@ -1,9 +1,11 @@
 """Translates TensorRT-LLM's KV events into ours: its block names become rolling hashes of the tokens in each block.
 
 Each attention-DP rank has one `KvStream`. It skips windows other than the largest (sliding-window layers), partial
-blocks and the blocks after them, and blocks of images. A gap in `event_id` means that events were lost: then all blocks
-count as removed until they are reported again. The blocks from before a gap are kept by name, because a stored child
-proves that its whole prefix is still in the cache.
+blocks and the blocks after them, and blocks of images. Blocks of some versions name neither salt nor adapter, and look
+like those of the plain prompt: then the blocks of prompts that had one are skipped, too.
+
+A gap in `event_id` means that events were lost: then all blocks count as removed until they are reported again. The
+blocks from before a gap are kept by name, because a stored child proves that its whole prefix is still in the cache.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -21,6 +24,9 @@ from dynserve.wire.hashing import adapter_salt, next_hash, seed_for
 log = logging.getLogger(__name__)
 
 MAX_UNKNOWN = 4096  # names of skipped blocks, kept to distinguish them from lost ones
+PROBE_SALT = "dynserve-probe"  # begins the salts of the worker's own requests, whose blocks nobody can use
+MAX_LENGTHS = 256  # blocks whose children are awaited, to know the block size
+MAX_APART = 16_384  # first blocks of prompts with a salt or an adapter
 
 
 class _Block(msgspec.Struct, gc=False):
@@ -34,8 +40,11 @@ class _Block(msgspec.Struct, gc=False):
 class KvStream:
     """The translation of one rank's KV events. It stores at most twice as many blocks as the cache has."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, apart: Mapping[int, bool] = MappingProxyType({})) -> None:
         self._size = block_size
+        # hashes of the first blocks of prompts with a salt or an adapter: whether any had an adapter
+        self._apart = apart
+        self._names_adapters = False
         self._window = 0
         self._next: int | None = None
         self._present: dict[int | str, _Block] = {}
@@ -44,6 +53,13 @@ class KvStream:
         # number of names per hash of ours: versions that do not report salts have one name for each salt
         self._names: dict[int, int] = {}
         self.gaps = self.orphans = 0
+        self.told = 0  # blocks that were reported as stored, partial ones included
+        self.full_size = 0  # tokens of a block that was seen to be full; 0: none was seen
+        self._lengths: dict[int | str | None, int] = {}  # of single blocks, until then
+        self.names_salts = True  # until a block is reported that does not
+
+    def set_block_size(self, tokens: int) -> None:
+        self._size = tokens
 
     @property
     def blocks(self) -> int:
@@ -85,6 +101,7 @@ class KvStream:
 
     def _stored(self, data: Mapping[str, Any], found: list[KvEvent]) -> None:
         parent = data.get("parent_hash")
+        self._note_form(parent, data)
         above = self._parent(parent, found) if parent is not None else None
         if parent is not None and above is None:
             if parent not in self._skipped:
@@ -95,7 +112,12 @@ class KvStream:
         first = above.hash if above is not None else None
         for at, block in enumerate(data["blocks"]):
             name, tokens = block["block_hash"], block["tokens"]
-            if len(tokens) != self._size or block.get("mm_keys") or any(t["token_extra_id"] for t in tokens):
+            if (
+                len(tokens) != self._size
+                or block.get("mm_keys")
+                or any(t["token_extra_id"] or isinstance(t["token_id"], str) for t in tokens)  # text: of an image
+                or (above is None and self._is_apart(data, block))
+            ):
                 self._skip(data["blocks"][at:])
                 break
             known = self._present.get(name)
@@ -114,6 +136,32 @@ class KvStream:
             parent, above = name, known
         if stored:
             found.append(Stored(first, stored))
+
+    def _note_form(self, parent: int | None, data: Mapping[str, Any]) -> None:
+        """Notes what the events name, and how long a block is that has a child, and so is full."""
+        if not data["blocks"]:
+            return
+        first, *others = data["blocks"]
+        self.told += 1 + len(others)
+        self.names_salts = "cache_salt" in first
+        self._names_adapters = self._names_adapters or "lora_name" in data
+        if self.full_size:
+            return
+        self.full_size = len(first["tokens"]) if others else self._lengths.get(parent, 0)
+        if self.full_size or len(self._lengths) == MAX_LENGTHS:
+            self._lengths.clear()
+        self._lengths[first["block_hash"]] = len(first["tokens"])
+
+    def _is_apart(self, data: Mapping[str, Any], block: Mapping[str, Any]) -> bool:
+        """Whether a block that begins a prompt is of the worker's own, or may be of one with a salt or an adapter that the
+        event does not name."""
+        if salt := block.get("cache_salt"):
+            return bool(salt.startswith(PROBE_SALT))
+        if not self._apart or data.get("lora_name"):
+            return False
+        packed = array("I", [token["token_id"] for token in block["tokens"]]).tobytes()
+        adapter = self._apart.get(_first_hash(packed))
+        return adapter is not None and ("cache_salt" not in block or (adapter and not self._names_adapters))
 
     def _add(self, name: int | str, parent: int | None, above: _Block | None, tokens: list[Any], seed: int) -> _Block:
         seed = above.seed if above is not None else seed
@@ -212,7 +260,31 @@ class KvStreams:
     """The streams of all ranks of one engine."""
 
     def __init__(self, block_size: int, ranks: int) -> None:
-        self.ranks = [KvStream(block_size) for _ in range(ranks)]
+        self._size = block_size
+        self._apart: dict[int, bool] = {}  # oldest first; the pump's thread only looks names up
+        self.ranks = [KvStream(block_size, self._apart) for _ in range(ranks)]
+
+    @property
+    def names_salts(self) -> bool:
+        """Whether blocks name their salt; True until one was reported."""
+        return all(stream.names_salts for stream in self.ranks)
+
+    def set_block_size(self, tokens: int) -> None:
+        """Corrects the block size, before the first block is stored."""
+        self._size = tokens
+        for stream in self.ranks:
+            stream.set_block_size(tokens)
+
+    def note_apart(self, prompt: bytes, *, adapter: bool = False) -> None:
+        """Notes that a prompt (u32 little-endian) is about to be computed with a salt or an adapter, so that its blocks are
+        not mistaken for those of the plain prompt."""
+        first = prompt[: self._size * 4]
+        if len(first) < self._size * 4:
+            return
+        name = _first_hash(first)
+        self._apart[name] = self._apart.pop(name, False) or adapter
+        if len(self._apart) > MAX_APART:
+            del self._apart[next(iter(self._apart))]
 
     def translate(self, events: list[Mapping[str, Any]]) -> dict[int, list[KvEvent]]:
         """Returns our events by rank."""
@@ -226,6 +298,10 @@ class KvStreams:
             rank: self.ranks[rank].translate(theirs) for rank, theirs in apart.items() if rank < len(self.ranks)
         }
         return {rank: found for rank, found in found_by.items() if found}
+
+
+def _first_hash(block: bytes) -> int:
+    return next_hash(None, block, seed_for(""))
 
 
 def _seed(data: Mapping[str, Any], block: Mapping[str, Any]) -> int:

@@ -1,14 +1,14 @@
-"""The arguments of `LLM(...)`, from flags, `--extra-engine-args` and `--override-engine-args`.
+"""The user's engine options, from flags, `--extra-engine-args` and `--override-engine-args`. `arguments` completes them.
 
-TensorRT-LLM's order of precedence: the file wins over flags, the JSON object over the file; `kv_cache_config` is merged
-key by key, any other key replaced. Only options that were set are passed on: its models have their own defaults.
+TensorRT-LLM's order of precedence: the file wins over flags, the JSON object over the file. A block of the file replaces
+an earlier one, except for a few that are merged key by key; the JSON object is merged at every depth, as Dynamo's worker
+does it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -21,10 +21,9 @@ from dynserve.model_files import model_config
 
 log = logging.getLogger(__name__)
 
-EVENT_BUFFER = 100_000  # events; TensorRT-LLM's own servers use as many
-TRANSFER_TIMEOUT_MS = 60_000
 BACKENDS = ("DEFAULT", "NIXL", "UCX", "MOONCAKE", "MPI")
-_RESOLVING = ("NIXL", "UCX", "MOONCAKE", "MPI")  # in the order in which TRTLLM_USE_..._KVCACHE are checked
+WITHOUT_EFFECT = frozenset(["sampler_type"])  # documented as accepted, by versions that do not have it any more
+MERGED = frozenset(["kv_cache_config", "telemetry_config", "multimodal_config"])  # key by key, as `trtllm-serve` does
 
 
 class Options(NamedTuple):
@@ -52,7 +51,7 @@ def read_options(config: WorkerConfig) -> Options:
     if config.extra_engine_args:
         _merge(options, modernised(_file(config.extra_engine_args), config.extra_engine_args))
     if config.override_engine_args:
-        _merge(options, modernised(_json(config.override_engine_args), "--override-engine-args"))
+        _merge(options, modernised(_json(config.override_engine_args), "--override-engine-args"), deeply=True)
     _check_graphs(options)
     _check_transceiver(options, config)
     return options
@@ -63,9 +62,9 @@ def check_names(options: Options, schema: Schema, version: str) -> None:
     for name, value in options.values.items():
         if name == "model":
             raise ConfigError(f"{options.place(name)}: the model is given with --model-path")
-        if name not in schema:
+        if name not in schema and name not in WITHOUT_EFFECT:
             raise ConfigError(f"{options.place(name)}: unknown key {name!r}{nearest(name, schema)} ({version})")
-        nested = schema[name]
+        nested = schema.get(name)
         if nested is None or value is None:
             continue
         if not isinstance(value, dict):
@@ -76,46 +75,13 @@ def check_names(options: Options, schema: Schema, version: str) -> None:
                 raise ConfigError(f"{options.place(name, key)}: unknown key {key!r} in {name}{hint} ({version})")
 
 
-def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, version: str) -> dict[str, Any]:
-    """Returns the constructor's keywords: the user's options, and the role's defaults where nothing was set."""
-    given = {name: dict(value) if isinstance(value, dict) else value for name, value in options.values.items()}
-    defaults: dict[str, Any] = {
-        "enable_iter_perf_stats": True,
-        "enable_chunked_prefill": True,
-        "guided_decoding_backend": "xgrammar",
-        "telemetry_config": {"disabled": True},
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "pipeline_parallel_size": config.pipeline_parallel_size,
-    }
-    if config.disaggregation_mode == "prefill":
-        defaults["disable_overlap_scheduler"] = True  # 1.2 requires it of context servers
-    if config.lora_adapters:
-        defaults["enable_lora"] = True
-    made = {name: value for name, value in defaults.items() if name in schema} | given
-    cache = made.setdefault("kv_cache_config", {}) or {}
-    if config.kv_events and cache.get("enable_block_reuse", True):
-        cache.setdefault("event_buffer_max_size", EVENT_BUFFER)
-    if (transceiver := made.get("cache_transceiver_config")) is not None:
-        made["cache_transceiver_config"] = _transceiver(transceiver, options, config, schema, version)
-    return {**made, "kv_cache_config": cache, "model": config.model_path, "skip_tokenizer_init": True}
-
-
-def resolved_backend(backend: str, version: str) -> str:
-    """Returns the backend that `DEFAULT` stands for: the first that a variable selects, else the version's default."""
-    if backend != "DEFAULT":
-        return backend
-    for name in _RESOLVING:
-        if os.environ.get(f"TRTLLM_USE_{name}_KVCACHE") == "1":
-            return name
-    return "UCX" if version.startswith(("1.0", "1.1", "1.2")) else "NIXL"
-
-
 def schema_of(model: Any) -> Schema:
     """Returns the field names of a pydantic model and of the models nested in it."""
     return {name: _nested(field.annotation) for name, field in model.model_fields.items()}
 
 
 def context_length(model_path: str) -> int | None:
+    """Returns the length that the model's config.json gives, in tokens, if any."""
     found = model_config(Path(model_path)).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
@@ -125,22 +91,50 @@ def _nested(annotation: Any) -> Schema | None:
     return schema_of(found[0]) if len(found) == 1 else None
 
 
-def _merge(options: Options, entries: list[Entry]) -> None:
-    """Merges one source over the earlier ones."""
-    touched = {path[0] for path, _, _ in entries}
-    for name in touched - {"kv_cache_config"}:
-        options.values.pop(name, None)
+def _merge(options: Options, entries: list[Entry], *, deeply: bool = False) -> None:
+    """Merges one source over the earlier ones, and logs which of their values it replaces. A block replaces an earlier one,
+    except those of `MERGED`; `deeply`, all blocks are merged, at every depth."""
+    replaced: list[str] = []
+    before = options.values
+    merged = {path[0] for path, _, _ in entries} if deeply else MERGED
+    values = {
+        name: before[name] for name in before if name in merged or name not in {path[0] for path, _, _ in entries}
+    }
     for path, value, place in entries:
+        known, old = _lookup(before, path)
+        if known and old != value and not (isinstance(old, dict) and isinstance(value, dict)):
+            replaced.append(f"{'.'.join(path)}: {_shown(value)} (was {_shown(old)}, {options.place(*path)})")
         options.places[path] = place
-        if path == ("kv_cache_config",) and value == {}:
-            options.values.setdefault(path[0], {})
-        elif len(path) == 1:
-            options.values[path[0]] = value
-        else:
-            within = options.values.setdefault(path[0], {})
-            if not isinstance(within, dict):
-                within = options.values[path[0]] = {}
-            within[path[1]] = value
+        if len(path) == 1:
+            values[path[0]] = values[path[0]] if value == {} and isinstance(values.get(path[0]), dict) else value
+            continue
+        block = values.get(path[0])
+        within = values[path[0]] = dict(block) if isinstance(block, dict) else {}
+        within[path[1]] = _over(within.get(path[1]), value) if deeply else value
+    before.clear()
+    before.update(values)
+    if replaced:
+        log.info("engine options that replace others: %s", "; ".join(replaced))
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Returns `above` merged over `below`, where both hold keys and values."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {name: _over(below.get(name), value) for name, value in above.items()}
+
+
+def _lookup(values: Mapping[str, Any], path: Path_) -> tuple[bool, Any]:
+    found: Any = values
+    for name in path:
+        if not isinstance(found, dict) or name not in found:
+            return False, None
+        found = found[name]
+    return True, found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _flags(config: WorkerConfig) -> list[Entry]:
@@ -229,44 +223,3 @@ def _check_transceiver(options: Options, config: WorkerConfig) -> None:
         f"a {config.disaggregation_mode} worker {lacking}: without one it cannot send or receive KV caches; {where}\n"
         f"  {name}:\n    backend: NIXL\n    max_tokens_in_buffer: {length}"
     )
-
-
-def _transceiver(
-    given: dict[str, Any], options: Options, config: WorkerConfig, schema: Schema, version: str
-) -> dict[str, Any]:
-    """Returns the complete block, so that nothing in it depends on a default that differs between versions."""
-    known = schema.get("cache_transceiver_config") or {}
-    backend = resolved_backend(given.get("backend") or "DEFAULT", version)
-    length = options.values.get("max_seq_len") or context_length(config.model_path)
-    made = dict(given)
-    if "transceiver_runtime" in known and given.get("transceiver_runtime", "auto") in ("auto", None):
-        made["transceiver_runtime"] = "PYTHON" if backend == "NIXL" else "CPP"
-    if "kv_transfer_timeout_ms" in known:
-        made.setdefault("kv_transfer_timeout_ms", TRANSFER_TIMEOUT_MS)
-    if made.get("kv_transfer_timeout_ms") is None and "kv_transfer_timeout_ms" in known:
-        log.warning(
-            "kv_transfer_timeout_ms: null holds the KV blocks of lost requests for ever; set a limit, such as 60000"
-        )
-    buffer = given.get("max_tokens_in_buffer")
-    if length and buffer is None:
-        made["max_tokens_in_buffer"] = length
-    elif length and isinstance(buffer, int) and buffer < length:
-        log.warning(
-            "%s: max_tokens_in_buffer: %d is below max_seq_len (%d); longer prompts hang in their transfer: set it to %d",
-            options.place("cache_transceiver_config", "max_tokens_in_buffer"), buffer, length, length,
-        )  # fmt: skip
-    _check_runtime(made, backend, options)
-    return made
-
-
-def _check_runtime(transceiver: Mapping[str, Any], backend: str, options: Options) -> None:
-    runtime = transceiver.get("transceiver_runtime")
-    place = options.place("cache_transceiver_config", "transceiver_runtime")
-    if runtime == "PYTHON" and backend != "NIXL":
-        raise ConfigError(f"{place}: transceiver_runtime PYTHON needs backend NIXL, not {backend}")
-    second = (options.values.get("kv_cache_config") or {}).get("use_kv_cache_manager_v2")
-    if runtime == "CPP" and second is True:
-        raise ConfigError(
-            f"{place}: transceiver_runtime CPP cannot move the cache of use_kv_cache_manager_v2: true; "
-            "use backend NIXL with transceiver_runtime PYTHON, or use_kv_cache_manager_v2: false"
-        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dynserve.dialects import reasoning
 from dynserve.errors import BadRequest, Unavailable
 from dynserve.executors.trtllm.api import Api
 from dynserve.wire.requests import GenerateRequest, Grammar, unpack_tokens
@@ -25,16 +27,17 @@ class Terms(NamedTuple):
     api: Api
     eos: tuple[int, ...]
     vocab_size: int
-    parses_reasoning: bool  # the engine detects the end of the reasoning, so that a grammar can begin after it
     adapters: Mapping[str, Adapter]
     rank: int | None  # the attention-DP rank; None without attention DP
+    priorities: bool = False  # the engine's waiting queue is ordered by priority
+    conversations: bool = False  # the engine keeps a conversation on one rank
 
 
 def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_tokens: int) -> Any:
     """Returns a new `SamplingParams`: the context phase writes into it.
 
     Raises:
-        BadRequest: a token id is not in the vocabulary, or a grammar cannot begin after the reasoning.
+        BadRequest: a token id is not in the vocabulary, or a structural tag is not one.
     """
     sampling = request.sampling
     end, others = ends_of(request, terms.eos)
@@ -57,11 +60,12 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         "presence_penalty": sampling.presence_penalty or None,
         "frequency_penalty": sampling.frequency_penalty or None,
         "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None,
-        "logprobs": sampling.logprobs,
-        # 0 would return none; a decode request has no logits of its prompt
+        # 0 returns none in version 1.2; `Cursor` returns as many as were requested
+        "logprobs": max(1, sampling.logprobs) if sampling.logprobs is not None else None,
+        # a decode request has no logits of its prompt
         "prompt_logprobs": max(1, sampling.logprobs or 0) if wants_prompt(request) else None,
         "embedding_bias": _bias(sampling.logit_bias, terms.vocab_size) if sampling.logit_bias else None,
-        "guided_decoding": _grammar_params(request.grammar, terms) if request.grammar is not None else None,
+        "guided_decoding": _grammar_params(request.grammar, terms.api) if request.grammar is not None else None,
     }
     keywords |= {name: value for name, value in optional.items() if value is not None}
     return terms.api.sampling(**keywords)
@@ -77,8 +81,12 @@ def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> d
     found: dict[str, Any] = {"disaggregated_params": disaggregated}
     if salt := salt_of(request):
         found["cache_salt"] = salt
-    if request.priority:
+    if request.priority and terms.priorities:
         found["priority"] = priority_of(request.priority)
+    if request.trace_headers:
+        found["trace_headers"] = request.trace_headers
+    if request.session and terms.conversations and api.conversation is not None:
+        found["conversation_params"] = api.conversation(conversation_id=request.session)
     if terms.rank is not None:
         found["scheduling_params"] = api.scheduling(attention_dp_rank=terms.rank, attention_dp_relax=False)
     if request.adapter:
@@ -130,11 +138,39 @@ def _bias(biases: dict[int, float], vocab_size: int) -> Any:
     return tensor
 
 
-def _grammar_params(grammar: Grammar, terms: Terms) -> Any:
-    if grammar.reasoning is not None and not terms.parses_reasoning:
-        raise BadRequest(
-            "this model reasons before it answers, and its engine cannot detect the end of the reasoning: set "
-            "reasoning_parser in the engine options to use a grammar",
-            param="response_format",
-        )
-    return terms.api.grammar(**{grammar.kind: grammar.text})
+def _grammar_params(grammar: Grammar, api: Api) -> Any:
+    if grammar.reasoning is None:
+        return api.grammar(**{grammar.kind: grammar.text})
+    return api.grammar(structural_tag=behind_reasoning(grammar, open_=grammar.reasoning.open))
+
+
+def behind_reasoning(grammar: Grammar, *, open_: bool) -> str:
+    """Returns a structural tag that lets a model reason before its answer follows the grammar. The engine enforces grammars
+    from the first token, and its `reasoning_parser` does not change that.
+
+    `open_`: the prompt has already opened the reasoning. Otherwise the model may reason, or answer at once.
+
+    Raises:
+        BadRequest: the grammar is a structural tag without a `format`.
+    """
+    answer = _format(grammar)
+    thought = {"type": "tag", "begin": "" if open_ else reasoning.BEGIN, "content": {"type": "any_text"}}
+    space = {"type": "regex", "pattern": "[ \\n]*"}  # the grammar itself allows none before the answer
+    behind = {"type": "sequence", "elements": [{**thought, "end": reasoning.END}, space, answer]}
+    found = behind if open_ else {"type": "or", "elements": [behind, answer]}
+    return json.dumps({"type": "structural_tag", "format": found})
+
+
+def _format(grammar: Grammar) -> Any:
+    """Returns the grammar as a part of a structural tag (xgrammar's formats)."""
+    match grammar.kind:
+        case "json":
+            return {"type": "json_schema", "json_schema": json.loads(grammar.text)}
+        case "regex":
+            return {"type": "regex", "pattern": grammar.text}
+        case "grammar":
+            return {"type": "grammar", "grammar": grammar.text}
+    found = json.loads(grammar.text)
+    if "format" not in found:
+        raise BadRequest("a structural tag needs a format", param="response_format")
+    return found["format"]

@@ -35,6 +35,7 @@ _MEMBERS: dict[str, tuple[Path_, Callable[[Any], Any]]] = {
     "enable_overlap_scheduler": (("disable_overlap_scheduler",), _negated),
     "enable_trt_overlap": (("disable_overlap_scheduler",), _negated),
     "enable_chunked_context": (("enable_chunked_prefill",), _same),
+    "hf_revision": (("revision",), _same),  # of trtllm-serve's files
     "kv_cache_dtype": (("kv_cache_config", "dtype"), _same),
     "moe_backend": (("moe_config", "backend"), _same),
 }

@@ -9,16 +9,18 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.base import Executor
 from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm.api import Api, import_api
-from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of, pairing_of
+from dynserve.executors.trtllm.arguments import LlmArguments, llm_arguments, resolved_backend
+from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of
 from dynserve.executors.trtllm.environment import check_nixl, prepare
-from dynserve.executors.trtllm.executor import TrtllmExecutor
+from dynserve.executors.trtllm.executor import TrtllmExecutor, adapters_of
+from dynserve.executors.trtllm.probes import check_adapters, check_kv_events
 from dynserve.tasks import detached, task_group
 
 log = logging.getLogger(__name__)
@@ -32,38 +34,63 @@ async def open_executor(config: WorkerConfig, instance_id: str, transceivers: ob
         ConfigError: an option, the model or the installation is not usable; raised before weights are loaded.
         InternalError: the engine could not start.
     """
-    given = opts.read_options(config)
-    prepare(os.environ, config.model_path)
+    plan = await detached(partial(check_options, config))
     if config.plane_tls_certificate and config.role != "aggregated":
         log.warning(
             "--plane-tls-certificate does not cover TensorRT-LLM's KV transfers: keep them on a private network"
         )
-    api = await detached(import_api)
-    log.info("tensorrt_llm %s", api.version)
-    schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
-    opts.check_names(given, schema, name)
-    arguments = opts.llm_arguments(given, config, schema, api.version)
-    backend = ((arguments.get("cache_transceiver_config") or {}).get("backend")) or ""
-    backend = backend and opts.resolved_backend(backend, api.version)
-    if backend == "NIXL":
-        check_nixl(os.environ)
-    llm = await detached(partial(_build, api, arguments, given))
+    log.info("tensorrt_llm %s", plan.api.version)
+    if plan.arguments.no_grammars:
+        log.info("requests cannot have a grammar: %s", plan.arguments.no_grammars)
+    llm = await detached(partial(_build, plan))
     async with task_group() as tasks:
-        pairing = pairing_of(api, llm, config.model_path, backend)
-        engine = TrtllmEngine(llm, api, config, instance_id, pairing, await capacity_of(llm), tasks)
-        engine.targets = targets = tuple(TrtllmExecutor(engine, config, instance_id, at) for at in range(engine.ranks))
+        engine = TrtllmEngine(llm, plan.api, config, instance_id, plan.backend, await capacity_of(llm), tasks)
+        no_grammars = plan.arguments.no_grammars
+        engine.targets = targets = tuple(
+            TrtllmExecutor(engine, config, instance_id, rank, no_grammars) for rank in range(engine.ranks)
+        )
         try:
             await engine.start()
+            await check_kv_events(engine, targets[0].max_prompt)
+            await check_adapters(engine, adapters_of(config))
             yield targets[0]
         finally:
             await engine.close()
 
 
-def _build(api: Api, arguments: dict[str, Any], given: opts.Options) -> Any:
+class StartPlan(NamedTuple):
+    """All that is known of an engine before it is built. `backend`: that of its transceiver; empty without one."""
+
+    given: opts.Options
+    api: Api
+    arguments: LlmArguments
+    backend: str
+
+
+def check_options(config: WorkerConfig) -> StartPlan:
+    """Imports TensorRT-LLM, which takes many seconds, and checks everything that can be known before weights are loaded.
+
+    Raises:
+        ConfigError: an option, an adapter or the installation is not usable.
+    """
+    given = opts.read_options(config)
+    prepare(os.environ, config.model_path)
+    api = import_api()
+    schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
+    opts.check_names(given, schema, name)
+    arguments = llm_arguments(given, config, schema, api.version)
+    backend = ((arguments.keywords.get("cache_transceiver_config") or {}).get("backend")) or ""
+    backend = backend and resolved_backend(backend, api.version)
+    if backend == "NIXL":
+        check_nixl(os.environ)
+    return StartPlan(given, api, arguments, backend)
+
+
+def _build(plan: StartPlan) -> Any:
     try:
-        return api.llm(**arguments)
+        return plan.api.llm(**plan.arguments.keywords)
     except ValueError as error:
-        raise ConfigError(_explained(error, given)) from error
+        raise ConfigError(_explained(error, plan.given)) from error
     except Exception as error:
         raise InternalError(f"TensorRT-LLM could not start: {type(error).__name__}: {error}") from error
 

@@ -39,6 +39,8 @@ class _HandoffState(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[list[tuple[int, float, int | None]]] | None = None
 
 
+_LOGPROBS = "first_gen_log_probs"  # versions before 1.2.1 lack this field
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_HandoffState).decode
 _NOT_OURS: dict[type[BaseException], Any] = dict.fromkeys(MALFORMED, HandoffMismatch)
@@ -48,7 +50,7 @@ def pack(params: Any, id_: int, pairing: Mapping[str, str], api: Api) -> bytes:
     """Encodes the params of a finished context phase. `id_` is its request id, which not every version returns."""
     found = {name: getattr(params, name) for name in _Plain.__struct_fields__ if name in api.handed_over}
     plain = _Plain(**(found | {"disagg_request_id": id_}))
-    entries = params.first_gen_log_probs
+    entries = params.first_gen_log_probs if _LOGPROBS in api.handed_over else None
     logprobs = [[(token, e.logprob, e.rank) for token, e in entry.items()] for entry in entries] if entries else None
     return _encode(_HandoffState(pairing=dict(pairing), plain=plain, logprobs=logprobs))
 
@@ -70,7 +72,9 @@ def unpack(state: bytes, pairing: Mapping[str, str], api: Api, known: Sequence[T
     elif known:
         first = known[-len(found.plain.first_gen_tokens or ()) :]  # the prompt's entries may be in front
         logprobs = [_entry(one, api) for one in first]
-    return api.disaggregated(request_type=GENERATION, first_gen_log_probs=logprobs, **plain)
+    if _LOGPROBS in api.handed_over:
+        plain[_LOGPROBS] = logprobs
+    return api.disaggregated(request_type=GENERATION, **plain)
 
 
 def _entry(known: TokenLogprob, api: Api) -> dict[int, Any]:

@@ -1,7 +1,8 @@
 """Detects an engine that is dead or silent. Newer versions report that they are dead; older ones only stop answering.
 
 A response, a KV event and a row of statistics are signs of life. After `stall_s` without one, a canary is generated: one
-token, under a cache salt of its own. When that is not answered within `stall_s` either, the engine counts as dead.
+token, under a cache salt of its own. When that is not answered within `stall_s` either, or refused, the engine counts as
+dead: an engine whose event loop has crashed refuses everything, and nothing in a canary can be refused.
 
 A call of a dead engine of an older version may block for ever, and the event loop with it. So a thread watches the loop
 and ends the process when the loop is blocked: no code on the loop could.
@@ -48,6 +49,11 @@ class Watch:
         """Records that the engine has sent something."""
         self._last_sign_of_life = self._clock()
 
+    @property
+    def silence(self) -> float:
+        """The seconds since the engine has sent something."""
+        return self._clock() - self._last_sign_of_life
+
     def start(self) -> None:
         """Starts the thread that watches the loop. `stop` ends it."""
         self._beat = time.monotonic()
@@ -63,10 +69,8 @@ class Watch:
             if (why := self._fatal()) is not None:
                 self._dead(why)
                 return
-            if self._clock() - self._last_sign_of_life > self._stall_s and not await self._answers(self._stall_s):
-                self._dead(
-                    f"it has not answered for {self._clock() - self._last_sign_of_life:.0f} s, not even one token"
-                )
+            if self.silence > self._stall_s and not await self._answers(self._stall_s):
+                self._dead(f"it has not answered for {self.silence:.0f} s, not even one token")
                 return
 
     async def beat(self) -> None:
@@ -126,5 +130,5 @@ class Watch:
         except Exception as error:
             log.warning("the canary failed: %s: %s", type(error).__name__, error)
         else:
-            self.note_sign_of_life()
-        return self._last_sign_of_life > began
+            return True
+        return self._last_sign_of_life > began  # by another request's response, say

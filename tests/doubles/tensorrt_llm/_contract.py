@@ -1,4 +1,4 @@
-"""What `contract.json` says of the version that this double plays: 1.3.0rc29, or 1.2.1 by TRTLLM_DOUBLE_VERSION."""
+"""What `contract.json` says of the version that this double plays: 1.3.0rc29, or 1.2.1 or 1.2.0 by TRTLLM_DOUBLE_VERSION."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ OLD = VERSION.startswith("1.2")
 
 def here(owner: str, names: dict[str, Any] | list[str]) -> Any:
     """Those of `names` that this version has."""
-    gone = CONTRACT["not_in_1.2"].get(owner, []) if OLD else []
+    gone = list(CONTRACT["not_in_1.2"].get(owner, [])) if OLD else []
+    if VERSION == "1.2.0":
+        gone += CONTRACT["not_in_1.2.0"].get(owner, [])
     if isinstance(names, dict):
-        return {name: value for name, value in names.items() if name not in gone}
+        here_only = CONTRACT["only_in_1.2"].get(owner, {}) if OLD else {}
+        return {name: value for name, value in names.items() if name not in gone} | here_only
     return [name for name in names if name not in gone]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from dynserve.wire.hashing import extend, seed_for
 from dynserve.wire.requests import Handoff, TokenLogprob, pack_tokens, unpack_tokens
 
 from . import _messages as m
+
+log = logging.getLogger("TRT-LLM")
 
 PARTIALS = 6  # partial blocks that are kept
 SERVERS: list[Server] = []  # of this process, for tests that look at what an engine really holds
@@ -71,11 +74,19 @@ class Server:
         self._live: dict[int, Live] = {}
         self._ranks: list[Rank] = []
         self._wake = asyncio.Event()
+        self._crashed = ""
         SERVERS.append(self)
 
     @property
     def free_blocks(self) -> int:
         return sum(rank.engine.load().free_blocks for rank in self._ranks)
+
+    @property
+    def first(self) -> Rank:
+        return self._ranks[0]
+
+    def tokens_of(self, rank: Rank) -> int:
+        return sum(len(live.tokens) for live in self._live.values() if live.rank is rank)
 
     async def run(self) -> None:
         self._sock.setblocking(False)
@@ -92,6 +103,8 @@ class Server:
                                 self._submit(message)
                             case m.Abort():
                                 self._abort(message)
+                            case m.Crash(text=text):
+                                self._crash(text)
                             case m.Shutdown():
                                 return
         finally:
@@ -145,7 +158,16 @@ class Server:
         limits = self._ranks[0].engine.limits
         self.say(m.Ready(limits.num_blocks, limits.block_size, limits.max_seq_len))
 
+    def _crash(self, text: str) -> None:
+        self._crashed = f"Event loop terminated with error: {text}"
+        for live in list(self._live.values()):
+            live.rank.engine.abort(live.ticket)
+            live.end(m.Response(live.submit.id, error=self._crashed))
+
     def _submit(self, message: m.Submit) -> None:
+        if error := self._crashed or self._refusal(message):
+            self.say(m.Response(message.id, error=error))
+            return
         rank = self._ranks[message.rank]
         live = self._live[message.id] = Live(message, rank, self)
         rank.know(live)
@@ -154,9 +176,17 @@ class Server:
         except DynserveError as error:
             live.end(m.Response(message.id, error=str(error)))
 
+    def _refusal(self, message: m.Submit) -> str:
+        """The real one wraps whatever the construction of a request raises, and delivers it to the reader."""
+        left = self._ranks[0].engine.limits.max_seq_len - message.request.num_tokens
+        if left <= 0:
+            return f"`default_max_tokens` ({left}) must be greater than 0"
+        return message.lora_error
+
     def _abort(self, message: m.Abort) -> None:
         live = self._live.get(message.id)
-        if live is None:
+        if live is None:  # its last response was sent: the blocks of a context request stay where they are
+            log.warning("request %d is finished and cannot be aborted", message.id)
             return
         if message.early:  # what an early abort of a generation request may do to the real one
             if self._thread:
@@ -165,10 +195,7 @@ class Server:
                 os.kill(os.getpid(), signal.SIGSEGV)
             return
         live.rank.engine.abort(live.ticket)
-        if live.handed_off:
-            del self._live[message.id]
-        else:
-            live.end(m.Response(message.id, finish_reason="cancelled"))
+        live.end(m.Response(message.id, finish_reason="cancelled"))
 
     def _transfer_failed(self, name: str) -> None:
         for live in list(self._live.values()):
@@ -192,7 +219,6 @@ class Live:
         self.prompt_len = len(self.tokens) - len(prior)
         self.hashes: list[int] = []
         self.ticket = 0
-        self.handed_off = False
         self._began = time.monotonic()
         self._response = m.Response(submit.id)
         if request.prior is not None:
@@ -247,10 +273,6 @@ class Live:
             state = msgspec.msgpack.encode(output.handoff)
             response.disaggregated = m.Context(state, self.rank.number, f"tcp://127.0.0.1#{os.getpid()}")
             response.finish_reason = "length" if self._server.setup.appends_eos else "not_finished"
-            self.handed_off = True
-            self._server.say(response)
-            self.rank.tail(self)
-            return
         self.end(response)
 
 
@@ -339,7 +361,7 @@ class Rank:
                         for hash_, (tokens, salt, _) in zip(hashes, known, strict=True)
                     ],
                 }
-                if known[0][2]:
+                if known[0][2] and not self._server.setup.v2:
                     data["lora_name"] = known[0][2]
                 self._event(data, window)
             case Removed(hashes=hashes):
@@ -356,15 +378,21 @@ class Rank:
             "priority": 35,
         }
         if self._server.setup.token_hashes:
-            block |= {"mm_keys": [], "cache_salt": salt or None}
+            block["mm_keys"] = []
+            if not self._server.setup.v2:
+                block["cache_salt"] = salt or None
         return block
 
     def _event(self, data: dict[str, Any], window: int) -> None:
         event: dict[str, Any] = {"event_id": self._ids, "window_size": window, "data": data}
         if self._server.setup.attention_dp:
             event["attention_dp_rank"] = self.number
-        self._ids += 1
-        self._events.append(json.dumps(event).encode())
+        groups: list[dict[str, Any]] = [{}]
+        if self._server.setup.v2:  # which tells each block once for each group of layers
+            groups = [{"hash_algo": "v1_block_key", "layer_group_id": group} for group in range(2)]
+        for group in groups:
+            self._events.append(json.dumps(event | group | {"event_id": self._ids}).encode())
+            self._ids += 1
 
     def _flush(self) -> None:
         events, self._events = self._events, []
@@ -372,12 +400,35 @@ class Rank:
             self._server.say(m.Rows(events=events))
 
     def _row(self, result: Any) -> None:
-        if not self._server.setup.stats or not (result.outputs or result.events):
+        setup = self._server.setup
+        if not setup.stats or not (result.outputs or result.events):
             return
-        load = self.engine.load()
         self._iter += 1
+        row = self.row()
+        if setup.attention_dp:
+            if self.number:  # a copy of rank 0's row, but for what is scheduled here
+                own, row = row["inflightBatchingStats"], self._server.first.row()
+                row["inflightBatchingStats"] = own
+                row |= {"numQueuedRequests": 0, "numCompletedRequests": 0}
+            row["attentionDpRank"] = self.number
+        self._server.say(m.Rows(stats=[json.dumps(row).encode()]))
+
+    def row(self) -> dict[str, Any]:
+        load = self.engine.load()
         used = load.total_blocks - load.free_blocks
-        row: dict[str, Any] = {
+        batch = {
+            "numScheduledRequests": load.running,
+            "numContextRequests": 0,
+            "numGenRequests": load.running,
+            "numPausedRequests": 0,
+            "numCtxTokens": 0,
+            "microBatchId": 0,
+            "avgNumDecodedTokensPerIter": 1.0,
+        }
+        if self._server.setup.token_hashes:
+            tokens = self._server.tokens_of(self)
+            batch |= {"numCtxKvTokens": 0, "numGenKvTokens": tokens}
+        return {
             "timestamp": "01-01-2026 00:00:00.000000",
             "iter": self._iter,
             "iterLatencyMS": 1.0,
@@ -398,19 +449,8 @@ class Rank:
                 "missedBlocks": 0,
                 "cacheHitRate": 0.0,
             },
-            "inflightBatchingStats": {
-                "numScheduledRequests": load.running,
-                "numContextRequests": 0,
-                "numGenRequests": load.running,
-                "numPausedRequests": 0,
-                "numCtxTokens": 0,
-                "microBatchId": 0,
-                "avgNumDecodedTokensPerIter": 1.0,
-            },
+            "inflightBatchingStats": batch,
         }
-        if self._server.setup.attention_dp:
-            row["attentionDpRank"] = self.number
-        self._server.say(m.Rows(stats=[json.dumps(row).encode()]))
 
 
 def _theirs(hash_: int) -> int:

@@ -20,6 +20,7 @@ class Setup(msgspec.Struct, tag=True):
     attention_dp: bool
     stats: bool
     partial: bool
+    v2: bool  # the second cache manager
     stream_interval: int
     token_hashes: bool  # blocks of events tell their salt
     appends_eos: bool
@@ -34,11 +35,18 @@ class Submit(msgspec.Struct, tag=True):
     streaming: bool
     end_id: int
     perf: bool
+    lora_error: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
     id: int
     early: bool
+
+
+class Crash(msgspec.Struct, tag=True):
+    """The end of the engine's event loop, in a process that lives on."""
+
+    text: str
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -81,7 +89,7 @@ class Fatal(msgspec.Struct, tag=True):
     text: str
 
 
-ToEngine = Setup | Submit | Abort | Shutdown
+ToEngine = Setup | Submit | Abort | Crash | Shutdown
 FromEngine = Ready | Response | Rows | Fatal
 
 encode = msgspec.msgpack.Encoder().encode

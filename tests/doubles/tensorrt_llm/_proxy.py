@@ -66,6 +66,10 @@ class Proxy:
     def abort(self, request_id: int, early: bool) -> None:
         self._send(m.Abort(request_id, early))
 
+    def crash_loop(self, text: str) -> None:
+        """Ends the engine's event loop; nothing here notices it."""
+        self._send(m.Crash(text))
+
     def shutdown(self) -> None:
         """Waits for the engine without a bound, as the real one does."""
         if self._closing:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from dynserve import Cluster
-from dynserve.wire.requests import Accepted
+from dynserve.wire.requests import Accepted, GenerateRequest
 from tests.conftest import MODEL, until
 from tests.test_cluster import ASK, assert_all_freed
 
+FRENCH = '{"r": 8, "target_modules": ["q_proj"], "bias": {"444": 1000.0}}'
 ENGINE = {"cache_transceiver_config": {"backend": "NIXL"}, "kv_cache_config": {"max_tokens": 6400}}
+# so that the blocks of a cancelled hand-off, which the engine keeps until then, are soon free
+BRIEF = ENGINE | {"cache_transceiver_config": {"backend": "NIXL", "kv_transfer_timeout_ms": 3000}}
 
 pytestmark = pytest.mark.usefixtures("trtllm_double")
 
@@ -87,7 +90,7 @@ async def test_a_worker_of_another_version_is_refused_until_the_others_depart(mo
 async def test_an_adapter_is_a_model_of_its_own_to_clients(tmp_path: Path) -> None:
     adapter = tmp_path / "french"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"bias": {"444": 1000.0}}')
+    (adapter / "adapter_config.json").write_text(FRENCH)
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
         await c.add_worker("aggregated", override_engine_args=json.dumps(ENGINE), lora_adapters=f"french={adapter}")
         fleet = c.frontend.fleet
@@ -131,9 +134,9 @@ async def test_each_attention_dp_rank_is_routed_to_by_its_own_cache() -> None:
 
 
 async def test_a_hand_off_that_no_decode_worker_can_accept_is_cancelled() -> None:
-    other = json.dumps(ENGINE | {"kv_cache_config": {"max_tokens": 6400, "dtype": "fp8"}})
+    other = json.dumps(BRIEF | {"kv_cache_config": {"max_tokens": 6400, "dtype": "fp8"}})
     async with cluster(prefill=0, decode=0, aggregated=1) as c, c.client() as client:
-        prefill = await c.add_worker("prefill", override_engine_args=json.dumps(ENGINE))
+        prefill = await c.add_worker("prefill", override_engine_args=json.dumps(BRIEF))
         decode = await c.add_worker("decode", override_engine_args=other)
         await until(lambda: sum(peer.usable for peer in c.frontend.fleet.peers.values()) == 3)
         answer = (await client.post("/v1/chat/completions", json=ASK)).json()
@@ -143,7 +146,7 @@ async def test_a_hand_off_that_no_decode_worker_can_accept_is_cancelled() -> Non
         assert "handoffs_delivered_total" not in prefill.executor.counters()
         assert decode.executor.counters()["kv_transfers_failed_total"] == 1
         # a matching worker joins: hand-offs now go to it, and the other one is refused when it reconnects
-        fitting = await c.add_worker("decode", override_engine_args=json.dumps(ENGINE))
+        fitting = await c.add_worker("decode", override_engine_args=json.dumps(BRIEF))
         await until(lambda: len(c.frontend.fleet.targets(MODEL, "decode")) == 2)
         for _ in range(3):
             assert (await client.post("/v1/chat/completions", json=ASK | {"user": "x"})).status_code == 200
@@ -158,7 +161,7 @@ async def test_a_hand_off_that_no_decode_worker_can_accept_is_cancelled() -> Non
 async def test_after_a_lost_link_another_decode_worker_prefills_the_prompt_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with cluster(decode=2) as c, c.client() as client:
+    async with cluster(decode=2, engine=BRIEF) as c, c.client() as client:
         decoders = c.workers[1:]
         dead: list[str] = []
 
@@ -182,3 +185,22 @@ async def test_after_a_lost_link_another_decode_worker_prefills_the_prompt_itsel
         assert other.executor.counters()["kv_transfers_failed_total"] == 1, "it has computed it"
         await assert_all_freed(c)
         assert c.workers[0].executor.counters()["handoffs_cancelled_total"] == 1
+
+
+async def test_the_clients_trace_and_session_reach_the_workers_of_both_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster() as c, c.client() as client:
+        found: list[tuple[str, dict[str, str], str]] = []
+        for worker in c.workers:
+
+            def noting(request: GenerateRequest, start: Any = worker.start) -> Any:
+                found.append((request.phase, request.trace_headers, request.session))
+                return start(request)
+
+            monkeypatch.setattr(worker, "start", noting)
+        trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
+        headers = trace | {"x-dynserve-session": "mine"}
+        assert (await client.post("/v1/chat/completions", json=ASK, headers=headers)).status_code == 200
+        assert found == [("prefill", trace, "mine"), ("decode", trace, "mine")]
+        too_long = {"traceparent": trace["traceparent"], "tracestate": "a=" + "1" * 600}
+        assert (await client.post("/v1/chat/completions", json=ASK, headers=too_long)).status_code == 200
+        assert found[2][1] == {"traceparent": trace["traceparent"]}

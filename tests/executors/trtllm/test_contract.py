@@ -19,7 +19,7 @@ import pytest
 from dynserve.errors import Unavailable
 from dynserve.wire.requests import Grammar, SamplingParams, StopConditions
 from tests.conftest import DOUBLES, make_request, until
-from tests.executors.trtllm.test_executor import LONG, Opener, OutputSink, handed_over, prompt, run_request
+from tests.executors.trtllm.test_executor import FRENCH, LONG, Opener, OutputSink, handed_over, prompt, run_request
 
 CONTRACT: dict[str, Any] = json.loads((DOUBLES / "contract.json").read_text())
 OURS = "dynserve.executors.trtllm"
@@ -154,6 +154,8 @@ def allowed(version: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     for block, kind in (("kv_cache_config", "KvCacheConfig"), ("cache_transceiver_config", "CacheTransceiverConfig")):
         passed |= {(block, name) for _, name in here(kind, CONTRACT["models"][kind])}
     passed |= {("telemetry_config", "disabled"), ("scheduler_config", "waiting_queue_policy")}
+    passed |= {("lora_config", name) for _, name in here("LoraConfig", CONTRACT["models"]["LoraConfig"])}
+    passed |= {("attention_dp_config", "kv_cache_routing_conversation_affinity")}
     read: set[tuple[str, str]] = here("Logprob", CONTRACT["dataclasses"]["Logprob"])
     for kind, names in (CONTRACT["members"] | CONTRACT["events"] | CONTRACT["stats"]).items():
         read |= here(kind, names)
@@ -166,18 +168,22 @@ async def everything(tmp_path: Path, version: str) -> None:
     """Runs every kind of request of the executor once."""
     adapter = tmp_path / "french"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text(FRENCH)
     async with AsyncExitStack() as stack:
         opened = Opener(stack)
-        config = {"lora_adapters": f"french={adapter}"}
-        prefill, decode = await opened(config=config), await opened(config=config)
+        engine: dict[str, Any] = {"config": {"lora_adapters": f"french={adapter}"}, "enable_iter_perf_stats": True}
+        if version == CONTRACT["pin"]:
+            engine["scheduler_config"] = {"waiting_queue_policy": "priority"}
+            engine["attention_dp_config"] = {"kv_cache_routing_conversation_affinity": True}
+        prefill, decode = await opened(**engine), await opened(**engine)
         samplings = [
             SamplingParams(temperature=0.7, top_p=0.9, top_k=5, min_p=0.01, seed=3, logprobs=2, presence_penalty=0.5),
             SamplingParams(temperature=0.0, frequency_penalty=0.1, repetition_penalty=1.1, logit_bias={5: 1.0}),
         ]
         for sampling in samplings:
             stop = StopConditions(max_tokens=6, min_tokens=2, token_ids=(9,))
-            request = make_request(prompt(), sampling=sampling, stop=stop, adapter="french", cache_salt="s", priority=3)
+            request = make_request(prompt(), sampling=sampling, stop=stop, adapter="french", cache_salt="s", priority=3,
+                session="mine", trace_headers={"traceparent": "00-1-2-01"})  # fmt: skip
             await handed_over(prefill, decode, request)
         whole = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True)
         await run_request(decode, make_request(prompt(), sampling=whole))
@@ -210,7 +216,8 @@ async def test_every_keyword_and_name_that_is_used_is_in_the_tables(used: Used, 
     assert len(used.passed) > 40 and len(used.read) > 25
     assert {("DisaggregatedParams", "opaque_state"), ("generate_async", "cache_salt")} <= used.passed
     assert {("RequestOutput", "outputs"), ("CompletionOutput", "token_ids"), ("stored_block", "tokens")} <= used.read
-    assert (("generate_async", "priority") in used.passed) == (version == CONTRACT["pin"])
+    for newer in ("priority", "trace_headers", "conversation_params"):
+        assert (("generate_async", newer) in used.passed) == (version == CONTRACT["pin"])
 
 
 async def test_the_use_of_a_name_that_is_not_in_the_tables_is_detected(used: Used, version: str) -> None:
@@ -231,11 +238,13 @@ def test_the_double_has_what_the_tables_list(version: str) -> None:
     for module, names in CONTRACT["imports"].items():
         found = import_module(module)
         for name in names:
-            absent = version == CONTRACT["stable"] and name in ("EngineDeadError", "DEFAULT_REQUEST_PRIORITY")
+            newer = ("EngineDeadError", "DEFAULT_REQUEST_PRIORITY", "ConversationParams")
+            absent = version == CONTRACT["stable"] and name in newer
             assert hasattr(found, name) != absent, f"{module}.{name}"
     args = import_module("tensorrt_llm.llmapi.llm_args")
     for name, fields in CONTRACT["models"].items():
-        assert getattr(args, name).model_fields.keys() == fields.keys() - set(gone.get(name, []))
+        older = CONTRACT["only_in_1.2"].get(name, {}).keys() if version == CONTRACT["stable"] else set()
+        assert getattr(args, name).model_fields.keys() == fields.keys() - set(gone.get(name, [])) | older
     package = import_module("tensorrt_llm")
     for name in ("SamplingParams", "DisaggregatedParams"):
         found_fields = {field.name for field in dataclasses.fields(getattr(package, name))}
@@ -268,6 +277,16 @@ def test_the_double_refuses_what_tensorrt_llm_refuses(trtllm_double: None, make:
         make(import_module("tensorrt_llm"))
 
 
+async def test_getters_of_version_1_2_are_armed_by_the_first_request(
+    trtllm_double: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", "1.2.1")
+    llm = import_module("tensorrt_llm").LLM("dynserve/local/tiny_model", skip_tokenizer_init=True)
+    with pytest.raises(AssertionError, match="not properly instantiated"):
+        llm.get_kv_cache_events_async(0)
+    llm.shutdown()
+
+
 async def test_the_double_has_the_quirks_of_tensorrt_llm(trtllm_double: None) -> None:
     package = import_module("tensorrt_llm")
     utils = import_module("tensorrt_llm.executor.utils")
@@ -275,8 +294,6 @@ async def test_the_double_has_the_quirks_of_tensorrt_llm(trtllm_double: None) ->
         "dynserve/local/tiny_model", skip_tokenizer_init=True, cache_transceiver_config={"backend": "NIXL"},
         max_num_tokens=64, enable_iter_perf_stats=True,
     )  # fmt: skip
-    with pytest.raises(AssertionError, match="not properly instantiated"):
-        llm.get_kv_cache_events_async(0)
     with pytest.raises(ValueError, match="end_id"):
         llm.generate_async([5], package.SamplingParams(detokenize=False))
     params = package.SamplingParams(end_id=-1, detokenize=False, max_tokens=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import tokenizers
 
 from dynserve.config import TINY_MODEL, WorkerConfig
 from dynserve.errors import BadRequest, ConfigError, EngineDied, InternalError, Unavailable, WorkerLost
@@ -22,12 +24,23 @@ from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.executors.trtllm.request import priority_of
 from dynserve.wire.events import Cleared, KvEvent
 from dynserve.wire.hashing import adapter_salt, rolling_hashes
-from dynserve.wire.requests import GenerateRequest, Grammar, PriorOutput, SamplingParams, StopConditions, unpack_tokens
+from dynserve.wire.requests import (
+    GenerateRequest,
+    Grammar,
+    PriorOutput,
+    ReasoningTokens,
+    SamplingParams,
+    StopConditions,
+    unpack_tokens,
+)
 from tests.conftest import make_request, until
 from tests.executors.trtllm.test_kv_events import applied
 
 LONG = StopConditions(max_tokens=2000, ignore_eos=True)
 TRANSCEIVER = {"backend": "NIXL"}
+# how long the engine keeps the blocks of a hand-off that was cancelled
+BRIEF = TRANSCEIVER | {"kv_transfer_timeout_ms": 1500}
+FRENCH = '{"r": 8, "target_modules": ["q_proj"], "bias": {"444": 1000.0}}'
 
 
 class Opener:
@@ -288,14 +301,24 @@ async def test_an_abort_before_the_first_response_does_not_crash_the_engine(open
     assert not sink.outputs and not decode.failed.done()
 
 
-async def test_a_cancelled_hand_off_frees_the_blocks_of_the_prefill_worker(opened: Opener) -> None:
-    prefill = await opened()
+async def test_the_blocks_of_a_cancelled_hand_off_count_as_used_until_the_engine_frees_them(opened: Opener) -> None:
+    """The engine cannot abort a request whose last response it has sent."""
+    prefill = await opened(cache_transceiver_config=BRIEF)
     _, ticket = await run_request(prefill, make_request(prompt(), phase="prefill"))
     assert (prefill.load().open_handoffs, prefill.load().free_blocks) == (1, 197)
     prefill.abort(ticket)
-    assert prefill.load().open_handoffs == 0
+    assert (prefill.load().open_handoffs, prefill.load().free_blocks) == (0, 197)
     assert prefill.counters()["handoffs_cancelled_total"] == 1
+    assert really_free() == [197], "the engine still holds them"
     await until(lambda: really_free() == [200])
+    await until(lambda: prefill.load().free_blocks == 200)
+
+
+async def test_blocks_that_the_engine_holds_for_ever_count_as_used_for_ever(opened: Opener) -> None:
+    prefill = await opened(cache_transceiver_config=TRANSCEIVER | {"kv_transfer_timeout_ms": None})
+    _, ticket = await run_request(prefill, make_request(prompt(), phase="prefill"))
+    prefill.abort(ticket)
+    assert prefill.load().free_blocks == 197 and not prefill._releases
 
 
 async def test_a_hand_off_that_is_never_fetched_expires(opened: Opener) -> None:
@@ -310,7 +333,7 @@ async def test_a_hand_off_that_is_never_fetched_expires(opened: Opener) -> None:
 async def test_after_a_failed_transfer_the_decode_worker_prefills_the_prompt_itself(
     opened: Opener, grammar: Grammar | None
 ) -> None:
-    prefill, decode = await opened(), await opened()
+    prefill, decode = await opened(cache_transceiver_config=BRIEF), await opened(cache_transceiver_config=BRIEF)
     request = make_request(prompt(), grammar=grammar)
     whole, _ = await run_request(decode, msgspec.structs.replace(request, cache_salt=""))
     request = msgspec.structs.replace(request, id="second")
@@ -410,7 +433,7 @@ async def test_an_overflow_of_kv_events_is_detected_and_later_events_are_applied
 
 
 async def test_the_engine_is_reported_as_idle_before_and_after_a_request(opened: Opener) -> None:
-    executor = await opened()
+    executor = await opened(enable_iter_perf_stats=True)
     assert executor.describe()["engine"] == "idle"
     load = executor.load()
     assert (load.running, load.waiting, load.free_blocks, load.total_blocks) == (0, 0, 200, 200)
@@ -507,14 +530,61 @@ async def test_a_request_that_the_engine_cannot_run_is_a_bad_request(
     assert len(sink.tokens) == 8
 
 
-async def test_a_grammar_after_reasoning_needs_the_engines_reasoning_parser(opened: Opener) -> None:
-    reasoning = {"begin": 5, "end": 6, "open": False}
-    grammar = msgspec.convert({"kind": "regex", "text": "[0-9]+", "reasoning": reasoning}, Grammar)
-    with pytest.raises(BadRequest, match="reasoning_parser"):
-        (await opened()).submit(make_request(prompt(), grammar=grammar), OutputSink())
+def reasoning_tokens() -> tuple[int, int]:
+    """Returns the tiny model's tokens before and after its reasoning."""
+    added = json.loads((TINY_MODEL / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    return ids["<think>"], ids["</think>"]
+
+
+def after_reasoning(grammar: Grammar, *, open_: bool) -> Grammar:
+    begin, end = reasoning_tokens()
+    return msgspec.structs.replace(grammar, reasoning=ReasoningTokens(begin=begin, end=end, open=open_))
+
+
+def forced(tokens: dict[int, float], **stop: Any) -> dict[str, Any]:
+    """Sampling that prefers some tokens wherever the grammar allows them."""
+    sampling = SamplingParams(temperature=0.0, logit_bias=tokens)
+    return {"sampling": sampling, "stop": StopConditions(max_tokens=12, **stop)}
+
+
+@pytest.mark.parametrize("open_", [False, True])
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(kind="regex", text="[0-9]{3}"),
+        Grammar(kind="grammar", text='root ::= "1" "2" "3"'),
+        Grammar(kind="json", text='{"enum": [123]}'),
+        Grammar(kind="structural_tag", text='{"type": "structural_tag", "format": {"type": "regex", "pattern": "[0-9]{3}"}}'),
+    ],
+    ids=lambda found: found.kind if isinstance(found, Grammar) else "",
+)  # fmt: skip
+async def test_a_grammar_begins_behind_the_reasoning(opened: Opener, grammar: Grammar, open_: bool) -> None:
+    executor = await opened()
+    begin, end = reasoning_tokens()
+    tokenizer = tokenizers.Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+    if not open_:  # the model may reason, or answer at once
+        sink, _ = await run_request(
+            executor, make_request(prompt(), grammar=after_reasoning(grammar, open_=False), **forced({begin: -1000.0}))
+        )
+        assert re.fullmatch("[0-9]{3}", tokenizer.decode(sink.tokens))
+    # it reasons for as long as it likes, and then its answer follows the grammar
+    opening = {} if open_ else {begin: 500.0}
+    behind = after_reasoning(grammar, open_=open_)
+    sink, _ = await run_request(executor, make_request(prompt(), grammar=behind, **forced(opening | {444: 900.0})))
+    assert sink.tokens[0] == (444 if open_ else begin) and sink.tokens.count(444) >= 10
+    sink, _ = await run_request(executor, make_request(prompt(), grammar=behind, **forced(opening | {end: 900.0})))
+    answer = sink.tokens[sink.tokens.index(end) + 1 :]
+    assert end in sink.tokens[:2] and re.fullmatch("[0-9]{3}", tokenizer.decode(answer).strip())
+
+
+async def test_the_engines_reasoning_parser_changes_nothing_for_a_grammar(opened: Opener) -> None:
+    """It is an option of TensorRT-LLM's own server."""
     executor = await opened(reasoning_parser="qwen3")
-    sink, _ = await run_request(executor, make_request(prompt(), grammar=grammar))
-    assert sink.outputs[-1].error is None
+    plain = Grammar(kind="regex", text="[0-9]{3}")
+    sink, _ = await run_request(executor, make_request(prompt(), grammar=plain))
+    tokenizer = tokenizers.Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+    assert re.fullmatch("[0-9]{3}", tokenizer.decode(sink.tokens))
 
 
 async def test_without_a_grammar_backend_grammars_are_refused(opened: Opener) -> None:
@@ -527,7 +597,7 @@ async def test_without_a_grammar_backend_grammars_are_refused(opened: Opener) ->
 async def test_an_adapter_answers_differently_and_shares_no_blocks(opened: Opener, tmp_path: Path) -> None:
     adapter = tmp_path / "french"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"bias": {"444": 1000.0}}')
+    (adapter / "adapter_config.json").write_text(FRENCH)
     executor = await opened(config={"lora_adapters": f"french={adapter}"})
     assert executor.limits.adapters == ("french",)
     found: list[KvEvent] = []

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 
-from dynserve.executors.trtllm.kv_events import KvStream, KvStreams
+from dynserve.executors.trtllm import kv_events
+from dynserve.executors.trtllm.kv_events import PROBE_SALT, KvStream, KvStreams
 from dynserve.wire.events import Cleared, KvEvent, Removed, Stored
 from dynserve.wire.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.requests import pack_tokens
@@ -62,6 +64,84 @@ def hashes(*blocks: list[int], salt: str = "") -> list[int]:
 
 
 BIG = 1 << 63
+
+
+def test_blocks_of_images_in_the_second_cache_manager_are_skipped_with_those_after_them() -> None:
+    """Its tokens of multimodal inputs are text, and `mm_keys` is empty."""
+    engine, stream = Engine(), KvStream(SIZE)
+    image = engine.stored(A, B, mm_keys=[])
+    image["data"]["blocks"][0]["tokens"][1]["token_id"] = "9f86d081884c7d65"
+    other = engine.stored(C, first=500)
+    below = engine.stored(B, parent=BIG + 1, first=700)
+    assert stream.translate([image, other, below]) == [Stored(None, hashes(C))]
+    assert (stream.gaps, stream.orphans) == (0, 0)
+
+
+def test_blocks_that_are_reported_once_for_each_group_of_layers_count_once() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    found = stream.translate(
+        [engine.stored(A, B), engine.stored(A, B), engine.removed(BIG + 1), engine.removed(BIG + 1)]
+    )
+    assert found == [Stored(None, hashes(A, B)), Removed(hashes(A, B)[1:])]
+    assert stream.gaps == 0
+
+
+def test_blocks_without_salts_are_not_taken_for_those_of_the_plain_prompt() -> None:
+    """Neither version 1.2 nor the second cache manager names salts and adapters in its blocks."""
+    engine, streams = Engine(), KvStreams(SIZE, 1)
+    salted = pack_tokens(A + B)
+    streams.note_apart(salted)
+    assert streams.translate([engine.stored(A, B), engine.stored(C, parent=BIG + 1, first=77)]) == {}
+    assert not streams.names_salts and streams.ranks[0].orphans == 0
+    # other prompts, and those that begin later with the same block, are plain
+    assert streams.translate([engine.stored(B, first=300), engine.stored(A, parent=300, first=400)]) == {
+        0: [Stored(None, hashes(B)), Stored(hashes(B)[0], hashes(B, A)[1:])]
+    }
+
+
+def test_blocks_with_salts_are_apart_by_their_salts_and_adapters_by_their_names() -> None:
+    engine, streams = Engine(), KvStreams(SIZE, 1)
+    streams.note_apart(pack_tokens(A))
+    assert streams.translate([engine.stored(A, cache_salt=None)]) == {0: [Stored(None, hashes(A))]}, "salts are named"
+    streams.note_apart(pack_tokens(B), adapter=True)
+    assert streams.translate([engine.stored(B, first=20, cache_salt=None)]) == {}, "are adapters named, too?"
+    named = engine.stored(B, first=30, cache_salt=None, lora_name="french")
+    assert streams.translate([named]) == {0: [Stored(None, hashes(B, salt=adapter_salt("french", "")))]}
+    assert streams.translate([engine.stored(B, first=40, cache_salt=None)]) == {0: [Stored(None, hashes(B))]}
+
+
+def test_the_workers_own_prompts_are_not_reported() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    assert stream.translate([engine.stored(A, B, cache_salt=f"{PROBE_SALT}-1")]) == []
+
+
+def test_a_block_that_has_a_child_shows_the_block_size() -> None:
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.stored([1, 2], first=5)])
+    assert (stream.told, stream.full_size) == (1, 0), "it may be a partial one"
+    stream.translate([engine.stored([3], parent=5, first=6)])
+    assert (stream.told, stream.full_size) == (2, 2)
+    stream = KvStream(SIZE)
+    stream.translate([Engine().stored(A + B, C)])
+    assert stream.full_size == 8
+    stream.translate([])
+
+
+def test_only_the_newest_prompts_with_a_salt_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_events, "MAX_APART", 2)
+    engine, streams = Engine(), KvStreams(SIZE, 1)
+    for block in (A, B, A, C):
+        streams.note_apart(pack_tokens(block))
+    streams.note_apart(pack_tokens(A[:3]))  # shorter than a block
+    found = streams.translate([engine.stored(block, first=at) for at, block in enumerate((A, B, C))])
+    assert found == {0: [Stored(None, hashes(B))]}
+
+
+def test_single_blocks_are_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_events, "MAX_LENGTHS", 3)
+    engine, stream = Engine(), KvStream(SIZE)
+    stream.translate([engine.stored([1, at], first=at) for at in range(10)])
+    assert len(stream._lengths) <= 3
 
 
 def test_a_chain_of_blocks_becomes_dynserves_rolling_hashes() -> None:

@@ -14,7 +14,8 @@ from dynserve.config import TINY_MODEL, WorkerConfig
 from dynserve.errors import ConfigError
 from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
-from dynserve.executors.trtllm.options import Options, check_names, llm_arguments, read_options, resolved_backend
+from dynserve.executors.trtllm.arguments import llm_arguments, resolved_backend
+from dynserve.executors.trtllm.options import Options, check_names, read_options
 
 HERE = Path(__file__).parent
 DOCKER = HERE.parent.parent.parent / "docker" / "config"
@@ -32,7 +33,7 @@ def given(tmp_path: Path, text: str = "", **config: Any) -> tuple[Options, Worke
 def arguments(tmp_path: Path, text: str = "", version: str = PIN, schema: Any = ARGS, **config: Any) -> dict[str, Any]:
     options, made = given(tmp_path, text, **config)
     check_names(options, schema, version)
-    return llm_arguments(options, made, schema, version)
+    return llm_arguments(options, made, schema, version).keywords
 
 
 def test_the_json_object_wins_over_the_file_and_the_file_over_flags(tmp_path: Path) -> None:
@@ -53,25 +54,153 @@ def test_only_kv_cache_options_that_were_set_are_passed_on(tmp_path: Path) -> No
     assert arguments(tmp_path, off)["kv_cache_config"] == {"enable_block_reuse": False}
 
 
-def test_other_nested_options_are_replaced_and_not_merged(tmp_path: Path) -> None:
-    text = "cache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 9000}"
-    override = '{"cache_transceiver_config": {"backend": "NIXL"}}'
-    made = arguments(tmp_path, text, override_engine_args=override, max_seq_len=512)
+def test_a_block_of_the_file_replaces_that_of_flags_and_the_override_is_merged_at_every_depth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (
+        "cache_transceiver_config: {backend: NIXL, max_tokens_in_buffer: 9000}\nmax_batch_size: 4\n"
+        "kv_cache_config: {block_reuse_config: {policy: per_request, max_num_turns: 2}, tokens_per_block: 64}\n"
+        "cuda_graph_config: {max_batch_size: 4}\nmoe_config: {backend: CUTLASS, max_num_tokens: 3}\n"
+    )
+    override = {
+        "cache_transceiver_config": {"kv_transfer_timeout_ms": 5},
+        "kv_cache_config": {"block_reuse_config": {"max_num_turns": 3}, "dtype": "fp8"},
+        "cuda_graph_config": None,
+        "max_batch_size": 8,
+    }
+    with caplog.at_level(logging.INFO):
+        made = arguments(tmp_path, text, override_engine_args=json.dumps(override), max_batch_size=2, max_seq_len=512)
     assert made["cache_transceiver_config"] == {
-        "backend": "NIXL", "transceiver_runtime": "PYTHON", "kv_transfer_timeout_ms": 60_000, "max_tokens_in_buffer": 512,
+        "backend": "NIXL", "transceiver_runtime": "PYTHON", "kv_transfer_timeout_ms": 5, "max_tokens_in_buffer": 9000,
     }  # fmt: skip
+    cache = made["kv_cache_config"]
+    assert cache["block_reuse_config"] == {"policy": "per_request", "max_num_turns": 3}
+    assert (cache["tokens_per_block"], cache["dtype"], made["cuda_graph_config"]) == (64, "fp8", None)
+    assert made["moe_config"] == {"backend": "CUTLASS", "max_num_tokens": 3}
+    said = [record.message for record in caplog.records if "replace others" in record.message]
+    file = tmp_path / "engine.yaml"
+    assert said == [
+        "engine options that replace others: max_batch_size: 4 (was 2, --max-batch-size)",
+        f"engine options that replace others: cuda_graph_config: null (was {{'max_batch_size': 4}}, {file}:4); "
+        f"max_batch_size: 8 (was 4, {file}:2)".replace("'", '"'),
+    ]
 
 
 def test_options_that_serving_needs_are_set_unless_the_user_sets_them(tmp_path: Path) -> None:
     made = arguments(tmp_path)
     assert made["model"] == str(TINY_MODEL) and made["skip_tokenizer_init"] is True
-    assert made["enable_iter_perf_stats"] is made["enable_chunked_prefill"] is True
     assert made["guided_decoding_backend"] == "xgrammar" and made["telemetry_config"] == {"disabled": True}
     assert "disable_overlap_scheduler" not in made and "backend" not in made and "trust_remote_code" not in made
-    text = "guided_decoding_backend: null\nenable_iter_perf_stats: false\ntelemetry_config: {}\n"
+    text = "guided_decoding_backend: null\nenable_iter_perf_stats: false\ntelemetry_config: {disabled: false}\n"
     made = arguments(tmp_path, text)
     assert made["guided_decoding_backend"] is None and made["enable_iter_perf_stats"] is False
-    assert made["telemetry_config"] == {}
+    assert made["telemetry_config"] == {"disabled": False}
+    made = arguments(tmp_path, "telemetry_config: {usage_context: cli_serve}")
+    assert made["telemetry_config"] == {"disabled": True, "usage_context": "cli_serve"}
+
+
+def test_options_that_cost_throughput_are_set_only_where_the_version_needs_them(tmp_path: Path) -> None:
+    """A file that does not mention chunked prefill was measured without it."""
+    file = arguments(tmp_path, "cache_transceiver_config: {backend: NIXL}", disaggregation_mode="prefill")
+    assert not file.keys() & {"enable_iter_perf_stats", "disable_overlap_scheduler", "enable_chunked_prefill"}
+    without_file = WorkerConfig(executor="trtllm")
+    made = llm_arguments(read_options(without_file), without_file, ARGS, PIN).keywords
+    assert made["enable_chunked_prefill"] is True and "enable_iter_perf_stats" not in made
+    text = "cache_transceiver_config: {backend: UCX}"
+    old = arguments(tmp_path, text, "1.2.1", OLD_SCHEMA, disaggregation_mode="prefill")
+    assert old["enable_iter_perf_stats"] is old["disable_overlap_scheduler"] is True
+    for version, needed in (("1.3.0rc23", True), ("1.3.0rc24", False), ("1.3.0", False), ("1.4.0rc1", False)):
+        made = arguments(tmp_path, text, version, disaggregation_mode="prefill")
+        assert made.get("disable_overlap_scheduler", False) is needed and "enable_iter_perf_stats" not in made
+    text += "\ndisable_overlap_scheduler: false"
+    assert (
+        arguments(tmp_path, text, "1.2.1", OLD_SCHEMA, disaggregation_mode="prefill")["disable_overlap_scheduler"]
+        is False
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "backend", "skips_tokenizer", "reason"),
+    [
+        ("", PIN, "xgrammar", True, ""),
+        ("guided_decoding_backend: llguidance", PIN, "llguidance", True, ""),
+        ("guided_decoding_backend: null", PIN, None, True, "is null"),
+        ("speculative_config: {decoding_type: MTP}", PIN, None, True, "speculative_config"),
+        ("speculative_config: {decoding_type: MTP}\nguided_decoding_backend: xgrammar", PIN, "xgrammar", True, ""),
+        ("speculative_config: null", PIN, "xgrammar", True, ""),
+        # 1.2 needs the tokenizer for a backend
+        ("", "1.2.1", "xgrammar", False, ""),
+        ("guided_decoding_backend: null", "1.2.1", None, True, "is null"),
+        ("speculative_config: {decoding_type: NGram}", "1.2.1", None, True, "speculative_config"),
+    ],
+)
+def test_a_grammar_backend_is_set_where_it_costs_nothing_else(
+    tmp_path: Path, text: str, version: str, backend: str | None, skips_tokenizer: bool, reason: str
+) -> None:
+    options, config = given(tmp_path, text)
+    made = llm_arguments(options, config, ARGS if version == PIN else OLD_SCHEMA, version)
+    found = made.keywords
+    assert (found["guided_decoding_backend"], found["skip_tokenizer_init"]) == (backend, skips_tokenizer)
+    assert (reason in made.no_grammars) if reason else made.no_grammars == ""
+
+
+def test_options_without_effect_are_dropped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = arguments(
+        tmp_path, "sampler_type: TRTLLMSampler\nnum_postprocess_workers: 4\npostprocess_tokenizer_dir: /x\n"
+    )
+    assert not made.keys() & {"sampler_type", "num_postprocess_workers", "postprocess_tokenizer_dir"}
+    assert "engine.yaml:1: sampler_type has no effect in this version" in caplog.text
+    assert "engine.yaml:2: num_postprocess_workers: ignored, as the engine returns token ids" in caplog.text
+    has_it: Any = {**OLD_SCHEMA, "sampler_type": None}
+    assert arguments(tmp_path, "sampler_type: TorchSampler", "1.2.1", has_it)["sampler_type"] == "TorchSampler"
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected", "said"),
+    [
+        ("{event_buffer_max_size: 0}", {"event_buffer_max_size": 100_000}, "event_buffer_max_size: 0 is raised to 100000"),
+        (
+            "{kv_events_config: {enable_kv_cache_events: true, topic: x}}",
+            {"kv_events_config": {"enable_kv_cache_events": False, "topic": "x"}, "event_buffer_max_size": 100_000},
+            "enable_kv_cache_events is set to false",
+        ),
+        (
+            "{kv_events_config: {enable_kv_cache_events: true, publisher: 'null'}}",
+            {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}, "event_buffer_max_size": 100_000},
+            "",
+        ),
+        ("{enable_block_reuse: false, event_buffer_max_size: 0}", {"enable_block_reuse": False, "event_buffer_max_size": 0}, ""),
+    ],
+)  # fmt: skip
+def test_options_without_which_no_kv_events_come_are_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: str, expected: dict[str, Any], said: str
+) -> None:
+    text = f"kv_cache_config: {cache}"
+    assert arguments(tmp_path, text)["kv_cache_config"] == expected
+    assert (f"engine.yaml:1: {said}" in caplog.text or said in caplog.text) if said else not caplog.records
+    caplog.clear()
+    assert arguments(tmp_path, text, kv_events=False)["kv_cache_config"] == yaml.safe_load(cache)
+    assert not caplog.records
+
+
+def test_an_attention_backend_that_caches_no_prefixes_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = arguments(tmp_path, "attn_backend: FLASHINFER")
+    assert made["kv_cache_config"] == {} and "with attn_backend FLASHINFER the engine caches no prefixes" in caplog.text
+
+
+def test_a_transfer_without_a_limit_goes_only_with_the_cpp_runtime(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for_ever = "cache_transceiver_config:\n  backend: NIXL\n  kv_transfer_timeout_ms: null\n"
+    made = arguments(tmp_path, for_ever)["cache_transceiver_config"]
+    assert (made["transceiver_runtime"], made["kv_transfer_timeout_ms"]) == ("CPP", None)
+    assert "holds the KV blocks of lost requests for ever" in caplog.text
+    with pytest.raises(
+        ConfigError, match="engine.yaml:3: kv_transfer_timeout_ms: null does not go with transceiver_runtime"
+    ):
+        arguments(tmp_path, for_ever + "  transceiver_runtime: PYTHON")
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -85,7 +214,7 @@ def test_files_with_old_spellings_give_the_same_options_as_current_files(
         )  # fmt: skip
         options = read_options(config)
         check_names(options, ARGS, PIN)
-        return llm_arguments(options, config, ARGS, PIN)
+        return llm_arguments(options, config, ARGS, PIN).keywords
 
     with caplog.at_level(logging.WARNING):
         old = made(HERE / "old_options")
@@ -103,6 +232,8 @@ def test_files_with_old_spellings_give_the_same_options_as_current_files(
     assert not caplog.records
     assert old["cache_transceiver_config"].pop("backend") == "DEFAULT"
     assert new["cache_transceiver_config"].pop("backend") == "NIXL"
+    if role == "prefill":  # the guide's file is of a version that needs it
+        assert old.pop("disable_overlap_scheduler") is True
     assert old == new
 
 
@@ -214,13 +345,6 @@ def test_the_default_backend_is_resolved_by_variables_then_by_version(monkeypatc
     assert resolved_backend("DEFAULT", PIN) == "UCX" and resolved_backend("NIXL", PIN) == "NIXL"
 
 
-def test_prefill_workers_disable_the_overlap_scheduler_by_default(tmp_path: Path) -> None:
-    text = "cache_transceiver_config: {backend: NIXL}\n"
-    assert arguments(tmp_path, text, disaggregation_mode="prefill")["disable_overlap_scheduler"] is True
-    text += "disable_overlap_scheduler: false"
-    assert arguments(tmp_path, text, disaggregation_mode="prefill")["disable_overlap_scheduler"] is False
-
-
 def test_the_option_names_of_the_pinned_version_match_the_contract() -> None:
     contract = json.loads((HERE.parent.parent / "doubles" / "contract.json").read_text())
     models = contract["models"]
@@ -231,5 +355,6 @@ def test_the_option_names_of_the_pinned_version_match_the_contract() -> None:
         "cuda_graph_config": "CudaGraphConfig",
         "scheduler_config": "SchedulerConfig",
         "attention_dp_config": "AttentionDpConfig",
+        "lora_config": "LoraConfig",
     }.items():
         assert (ARGS[name] or {}).keys() == models[model].keys()

@@ -8,7 +8,7 @@ import json
 from collections import deque
 from typing import Any
 
-from .._contract import CONTRACT, OLD, dataclass_of, here
+from .._contract import CONTRACT, OLD, VERSION, dataclass_of, here
 from ..disaggregated_params import DisaggregatedParams
 from .utils import RequestError
 
@@ -67,6 +67,7 @@ class GenerationResult:
         self.metrics_dict: dict[str, Any] = {}
         self._streaming = streaming
         self._given = disaggregated
+        self.postprocessed = False  # by a process that counts no cached tokens
         self._responses: deque[Any] = deque()
         self._event = asyncio.Event()
         self._aborted = self._answered = False
@@ -119,11 +120,11 @@ class GenerationResult:
         output.token_ids += response.token_ids
         if response.logprobs:
             output.logprobs += [_logprobs(entry) for entry in response.logprobs]
-        if OLD and output.logprobs and len(output.logprobs) != len(output.token_ids):
+        if VERSION == "1.2.1" and output.logprobs and len(output.logprobs) != len(output.token_ids):
             raise AssertionError("logprobs length: not one entry for each token")
         if response.prompt_logprobs:
             output.prompt_logprobs = [None, *(_logprobs(entry) for entry in response.prompt_logprobs[1:])]
-        if response.cached_tokens >= 0:
+        if response.cached_tokens >= 0 and not self.postprocessed:
             self.cached_tokens = response.cached_tokens
         self.decoding_iter += 1
         if response.finish_reason:

@@ -13,12 +13,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dynserve.model_files import model_limits
 from dynserve.wire.requests import (
     GenerateRequest,
     Grammar,
     Handoff,
     PriorOutput,
-    ReasoningTokens,
     RenderOptions,
     StopConditions,
     TokenLogprob,
@@ -63,12 +63,17 @@ class LLM:
         if not Path(args.model).joinpath("config.json").is_file():
             raise RuntimeError(f"{args.model} is not a model folder")  # the real one would try to download it
         self._load_nixl()
+        self._check_worker()
         self.tokenizer = None if args.skip_tokenizer_init else object()
         self.llm_id = f"double-{os.getpid()}-{int(time.time() * 1000)}"
         self._ids = count(1)
         self._armed = self._closed = False
         setup = self._setup()
-        self._executor = Proxy(setup, args.kv_cache_config.event_buffer_max_size, max(1, args.max_stats_len))
+        cache = args.kv_cache_config
+        pushed = getattr(cache, "kv_events_config", None)
+        pushes = pushed is not None and pushed.enable_kv_cache_events and pushed.publisher != "null"
+        events = 0 if pushes else cache.event_buffer_max_size
+        self._executor = Proxy(setup, events, max(1, args.max_stats_len))
         if not OLD:
             self.disaggregated_params: dict[str, Any] = {}
             self.startup_metrics: dict[str, float] = {}
@@ -108,10 +113,11 @@ class LLM:
     )
 
     def get_stats_async(self, timeout: float | None = 2) -> IterationResult:
-        return IterationResult(self._executor.stats if self._armed else type(self._executor.stats)(), timeout)
+        armed = self._armed or not OLD
+        return IterationResult(self._executor.stats if armed else type(self._executor.stats)(), timeout)
 
     def get_kv_cache_events_async(self, timeout: float | None = 2) -> IterationResult:
-        assert self._armed, "KV Event IterationResult is not properly instantiated"
+        assert self._armed or not OLD, "KV Event IterationResult is not properly instantiated"
         return IterationResult(self._executor.events, timeout)
 
     if not OLD:
@@ -138,8 +144,8 @@ class LLM:
     def _start(self, call: _Call) -> RequestOutput:
         args, params, disagg = self.args, call.params, call.disagg
         kind = disagg.request_type if disagg is not None else None
-        if call.lora is not None and not args.enable_lora:
-            raise ValueError("lora_request was given, but the engine was built without enable_lora")
+        if args.lora_config is None:
+            call.lora = None  # as the real one: without a word
         if args.skip_tokenizer_init:
             if params.end_id is None:
                 raise ValueError("end_id is required when there is no tokenizer")
@@ -147,24 +153,54 @@ class LLM:
                 raise ValueError("stop and bad need a tokenizer")
             if params.detokenize:
                 raise ValueError("detokenize needs a tokenizer")
-        if params.guided_decoding is not None and args.guided_decoding_backend is None:
-            raise ValueError("guided decoding needs guided_decoding_backend")
+        if params.guided_decoding is not None:
+            if args.guided_decoding_backend is None:
+                raise ValueError("guided decoding needs guided_decoding_backend")
+            if params.guided_decoding.structural_tag is not None and args.guided_decoding_backend != "xgrammar":
+                raise ValueError("structural tags need xgrammar")
         if kind in ("context_only", "generation_only"):
             self._check_disaggregated(call, kind)
-        limit = self._executor.ready.max_seq_len
-        left = limit - len(call.prompt)
-        if left <= 0:
-            raise ValueError(f"default_max_tokens ({left}) must be greater than 0")
+        left = max(1, self._executor.ready.max_seq_len - len(call.prompt))  # the engine refuses what does not fit
         if kind != "generation_only" and not args.enable_chunked_prefill and len(call.prompt) > args.max_num_tokens:
             raise RequestError(f"The sum of prompt length ({len(call.prompt)}) should not exceed {args.max_num_tokens}")
         if kind == "context_only":
             params.max_tokens = 1  # into the caller's own object, as the real one
         number = next(self._ids)
         result = RequestOutput(self._executor, number, call.prompt, disagg, call.streaming)
+        result.postprocessed = args.num_postprocess_workers > 0
         message = call.message(number, args, left)
         self._armed = True
         self._executor.submit(result, message)
         return result
+
+    def _check_worker(self) -> None:
+        """What the real one finds out in its worker process, after minutes."""
+        args, refusal = self.args, ""
+        backend, tokenizer = args.guided_decoding_backend, Path(args.model, "tokenizer.json")
+        if backend and args.skip_tokenizer_init and (OLD or not tokenizer.is_file()):
+            refusal = "AssertionError: a tokenizer is needed for guided decoding"
+        mode = (args.speculative_config or {}).get("decoding_type")
+        if backend and mode == "SaveState":
+            refusal = f"Guided decoding is not supported for speculative decoding mode: {mode}"
+        transceiver = args.cache_transceiver_config
+        python = transceiver is not None and getattr(transceiver, "transceiver_runtime", None) == "PYTHON"
+        if python and transceiver.kv_transfer_timeout_ms is None:
+            refusal = "KvCacheTransceiverV2 requires a finite kv_transfer_timeout_ms"
+        if (lora := args.lora_config) is not None:
+            if len(lora.lora_dir) > 1:
+                refusal = "AssertionError: Expecting only a single lora dir"
+            elif OLD and not lora.lora_dir and not lora.lora_target_modules:
+                refusal = "AssertionError: Expecting at least one lora target module"
+        if refusal:
+            raise RuntimeError(f"Executor worker returned error: {refusal}")
+
+    @property
+    def _tokens_per_block(self) -> int:
+        """What the engine makes of the option."""
+        args = self.args
+        if args.attn_backend == "VANILLA":
+            return int(args.max_num_tokens)
+        return int(args.kv_cache_config.tokens_per_block)
 
     def _check_disaggregated(self, call: _Call, kind: str) -> None:
         transceiver, disagg = self.args.cache_transceiver_config, call.disagg
@@ -185,20 +221,21 @@ class LLM:
         args = self.args
         cache, transceiver = args.kv_cache_config, args.cache_transceiver_config
         timeout = transceiver.kv_transfer_timeout_ms if transceiver is not None else None
+        tokens = cache.max_tokens or BLOCKS * self._tokens_per_block
         options: dict[str, Any] = {
             "max_batch_size": args.max_batch_size,
             "max_num_tokens": args.max_num_tokens,
             "enable_chunked_prefill": True,
             "kv_cache_config": {
-                "tokens_per_block": cache.tokens_per_block,
-                "enable_block_reuse": cache.enable_block_reuse,
-                "max_tokens": cache.max_tokens or BLOCKS * cache.tokens_per_block,
+                "tokens_per_block": self._tokens_per_block,
+                "enable_block_reuse": cache.enable_block_reuse and args.attn_backend != "FLASHINFER",
+                "max_tokens": tokens,
             },
             # no time limit: blocks that nobody takes are lost until the end
             "cache_transceiver_config": {"kv_transfer_timeout_ms": timeout or 1 << 30},
         }
-        if args.max_seq_len:
-            options["max_seq_len"] = args.max_seq_len
+        # clipped to what the pool holds
+        options["max_seq_len"] = min(args.max_seq_len or model_limits(Path(args.model))[1], tokens)
         dummy = args.load_format.upper() == "DUMMY"
         if dummy:
             step = float(os.environ.get("TRTLLM_DOUBLE_STEP_MS", "0"))
@@ -215,6 +252,7 @@ class LLM:
             attention_dp=args.enable_attention_dp,
             stats=args.enable_iter_perf_stats,
             partial=cache.enable_block_reuse and cache.enable_partial_reuse and not dummy,
+            v2=getattr(cache, "use_kv_cache_manager_v2", None) is True and not OLD,
             stream_interval=args.stream_interval,
             token_hashes=not OLD,
             appends_eos=OLD,
@@ -252,6 +290,10 @@ class _Call:
             raise ValueError(f"priority must be between 0 and 1, got {priority}")
         if cache_salt is not None and not cache_salt:
             raise ValueError("cache_salt cannot be empty")
+        if trace_headers is not None and not all(isinstance(value, str) for value in trace_headers.values()):
+            raise TypeError("trace_headers must be a mapping of strings")
+        if conversation_params is not None and not isinstance(conversation_params.conversation_id, str):
+            raise TypeError("conversation_params must be ConversationParams")
         self.prompt, self.params, self.streaming = inputs, params, streaming
         self.lora, self.disagg, self.scheduling = lora_request, disaggregated_params, scheduling_params
         self.salt = cache_salt or ""
@@ -265,7 +307,9 @@ class _Call:
             handoff = _handoff(disagg, self.prompt)
             entries = [
                 _token_logprob(t, e)
-                for t, e in zip(disagg.first_gen_tokens, disagg.first_gen_log_probs or [], strict=False)
+                for t, e in zip(
+                    disagg.first_gen_tokens, getattr(disagg, "first_gen_log_probs", None) or [], strict=False
+                )
             ]
             prior = PriorOutput(list(disagg.first_gen_tokens), entries)
         lora = self.lora.lora_name if self.lora is not None else ""
@@ -284,17 +328,19 @@ class _Call:
                 max_tokens=most, min_tokens=params.min_tokens or 0, ignore_eos=True,
                 token_ids=(*stops, *((end,) if end >= 0 else ())),
             ),
-            render=RenderOptions(kind="completion", response_id="", model="", created=0), grammar=self._grammar(args),
+            render=RenderOptions(kind="completion", response_id="", model="", created=0), grammar=self._grammar(),
         )  # fmt: skip
-        return m.Submit(number, request, rank, self.salt, lora, self.streaming, end, params.return_perf_metrics)
+        return m.Submit(number, request, rank, self.salt, lora, self.streaming, end, params.return_perf_metrics,
+            _adapter_error(self.lora, args.lora_config) if self.lora is not None else "")  # fmt: skip
 
     def _sampling(self, lora: str) -> OurSampling:
         params = self.params
         bias = params.embedding_bias
         biases = {} if bias is None else {int(at): float(bias[at]) for at in bias.nonzero()[:, 0]}
         if self.lora is not None:
-            biases |= _adapter(self.lora)
+            biases |= _adapter(self.lora).get("bias", {})
         prompt = bool(params.prompt_logprobs)  # 0 gives none
+        logprobs = params.logprobs or None if OLD else params.logprobs
         return OurSampling(
             temperature=0.0 if params._greedy else 1.0 if params.temperature is None else params.temperature,
             top_p=1.0 if params.top_p is None else params.top_p,
@@ -305,29 +351,19 @@ class _Call:
             frequency_penalty=params.frequency_penalty or 0.0,
             repetition_penalty=1.0 if params.repetition_penalty is None else params.repetition_penalty,
             logit_bias=biases,
-            logprobs=params.logprobs if not prompt else max(params.logprobs or 0, params.prompt_logprobs),
+            logprobs=logprobs if not prompt else max(logprobs or 0, params.prompt_logprobs),
             prompt_logprobs=prompt,
         )
 
-    def _grammar(self, args: Any) -> Grammar | None:
+    def _grammar(self) -> Grammar | None:
         guided = self.params.guided_decoding
         if guided is None:
             return None
         for kind in ("json", "regex", "grammar", "structural_tag"):
             if (text := getattr(guided, kind)) is not None:
                 text = text if isinstance(text, str) else json.dumps(text)
-                return Grammar(kind=kind, text=text, reasoning=self._reasoning(args))  # type: ignore[arg-type]
+                return Grammar(kind=kind, text=text)  # type: ignore[arg-type]
         return Grammar(kind="json", text='{"type": "object"}') if guided.json_object else None
-
-    def _reasoning(self, args: Any) -> ReasoningTokens | None:
-        if args.reasoning_parser is None:
-            return None
-        tokens = {
-            t["content"]: t["id"] for t in json.loads((Path(args.model) / "tokenizer.json").read_text())["added_tokens"]
-        }
-        begin, end = tokens["<think>"], tokens["</think>"]
-        last = [token for token in self.prompt if token in (begin, end)][-1:]
-        return ReasoningTokens(begin=begin, end=end, open=last == [begin])
 
 
 def _handoff(disagg: Any, prompt: list[int]) -> Handoff:
@@ -343,9 +379,19 @@ def _token_logprob(token: int, entry: dict[int, Any]) -> TokenLogprob:
     return TokenLogprob(token, entry[token].logprob, [(t, e.logprob) for t, e in entry.items() if e.rank is not None])
 
 
-def _adapter(lora: Any) -> dict[int, float]:
+def _adapter(lora: Any) -> dict[str, Any]:
     """An adapter changes what the model says: here by a bias that its folder names."""
-    path = Path(lora.lora_path) / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"no adapter at {lora.lora_path}")
-    return {int(token): bias for token, bias in json.loads(path.read_text()).get("bias", {}).items()}
+    try:
+        found = json.loads((Path(lora.lora_path) / "adapter_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found | {"bias": {int(token): bias for token, bias in found.get("bias", {}).items()}}
+
+
+def _adapter_error(lora: Any, config: Any) -> str:
+    found = _adapter(lora)
+    if not found or found.get("broken"):
+        return f"Failed to load LoRA adapter: {lora.lora_path}"
+    if found.get("r", 8) > config.max_lora_rank:
+        return f"Failed to load LoRA adapter: rank {found.get('r', 8)} is more than {config.max_lora_rank}"
+    return ""

@@ -73,9 +73,11 @@ def _model(name: str) -> Any:
     return made
 
 
+KVEventsConfig = _model("KVEventsConfig")
 KvCacheConfig = _model("KvCacheConfig")
 CacheTransceiverConfig = _model("CacheTransceiverConfig")
 CudaGraphConfig = _model("CudaGraphConfig")
+LoraConfig = _model("LoraConfig")
 SchedulerConfig = _model("SchedulerConfig")
 AttentionDpConfig = _model("AttentionDpConfig")
 TorchLlmArgs = _model("TorchLlmArgs")

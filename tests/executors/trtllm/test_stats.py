@@ -1,0 +1,82 @@
+"""Load reports from rows of statistics, and from our own count where a row is old or not the rank's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dynserve.executors.trtllm.stats import Stats
+
+CACHE = {"maxNumBlocks": 100, "freeNumBlocks": 40, "reusedBlocks": 7}
+
+
+def row(rank: int | None = None, **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"iter": 5, "iterLatencyMS": 1.5, "numQueuedRequests": 3, "kvCacheStats": CACHE}
+    return found | ({} if rank is None else {"attentionDpRank": rank}) | more
+
+
+def batch(scheduled: int, tokens: int | None) -> dict[str, Any]:
+    used = {} if tokens is None else {"numCtxKvTokens": 0, "numGenKvTokens": tokens}
+    return {"inflightBatchingStats": {"numScheduledRequests": scheduled, **used}}
+
+
+def load(stats: Stats, live: int, tokens: int = 0, held: int = 0, now: float = 1.0) -> tuple[int, int, int, int]:
+    found = stats.load(live, tokens, 1, held, now)
+    return found.running, found.waiting, found.free_blocks, found.total_blocks
+
+
+def test_without_a_row_the_load_is_our_own_count() -> None:
+    stats = Stats(100, 4, 32)
+    assert load(stats, 6, tokens=320, held=33) == (4, 2, 88, 100)
+    assert load(stats, 0, held=64) == (0, 0, 98, 100)
+    assert load(stats, 1, tokens=10**6) == (1, 0, 0, 100)
+
+
+def test_a_fresh_row_replaces_the_count_until_it_is_old() -> None:
+    stats = Stats(0, 4, 32)
+    stats.update(row(), 0.0)
+    assert load(stats, 6, tokens=320) == (3, 3, 40, 100)
+    assert load(stats, 6, tokens=320, now=2.5) == (4, 2, 90, 100), "too old"
+    assert load(stats, 0, tokens=0) == (0, 0, 100, 100), "the row is of a time with requests"
+    assert load(stats, 2) == (0, 2, 40, 100), "no more wait than there are"
+
+
+def test_rows_of_other_ranks_are_their_own_only_in_what_is_scheduled() -> None:
+    """They repeat rank 0's cache, memory and queue."""
+    stats = Stats(100, 8, 32, ranks=4)
+    stats.update(row(2, **batch(scheduled=5, tokens=640)), 0.0)
+    assert load(stats, 6, tokens=9999, held=32) == (5, 1, 79, 100)
+    assert stats.counters() == {}
+    stats.update(row(2, **batch(scheduled=5, tokens=None)), 0.0)
+    assert load(stats, 6, tokens=320, held=32) == (5, 1, 89, 100), "an older version: our own count"
+    stats.update(row(2), 0.0)
+    assert load(stats, 12, tokens=320) == (8, 4, 90, 100)
+
+
+def test_the_queue_in_the_row_of_rank_0_is_that_of_all_ranks() -> None:
+    stats = Stats(100, 8, 32, ranks=4)
+    stats.update(row(0, **batch(scheduled=2, tokens=64)), 0.0)
+    assert load(stats, 3, tokens=96) == (2, 1, 40, 100)
+    assert stats.counters()["engine_reused_blocks_total"] == 7
+
+
+def test_a_row_that_was_gathered_from_its_rank_is_its_own() -> None:
+    stats = Stats(100, 8, 32, ranks=4)
+    stats.update(row(2) | {"rank": 2}, 0.0)
+    assert load(stats, 6, tokens=320) == (3, 3, 40, 100)
+    assert stats.counters()["engine_iterations_total"] == 5
+
+
+def test_the_number_of_blocks_is_taken_from_any_row_if_nothing_else_tells_it() -> None:
+    stats = Stats(0, 8, 32, ranks=2)
+    stats.update(row(1), 0.0)
+    assert stats.total_blocks == 100
+
+
+@pytest.mark.parametrize("missing", [{}, {"kvCacheStats": None}, {"inflightBatchingStats": None, "iter": None}])
+def test_every_key_of_a_row_may_be_missing(missing: dict[str, Any]) -> None:
+    stats = Stats(100, 8, 32)
+    stats.update(missing, 0.0)
+    assert load(stats, 1, tokens=32) == (1, 0, 99, 100)
+    assert stats.counters() == {}
