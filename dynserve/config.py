@@ -335,7 +335,9 @@ class UpConfig:
     nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
     etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
     namespace: str = option_of(PlanesConfig, "namespace")
-    start_timeout_s: PositiveFloat = option(300.0, "longest time until the cluster is ready; then `up` fails")
+    start_timeout_s: PositiveFloat | None = option(
+        None, "longest time until the cluster is ready; then `up` fails; default: 300, with TensorRT-LLM 1800"
+    )
     log_level: LogLevel = option_of(PlanesConfig, "log_level")
 
     def __post_init__(self) -> None:
@@ -351,6 +353,20 @@ class UpConfig:
             )
         if self.prefill + self.aggregated == 0:
             raise ConfigError("no workers: give --prefill and --decode, or --aggregated")
+
+    @property
+    def start_limit_s(self) -> float:
+        return self.start_timeout_s or (1800.0 if self.executor == "trtllm" else 300.0)
+
+    @property
+    def roles(self) -> list[tuple[str, DisaggregationMode]]:
+        """The name and role of each worker."""
+        counts: list[tuple[str, DisaggregationMode, int]] = [
+            ("prefill", "prefill", self.prefill),
+            ("decode", "decode", self.decode),
+            ("aggregated", "prefill_and_decode", self.aggregated),
+        ]
+        return [(f"{name}-{i + 1}", role) for name, role, count in counts for i in range(count)]
 
 
 def mode_of(role: Role) -> DisaggregationMode:

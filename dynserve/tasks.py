@@ -61,6 +61,33 @@ def unwrapped(error: BaseException) -> BaseException:
     return error
 
 
+@asynccontextmanager
+async def unless_failed(check: asyncio.Future[Any]) -> AsyncIterator[None]:
+    """Runs the block, which may wait for long, unless `check` fails meanwhile: then the block is cancelled, and the error
+    of `check` is raised."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("unless_failed must be used in a task")
+    before, failed = task.cancelling(), False
+
+    def settled(check: asyncio.Future[Any]) -> None:
+        nonlocal failed
+        if not check.cancelled() and check.exception() is not None:
+            failed = True
+            task.cancel()
+
+    check.add_done_callback(settled)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # a cancellation by other code is passed on
+        if failed and task.uncancel() <= before:
+            await check
+        raise
+    finally:
+        check.remove_done_callback(settled)
+
+
 class Limit:
     """A replacement of `asyncio.timeout` for a block on every request's path. It costs a third, and needs no timer if its
     owner already has one. Once `expire` is called the block ends with TimeoutError.

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from dynserve.errors import ClusterError, Unavailable
-from dynserve.tasks import Limit, persist, running, task_group, within
+from dynserve.tasks import Limit, persist, running, task_group, unless_failed, within
 
 
 async def test_a_block_ends_when_its_limit_is_expired() -> None:
@@ -116,3 +116,41 @@ async def test_clean_up_has_a_timeout_and_its_errors_are_suppressed() -> None:
 
     assert await within(0.01, asyncio.Event().wait(), "hanging") is None
     assert await within(1.0, fail(), "failing") is None
+
+
+async def test_a_failed_check_ends_a_block_that_waits() -> None:
+    check: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(check.set_exception, ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        async with unless_failed(check):
+            await asyncio.Event().wait()
+    await asyncio.sleep(0)  # nothing is left of the cancellation
+
+
+async def test_a_check_that_succeeds_or_fails_later_does_not_end_a_block() -> None:
+    check: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with unless_failed(check):
+        check.set_result(None)
+        await asyncio.sleep(0)
+    late: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with unless_failed(late):
+        pass
+    late.set_exception(ValueError("later"))
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="later"):
+        await late
+
+
+async def test_a_cancellation_by_other_code_passes_through_a_check() -> None:
+    check: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def waits() -> None:
+        async with unless_failed(check):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(waits())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    check.cancel()

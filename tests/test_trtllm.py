@@ -43,7 +43,9 @@ class Cluster:
         flags = ("--executor", "trtllm", "--extra-engine-args", str(GUIDE / f"trtllm-{role}-config.yaml"))
         engine = {
             "kv_cache_config": {"max_tokens": BLOCKS * 32} | cache,
-            "cache_transceiver_config": {"kv_transfer_timeout_ms": 4000},  # hand-offs that nobody fetches hold blocks so long
+            "cache_transceiver_config": {
+                "kv_transfer_timeout_ms": 4000
+            },  # hand-offs that nobody fetches hold blocks so long
         }
         return self.deployment.worker(role, *flags, "--engine-stall-s", str(STALL), engine=engine)
 

@@ -185,17 +185,28 @@ _HOMES = {
 
 
 def open_executor(
-    config: WorkerConfig, instance_id: str = "local", transceivers: Transceivers | None = None
+    config: WorkerConfig, instance_id: str = "local", transceivers: Transceivers | None = None, prepared: Any = None
 ) -> AbstractAsyncContextManager[Executor]:
-    """Opens the executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process.
+    """Opens the executor that `config.executor` names. `transceivers` other than TCP are for clusters in one process;
+    `prepared` is what `prepare_executor` has returned, if it was called.
 
     Raises:
         ConfigError: it is not installed, or not usable as it is configured.
     """
     opened: AbstractAsyncContextManager[Executor] = executor_module(config.executor).open_executor(
-        config, instance_id, transceivers
+        config, instance_id, transceivers, prepared
     )
     return opened
+
+
+def prepare_executor(config: WorkerConfig) -> Any:
+    """Imports an executor's packages, which takes seconds, and checks what can be known before weights are loaded. The
+    result is for `open_executor`.
+
+    Raises:
+        ConfigError: a package is missing, or an engine option, the device or the model cannot be used.
+    """
+    return executor_module(config.executor).prepare(config)
 
 
 def executor_module(name: str) -> Any:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # DEFAULT selects the best transport that both workers have; UCX is the library under NIXL
 BACKENDS = ("DEFAULT", "NIXL", "UCX", "TCP")
+_FOREIGN_BACKENDS = ("MOONCAKE", "MPI")  # TensorRT-LLM's; None turns transfers off there
 
 
 class KvCacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +103,7 @@ def engine_args(config: WorkerConfig, defaults: Mapping[str, Any] = MappingProxy
     if config.override_engine_args:
         _merge(merged, _json(config.override_engine_args), "--override-engine-args")
     try:
-        return msgspec.convert(merged, EngineArgs)
+        return msgspec.convert(_without_nulls(merged, EngineArgs), EngineArgs)
     except msgspec.ValidationError as error:
         raise ConfigError(f"engine options: {error}") from error
 
@@ -124,6 +125,17 @@ def _from_flags(config: WorkerConfig) -> dict[str, Any]:
     return flags | ({"kv_cache_config": cache} if cache else {})
 
 
+def _without_nulls(options: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Returns the options without those that are null where that means the default, as in TensorRT-LLM's files."""
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        if field.name not in options or (options[field.name] is None and field.default is not None):
+            continue
+        value = options[field.name]
+        found[field.name] = _without_nulls(value, _NESTED[field.name][0]) if field.name in _NESTED else value
+    return found
+
+
 def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
     known = EngineArgs.__struct_fields__
     if ignored := sorted(_TRTLLM_ONLY & options.keys()):
@@ -142,11 +154,16 @@ def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
 def _nested(value: Any, key: str, where: str) -> dict[str, Any]:
     ours, theirs = _NESTED[key]
     known = ours.__struct_fields__
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: {key} must hold keys and values, not {value!r}")
     for name in value:
         if name not in known and name not in theirs:
             raise ConfigError(f"{where}: unknown key {name!r} in {key}{nearest(str(name), known)}")
+    if key == "cache_transceiver_config" and value.get("backend") in _FOREIGN_BACKENDS:
+        log.warning("%s: backend %s is TensorRT-LLM's; this executor uses DEFAULT instead", where, value["backend"])
+        value = {**value, "backend": "DEFAULT"}
     return {name: item for name, item in value.items() if name in known}
 
 

@@ -74,4 +74,9 @@ ARGS: Schema = {
     """),
 }
 # accepted, and translated or dropped by `spellings`
-OLD = frozenset(["backend", "build_config", "pytorch_backend_config", "sampler_type"])
+OLD = frozenset(
+    [
+        "backend", "build_config", "pytorch_backend_config", "sampler_type", "hf_revision", "use_cuda_graph",
+        "enable_chunked_context", "enable_trt_overlap", "enable_overlap_scheduler",
+    ]
+)  # fmt: skip

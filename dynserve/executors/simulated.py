@@ -34,16 +34,21 @@ NUM_BLOCKS = 4096
 FIRST_TOKEN = 300  # made-up tokens avoid the special tokens and single bytes at the start of a vocabulary
 
 
+def prepare(config: WorkerConfig) -> EngineArgs:
+    """Reads the engine options. Raises ConfigError if one is not usable."""
+    return engine_args(config)
+
+
 @asynccontextmanager
 async def open_executor(
-    config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None
+    config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None, prepared: EngineArgs | None = None
 ) -> AsyncIterator[Executor]:
     """Opens the simulated executor. It needs the model folder's tokenizer and config only; weights are not read.
 
     Raises:
         ConfigError: the folder or an engine option is not usable.
     """
-    args = engine_args(config)
+    args = prepared or prepare(config)
     folder = Path(config.model_path)
     vocab_size, context = model_limits(folder)
     size = args.kv_cache_config.tokens_per_block

@@ -37,6 +37,8 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         sock = bind(config.http_host, config.http_port, "--http-port", shared=config.reuse_port)
         url = url_of(sock, "https" if tls else "http", config.advertise_host)
         own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
+        if config.link_port:  # in use? known before the wait for NATS
+            bind(config.link_host, config.link_port, "--link-port").close()
         planes = await stack.enter_async_context(open_planes(config, "frontend"))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
         apps = make_apps(frontend)

@@ -27,6 +27,7 @@ from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.keys import check_keys
 from dynserve.hub import with_model_folder
+from dynserve.local import trtllm
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
 from dynserve.model_files import check_model_folder
@@ -69,14 +70,12 @@ async def run(config: UpConfig, stop: StopSignal) -> None:
 def check(config: UpConfig) -> None:
     """Raises ConfigError, before any process is started, for options with which a child would fail at once."""
     check_model_folder(Path(config.model_path))
-    if config.executor not in ("torch", "simulated"):
-        raise ConfigError(
-            "`up` does not start TensorRT-LLM workers, because each needs its own GPU and options: start them one by one, "
-            "as in the README's section on TensorRT-LLM"
+    if config.executor == "trtllm":
+        trtllm.check(config)
+    else:
+        engine_args(
+            WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
         )
-    engine_args(
-        WorkerConfig(extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args)
-    )
     check_keys(config.api_keys_file)
     tls_of(config.tls_certificate, config.tls_key)
     bind(config.http_host, config.http_port, "--http-port").close()
@@ -101,21 +100,21 @@ def make_plan(config: UpConfig, folder: Path) -> LaunchPlan:
     frontend += _handed_on(config, "api_keys_file", "tls_certificate", "tls_key", "allowed_hosts")
     worker = [sys.executable, "-m", "dynserve.worker", *common, "--model-path", config.model_path]
     worker += ["--executor", config.executor]
-    worker += _handed_on(config, "served_model_name", "extra_engine_args", "override_engine_args")
-    roles = [
-        (f"{name}-{i + 1}", role)
-        for name, role, number in (
-            ("prefill", "prefill", config.prefill),
-            ("decode", "decode", config.decode),
-            ("aggregated", "prefill_and_decode", config.aggregated),
-        )
-        for i in range(number)
-    ]
-    devices = spread(config.device, gpus() if config.device != "cpu" and config.executor == "torch" else 0, len(roles))
-    workers = [
-        ChildSpec(name, [*worker, "--disaggregation-mode", role, *device], planes)
-        for (name, role), device in zip(roles, devices, strict=True)
-    ]
+    worker += _handed_on(config, "served_model_name")
+    roles = config.roles
+    if config.executor == "trtllm":
+        workers = [
+            ChildSpec(name, [*worker, "--disaggregation-mode", role, *trtllm.flags(config, role)], planes | visible)
+            for (name, role), visible in zip(roles, trtllm.visible_gpus(config), strict=True)
+        ]
+    else:
+        available = gpus() if config.device != "cpu" and config.executor == "torch" else 0
+        devices = spread(config.device, available, len(roles))
+        options = _handed_on(config, "extra_engine_args", "override_engine_args")
+        workers = [
+            ChildSpec(name, [*worker, "--disaggregation-mode", role, *options, *device], planes)
+            for (name, role), device in zip(roles, devices, strict=True)
+        ]
     return LaunchPlan(servers, ChildSpec("frontend", frontend, planes), workers, etcd_url, nats_url)
 
 
@@ -155,7 +154,7 @@ class _LocalCluster:
         """Starts all processes, and returns when every worker can be routed to.
 
         Raises:
-            ConfigError: the cluster was not ready within `start_timeout_s`.
+            ConfigError: the cluster was not ready within `start_limit_s`.
         """
         await self._supervisor.start()
         reported, last = 0.0, ""
@@ -165,9 +164,9 @@ class _LocalCluster:
                 if self.broken.done():
                     self.broken.result()
                 waited = time.monotonic() - self._began
-                if waited > self._config.start_timeout_s:
+                if waited > self._config.start_limit_s:
                     raise ConfigError(
-                        f"the cluster is not ready after --start-timeout-s {self._config.start_timeout_s:.0f}: "
+                        f"the cluster is not ready after --start-timeout-s {self._config.start_limit_s:.0f}: "
                         f"still waiting for {missing}"
                     )
                 if missing != last or waited - reported >= REPORT_EVERY:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from dynserve.config import WorkerConfig
-from dynserve.executors.base import executor_module, open_executor
+from dynserve.executors.base import open_executor, prepare_executor
 from dynserve.hub import is_id, with_model_folder
 from dynserve.model_files import check_model_folder
 from dynserve.plane_tls import plane_tls
 from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.serving import Tls, bind, serving, url_of
+from dynserve.tasks import detached, unless_failed
 from dynserve.transport.planes import open_planes
+from dynserve.worker.model_text import ModelText
 from dynserve.worker.serving import new_instance_id, serving_targets
 from dynserve.worker.system import files_app, system_app
 from dynserve.worker.worker import Worker
@@ -41,17 +43,23 @@ async def run(config: WorkerConfig, stop: StopSignal) -> None:
             await stack.enter_async_context(serving(files_app(lambda: workers), files_sock, tls=certificates))
         config = await with_model_folder(config)  # while /live answers already
         check_model_folder(Path(config.model_path))
-        # torch takes a second to import, which overlaps with the wait for the planes
-        importing = asyncio.ensure_future(asyncio.to_thread(executor_module, config.executor))
-        planes = await stack.enter_async_context(open_planes(config, instance_id))
-        await importing
-        executor = await stack.enter_async_context(open_executor(config, instance_id))
-        serving_all = serving_targets(config, executor, planes, instance_id, system_url, files_url)
+        # a wrong option ends the wait for the planes; the import of torch, a second, overlaps with it
+        checking = detached(_prepared, config)
+        async with unless_failed(checking):
+            planes = await stack.enter_async_context(open_planes(config, instance_id))
+        text, prepared = await checking
+        executor = await stack.enter_async_context(open_executor(config, instance_id, prepared=prepared))
+        serving_all = serving_targets(config, executor, planes, instance_id, system_url, files_url, text)
         workers += await stack.enter_async_context(serving_all)
         settle_memory()
         log.info("%s serves %s; system server at %s", instance_id, config.model_name, system_url)
         await stop.wait(executor.failed)
         log.info("%s stops: it accepts no new requests and finishes the open ones", instance_id)
+
+
+def _prepared(config: WorkerConfig) -> tuple[ModelText, Any]:
+    """Checks the model's text files, the engine options and the executor. Raises ConfigError."""
+    return ModelText.read(Path(config.model_path)), prepare_executor(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,15 +13,17 @@ from dynserve.tasks import task_group
 from dynserve.transport.base import Planes
 from dynserve.wire import discovery
 from dynserve.worker.frontend_links import FrontendLinks
+from dynserve.worker.model_text import ModelText
 from dynserve.worker.worker import Worker
 
 
 @asynccontextmanager
 async def serving_worker(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = ""
-) -> AsyncIterator[Worker]:
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = "",
+    text: ModelText | None = None,
+) -> AsyncIterator[Worker]:  # fmt: skip
     """Yields a worker that serves: warmed up, registered, linked to every frontend. Drains it at the end of the block."""
-    worker = Worker(config, executor, planes, instance_id)
+    worker = Worker(config, executor, planes, instance_id, text)
     async with planes.bus.serve(worker.subject, worker.accept):
         await worker.warm_up()
         async with task_group() as tasks:
@@ -48,13 +50,14 @@ def new_instance_id(role: str) -> str:
 
 @asynccontextmanager
 async def serving_targets(
-    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = ""
-) -> AsyncIterator[list[Worker]]:
+    config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, system_url: str, files_url: str = "",
+    text: ModelText | None = None,
+) -> AsyncIterator[list[Worker]]:  # fmt: skip
     """Yields a worker for each target of the executor: one, or several when an engine has several KV caches. Those stop
     together: while one drains, the others must not accept new requests."""
     targets = executor.targets
     if len(targets) == 1:
-        async with serving_worker(config, executor, planes, instance_id, system_url, files_url) as worker:
+        async with serving_worker(config, executor, planes, instance_id, system_url, files_url, text) as worker:
             yield [worker]
         return
     leave = asyncio.Event()
@@ -62,7 +65,7 @@ async def serving_targets(
         serving = []
         for at, target in enumerate(targets):
             ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url, files_url)
+            one = serving_worker(config, target, planes, f"{instance_id}-{at}", system_url, files_url, text)
             serving.append((tasks.create_task(_serve_until(one, ready, leave)), ready))
         try:
             yield [await ready for _, ready in serving]

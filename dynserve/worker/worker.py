@@ -15,7 +15,7 @@ from dynserve.addresses import advertised
 from dynserve.config import WorkerConfig
 from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
-from dynserve.model_files import digest, eos_token_ids, read_model_files
+from dynserve.model_files import digest, eos_token_ids
 from dynserve.text.detokenize import Vocabulary
 from dynserve.text.parity import parity
 from dynserve.text.preprocess import Preprocessor
@@ -39,6 +39,7 @@ from dynserve.worker.answer import Answer
 from dynserve.worker.card import answer_parsers, pooling
 from dynserve.worker.journal import KvJournal
 from dynserve.worker.loopback import Loopback
+from dynserve.worker.model_text import ModelText
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,17 @@ class Worker:
     """Connects one executor with the planes: NATS, discovery and links. Requests arrive through `accept` (NATS) or over a
     link; both call `start`."""
 
-    def __init__(self, config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str) -> None:
+    def __init__(
+        self, config: WorkerConfig, executor: Executor, planes: Planes, instance_id: str, text: ModelText | None = None
+    ) -> None:
         self.config, self.executor, self._planes = config, executor, planes
         self.id, self.epoch = instance_id, time.time_ns()
         self.counts: Counter[str] = Counter()  # accepted, finished, failed, cancelled, refused
         self.ready = False
         self.draining = False
-        files = read_model_files(Path(config.model_path))
+        files, preprocessor = text or ModelText.read(Path(config.model_path))
         self.files = {digest(content): content for content in files.values()}
         self._file_digests = {name: digest(content) for name, content in files.items()}
-        preprocessor = Preprocessor(files)
         self._parity = parity(preprocessor, executor.limits.block_size)
         _warn_of_surplus_ids(preprocessor, executor.limits.vocab_size)
         self._vocabulary = Vocabulary(preprocessor.tokenizer)

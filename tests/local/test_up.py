@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -15,18 +16,18 @@ import psutil
 import pytest
 
 from dynserve.local.embedded import free_ports
-from tests.conftest import MODEL, Process
+from tests.conftest import DOUBLES, MODEL, Process
 
 SMALL = ["--executor", "simulated", "--override-engine-args", '{"speed": 0}', "--prefill", "1", "--decode", "1"]
 CHAT: Any = {"model": MODEL, "messages": [{"role": "user", "content": "What is 3+4?"}]}
 
 
 class Up:
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, **environ: str) -> None:
         (self.port,) = free_ports(1)
         self.folder = folder / "tmp"
         self.folder.mkdir()
-        env = ["env", f"TMPDIR={self.folder}"]
+        env = ["env", f"TMPDIR={self.folder}", *(f"{name}={value}" for name, value in environ.items())]
         command = [*env, sys.executable, "-m", "dynserve", "up", "--http-port", str(self.port), *flags]
         self.process = Process(command, folder / "up.log")
 
@@ -96,13 +97,66 @@ def test_a_second_ctrl_c_kills_up_and_all_its_processes(tmp_path: Path) -> None:
         up.process.kill()
 
 
+def machine_with_gpus(folder: Path, count: int) -> dict[str, str]:
+    """Returns the environment of a machine with TensorRT-LLM (the double) and some GPUs."""
+    tools = folder / "bin"
+    tools.mkdir()
+    lines = "\n".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number})" for number in range(count))
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\necho '{lines}'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(DOUBLES)}
+
+
+def test_up_gives_each_tensorrt_llm_worker_a_gpu_and_a_transceiver(tmp_path: Path) -> None:
+    flags = [
+        "--executor",
+        "trtllm",
+        "--prefill",
+        "1",
+        "--decode",
+        "1",
+        "--override-engine-args",
+        '{"max_batch_size": 4}',
+    ]
+    up = Up(tmp_path, *flags, **machine_with_gpus(tmp_path, 2))
+    try:
+        up.until("Ctrl-C stops everything.")
+        assert up.ask().json()["choices"][0]["message"]["content"] == "7"
+        for role, gpu in (("prefill", "0"), ("decode", "1")):
+            assert up.child(f"--disaggregation-mode {role}").environ()["CUDA_VISIBLE_DEVICES"] == gpu
+        up.process.kill(signal.SIGINT)
+        assert up.process.wait(60) == 0
+    finally:
+        up.process.kill()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "message"),
+    [
+        (0, [], "4 TensorRT-LLM workers need 4 GPUs, and nvidia-smi finds none"),
+        (3, [], "4 TensorRT-LLM workers need 4 GPUs, and this machine has 3; use fewer workers"),
+        (4, ["--override-engine-args", '{"tensor_parallel_size": 2}'], "need 8 GPUs, and this machine has 4"),
+        (4, ["--override-engine-args", '{"cuda_graph_config": {"batch_sizes": [1], "max_batch_size": 2}}'], "has both"),
+    ],
+)
+def test_up_refuses_tensorrt_llm_workers_that_could_not_start(
+    tmp_path: Path, gpus: int, flags: list[str], message: str
+) -> None:
+    environment = {**os.environ, **machine_with_gpus(tmp_path, gpus)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-m", "dynserve", "up", "--executor", "trtllm", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
         (["--model-path", str(Path(__file__).parent)], "has no config.json in it"),
         (["--decod", "1"], "unknown option --decod (did you mean --decode?)"),
-        (["--executor", "trtllm"], "`up` does not start TensorRT-LLM workers"),
+        (["--executor", "trtllm"], "--executor trtllm needs TensorRT-LLM, which is not installed here"),
+        (["--executor", "trtllm", "--device", "cpu"], "--executor trtllm needs GPUs"),
         (["--override-engine-args", '{"num_block": 1}'], "unknown key 'num_block' (did you mean num_blocks?)"),
     ],
 )

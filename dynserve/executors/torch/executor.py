@@ -11,17 +11,18 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynserve.config import WorkerConfig
 from dynserve.errors import ConfigError
 from dynserve.executors.base import Executor
 from dynserve.executors.carriers import Carrier
 from dynserve.executors.engine import Engine, EngineModel, EngineSteps, StepResult, make_scheduler, open_engine
-from dynserve.executors.engine_args import engine_args
+from dynserve.executors.engine_args import EngineArgs, engine_args
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.grammars import CompiledGrammars, warm_up
 from dynserve.executors.torch.loading import ComputeTarget, load
+from dynserve.executors.torch.model import ModelConfig
 from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import DeviceStep, Runner
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers
@@ -35,17 +36,28 @@ SWITCH_INTERVAL = 0.0002  # seconds
 STEPS_AHEAD = 2  # steps whose results may wait for the event loop
 
 
+class Prepared(NamedTuple):
+    target: ComputeTarget
+    args: EngineArgs
+
+
+def prepare(config: WorkerConfig) -> Prepared:
+    """Chooses the device and reads the engine options. Raises ConfigError if one is not usable, or the model is unknown."""
+    target = ComputeTarget.choose(config.device, config.dtype)
+    ModelConfig.read(Path(config.model_path))
+    return Prepared(target, engine_args(config, target.defaults))
+
+
 @asynccontextmanager
 async def open_executor(
-    config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None
+    config: WorkerConfig, instance_id: str, transceivers: Transceivers | None = None, prepared: Prepared | None = None
 ) -> AsyncIterator[Executor]:
     """Loads the model in a thread, then runs it until the context exits.
 
     Raises:
         ConfigError: the folder, the model or an engine option is not usable.
     """
-    target = ComputeTarget.choose(config.device, config.dtype)
-    args = engine_args(config, target.defaults)
+    target, args = prepared or prepare(config)
     folder = Path(config.model_path)
     model, cache, runner = await asyncio.to_thread(load, folder, args, target)
     eos = eos_token_ids(folder)

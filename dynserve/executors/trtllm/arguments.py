@@ -131,13 +131,13 @@ def _cache(made: Mapping[str, Any], options: Options, config: WorkerConfig) -> d
     if pushed.get("enable_kv_cache_events") and pushed.get("publisher") != "null":
         log.warning(
             "%s: kv_events_config: enable_kv_cache_events is set to false, since an engine that pushes its KV events does "
-            "not return them to the worker; use --no-kv-events to keep it",
+            "not return them to the worker; keep it with --kv-events false",
             options.place("kv_cache_config", "kv_events_config"),
         )
         cache["kv_events_config"] = {**pushed, "enable_kv_cache_events": False}
     if cache.get("event_buffer_max_size") == 0:
         log.warning(
-            "%s: event_buffer_max_size: 0 is raised to %d, since the router needs KV events; use --no-kv-events to keep it",
+            "%s: event_buffer_max_size: 0 is raised to %d, since the router needs them; keep it with --kv-events false",
             options.place("kv_cache_config", "event_buffer_max_size"), EVENT_BUFFER,
         )  # fmt: skip
         cache["event_buffer_max_size"] = EVENT_BUFFER

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from dynserve.config import WorkerConfig
 from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.base import Executor
+from dynserve.executors.trtllm import environment
 from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm.api import Api, import_api
 from dynserve.executors.trtllm.arguments import LlmArguments, llm_arguments, resolved_backend
 from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of
-from dynserve.executors.trtllm.environment import check_nixl, prepare
 from dynserve.executors.trtllm.executor import TrtllmExecutor, adapters_of
 from dynserve.executors.trtllm.probes import check_adapters, check_kv_events
 from dynserve.tasks import detached, task_group
@@ -27,14 +27,16 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def open_executor(config: WorkerConfig, instance_id: str, transceivers: object = None) -> AsyncIterator[Executor]:
+async def open_executor(
+    config: WorkerConfig, instance_id: str, transceivers: object = None, prepared: StartPlan | None = None
+) -> AsyncIterator[Executor]:
     """Builds the engine (minutes, in a thread), waits for its first token, and runs it until the block ends.
 
     Raises:
         ConfigError: an option, the model or the installation is not usable; raised before weights are loaded.
         InternalError: the engine could not start.
     """
-    plan = await detached(partial(check_options, config))
+    plan: StartPlan = await detached(partial(prepare, config)) if prepared is None else prepared
     if config.plane_tls_certificate and config.role != "aggregated":
         log.warning(
             "--plane-tls-certificate does not cover TensorRT-LLM's KV transfers: keep them on a private network"
@@ -67,14 +69,14 @@ class StartPlan(NamedTuple):
     backend: str
 
 
-def check_options(config: WorkerConfig) -> StartPlan:
+def prepare(config: WorkerConfig) -> StartPlan:
     """Imports TensorRT-LLM, which takes many seconds, and checks everything that can be known before weights are loaded.
 
     Raises:
         ConfigError: an option, an adapter or the installation is not usable.
     """
     given = opts.read_options(config)
-    prepare(os.environ, config.model_path)
+    environment.prepare(os.environ, config.model_path)
     api = import_api()
     schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
     opts.check_names(given, schema, name)
@@ -82,7 +84,7 @@ def check_options(config: WorkerConfig) -> StartPlan:
     backend = ((arguments.keywords.get("cache_transceiver_config") or {}).get("backend")) or ""
     backend = backend and resolved_backend(backend, api.version)
     if backend == "NIXL":
-        check_nixl(os.environ)
+        environment.check_nixl(os.environ)
     return StartPlan(given, api, arguments, backend)
 
 
