@@ -26,6 +26,9 @@ class DoctorConfig(PlanesConfig):
     system_port: int = option(0, "port of a worker's system server", "DYN_SYSTEM_PORT")
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
+    trtllm_selftest: bool = option(
+        False, "build two TensorRT-LLM engines and compare what they do with what the executor relies on; minutes"
+    )
     json: bool = option(False, "print the findings as JSON")
 
     @property

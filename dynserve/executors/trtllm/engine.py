@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
 CAPACITY_TIMEOUT = 30.0  # seconds
+ROWS_TIMEOUT = 20.0  # seconds for the first row of statistics
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
 MIN_GLOBAL_ID = 1 << 40  # smaller ids are the engine's own
@@ -110,9 +111,7 @@ class TrtllmEngine:
             async with asyncio.timeout(START_TIMEOUT):
                 await self.canary()
                 self._pump.start()
-                while not self.total_blocks and self.llm.args.enable_iter_perf_stats:
-                    await self.canary()
-                    await asyncio.sleep(0.1)
+            await self._read_size()
         except TimeoutError:
             raise InternalError(f"the engine generated no token within {START_TIMEOUT:.0f} s of its start") from None
         except DynserveError:
@@ -123,6 +122,18 @@ class TrtllmEngine:
         self._watch.start()
         watching = (self._watch.beat(), self._watch.poll(), self._watch.poll_health())
         self._watching = [self.tasks.create_task(one) for one in watching]
+
+    async def _read_size(self) -> None:
+        """Waits for a row of statistics that contains the size of the KV cache, if nothing else has told it."""
+        try:
+            async with asyncio.timeout(ROWS_TIMEOUT):
+                while not self.total_blocks and self.llm.args.enable_iter_perf_stats:
+                    await self.canary()
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            log.warning(
+                "the engine does not tell the size of its KV cache; taking it for %d blocks", self.guessed_blocks
+            )
 
     async def close(self) -> None:
         """Shuts the engine down, unless it is dead: the clean-up of a dead engine may wait for ever."""

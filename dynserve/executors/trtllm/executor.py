@@ -87,6 +87,11 @@ class TrtllmExecutor:
         self._said: set[str] = set()  # warnings that are logged once
 
     @property
+    def engine(self) -> TrtllmEngine:
+        """The engine of this rank and the others."""
+        return self._engine
+
+    @property
     def max_seq_len(self) -> int:
         """The longest prompt with its answer, in tokens: the engine limits its context to what its KV cache holds."""
         return min(self._context_length, self._engine.capacity or self._context_length)

@@ -80,9 +80,9 @@ def difference(one: list[tuple[int, dict[int, float]]], other: list[tuple[int, d
     worst = 0.0
     for (token, mine), (other_token, theirs) in zip(one, other, strict=False):
         common = mine.keys() & theirs.keys()
-        if token != other_token or not common:
+        if token != other_token or (not common and (mine or theirs)):
             return DIFFERENT
-        worst = max(worst, *(abs(mine[id_] - theirs[id_]) for id_ in common))
+        worst = max([worst, *(abs(mine[id_] - theirs[id_]) for id_ in common)])
     return worst if len(one) == len(other) else DIFFERENT
 
 
@@ -90,8 +90,9 @@ async def _answer(engine: TrtllmEngine, lora: Any) -> list[tuple[int, dict[int, 
     prompt = list(range(1, 17))
     result = await _limited(engine.probe(prompt, max_tokens=ADAPTER_TOKENS, logprobs=TOP_LOGPROBS, lora=lora))
     output = result.outputs[0]
-    entries = [{id_: one.logprob for id_, one in entry.items()} for entry in output.logprobs]
-    return list(zip(output.token_ids, entries, strict=True))
+    entries: list[dict[int, float]] = [{id_: one.logprob for id_, one in entry.items()} for entry in output.logprobs]
+    entries += [{}] * (len(output.token_ids) - len(entries))  # none, if the engine ignores `logprobs`
+    return list(zip(output.token_ids, entries, strict=False))
 
 
 async def _limited(probe: Any) -> Any:

@@ -26,17 +26,18 @@ _USED_TOKENS = ("numCtxKvTokens", "numGenKvTokens")
 
 
 class Stats:
-    """The newest row of one rank. `total_blocks` is the cache's size, 0 until it is known. `block_size` is in tokens."""
+    """The newest row of one rank, as the engine has written it. `total_blocks` is the cache's size, 0 until it is known.
+    `block_size` is in tokens."""
 
     def __init__(self, total_blocks: int, max_batch_size: int, block_size: int, ranks: int = 1) -> None:
         self.total_blocks, self.block_size = total_blocks, block_size
         self._max_batch_size, self._ranks = max_batch_size, ranks
-        self._row: Mapping[str, Any] = {}
+        self.row: Mapping[str, Any] = {}
         self._at = float("-inf")
 
     def update(self, row: Mapping[str, Any], now: float) -> None:
         """Stores a row. Every key may be missing: the set differs between versions."""
-        self._row, self._at = row, now
+        self.row, self._at = row, now
         self.total_blocks = self._own_cache.get("maxNumBlocks") or self.total_blocks
         if not self.total_blocks:  # all ranks have about as many
             self.total_blocks = (row.get("kvCacheStats") or {}).get("maxNumBlocks") or 0
@@ -55,8 +56,8 @@ class Stats:
     def counters(self) -> dict[str, float]:
         if not self._is_own:
             return {}
-        found = {"engine_iterations_total": float(self._row["iter"])} if self._row.get("iter") else {}
-        for ours, theirs in ((_TOTALS, self._own_cache), (_GAUGES, self._row)):
+        found = {"engine_iterations_total": float(self.row["iter"])} if self.row.get("iter") else {}
+        for ours, theirs in ((_TOTALS, self._own_cache), (_GAUGES, self.row)):
             for key, name in ours.items():
                 if isinstance(value := theirs.get(key), int | float):
                     found[name] = float(value)
@@ -65,26 +66,26 @@ class Stats:
     @property
     def _is_own(self) -> bool:
         """Whether the whole row is this rank's own."""
-        return not self._row.get("attentionDpRank") or "rank" in self._row
+        return not self.row.get("attentionDpRank") or "rank" in self.row
 
     @property
     def _own_cache(self) -> Mapping[str, Any]:
-        return (self._row.get("kvCacheStats") or {}) if self._is_own else {}
+        return (self.row.get("kvCacheStats") or {}) if self._is_own else {}
 
     def _fresh(self, now: float) -> bool:
         return now - self._at <= FRESH
 
     def _waiting(self, live: int) -> int:
-        if self._ranks > 1 and "rank" not in self._row:  # the queue of all ranks is in rank 0's row
-            running = (self._row.get("inflightBatchingStats") or {}).get("numScheduledRequests")
+        if self._ranks > 1 and "rank" not in self.row:  # the queue of all ranks is in rank 0's row
+            running = (self.row.get("inflightBatchingStats") or {}).get("numScheduledRequests")
             return max(0, live - int(running)) if running is not None else max(0, live - self._max_batch_size)
-        return max(0, int(self._row.get("numQueuedRequests") or 0))
+        return max(0, int(self.row.get("numQueuedRequests") or 0))
 
     def _used(self, counted: int, held_tokens: int) -> int:
         """Returns the used blocks: the row's where they are the rank's own, else `counted`."""
         if "freeNumBlocks" in self._own_cache:
             return self.total_blocks - int(self._own_cache["freeNumBlocks"])
-        batch = self._row.get("inflightBatchingStats") or {}
+        batch = self.row.get("inflightBatchingStats") or {}
         if all(name in batch for name in _USED_TOKENS):
             return -(-(sum(int(batch[name]) for name in _USED_TOKENS) + held_tokens) // self.block_size)
         return counted

