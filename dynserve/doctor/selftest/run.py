@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +26,7 @@ from dynserve.errors import ConfigError, InternalError
 from dynserve.executors.base import open_executor
 from dynserve.executors.trtllm.api import import_api
 from dynserve.executors.trtllm.executor import TrtllmExecutor
+from dynserve.hub import is_id, model_folder
 from dynserve.model_files import check_model_folder
 from dynserve.tasks import detached
 
@@ -35,6 +37,8 @@ FACTS = [*REQUESTS, *HANDOFFS, *DEATH]
 
 async def selftest(config: DoctorConfig, groups: Collection[str] = ()) -> AsyncIterator[Row]:
     """Yields a row for each fact of these groups, or of all groups. Without engines that start there are only a few."""
+    if is_id(config.model_path):
+        config = replace(config, model_path=await detached(model_folder, config.model_path))
     check_model_folder(Path(config.model_path))
     api = await detached(import_api)
     if not groups or "api" in groups:
