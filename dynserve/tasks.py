@@ -68,11 +68,12 @@ async def unless_failed(check: asyncio.Future[Any]) -> AsyncIterator[None]:
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("unless_failed must be used in a task")
-    before, failed = task.cancelling(), False
+    before, failed, left = task.cancelling(), False, False
 
     def settled(check: asyncio.Future[Any]) -> None:
         nonlocal failed
-        if not check.cancelled() and check.exception() is not None:
+        # reading the exception marks it as retrieved, whoever raises it in the end
+        if not check.cancelled() and check.exception() is not None and not left:
             failed = True
             task.cancel()
 
@@ -85,7 +86,7 @@ async def unless_failed(check: asyncio.Future[Any]) -> AsyncIterator[None]:
             await check
         raise
     finally:
-        check.remove_done_callback(settled)
+        left = True
 
 
 class Limit:

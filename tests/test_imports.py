@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": set(),
     "frontend": {"wire", "text", "api", "render", "routing", "transport", "server"},
     "worker": {"wire", "dialects", "text", "render", "transport", "executors", "server"},
-    "doctor": {"text", "executors"},
+    "doctor": {"wire", "text", "executors"},
     "local": {"executors", "frontend", "server"},
     "deploy": {"executors", "frontend", "local", "server"},
     "cluster": {"transport", "executors", "frontend", "worker"},
@@ -117,7 +117,7 @@ def test_routing_does_not_import_asyncio(name: str) -> None:
 @pytest.mark.parametrize("package", ["torch", "transformers", "tensorrt_llm", "fastapi", "starlette", "uvicorn"])
 def test_heavy_packages_are_imported_only_where_allowed(package: str) -> None:
     homes = {
-        "torch": ("executors.torch", "executors.trtllm", "local.make_model"),
+        "torch": ("executors.torch", "executors.trtllm", "local.make_model", "doctor.selftest.adapter"),
         "fastapi": ("frontend", "worker", "cluster"),
     }
     homes |= {"starlette": ("frontend", "server"), "uvicorn": ("server",)}

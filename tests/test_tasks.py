@@ -141,6 +141,18 @@ async def test_a_check_that_succeeds_or_fails_later_does_not_end_a_block() -> No
         await late
 
 
+async def test_a_check_that_fails_in_the_turn_in_which_the_block_ends_does_not_cancel_what_follows() -> None:
+    check: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with unless_failed(check):
+        check.set_exception(ValueError("wrong"))
+    await asyncio.sleep(0.01)  # its callback has run
+    with pytest.raises(ValueError, match="wrong"):
+        await check
+    with pytest.raises(KeyError):
+        async with unless_failed(asyncio.get_running_loop().create_future()):
+            raise KeyError("the block's own")
+
+
 async def test_a_cancellation_by_other_code_passes_through_a_check() -> None:
     check: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

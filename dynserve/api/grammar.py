@@ -32,8 +32,9 @@ def grammar_of(request: ChatRequest | CompletionRequest, card: Card) -> Grammar 
     if grammar is None:
         return None
     if not card.grammars:
+        because = f" ({card.no_grammars})" if card.no_grammars else ""
         raise BadRequest(
-            "this model's workers cannot hold an answer to a grammar: omit response_format and guided_*, and use "
+            f"this model's workers cannot hold an answer to a grammar{because}: omit response_format and guided_*, and use "
             "tool_choice auto or none",
             param="response_format",
         )

@@ -27,7 +27,8 @@ class DoctorConfig(PlanesConfig):
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
     trtllm_selftest: bool = option(
-        False, "build two TensorRT-LLM engines and compare what they do with what the executor relies on; minutes"
+        False,
+        "build TensorRT-LLM engines and compare what they do with what the executor relies on; takes several minutes",
     )
     json: bool = option(False, "print the findings as JSON")
 

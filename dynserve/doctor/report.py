@@ -22,21 +22,15 @@ def findings(config: DoctorConfig, checks: Sequence[Check]) -> Iterator[Finding]
             yield Finding(check.__name__, "warn", f"the check failed: {type(error).__name__}: {error}")
 
 
-def _selftest(config: DoctorConfig) -> int:
-    import asyncio
-
-    from dynserve.doctor.selftest import run
-
-    return asyncio.run(run.main(config))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load(DoctorConfig, "python -m dynserve doctor", sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         exit_with(error)
     if config.trtllm_selftest:
-        raise SystemExit(_selftest(config))
+        from dynserve.doctor.selftest import run  # imports the executor
+
+        run.main(config)
     found: list[Finding] = []
     if not config.json:
         print(f"{config.role or 'frontend and worker'}, executor {config.engine}\n")

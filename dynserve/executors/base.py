@@ -177,6 +177,22 @@ async def generate(executor: Executor, request: GenerateRequest) -> AsyncIterato
             executor.abort(ticket)
 
 
+def check_engine_options(config: WorkerConfig) -> None:
+    """Checks what needs neither the executor's packages nor the model: files and flags with engine options.
+
+    Raises:
+        ConfigError: one of them is not readable or not usable.
+    """
+    if config.executor == "trtllm":
+        from dynserve.executors.trtllm.options import read_options
+
+        read_options(config)
+    else:
+        from dynserve.executors.engine_args import engine_args
+
+        engine_args(config)
+
+
 _HOMES = {
     "torch": "dynserve.executors.torch.executor",
     "simulated": "dynserve.executors.simulated",

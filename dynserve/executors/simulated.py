@@ -35,7 +35,8 @@ FIRST_TOKEN = 300  # made-up tokens avoid the special tokens and single bytes at
 
 
 def prepare(config: WorkerConfig) -> EngineArgs:
-    """Reads the engine options. Raises ConfigError if one is not usable."""
+    """Reads the engine options. Raises ConfigError if one is not usable, or the model's limits are not known."""
+    model_limits(Path(config.model_path))
     return engine_args(config)
 
 

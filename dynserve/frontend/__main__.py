@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from ipaddress import ip_address
 
 from dynserve.config import FrontendConfig
 from dynserve.frontend.app import make_apps
@@ -37,8 +39,7 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         sock = bind(config.http_host, config.http_port, "--http-port", shared=config.reuse_port)
         url = url_of(sock, "https" if tls else "http", config.advertise_host)
         own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
-        if config.link_port:  # in use? known before the wait for NATS
-            bind(config.link_host, config.link_port, "--link-port").close()
+        _check_link_port(config)
         planes = await stack.enter_async_context(open_planes(config, "frontend"))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
         apps = make_apps(frontend)
@@ -54,6 +55,16 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         await stop.wait()
         log.info("stopping")
+
+
+def _check_link_port(config: FrontendConfig) -> None:
+    """Raises ConfigError, before the wait for NATS, if the port of links is in use. Names are left to the listener, which
+    finds all their addresses."""
+    if not config.link_port:
+        return
+    with contextlib.suppress(ValueError):
+        ip_address(config.link_host)
+        bind(config.link_host, config.link_port, "--link-port").close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

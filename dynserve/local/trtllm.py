@@ -41,7 +41,7 @@ def visible_gpus(config: UpConfig) -> list[dict[str, str]]:
         found.append({"CUDA_VISIBLE_DEVICES": ",".join(names[wanted : wanted + count])})
         wanted += count
     if wanted > len(names):
-        have = f"this machine has {len(names)}" if names else "nvidia-smi finds none"
+        have = f"this machine has {len(names)}" if names else "none is visible here"
         raise ConfigError(
             f"{len(found)} TensorRT-LLM workers need {wanted} GPUs, and {have}; use fewer workers, as with --prefill 1 "
             "--decode 1 or --prefill 0 --decode 0 --aggregated 1"

@@ -26,7 +26,7 @@ from dynserve.config import UpConfig, WorkerConfig, exit_with, load
 from dynserve.errors import ConfigError
 from dynserve.executors.engine_args import engine_args
 from dynserve.frontend.keys import check_keys
-from dynserve.hub import with_model_folder
+from dynserve.hub import is_id, with_model_folder
 from dynserve.local import trtllm
 from dynserve.local.embedded import etcd_command, free_ports, nats_command
 from dynserve.local.gpus import gpus
@@ -50,8 +50,9 @@ class LaunchPlan(NamedTuple):
 
 
 async def run(config: UpConfig, stop: StopSignal) -> None:
-    config = await with_model_folder(config)
     check(config)
+    config = await with_model_folder(config)
+    check_model_folder(Path(config.model_path))
     with tempfile.TemporaryDirectory(prefix="dynserve-") as folder:
         plan = make_plan(config, Path(folder))
         async with task_group() as tasks:
@@ -69,7 +70,8 @@ async def run(config: UpConfig, stop: StopSignal) -> None:
 
 def check(config: UpConfig) -> None:
     """Raises ConfigError, before any process is started, for options with which a child would fail at once."""
-    check_model_folder(Path(config.model_path))
+    if not is_id(config.model_path):
+        check_model_folder(Path(config.model_path))
     if config.executor == "trtllm":
         trtllm.check(config)
     else:

@@ -31,6 +31,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     tool_parser: str = ""  # the parser of the model's tool calls (dialects); empty: no tool calls
     reasoning_parser: str = ""  # the parser of the model's reasoning; empty: no reasoning
     grammars: bool = False  # grammars are supported
+    no_grammars: str = ""  # why not, where an option can change that
     pooling: Literal["", "mean", "last"] = ""  # the pooling of embeddings; empty: no embeddings
     embedding_size: Count = 0
     adapters: list[str] = []  # names of the LoRA adapters, which clients use as model names

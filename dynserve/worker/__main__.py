@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynserve.config import WorkerConfig
-from dynserve.executors.base import open_executor, prepare_executor
+from dynserve.executors.base import check_engine_options, open_executor, prepare_executor
 from dynserve.hub import is_id, with_model_folder
 from dynserve.model_files import check_model_folder
 from dynserve.plane_tls import plane_tls
@@ -26,7 +26,9 @@ log = logging.getLogger("dynserve.worker")
 
 
 async def run(config: WorkerConfig, stop: StopSignal) -> None:
-    if not is_id(config.model_path):
+    if is_id(config.model_path):
+        check_engine_options(config)  # before the model is downloaded
+    else:
         check_model_folder(Path(config.model_path))
     instance_id = new_instance_id(config.role)
     workers: list[Worker] = []

@@ -22,7 +22,7 @@ class ModelText(NamedTuple):
         files = read_model_files(folder)
         try:
             return ModelText(files, Preprocessor(files))
-        except (ValueError, TypeError, KeyError, TemplateError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
             raise ConfigError(
                 f"--model-path {folder}: its tokenizer.json, tokenizer_config.json or chat template cannot be used: {error}"
             ) from error

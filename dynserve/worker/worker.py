@@ -92,6 +92,7 @@ class Worker:
             tool_parser=self._tool_parser,
             reasoning_parser=self._reasoning_parser,
             grammars=limits.grammars,
+            no_grammars=limits.no_grammars,
             pooling=pooling(self.config) if limits.embedding_size else "",
             embedding_size=limits.embedding_size,
             adapters=list(limits.adapters),

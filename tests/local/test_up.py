@@ -133,7 +133,7 @@ def test_up_gives_each_tensorrt_llm_worker_a_gpu_and_a_transceiver(tmp_path: Pat
 @pytest.mark.parametrize(
     ("gpus", "flags", "message"),
     [
-        (0, [], "4 TensorRT-LLM workers need 4 GPUs, and nvidia-smi finds none"),
+        (0, [], "4 TensorRT-LLM workers need 4 GPUs, and none is visible here"),
         (3, [], "4 TensorRT-LLM workers need 4 GPUs, and this machine has 3; use fewer workers"),
         (4, ["--override-engine-args", '{"tensor_parallel_size": 2}'], "need 8 GPUs, and this machine has 4"),
         (4, ["--override-engine-args", '{"cuda_graph_config": {"batch_sizes": [1], "max_batch_size": 2}}'], "has both"),

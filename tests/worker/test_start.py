@@ -52,6 +52,8 @@ def test_a_wrong_option_ends_a_worker_that_has_no_planes(flags: list[str], messa
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
+        ({"max_batch_size": "many"}, "--override-engine-args: max_batch_size: Input should be a valid integer"),
+        ({"kv_cache_config": {"free_gpu_memory_fraction": 2}}, "must be a float between 0 and 1"),
         ({"max_batchsize": 3}, "unknown key 'max_batchsize' (did you mean max_batch_size?)"),
         (
             {"cache_transceiver_config": {"backend": "UCX", "transceiver_runtime": "PYTHON"}},

@@ -1,10 +1,10 @@
 """`dynserve doctor --trtllm-selftest`: compares the installed TensorRT-LLM with what the executor relies on.
 
-fact      one expectation, what was found, and their table
-engines   two engines in this process, and requests to them
+fact      one expectation, the value that was found, and their line in the table
+engines   the engines under test, and requests to them
+adapter   a LoRA adapter with random weights, for the model under test
 api       names, keywords and options of the package
-requests  requests of each kind: sampling, limits, log-probabilities, grammars, adapters
-handoffs  hand-offs between the two engines, cancelled ones, KV events, statistics
-death     what is left when an engine is shut down or killed
-run       all of it, in order
+requests  requests of each kind to one engine: sampling, limits, log-probabilities, grammars
+pair      a prefill and a decode engine: hand-offs, KV events, statistics, adapters, refusals, a killed engine
+run       the run: engines are built, and facts are checked in order
 """

@@ -29,7 +29,15 @@ HANDED_OVER = {
 }
 
 
+SET_BY_US = {
+    "skip_tokenizer_init", "tensor_parallel_size", "pipeline_parallel_size", "kv_cache_config", "cache_transceiver_config",
+    "lora_config", "guided_decoding_backend", "enable_chunked_prefill", "enable_iter_perf_stats",
+    "disable_overlap_scheduler", "telemetry_config",
+}  # fmt: skip
+
+
 def is_old(api: Api) -> bool:
+    """Whether this version has the interface of 1.2."""
     return release_of(api.version) < (1, 3, 0, 0)
 
 
@@ -38,13 +46,13 @@ def api_rows(api: Api) -> Iterator[Row]:
     yield judged("keywords of generate_async", "all there", _missing(keywords, api.keywords))
     yield judged("fields of SamplingParams", "all there", _missing(SAMPLING, [f.name for f in fields(api.sampling)]))
     yield judged("fields of DisaggregatedParams", "all there", _missing(HANDED_OVER, api.handed_over))
-    yield judged("class of a dead engine", "no" if is_old(api) else "yes", "yes" if api.engine_dead else "no")
+    yield judged("the class EngineDeadError", "no" if is_old(api) else "yes", "yes" if api.engine_dead else "no")
     schema = schema_of(api.arguments)
-    pinned = api.version == PIN
+    set_by_us = SET_BY_US if not is_old(api) else SET_BY_US - {"telemetry_config"}
+    yield judged("options that the worker sets", "all there", _missing(set_by_us, schema))
     for block, known in (("LLM", ARGS), *((name, nested) for name, nested in ARGS.items() if nested is not None)):
         theirs = schema.keys() - {"model", "backend"} if block == "LLM" else (schema.get(block) or {}).keys()
-        expected = "those of the pinned version" if pinned else ""
-        yield judged(f"options of {block}", expected, _compared(known, theirs))
+        yield judged(f"options of {block}", "", _compared(known, theirs))
 
 
 def _missing(wanted: Iterable[str], found: Iterable[str]) -> str:
@@ -53,8 +61,9 @@ def _missing(wanted: Iterable[str], found: Iterable[str]) -> str:
 
 
 def _compared(ours: Iterable[str], theirs: Iterable[str]) -> str:
-    theirs = set(theirs)
+    if not (theirs := set(theirs)):
+        return "not listed by the package"
     more, fewer = sorted(theirs - set(ours)), sorted(set(ours) - theirs)
     found = [f"more: {', '.join(more)}"] if more else []
     found += [f"fewer: {', '.join(fewer)}"] if fewer else []
-    return "; ".join(found) or "those of the pinned version"
+    return "; ".join(found) or f"those of {PIN}"

@@ -1,4 +1,4 @@
-"""One expectation of the self-test, what was found, and their line in the table."""
+"""One expectation of the self-test, the value that was found, and their line in the table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple
 from dynserve.doctor.selftest.engines import Engines
 
 RowState = Literal["ok", "DIFFERS", "FAILED", "note", "skip"]
-_WIDTHS = (8, 36, 52)
+_WIDTHS = (8, 40, 50)
 
 
 class Row(NamedTuple):
+    """One line of the table. `note`: the sources do not say what to expect. `skip`: it cannot be checked here."""
+
     state: RowState
     name: str
     expected: str
@@ -23,13 +25,13 @@ class Row(NamedTuple):
         return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + f" {self.found}"
 
 
-# what was found; or what was expected and what was found, where the first depends on the version or the model
+# the value that was found; or the expected and the found one, where the first depends on the version or the model
 Found = str | tuple[str, str]
 
 
 class Fact(NamedTuple):
-    """`expected` is empty where the sources do not tell: then whatever is found is a note. `needs`: why it must be skipped;
-    empty if it can run."""
+    """One fact about an engine. Without an `expected` value its row is a note. `needs` returns the reason why the fact
+    cannot be checked, or an empty string."""
 
     group: str
     name: str
@@ -39,6 +41,7 @@ class Fact(NamedTuple):
 
 
 def judged(name: str, expected: str, found: Found) -> Row:
+    """Returns the row of a fact that could be checked."""
     if isinstance(found, tuple):
         expected, found = found
     state: RowState = "note" if not expected else "ok" if found == expected else "DIFFERS"
@@ -46,4 +49,4 @@ def judged(name: str, expected: str, found: Found) -> Row:
 
 
 def without_grammars(engines: Engines) -> str:
-    return engines.decode.limits.no_grammars
+    return engines.main.limits.no_grammars

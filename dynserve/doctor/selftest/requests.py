@@ -3,53 +3,69 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from dynserve.doctor.selftest.engines import CONTEXT, EIGHT, Answer, Engines
+from dynserve.doctor.selftest.api import is_old
+from dynserve.doctor.selftest.engines import EIGHT_TOKENS, Answer, Engines, read
 from dynserve.doctor.selftest.fact import Fact, without_grammars
-from dynserve.errors import BadRequest
-from dynserve.executors.trtllm.probes import difference
 from dynserve.model_files import eos_token_ids
 from dynserve.wire.requests import Grammar, ReasoningTokens, SamplingParams, StopConditions
 
-BIAS = 1000.0  # makes a token certain
-FORCED = 97  # a token id
+BIAS = 1000.0  # makes a token certain where it is allowed
 DIGITS = Grammar(kind="regex", text="[0-9]{5}")
 GRAMMARS = {
-    "regex": (DIGITS, "[0-9]{5}"),
+    "regular expression": (DIGITS, "[0-9]{5}"),
     "JSON schema": (Grammar(kind="json", text='{"enum": ["yes"]}'), '"yes"'),
     "EBNF": (Grammar(kind="grammar", text='root ::= "yes" | "no"'), "yes|no"),
 }
+TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+
+
+async def capacity(engines: Engines) -> str:
+    engine = engines.main.engine
+    return "known" if engine.capacity and engine.total_blocks else "not known"
+
+
+async def block_size(engines: Engines) -> str:
+    engine = engines.main.engine
+    options = engine.llm.args.kv_cache_config.tokens_per_block
+    return "that of the options" if engine.block_size == options else f"{engine.block_size}, not {options}"
+
+
+async def health(engines: Engines) -> str:
+    llm = engines.main.engine.llm
+    fatal = "" if is_old(engines.main.engine.api) else getattr(llm._executor, "_fatal_error", "no _fatal_error")
+    return "healthy" if llm._check_health() and not fatal else f"_check_health {llm._check_health()}, {fatal}"
 
 
 async def repeats(engines: Engines) -> str:
     one, other = await engines.ask(), await engines.ask()
-    return f"{len(one.tokens)} tokens, {'the same' if one.tokens == other.tokens else 'others'} twice"
+    return f"{len(one.tokens)} tokens, {'the same' if one.agrees(other.tokens) else 'different'} both times"
 
 
 async def streams(engines: Engines) -> str:
-    steps = [
-        (id(step), len(step.outputs[0].token_ids))
-        async for step in engines.raw(engines.decode, engines.prompt(), max_tokens=4)
-    ]
-    lengths = [length for _, length in steps]
+    lengths, objects = [], set()
+    async for step in engines.raw(engines.main, engines.prompt(), max_tokens=4):
+        lengths.append(len(step.outputs[0].token_ids))
+        objects.add(id(step))
     how = "growing" if lengths == sorted(lengths) else "not growing"
-    return f"{len({number for number, _ in steps})} object, {how} to {lengths[-1]} tokens"
+    return f"{len(objects)} object, {how} to {lengths[-1]} tokens"
 
 
 async def stops(engines: Engines) -> str:
     plain = await engines.ask()
     stop = plain.tokens[2]
     found = await engines.ask(stop=StopConditions(max_tokens=8, token_ids=(stop,), ignore_eos=True))
-    before = found.tokens == plain.tokens[: plain.tokens.index(stop)]
-    return f"{found.reason} {'before' if before else 'elsewhere than at'} it"
+    before = plain.agrees(found.tokens + plain.tokens[len(found.tokens) :]) and stop not in found.tokens
+    return f"{found.reason}, the answer ends {'before it' if before else 'elsewhere'}"
 
 
 async def stop_as_returned(engines: Engines) -> str:
-    plain = await engines.ask()
-    result = await _read(engines.raw(engines.decode, engines.prompt(), max_tokens=8, stop_token_ids=[plain.tokens[2]]))
+    stop = (await engines.ask()).tokens[2]
+    result = await read(engines.raw(engines.main, engines.prompt(), max_tokens=8, stop_token_ids=[stop]))
     output = result.outputs[0]
-    there = "in" if plain.tokens[2] in output.token_ids else "not in"
+    there = "in" if stop in output.token_ids else "not in"
     return f"finish_reason {output.finish_reason}, stop_reason {output.stop_reason}, the token is {there} token_ids"
 
 
@@ -59,14 +75,21 @@ async def ends_turn(engines: Engines) -> str:
     return f"{found.reason}, {len(found.tokens)} tokens"
 
 
+async def min_tokens(engines: Engines) -> str:
+    sampling = SamplingParams(temperature=0.0, logit_bias={eos_token_ids(engines.model)[0]: BIAS})
+    found = await engines.ask(sampling=sampling, stop=StopConditions(max_tokens=8, min_tokens=3))
+    return f"{found.reason}, {len(found.tokens)} tokens"
+
+
 async def ends_at_limit(engines: Engines) -> str:
-    found = await engines.ask(stop=EIGHT)
-    return f"{found.reason} after {len(found.tokens)}"
+    found = await engines.ask(stop=EIGHT_TOKENS)
+    return f"{found.reason}, {len(found.tokens)} tokens"
 
 
 async def biased(engines: Engines) -> str:
-    found = await engines.ask(sampling=SamplingParams(temperature=0.0, logit_bias={FORCED: BIAS}))
-    return "the token of the bias" if set(found.tokens) == {FORCED} else f"tokens {found.tokens}"
+    token = engines.tokenizer.encode(" river", add_special_tokens=False).ids[0]
+    found = await engines.ask(sampling=SamplingParams(temperature=0.0, logit_bias={token: BIAS}))
+    return "the biased token" if set(found.tokens) == {token} else f"tokens {found.tokens}"
 
 
 async def seeded(engines: Engines) -> str:
@@ -75,157 +98,139 @@ async def seeded(engines: Engines) -> str:
     return f"{'the same' if one.tokens == other.tokens else 'another'} answer"
 
 
+async def times(engines: Engines) -> str:
+    result = await read(engines.raw(engines.main, engines.prompt(), max_tokens=2, return_perf_metrics=True))
+    metrics = result.outputs[0].request_perf_metrics
+    return "there" if metrics is not None and metrics.timing_metrics is not None else "missing"
+
+
 async def salted(engines: Engines) -> str:
-    prompt = engines.prompt(first=31, length=3 * engines.decode.limits.block_size + 5)
+    prompt = engines.prompt(31, engines.blocks)
     counts = [(await engines.ask(prompt, cache_salt=salt)).last.cached_tokens for salt in ("a", "b", "a")]
     return ", ".join("some" if number else "none" for number in counts)
 
 
-async def with_every_keyword(engines: Engines) -> str:
-    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
-    sampling = SamplingParams(
-        temperature=0.7, top_p=0.9, top_k=5, min_p=0.01, presence_penalty=0.5, repetition_penalty=1.1
-    )
-    found = await engines.ask(sampling=sampling, priority=3, trace_headers=trace, session="selftest")
-    return f"{len(found.tokens)} tokens"
+def accepts(keyword: str) -> Callable[[Engines], Awaitable[str]]:
+    """Returns the check that a keyword of `generate_async` is taken, with the value that the executor gives it."""
 
+    async def check(engines: Engines) -> str:
+        api = engines.main.engine.api
+        values: dict[str, Callable[[], Any]] = {
+            "priority": lambda: 0.75,
+            "trace_headers": lambda: TRACE,
+            "conversation_params": lambda: api.conversation(conversation_id="selftest"),
+            "scheduling_params": lambda: api.scheduling(attention_dp_rank=0, attention_dp_relax=False),
+        }
+        keywords = {keyword: values[keyword]()}
+        result = await read(engines.raw(engines.main, engines.prompt(), max_tokens=2, keywords=keywords))
+        return f"{len(result.outputs[0].token_ids)} tokens"
 
-async def too_long(engines: Engines) -> str:
-    """The engine's own refusal: the executor refuses such prompts before."""
-    where = "at the call"
-    try:
-        result = engines.raw(engines.decode, engines.prompt(length=CONTEXT + 10), max_tokens=4)
-        where = "while it is read"
-        await _read(result)
-    except Exception as error:
-        text = "default_max_tokens" if "default_max_tokens" in str(error) else repr(str(error))
-        return f"{text} in {type(error).__name__}, {where}"
-    return "an answer"
+    return check
 
 
 async def sampled_logprobs(engines: Engines) -> str:
     found = await engines.ask(sampling=SamplingParams(temperature=0.0, logprobs=0))
-    beside = max(len(entry.top) for entry in found.logprobs) if found.logprobs else 0
-    return f"{len(found.logprobs)} entries, {beside} beside the sampled token"
+    beside = max((len(entry.top) for entry in found.logprobs), default=0)
+    return f"{len(found.logprobs)} entries, {beside} other tokens"
 
 
 async def logprobs_as_returned(engines: Engines) -> str:
-    result = await _read(engines.raw(engines.decode, engines.prompt(), max_tokens=4, logprobs=0))
+    result = await read(engines.raw(engines.main, engines.prompt(), max_tokens=4, logprobs=0))
     return f"{len(result.outputs[0].logprobs)} entries for 4 tokens"
 
 
 async def top_logprobs(engines: Engines) -> str:
     found = await engines.ask(sampling=SamplingParams(temperature=0.0, logprobs=2))
-    right = all(len(entry.top) == 2 and entry.top[0][0] == entry.token_id for entry in found.logprobs)
-    return f"{len(found.logprobs)} entries, the likeliest {'first' if right else 'not first'}"
+    right = all(len(entry.top) == 2 and entry.logprob > entry.top[0][1] - 0.01 for entry in found.logprobs)
+    return f"{len(found.logprobs)} entries, the likeliest token {'is' if right else 'is not'} the sampled one"
 
 
 async def prompt_logprobs(engines: Engines) -> str:
-    prompt = engines.prompt(first=57)
+    prompt = engines.prompt(57)
     found = await engines.ask(prompt, sampling=SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=True))
     whole = [entry.token_id for entry in found.logprobs] == prompt + found.tokens
-    known = sum(entry.logprob > -1000 for entry in found.logprobs[1:])
-    return f"{'one' if whole else 'not one'} for each token, {len(found.logprobs) - 1 - known} unknown"
+    unknown = sum(entry.logprob < -1000 for entry in found.logprobs[1:])
+    return f"{'one' if whole else 'not one'} for each token, {unknown} unknown"
 
 
-def follows(name: str) -> Any:
+def follows(name: str) -> Callable[[Engines], Awaitable[str]]:
+    """Returns the check that an answer follows one of `GRAMMARS`."""
+
     async def check(engines: Engines) -> str:
         grammar, pattern = GRAMMARS[name]
-        text = engines.text((await engines.ask(grammar=grammar, stop=StopConditions(max_tokens=24))).tokens)
-        return "follows it" if re.fullmatch(pattern, text.strip()) else f"answers {text!r}"
+        return matched(engines, await engines.ask(grammar=grammar, stop=StopConditions(max_tokens=24)), pattern)
 
     return check
 
 
 async def follows_behind_reasoning(engines: Engines) -> str:
+    """The prompt counts as one that has opened the reasoning, and a bias ends it at once."""
+    end = _end_of_reasoning(engines)
+    grammar = Grammar(kind="regex", text=DIGITS.text, reasoning=ReasoningTokens(begin=0, end=end, open=True))
+    sampling = SamplingParams(temperature=0.0, logit_bias={end: BIAS})
+    found = await engines.ask(grammar=grammar, sampling=sampling, stop=StopConditions(max_tokens=24))
+    if found.tokens[:1] != [end]:
+        return f"answers {engines.text(found.tokens)!r}"
+    found.tokens = found.tokens[1:]
+    return matched(engines, found, DIGITS.text)
+
+
+async def follows_or_reasons(engines: Engines) -> str:
     grammar = Grammar(kind="regex", text=DIGITS.text, reasoning=ReasoningTokens(begin=0, end=0, open=False))
-    text = engines.text((await engines.ask(grammar=grammar, stop=StopConditions(max_tokens=24))).tokens)
-    fine = re.fullmatch(r"[0-9]{5}|<think>.*", text.strip(), re.DOTALL)
-    return "follows it, or reasons" if fine else f"answers {text!r}"
+    found = await engines.ask(grammar=grammar, stop=StopConditions(max_tokens=24))
+    return matched(engines, found, f"{DIGITS.text}|<think>.*")
 
 
-async def refuses_a_grammar(engines: Engines) -> str:
-    try:
-        found = await engines.ask(grammar=Grammar(kind="json", text='{"type": "wrong"}'))
-    except BadRequest:
-        found = await engines.ask()
-        return "refused, and the engine goes on" if found.tokens else "refused"
-    return f"answers {engines.text(found.tokens)!r}"
+def matched(engines: Engines, answer: Answer, pattern: str) -> str:
+    text = engines.text(answer.tokens)
+    return "follows it" if re.fullmatch(pattern, text.strip(), re.DOTALL) else f"answers {text!r}"
 
 
-async def adapts(engines: Engines) -> str:
-    sampling = SamplingParams(temperature=0.0, logprobs=5)
-    plain, other = await engines.ask(sampling=sampling), await engines.ask(sampling=sampling, adapter=engines.adapter)
-    return "another answer" if difference(_entries(plain), _entries(other)) > 0 else "the model's answer"
+def _end_of_reasoning(engines: Engines) -> int:
+    found = engines.tokenizer.token_to_id("</think>")
+    return -1 if found is None else int(found)
 
 
-async def adapts_without_the_models_cache(engines: Engines) -> str:
-    prompt = engines.prompt(first=83, length=3 * engines.decode.limits.block_size + 5)
-    await engines.ask(prompt)
-    found = await engines.ask(prompt, adapter=engines.adapter)
-    return f"{found.last.cached_tokens} cached tokens"
+def _without_reasoning(engines: Engines) -> str:
+    return without_grammars(engines) or ("" if _end_of_reasoning(engines) >= 0 else "the model has no token </think>")
 
 
-async def block_size(engines: Engines) -> str:
-    engine = engines.decode.engine
-    options = engine.llm.args.kv_cache_config.tokens_per_block
-    return "the options'" if engine.block_size == options else f"{engine.block_size}, not the options' {options}"
+def _without_end_of_turn(engines: Engines) -> str:
+    return "" if eos_token_ids(engines.model) else "the model has no end-of-turn token"
 
 
-async def capacity(engines: Engines) -> str:
-    engine = engines.decode.engine
-    return "known" if engine.capacity and engine.total_blocks else "not known"
+def without_reuse(engines: Engines) -> str:
+    return "" if engines.main.limits.kv_events else "the engine reports no KV events, so it may cache no prefixes"
 
 
-async def context(engines: Engines) -> tuple[str, str]:
-    expected = min(CONTEXT, engines.decode.engine.capacity or CONTEXT)
-    return str(expected), str(engines.decode.limits.max_seq_len)
-
-
-async def _read(result: Any) -> Any:
-    async for _ in result:
-        pass
-    return result
-
-
-def _entries(answer: Answer) -> list[tuple[int, dict[int, float]]]:
-    return [(entry.token_id, dict(entry.top)) for entry in answer.logprobs]
-
-
-def _without_adapter(engines: Engines) -> str:
-    return "" if engines.adapter else "the engine has no adapter"
+def _new(engines: Engines) -> str:
+    return "version 1.2 does not have it" if is_old(engines.main.engine.api) else ""
 
 
 REQUESTS = [
-    Fact("limits", "block size", "the options'", block_size),
     Fact("limits", "size of the KV cache", "known", capacity),
-    Fact("limits", "context", "", context),
-    Fact("requests", "a greedy prompt", "8 tokens, the same twice", repeats),
+    Fact("limits", "block size", "that of the options", block_size),
+    Fact("limits", "health", "healthy", health),
+    Fact("requests", "a greedy prompt, twice", "8 tokens, the same both times", repeats),
     Fact("requests", "steps of a stream", "1 object, growing to 4 tokens", streams),
-    Fact("requests", "a stop token", "stop before it", stops),
-    Fact("requests", "a stop token, as it is returned", "", stop_as_returned),
-    Fact("requests", "an end of turn", "stop, 0 tokens", ends_turn),
-    Fact("requests", "max_tokens", "length after 8", ends_at_limit),
-    Fact("requests", "a bias", "the token of the bias", biased),
+    Fact("requests", "a stop token", "stop, the answer ends before it", stops),
+    Fact("requests", "a stop token, as the engine returns it", "", stop_as_returned),
+    Fact("requests", "an end of turn", "stop, 0 tokens", ends_turn, _without_end_of_turn),
+    Fact("requests", "an end of turn, min_tokens 3", "stop, 3 tokens", min_tokens, _without_end_of_turn),
+    Fact("requests", "max_tokens 8", "length, 8 tokens", ends_at_limit),
+    Fact("requests", "a bias", "the biased token", biased),
     Fact("requests", "a seed, twice", "", seeded),
-    Fact("requests", "cached tokens with salts a, b, a", "none, none, some", salted),
-    Fact("requests", "every keyword", "8 tokens", with_every_keyword),
-    Fact("requests", "a prompt over the context", "default_max_tokens in RequestError, while it is read", too_long),
-    Fact("logprobs", "logprobs of sampled tokens", "8 entries, 0 beside the sampled token", sampled_logprobs),
-    Fact("logprobs", "logprobs: 0, as it is returned", "", logprobs_as_returned),
-    Fact("logprobs", "top logprobs", "8 entries, the likeliest first", top_logprobs),
+    Fact("requests", "times of a request", "there", times),
+    Fact("requests", "cached tokens with salts a, b, a", "none, none, some", salted, without_reuse),
+    Fact("requests", "the keyword priority", "2 tokens", accepts("priority"), _new),
+    Fact("requests", "the keyword trace_headers", "2 tokens", accepts("trace_headers"), _new),
+    Fact("requests", "the keyword conversation_params", "2 tokens", accepts("conversation_params"), _new),
+    Fact("requests", "the keyword scheduling_params", "2 tokens", accepts("scheduling_params")),
+    Fact("logprobs", "logprobs 0", "8 entries, 0 other tokens", sampled_logprobs),
+    Fact("logprobs", "logprobs 0, as the engine returns it", "", logprobs_as_returned),
+    Fact("logprobs", "logprobs 2", "8 entries, the likeliest token is the sampled one", top_logprobs),
     Fact("logprobs", "logprobs of a prompt", "one for each token, 0 unknown", prompt_logprobs),
     *(Fact("grammars", f"a grammar: {name}", "follows it", follows(name), without_grammars) for name in GRAMMARS),
-    Fact(
-        "grammars",
-        "a grammar behind reasoning",
-        "follows it, or reasons",
-        follows_behind_reasoning,
-        without_grammars,
-    ),
-    Fact("grammars", "an invalid grammar", "refused, and the engine goes on", refuses_a_grammar, without_grammars),
-    Fact("adapters", "an adapter", "another answer", adapts, _without_adapter),
-    Fact(
-        "adapters", "an adapter after the model", "0 cached tokens", adapts_without_the_models_cache, _without_adapter
-    ),
+    Fact("grammars", "a grammar behind reasoning", "follows it", follows_behind_reasoning, _without_reasoning),
+    Fact("grammars", "a grammar, reasoning optional", "follows it", follows_or_reasons, without_grammars),
 ]

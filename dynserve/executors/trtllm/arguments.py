@@ -27,7 +27,14 @@ GRAMMAR_BACKEND = "xgrammar"
 WITHOUT_EVENTS = ("FLASHINFER",)  # attention backends with which the engine turns block reuse off
 _RESOLVING = ("NIXL", "UCX", "MOONCAKE", "MPI")  # in the order in which TRTLLM_USE_..._KVCACHE are checked
 _FINAL = 1 << 30  # of a version that is no release candidate
-_V1_3, _OVERLAPS = (1, 3, 0, 0), (1, 3, 0, 24)  # the first whose context servers may overlap
+_V1_3 = (1, 3, 0, 0)
+_LOADS_TOKENIZER = (
+    1,
+    3,
+    0,
+    16,
+)  # certainly: since about April 2026 an engine loads the tokenizer of its grammars itself
+_OVERLAPS = (1, 3, 0, 24)  # context servers may overlap
 
 
 class LlmArguments(NamedTuple):
@@ -37,8 +44,12 @@ class LlmArguments(NamedTuple):
     no_grammars: str = ""
 
 
-def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, version: str) -> LlmArguments:
+def llm_arguments(
+    options: Options, config: WorkerConfig, schema: Schema, version: str, *, tells_size: bool | None = None
+) -> LlmArguments:
     """Returns the constructor's keywords. Warnings name the options that are changed or dropped.
+
+    `tells_size`: whether the engine tells the size of its cache; None: as this version does.
 
     Raises:
         ConfigError: options contradict each other, or an adapter cannot be served.
@@ -50,8 +61,8 @@ def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, versio
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
     }
-    if release < _V1_3:
-        defaults["enable_iter_perf_stats"] = True  # only statistics tell the cache's size there
+    if not (release >= _V1_3 if tells_size is None else tells_size):
+        defaults["enable_iter_perf_stats"] = True  # only statistics tell the cache's size then
     if not config.extra_engine_args:
         defaults["enable_chunked_prefill"] = True  # a file that does not mention it was measured without
     if config.disaggregation_mode == "prefill" and release < _OVERLAPS:
@@ -66,8 +77,8 @@ def llm_arguments(options: Options, config: WorkerConfig, schema: Schema, versio
         made["lora_config"] = lora_config(config.adapters, made.get("lora_config"), options.place("lora_config"))
     backend, no_grammars = _grammar_backend(made)
     made["guided_decoding_backend"] = backend
-    # version 1.2 does not start with a grammar backend and without a tokenizer
-    skip = backend is None or release >= _V1_3
+    # older versions do not start with a grammar backend and without a tokenizer
+    skip = backend is None or release >= _LOADS_TOKENIZER
     return LlmArguments({**made, "model": config.model_path, "skip_tokenizer_init": skip}, no_grammars)
 
 
@@ -100,6 +111,8 @@ def _drop_useless(given: dict[str, Any], options: Options, schema: Schema) -> No
         log.warning("%s: num_postprocess_workers: ignored, as the engine returns token ids and no text", place)
     given.pop("num_postprocess_workers", None)
     given.pop("postprocess_tokenizer_dir", None)
+    if given.get("multimodal_config", {}) is None:
+        del given["multimodal_config"]  # null is the default
 
 
 def _grammar_backend(made: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -128,6 +141,9 @@ def _cache(made: Mapping[str, Any], options: Options, config: WorkerConfig) -> d
         )  # fmt: skip
         return cache
     pushed = cache.get("kv_events_config") or {}
+    if not isinstance(pushed, dict):
+        place = options.place("kv_cache_config", "kv_events_config")
+        raise ConfigError(f"{place}: kv_events_config must hold keys and values, not {pushed!r}")
     if pushed.get("enable_kv_cache_events") and pushed.get("publisher") != "null":
         log.warning(
             "%s: kv_events_config: enable_kv_cache_events is set to false, since an engine that pushes its KV events does "

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
 CAPACITY_TIMEOUT = 30.0  # seconds
+EVENTS_GRACE = 10.0  # seconds after a request's end in which its KV events may still come
 ROWS_TIMEOUT = 20.0  # seconds for the first row of statistics
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
@@ -44,7 +45,7 @@ class RankExecutor(Executor, Protocol):
 
     def kv_changed(self, events: list[KvEvent]) -> None: ...
 
-    def engine_died(self) -> None: ...
+    def engine_died(self, *, crashed: bool) -> None: ...
 
     def close(self) -> None: ...
 
@@ -92,7 +93,9 @@ class TrtllmEngine:
     @property
     def capacity(self) -> int | None:
         """The tokens that the KV cache holds: the engine refuses longer sequences. None if it does not tell."""
-        return self._total_tokens or self.total_blocks * self.block_size or None
+        # of one rank: with context parallelism, each holds a part of a sequence
+        parts = getattr(self.llm.args, "context_parallel_size", 1) or 1
+        return (self._total_tokens or self.total_blocks * self.block_size) * parts or None
 
     @property
     def guessed_blocks(self) -> int:
@@ -131,9 +134,10 @@ class TrtllmEngine:
                     await self.canary()
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            log.warning(
-                "the engine does not tell the size of its KV cache; taking it for %d blocks", self.guessed_blocks
-            )
+            pass
+        if not self.total_blocks:
+            guessed = self.guessed_blocks
+            log.warning("the engine does not tell the size of its KV cache; taking it for %d blocks", guessed)
 
     async def close(self) -> None:
         """Shuts the engine down, unless it is dead: the clean-up of a dead engine may wait for ever."""
@@ -163,7 +167,7 @@ class TrtllmEngine:
         self.failed.exception()  # marks it as retrieved: nothing has to await `failed`
         self._pump.stop()
         for target in self.targets:
-            target.engine_died()
+            target.engine_died(crashed=LOOP_CRASHED in reason)
 
     async def canary(self) -> None:
         """Generates one token of a fixed prompt. Raises what the engine raises; nothing in the prompt can be refused."""
@@ -172,7 +176,7 @@ class TrtllmEngine:
     async def probe(
         self, prompt: list[int], *, max_tokens: int = 1, logprobs: int | None = None, lora: Any = None
     ) -> Any:
-        """Generates an answer that no client has asked for, greedily, and returns its result.
+        """Generates an answer that no client has asked for, greedily and on the first rank, and returns its result.
 
         The salt separates it from the padding requests of attention DP, which have an unsalted prompt.
         """
@@ -187,8 +191,9 @@ class TrtllmEngine:
             keywords["disaggregated_params"] = api.disaggregated(
                 request_type=state.BOTH, disagg_request_id=next(self.ids)
             )
-        if self.streams is not None:
-            self.streams.note_apart(pack_tokens(prompt), adapter=lora is not None)
+        if self.ranks > 1:
+            keywords["scheduling_params"] = api.scheduling(attention_dp_rank=0, attention_dp_relax=False)
+        noted = self.note_apart(pack_tokens(prompt), adapter=lora is not None)
         result = self.llm.generate_async(prompt, params, **keywords)
         try:
             async for _ in result:
@@ -196,7 +201,18 @@ class TrtllmEngine:
         except asyncio.CancelledError:
             self.abort(result)
             raise
+        finally:
+            self.forget_apart(noted)
         return result
+
+    def note_apart(self, prompt: bytes, *, adapter: bool) -> tuple[int, bool] | None:
+        """Notes that a prompt with a salt or an adapter is computed from now on; see `KvStreams.note_apart`."""
+        return None if self.streams is None else self.streams.note_apart(prompt, adapter=adapter)
+
+    def forget_apart(self, noted: tuple[int, bool] | None) -> None:
+        """Ends what `note_apart` has begun, once the last events of the request have come."""
+        if noted is not None and self.streams is not None:
+            asyncio.get_running_loop().call_later(EVENTS_GRACE, self.streams.forget_apart, noted)
 
     def abort(self, result: Any) -> None:
         """Aborts a request, unless the engine is dead or shut down."""
@@ -235,6 +251,7 @@ class TrtllmEngine:
             "be off for this model or its attention backend", reason,
         )  # fmt: skip
         self.has_kv_events = False
+        self.streams = self._pump.streams = None
 
     def _pairing(self) -> Mapping[str, str]:
         if not self.disaggregates:
@@ -243,20 +260,20 @@ class TrtllmEngine:
 
     def _on_stats(self, events: dict[int, list[KvEvent]], rows: list[Mapping[str, Any]]) -> None:
         self._watch.note_sign_of_life()
-        for rank, found in events.items() if self.has_kv_events else ():
+        for rank, found in events.items():
             self.targets[rank].kv_changed(found)
         now = asyncio.get_running_loop().time()
         for row in rows:
             rank = row.get("attentionDpRank") or 0
             if rank >= len(self.targets):
                 continue
+            self.total_blocks = self.total_blocks or (row.get("kvCacheStats") or {}).get("maxNumBlocks") or 0
             if not self._watching:  # the first rows, before any request
                 size = (row.get("kvCacheStats") or {}).get("tokensPerBlock") or 0
                 self.knows_block_size = self.knows_block_size or size > 0
                 if size and size != self.block_size:
                     self.set_block_size(size)
             self.targets[rank].stats.update(row, now)
-            self.total_blocks = self.targets[rank].stats.total_blocks
 
 
 def _emits_kv_events(args: Any) -> bool:

@@ -38,7 +38,7 @@ from dynserve.executors.trtllm.arguments import TRANSFER_TIMEOUT_MS
 from dynserve.executors.trtllm.engine import LOOP_CRASHED, TrtllmEngine
 from dynserve.executors.trtllm.engine_request import EngineRequest, Kind, Progress
 from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, salt_of, sampling_of
-from dynserve.executors.trtllm.stats import FRESH, Stats
+from dynserve.executors.trtllm.stats import FRESH, OpenRequests, Stats
 from dynserve.model_files import eos_token_ids, model_limits
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest
@@ -62,26 +62,26 @@ class TrtllmExecutor:
         self._eos = tuple(eos_token_ids(folder))
         within = rank if engine.ranks > 1 else None
         self._terms = Terms(
-            engine.api,
-            self._eos,
-            vocab_size,
-            adapters_of(config),
-            within,
-            _has_priorities(args),
-            _keeps_conversations(args),
-        )
+            engine.api, self._eos, vocab_size, _adapters(config, args), within,
+            grammar_backend=args.guided_decoding_backend, priorities=_has_priorities(args),
+            conversations=_keeps_conversations(args),
+        )  # fmt: skip
         self._context_length: int = args.max_seq_len or context
         self._no_grammars = no_grammars
-        self.stats = Stats(engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks)
+        self.stats = Stats(
+            engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks, args.max_num_tokens
+        )
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
         self._transfer_s = timeout_ms / 1000 if timeout_ms else None  # None: the engine waits for ever
         self._handoffs = HandoffTable(instance_id, self._transfer_s or TRANSFER_TIMEOUT_MS / 1000, self._handoff_ended)
-        self._contexts: dict[int, EngineRequest] = {}  # finished prefills whose blocks the engine holds, by ticket
-        self._held_tokens = 0  # tokens of their prompts
-        self._releases: dict[int, asyncio.TimerHandle] = {}  # of those that nobody will fetch
+        # finished prefills with an open hand-off, by ticket: the tokens of the prompt, and when they were finished
+        self._contexts: dict[int, tuple[int, float]] = {}
+        self._held_tokens = 0  # of all finished prefills whose blocks the engine holds
+        self._releases: set[asyncio.TimerHandle] = set()  # of those that nobody will fetch
         self._tickets = count(1)
         self._calls: dict[int, EngineRequest] = {}  # by ticket, those whose outputs are still wanted
-        self._inside = 0  # requests in the engine, with or without a sink
+        # requests in the engine, with or without a sink
+        self._inside = self._live_tokens = self._unanswered = self._unanswered_tokens = 0
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
         self._said: set[str] = set()  # warnings that are logged once
@@ -103,8 +103,7 @@ class TrtllmExecutor:
 
     @property
     def limits(self) -> ExecutorLimits:
-        engine, args = self._engine, self._engine.llm.args
-        blocks = self.stats.total_blocks or engine.total_blocks or engine.guessed_blocks
+        engine, args, blocks = self._engine, self._engine.llm.args, self._total_blocks
         return ExecutorLimits(
             engine.block_size, blocks, self.max_seq_len, args.max_batch_size, self._terms.vocab_size,
             grammars=not self._no_grammars, no_grammars=self._no_grammars, adapters=tuple(self._terms.adapters),
@@ -120,9 +119,18 @@ class TrtllmExecutor:
         return self._engine.targets
 
     def load(self) -> Load:
-        live_tokens = sum(call.request.num_tokens + call.generated for call in self._calls.values())
-        now = self._loop.time()
-        return self.stats.load(self._inside, live_tokens, len(self._handoffs), self._held_tokens, now)
+        requests = OpenRequests(
+            self._inside, self._live_tokens, self._unanswered, self._unanswered_tokens, self._held_tokens
+        )
+        return self.stats.load(requests, len(self._handoffs), self._total_blocks, self._loop.time())
+
+    @property
+    def _total_blocks(self) -> int:
+        return self.stats.total_blocks or self._engine.total_blocks or self._engine.guessed_blocks
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._terms.adapters
 
     def counters(self) -> Mapping[str, float]:
         gaps, orphans = self._engine.losses(self._rank)
@@ -187,21 +195,24 @@ class TrtllmExecutor:
     def handoff_done(self, ticket: int) -> None:
         self._handoffs.deliver(ticket)
 
-    def engine_died(self) -> None:
-        """Fails all requests with WorkerLost, so that other workers can run those that have no token yet."""
+    def engine_died(self, *, crashed: bool) -> None:
+        """Fails all requests with WorkerLost, so that other workers can run those that have no token yet. `crashed`: an
+        exception has ended the engine's loop. A grammar that was about to begin may be its cause, and is not sent on."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.stop_timer()
             sink, call.sink = call.sink, None
+            suspected = crashed and call.request.grammar is not None and call.progress is Progress.SUBMITTED
+            error = InternalError("the engine crashed at this grammar, or beside it") if suspected else None
             if sink is not None:
-                sink(Output([], error=WorkerLost("the worker's engine died")))
+                sink(Output([], error=error or WorkerLost("the worker's engine died")))
         self._handoffs.cancel_all()  # a dead engine cannot send their KV blocks
 
     def close(self) -> None:
         self._handoffs.cancel_all()
         for ticket in list(self._calls):
             self.abort(ticket)
-        for timer in self._releases.values():
+        for timer in self._releases:
             timer.cancel()
 
     def _max_prompt(self) -> int | None:
@@ -255,11 +266,14 @@ class TrtllmExecutor:
         call.result = self._generate(prompt, params, call, 1 if call.kind is Kind.CONTEXT else max_tokens, min_tokens)
         self._calls[ticket] = call
         self._inside += 1
+        self._unanswered += 1
+        self._unanswered_tokens += request.num_tokens
+        self._charge(call, request.num_tokens + call.known)
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
     def _generate(self, prompt: list[int], params: Any, call: EngineRequest, max_tokens: int, min_tokens: int) -> Any:
         engine, request = self._engine, call.request
-        self._note_unusual(request)
+        self._note_unusual(call)
         try:
             sampling = sampling_of(request, self._terms, max_tokens=max_tokens, min_tokens=min_tokens)
             keywords = keywords_of(request, self._terms, params)
@@ -277,12 +291,16 @@ class TrtllmExecutor:
                 raise Unavailable("the engine is dead") from error
             raise InternalError(f"the engine refused a request: {type(error).__name__}: {error}") from error
 
-    def _note_unusual(self, request: GenerateRequest) -> None:
+    def _charge(self, call: EngineRequest, tokens: int) -> None:
+        call.charged += tokens
+        self._live_tokens += tokens
+
+    def _note_unusual(self, call: EngineRequest) -> None:
         """Says once what the engine does not do for a request, and keeps its blocks apart from those of other prompts."""
-        engine, salt = self._engine, salt_of(request)
-        if (salt or request.adapter) and engine.streams is not None:
-            engine.streams.note_apart(request.prompt, adapter=bool(request.adapter))
-            if not engine.streams.names_salts:
+        engine, request = self._engine, call.request
+        if salt_of(request) or request.adapter:
+            call.apart = engine.note_apart(request.prompt, adapter=bool(request.adapter))
+            if engine.streams is not None and not engine.streams.names_salts:
                 self._warn_once(
                     "this engine's KV events name no salts: requests that have one are not routed by cached prefixes"
                 )
@@ -320,9 +338,22 @@ class TrtllmExecutor:
             await self._engine_failed(ticket, call, error)
         finally:
             self._inside -= 1
+            self._live_tokens -= call.charged
+            self._note_answered(call)
+            engine.forget_apart(call.apart)
             call.stop_timer()
 
+    def _note_answered(self, call: EngineRequest) -> None:
+        """Takes a request off those without a response, once."""
+        if not call.answered:
+            call.answered = True
+            self._unanswered -= 1
+            self._unanswered_tokens -= call.request.num_tokens
+
     def _note_first_response(self, call: EngineRequest) -> None:
+        self._note_answered(call)
+        if call.kind is not Kind.GENERATION:  # there, blocks that were transferred count as cached
+            self._charge(call, -min(call.request.num_tokens, call.result.cached_tokens or 0))
         if call.progress is Progress.ABANDONED:
             call.progress = Progress.ABORTED
             self._engine.abort(call.result)
@@ -370,6 +401,7 @@ class TrtllmExecutor:
             note_costs(output, call.result, self._loop.time() - call.began)
         output.handoff_declined = first and call.declines_handoff
         call.generated += len(output.token_ids)
+        self._charge(call, len(output.token_ids))
         if output.reason == "handoff":
             self._hand_over(ticket, call, output)
         return output
@@ -388,22 +420,23 @@ class TrtllmExecutor:
         request = call.request
         packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
-        call.finished = self._loop.time()
-        self._contexts[ticket] = call
+        self._contexts[ticket] = (request.num_tokens, self._loop.time())
         self._held_tokens += request.num_tokens
 
     def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
         """The engine frees blocks that were fetched, and others at its own time limit: nothing can be aborted of a request
         that has ended there. Until then they count as used."""
+        tokens, finished = self._contexts.pop(ticket)
         if how is HandoffEnd.DELIVERED:
-            self._release(ticket)
-        elif self._transfer_s is not None:
-            left = self._contexts[ticket].finished + self._transfer_s - self._loop.time()
-            self._releases[ticket] = self._loop.call_later(max(0.0, left), self._release, ticket)
+            self._held_tokens -= tokens
+        elif self._transfer_s is not None:  # else the engine holds them for ever
 
-    def _release(self, ticket: int) -> None:
-        self._releases.pop(ticket, None)
-        self._held_tokens -= self._contexts.pop(ticket).request.num_tokens
+            def release() -> None:
+                self._releases.discard(timer)
+                self._held_tokens -= tokens
+
+            timer = self._loop.call_at(finished + self._transfer_s, release)
+            self._releases.add(timer)
 
     # what goes wrong
 
@@ -490,8 +523,9 @@ class TrtllmExecutor:
         call.timer = self._loop.call_later(limit, call.task.cancel)
 
 
-def adapters_of(config: WorkerConfig) -> dict[str, Adapter]:
-    return {name: Adapter(at, path) for at, (name, path) in enumerate(config.adapters.items(), 1)}
+def _adapters(config: WorkerConfig, args: Any) -> dict[str, Adapter]:
+    source = getattr(args.lora_config, "lora_ckpt_source", "hf")
+    return {name: Adapter(at, path, source) for at, (name, path) in enumerate(config.adapters.items(), 1)}
 
 
 def _too_long(request: GenerateRequest, error: Exception) -> ContextTooLong:

@@ -14,7 +14,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 MAX_UNKNOWN = 4096  # names of skipped blocks, kept to distinguish them from lost ones
 PROBE_SALT = "dynserve-probe"  # begins the salts of the worker's own requests, whose blocks nobody can use
 MAX_LENGTHS = 256  # blocks whose children are awaited, to know the block size
-MAX_APART = 16_384  # first blocks of prompts with a salt or an adapter
 
 
 class _Block(msgspec.Struct, gc=False):
@@ -37,13 +36,19 @@ class _Block(msgspec.Struct, gc=False):
     children: int = 0
 
 
+class _Apart(NamedTuple):
+    """The open requests whose prompt begins with the same block and has a salt or an adapter."""
+
+    requests: int = 0
+    adapters: int = 0  # those of them that have an adapter
+
+
 class KvStream:
     """The translation of one rank's KV events. It stores at most twice as many blocks as the cache has."""
 
-    def __init__(self, block_size: int, apart: Mapping[int, bool] = MappingProxyType({})) -> None:
+    def __init__(self, block_size: int, apart: Mapping[int, _Apart] = MappingProxyType({})) -> None:
         self._size = block_size
-        # hashes of the first blocks of prompts with a salt or an adapter: whether any had an adapter
-        self._apart = apart
+        self._apart = apart  # by the hash of the first block
         self._names_adapters = False
         self._window = 0
         self._next: int | None = None
@@ -155,13 +160,14 @@ class KvStream:
     def _is_apart(self, data: Mapping[str, Any], block: Mapping[str, Any]) -> bool:
         """Whether a block that begins a prompt is of the worker's own, or may be of one with a salt or an adapter that the
         event does not name."""
-        if salt := block.get("cache_salt"):
-            return bool(salt.startswith(PROBE_SALT))
+        if (block.get("cache_salt") or "").startswith(PROBE_SALT):
+            return True
         if not self._apart or data.get("lora_name"):
             return False
-        packed = array("I", [token["token_id"] for token in block["tokens"]]).tobytes()
-        adapter = self._apart.get(_first_hash(packed))
-        return adapter is not None and ("cache_salt" not in block or (adapter and not self._names_adapters))
+        noted = self._apart.get(_first_hash(array("I", [token["token_id"] for token in block["tokens"]]).tobytes()))
+        if noted is None:
+            return False
+        return "cache_salt" not in block or (noted.adapters > 0 and not self._names_adapters)
 
     def _add(self, name: int | str, parent: int | None, above: _Block | None, tokens: list[Any], seed: int) -> _Block:
         seed = above.seed if above is not None else seed
@@ -261,7 +267,7 @@ class KvStreams:
 
     def __init__(self, block_size: int, ranks: int) -> None:
         self._size = block_size
-        self._apart: dict[int, bool] = {}  # oldest first; the pump's thread only looks names up
+        self._apart: dict[int, _Apart] = {}  # the pump's thread only looks them up
         self.ranks = [KvStream(block_size, self._apart) for _ in range(ranks)]
 
     @property
@@ -275,16 +281,25 @@ class KvStreams:
         for stream in self.ranks:
             stream.set_block_size(tokens)
 
-    def note_apart(self, prompt: bytes, *, adapter: bool = False) -> None:
+    def note_apart(self, prompt: bytes, *, adapter: bool = False) -> tuple[int, bool] | None:
         """Notes that a prompt (u32 little-endian) is about to be computed with a salt or an adapter, so that its blocks are
-        not mistaken for those of the plain prompt."""
+        not mistaken for those of the plain prompt. Returns what `forget_apart` takes; None if the prompt fills no block."""
         first = prompt[: self._size * 4]
         if len(first) < self._size * 4:
-            return
+            return None
         name = _first_hash(first)
-        self._apart[name] = self._apart.pop(name, False) or adapter
-        if len(self._apart) > MAX_APART:
-            del self._apart[next(iter(self._apart))]
+        before = self._apart.get(name, _Apart())
+        self._apart[name] = _Apart(before.requests + 1, before.adapters + adapter)
+        return name, adapter
+
+    def forget_apart(self, noted: tuple[int, bool]) -> None:
+        """Ends one `note_apart`, when no more events of that request are expected."""
+        name, adapter = noted
+        before = self._apart.get(name, _Apart())
+        if before.requests <= 1:
+            self._apart.pop(name, None)
+        else:
+            self._apart[name] = _Apart(before.requests - 1, before.adapters - adapter)
 
     def translate(self, events: list[Mapping[str, Any]]) -> dict[int, list[KvEvent]]:
         """Returns our events by rank."""

@@ -41,8 +41,10 @@ def lora_config(adapters: Mapping[str, str], given: Mapping[str, Any] | None, pl
     Raises:
         ConfigError: an adapter's description is missing or cannot be served, or `given` has too small a rank for it.
     """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    if given.get("lora_ckpt_source") == "nemo":  # archives, which only the engine reads
+        return {"max_loras": len(adapters), "max_cpu_loras": len(adapters), **given}
     files = {name: read_adapter(name, folder) for name, folder in adapters.items()}
-    given = given or {}
     made: dict[str, Any] = {
         "lora_ckpt_source": "hf",
         "max_lora_rank": max(file.rank for file in files.values()),

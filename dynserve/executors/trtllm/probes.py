@@ -8,43 +8,53 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
-from dynserve.errors import ConfigError
+from dynserve.errors import ConfigError, DynserveError, InternalError
 from dynserve.executors.trtllm.engine import TrtllmEngine
-from dynserve.executors.trtllm.request import Adapter
+from dynserve.executors.trtllm.request import Adapter, lora_request
 
 log = logging.getLogger(__name__)
 
-ADAPTER_TOKENS = 4  # of a probe's answer
 TOP_LOGPROBS = 5
+PROMPTS = tuple([first + 3 * at for at in range(16)] for first in (1, 50, 99))  # of the proofs that an adapter is used
+PLAIN_ANSWERS = 2  # for each prompt: their difference is the engine's noise
+MIN_DIFFERENCE = 1e-4  # of log-probabilities
 PROBE_TIMEOUT = 120.0  # seconds for one probe: an adapter is loaded at its first use
 BLOCKS = 4  # of the prompt that must cause KV events
 EVENTS_TIMEOUT = 10.0  # seconds for those events
-DIFFERENT = float("inf")
+POLL_EVERY = 0.02  # seconds
+NUDGE_AFTER = 25  # polls; version 1.2 passes events on after submissions only
 
 
 async def check_adapters(engine: TrtllmEngine, adapters: Mapping[str, Adapter]) -> None:
-    """Compares an answer of each adapter with that of the model.
+    """Compares the first token of some answers with each adapter and without.
 
     Raises:
-        ConfigError: an adapter cannot be loaded, or its answer is that of the model.
+        ConfigError: an adapter cannot be loaded, or it changes nothing for any prompt.
+        InternalError: the engine fails at a prompt without an adapter.
     """
     if not adapters:
         return
-    plain, again = await _answer(engine, None), await _answer(engine, None)
-    noise = difference(plain, again)
+    plain = [[await _first_token(engine, prompt) for _ in range(PLAIN_ANSWERS)] for prompt in PROMPTS]
+    noise = max(difference(answers[0], other) for answers in plain for other in answers[1:])
+    if noise == float("inf"):
+        log.warning("the engine's answers to the same prompt have nothing in common: its adapters cannot be checked")
+        return
     for name, adapter in adapters.items():
+        request = lora_request(engine.api, name, adapter)
         try:
-            found = await _answer(engine, engine.api.lora(name, adapter.number, adapter.path))
-        except engine.api.request_error as error:
+            found = [await _first_token(engine, prompt, request) for prompt in PROMPTS]
+        except InternalError as error:
             raise ConfigError(f"adapter {name!r} cannot be loaded from {adapter.path}: {error}") from error
-        if difference(plain, found) <= noise:
+        changes = max(difference(answers[0], other) for answers, other in zip(plain, found, strict=True))
+        if changes <= max(noise, MIN_DIFFERENCE):
             raise ConfigError(
                 f"adapter {name!r} ({adapter.path}) changes nothing: the engine answers as the model without it. Check "
                 "lora_config in the engine options, and that the adapter belongs to this model"
             )
-        log.info("adapter %s is in use: its answers differ from the model's", name)
+        log.info("adapter %s is in use: it changes answers (log-probabilities by up to %.2g)", name, changes)
 
 
 async def check_kv_events(engine: TrtllmEngine, max_prompt: int) -> None:
@@ -55,46 +65,65 @@ async def check_kv_events(engine: TrtllmEngine, max_prompt: int) -> None:
     """
     if engine.streams is None:
         return
-    length = min(BLOCKS * engine.block_size + 1, max_prompt)
-    stream = engine.streams.ranks[0]
-    await _limited(engine.probe([1 + at % 97 for at in range(length)]))
+    streams, length = engine.streams.ranks, min(BLOCKS * engine.block_size + 1, max_prompt)
     try:
+        await _limited(engine.probe([1 + at % 97 for at in range(length)]))
         async with asyncio.timeout(EVENTS_TIMEOUT):
-            while not (stream.full_size or (stream.told and engine.knows_block_size)):
-                await asyncio.sleep(0.02)
+            for turn in count(1):
+                if any(one.full_size or (one.told and engine.knows_block_size) for one in streams):
+                    break
+                await asyncio.sleep(POLL_EVERY)
+                if turn % NUDGE_AFTER == 0:
+                    await _limited(engine.canary())
+    except InternalError as error:
+        engine.give_up_kv_events(f"a prompt of {length} tokens failed: {error}")
+        return
     except TimeoutError:
-        if not stream.told:
+        if not any(one.told for one in streams):
             engine.give_up_kv_events(f"none came within {EVENTS_TIMEOUT:.0f} s for a prompt of {length} tokens")
         else:
             log.warning(
                 "the engine does not tell the size of its KV blocks; taking it for %d tokens", engine.block_size
             )
         return
-    if stream.full_size and stream.full_size != engine.block_size:
-        engine.set_block_size(stream.full_size)
+    sizes = [one.full_size for one in streams if one.full_size]
+    if sizes and sizes[0] != engine.block_size:
+        engine.set_block_size(sizes[0])
 
 
-def difference(one: list[tuple[int, dict[int, float]]], other: list[tuple[int, dict[int, float]]]) -> float:
-    """Returns the greatest difference of two answers' log-probabilities; infinite if their tokens differ. Each position is
-    a token and the log-probabilities of the likeliest tokens there."""
-    worst = 0.0
-    for (token, mine), (other_token, theirs) in zip(one, other, strict=False):
-        common = mine.keys() & theirs.keys()
-        if token != other_token or (not common and (mine or theirs)):
-            return DIFFERENT
-        worst = max([worst, *(abs(mine[id_] - theirs[id_]) for id_ in common)])
-    return worst if len(one) == len(other) else DIFFERENT
+class FirstToken(NamedTuple):
+    """The first token of an answer, and the log-probabilities of the likeliest ones, itself among them. Empty if the engine
+    returns none."""
+
+    token: int
+    logprobs: Mapping[int, float]
 
 
-async def _answer(engine: TrtllmEngine, lora: Any) -> list[tuple[int, dict[int, float]]]:
-    prompt = list(range(1, 17))
-    result = await _limited(engine.probe(prompt, max_tokens=ADAPTER_TOKENS, logprobs=TOP_LOGPROBS, lora=lora))
+def difference(one: FirstToken, other: FirstToken) -> float:
+    """Returns by how much two answers differ: the greatest difference of a token's log-probabilities, or in `one` that of
+    their two tokens, which is small for a near tie."""
+    mine, theirs = one.logprobs, other.logprobs
+    if not mine or not theirs:
+        return 0.0 if one.token == other.token else float("inf")
+    margin = mine[one.token] - mine.get(other.token, min(mine.values())) if one.token in mine else 0.0
+    return max([margin, *(abs(mine[token] - theirs[token]) for token in mine.keys() & theirs.keys())])
+
+
+async def _first_token(engine: TrtllmEngine, prompt: list[int], lora: Any = None) -> FirstToken:
+    result = await _limited(engine.probe(prompt, logprobs=TOP_LOGPROBS, lora=lora))
     output = result.outputs[0]
-    entries: list[dict[int, float]] = [{id_: one.logprob for id_, one in entry.items()} for entry in output.logprobs]
-    entries += [{}] * (len(output.token_ids) - len(entries))  # none, if the engine ignores `logprobs`
-    return list(zip(output.token_ids, entries, strict=False))
+    entries = {token: entry.logprob for token, entry in output.logprobs[0].items()} if output.logprobs else {}
+    return FirstToken(output.token_ids[0], entries)
 
 
 async def _limited(probe: Any) -> Any:
-    async with asyncio.timeout(PROBE_TIMEOUT):
-        return await probe
+    """Awaits a probe. Raises InternalError if it fails, takes too long, or the engine dies."""
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            return await probe
+    except TimeoutError:
+        raise InternalError(f"the engine did not answer within {PROBE_TIMEOUT:.0f} s") from None
+    except DynserveError:
+        raise
+    except Exception as error:
+        raise InternalError(f"{type(error).__name__}: {error}") from error

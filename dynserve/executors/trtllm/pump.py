@@ -31,7 +31,7 @@ class Pump:
     """`on_stats` is called on the loop, with translated events by rank, and unchanged rows of statistics."""
 
     def __init__(self, llm: Any, streams: KvStreams | None, on_stats: OnStats) -> None:
-        self._llm, self._streams, self._on_stats = llm, streams, on_stats
+        self._llm, self.streams, self._on_stats = llm, streams, on_stats
         self._loop = asyncio.get_running_loop()
         self._ahead = threading.Semaphore(MAX_AHEAD)
         self._stopping = threading.Event()
@@ -51,10 +51,11 @@ class Pump:
     async def _rounds(self) -> None:
         count = 0
         while not self._stopping.is_set():
-            if self._streams is not None:
+            streams = self.streams
+            if streams is not None:
                 while len(events := await self._read("get_kv_cache_events_async")) == MAX_AT_ONCE:
-                    self._call_in_loop(self._streams.translate(events), [])
-                if events and (found := self._streams.translate(events)):
+                    self._call_in_loop(streams.translate(events), [])
+                if events and (found := streams.translate(events)):
                     self._call_in_loop(found, [])
             if count % STATS_EVERY == 0 and (rows := await self._read("get_stats_async")):
                 self._call_in_loop({}, rows)

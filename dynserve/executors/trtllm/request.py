@@ -11,6 +11,7 @@ from dynserve.errors import BadRequest, Unavailable
 from dynserve.executors.trtllm.api import Api
 from dynserve.wire.requests import GenerateRequest, Grammar, unpack_tokens
 
+XGRAMMAR = "xgrammar"
 DEFAULT_PRIORITY = 0.5  # TensorRT-LLM's
 
 
@@ -19,6 +20,7 @@ class Adapter(NamedTuple):
 
     number: int  # from 1 on
     path: str
+    source: str = "hf"  # the form of its files: of Hugging Face, or nemo
 
 
 class Terms(NamedTuple):
@@ -29,6 +31,7 @@ class Terms(NamedTuple):
     vocab_size: int
     adapters: Mapping[str, Adapter]
     rank: int | None  # the attention-DP rank; None without attention DP
+    grammar_backend: str | None = XGRAMMAR
     priorities: bool = False  # the engine's waiting queue is ordered by priority
     conversations: bool = False  # the engine keeps a conversation on one rank
 
@@ -37,7 +40,7 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
     """Returns a new `SamplingParams`: the context phase writes into it.
 
     Raises:
-        BadRequest: a token id is not in the vocabulary, or a structural tag is not one.
+        BadRequest: a token id is not in the vocabulary, or the engine's grammar backend cannot take the grammar.
     """
     sampling = request.sampling
     end, others = ends_of(request, terms.eos)
@@ -65,7 +68,7 @@ def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_
         # a decode request has no logits of its prompt
         "prompt_logprobs": max(1, sampling.logprobs or 0) if wants_prompt(request) else None,
         "embedding_bias": _bias(sampling.logit_bias, terms.vocab_size) if sampling.logit_bias else None,
-        "guided_decoding": _grammar_params(request.grammar, terms.api) if request.grammar is not None else None,
+        "guided_decoding": _grammar_params(request.grammar, terms) if request.grammar is not None else None,
     }
     keywords |= {name: value for name, value in optional.items() if value is not None}
     return terms.api.sampling(**keywords)
@@ -85,16 +88,21 @@ def keywords_of(request: GenerateRequest, terms: Terms, disaggregated: Any) -> d
         found["priority"] = priority_of(request.priority)
     if request.trace_headers:
         found["trace_headers"] = request.trace_headers
-    if request.session and terms.conversations and api.conversation is not None:
+    talks = bool(request.session) and terms.conversations and api.conversation is not None
+    if talks:
         found["conversation_params"] = api.conversation(conversation_id=request.session)
-    if terms.rank is not None:
-        found["scheduling_params"] = api.scheduling(attention_dp_rank=terms.rank, attention_dp_relax=False)
+    if terms.rank is not None:  # a conversation stays on the rank of its first turn, which may be another one
+        found["scheduling_params"] = api.scheduling(attention_dp_rank=terms.rank, attention_dp_relax=talks)
     if request.adapter:
         adapter = terms.adapters.get(request.adapter)
         if adapter is None:
             raise Unavailable(f"this worker has no adapter {request.adapter!r}")
-        found["lora_request"] = api.lora(request.adapter, adapter.number, adapter.path)
+        found["lora_request"] = lora_request(api, request.adapter, adapter)
     return {name: value for name, value in found.items() if name in api.keywords and value is not None}
+
+
+def lora_request(api: Api, name: str, adapter: Adapter) -> Any:
+    return api.lora(name, adapter.number, adapter.path, adapter.source)
 
 
 def prompt_of(request: GenerateRequest, *, prior: bool = False) -> list[int]:
@@ -138,10 +146,16 @@ def _bias(biases: dict[int, float], vocab_size: int) -> Any:
     return tensor
 
 
-def _grammar_params(grammar: Grammar, api: Api) -> Any:
+def _grammar_params(grammar: Grammar, terms: Terms) -> Any:
+    if terms.grammar_backend != XGRAMMAR and (grammar.reasoning is not None or grammar.kind not in ("json", "regex")):
+        raise BadRequest(
+            f"guided_decoding_backend {terms.grammar_backend} takes JSON schemas and regular expressions, of models that "
+            f"do not reason; set {XGRAMMAR} in the engine options for this request",
+            param="response_format",
+        )
     if grammar.reasoning is None:
-        return api.grammar(**{grammar.kind: grammar.text})
-    return api.grammar(structural_tag=behind_reasoning(grammar, open_=grammar.reasoning.open))
+        return terms.api.grammar(**{grammar.kind: grammar.text})
+    return terms.api.grammar(structural_tag=behind_reasoning(grammar, open_=grammar.reasoning.open))
 
 
 def behind_reasoning(grammar: Grammar, *, open_: bool) -> str:

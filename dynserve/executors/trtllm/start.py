@@ -19,7 +19,7 @@ from dynserve.executors.trtllm import options as opts
 from dynserve.executors.trtllm.api import Api, import_api
 from dynserve.executors.trtllm.arguments import LlmArguments, llm_arguments, resolved_backend
 from dynserve.executors.trtllm.engine import TrtllmEngine, capacity_of
-from dynserve.executors.trtllm.executor import TrtllmExecutor, adapters_of
+from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.executors.trtllm.probes import check_adapters, check_kv_events
 from dynserve.tasks import detached, task_group
 
@@ -54,7 +54,7 @@ async def open_executor(
         try:
             await engine.start()
             await check_kv_events(engine, targets[0].max_prompt)
-            await check_adapters(engine, adapters_of(config))
+            await check_adapters(engine, targets[0].adapters)
             yield targets[0]
         finally:
             await engine.close()
@@ -80,12 +80,25 @@ def prepare(config: WorkerConfig) -> StartPlan:
     api = import_api()
     schema, name = opts.schema_of(api.arguments), f"tensorrt_llm {api.version}"
     opts.check_names(given, schema, name)
-    arguments = llm_arguments(given, config, schema, api.version)
+    tells_size = hasattr(api.llm, "get_kv_cache_capacity")
+    arguments = llm_arguments(given, config, schema, api.version, tells_size=tells_size)
+    _check_values(api, arguments, given)
     backend = ((arguments.keywords.get("cache_transceiver_config") or {}).get("backend")) or ""
     backend = backend and resolved_backend(backend, api.version)
     if backend == "NIXL":
         environment.check_nixl(os.environ)
     return StartPlan(given, api, arguments, backend)
+
+
+def _check_values(api: Api, arguments: LlmArguments, given: opts.Options) -> None:
+    """Raises ConfigError for values that the arguments' own model refuses; the constructor reports everything else."""
+    try:
+        api.arguments(**arguments.keywords)
+    except ValueError as error:
+        if getattr(error, "errors", None) is not None:
+            raise ConfigError(_explained(error, given)) from error
+    except Exception as error:
+        log.debug("the arguments cannot be checked before the engine is built: %s: %s", type(error).__name__, error)
 
 
 def _build(plan: StartPlan) -> Any:

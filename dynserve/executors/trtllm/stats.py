@@ -10,7 +10,7 @@ and tokens are the rank's own (`iteration_stats.py`); older versions gather a ro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynserve.wire.events import Load
 
@@ -25,13 +25,25 @@ _GAUGES = {"iterLatencyMS": "engine_iteration_ms", "gpuMemUsage": "engine_gpu_by
 _USED_TOKENS = ("numCtxKvTokens", "numGenKvTokens")
 
 
+class OpenRequests(NamedTuple):
+    """The requests in the engine, by our own count."""
+
+    live: int
+    tokens: int  # of their prompts and answers, without those that were cached
+    unanswered: int  # without a first response
+    unanswered_tokens: int  # of their prompts
+    held_tokens: int  # of finished prefills whose blocks the engine holds
+
+
 class Stats:
     """The newest row of one rank, as the engine has written it. `total_blocks` is the cache's size, 0 until it is known.
     `block_size` is in tokens."""
 
-    def __init__(self, total_blocks: int, max_batch_size: int, block_size: int, ranks: int = 1) -> None:
+    def __init__(
+        self, total_blocks: int, max_batch_size: int, block_size: int, ranks: int = 1, max_num_tokens: int = 8192
+    ) -> None:
         self.total_blocks, self.block_size = total_blocks, block_size
-        self._max_batch_size, self._ranks = max_batch_size, ranks
+        self._max_batch_size, self._ranks, self._max_num_tokens = max_batch_size, ranks, max_num_tokens
         self.row: Mapping[str, Any] = {}
         self._at = float("-inf")
 
@@ -39,19 +51,16 @@ class Stats:
         """Stores a row. Every key may be missing: the set differs between versions."""
         self.row, self._at = row, now
         self.total_blocks = self._own_cache.get("maxNumBlocks") or self.total_blocks
-        if not self.total_blocks:  # all ranks have about as many
-            self.total_blocks = (row.get("kvCacheStats") or {}).get("maxNumBlocks") or 0
 
-    def load(self, live: int, live_tokens: int, handoffs: int, held_tokens: int, now: float) -> Load:
-        """Returns the load. `live` is our count of open requests and `live_tokens` that of their prompts and answers;
-        finished prefills hold `held_tokens`, which rows count as used without naming their requests."""
-        waiting = max(0, live - self._max_batch_size)
-        used = -(-(live_tokens + held_tokens) // self.block_size)
-        if live and self._fresh(now):
-            waiting = min(live, self._waiting(live))
-            used = self._used(used, held_tokens)
-        free = max(0, self.total_blocks - used)
-        return Load(live - waiting, waiting, free, self.total_blocks, handoffs)
+    def load(self, requests: OpenRequests, handoffs: int, total_blocks: int, now: float) -> Load:
+        """Returns the load of this rank, whose cache has `total_blocks`."""
+        live = requests.live
+        used = -(-(requests.tokens + requests.held_tokens) // self.block_size)
+        waiting = self._counted_waiting(requests, used, total_blocks)
+        if live and now - self._at <= FRESH:
+            waiting = min(live, self._waiting(live, waiting))
+            used = self._used(used, requests.held_tokens, total_blocks)
+        return Load(live - waiting, waiting, max(0, total_blocks - used), total_blocks, handoffs)
 
     def counters(self) -> dict[str, float]:
         if not self._is_own:
@@ -72,19 +81,27 @@ class Stats:
     def _own_cache(self) -> Mapping[str, Any]:
         return (self.row.get("kvCacheStats") or {}) if self._is_own else {}
 
-    def _fresh(self, now: float) -> bool:
-        return now - self._at <= FRESH
+    def _counted_waiting(self, requests: OpenRequests, used: int, total_blocks: int) -> int:
+        """Estimates how many requests wait in the engine: beyond the batch, for blocks, or for their turn in a step."""
+        waiting = requests.live - self._max_batch_size
+        if used > total_blocks > 0:
+            waiting = max(waiting, requests.live * (used - total_blocks) // used)
+        if requests.unanswered_tokens > self._max_num_tokens:  # as many as one step computes do not wait
+            fit = -(-requests.unanswered * self._max_num_tokens // requests.unanswered_tokens)
+            waiting = max(waiting, requests.unanswered - fit)
+        return max(0, min(waiting, max(requests.unanswered, requests.live - self._max_batch_size)))
 
-    def _waiting(self, live: int) -> int:
+    def _waiting(self, live: int, counted: int) -> int:
         if self._ranks > 1 and "rank" not in self.row:  # the queue of all ranks is in rank 0's row
             running = (self.row.get("inflightBatchingStats") or {}).get("numScheduledRequests")
-            return max(0, live - int(running)) if running is not None else max(0, live - self._max_batch_size)
-        return max(0, int(self.row.get("numQueuedRequests") or 0))
+            return counted if running is None else min(counted, max(0, live - int(running)))
+        queued = self.row.get("numQueuedRequests")
+        return counted if queued is None else max(0, int(queued))
 
-    def _used(self, counted: int, held_tokens: int) -> int:
+    def _used(self, counted: int, held_tokens: int, total_blocks: int) -> int:
         """Returns the used blocks: the row's where they are the rank's own, else `counted`."""
         if "freeNumBlocks" in self._own_cache:
-            return self.total_blocks - int(self._own_cache["freeNumBlocks"])
+            return total_blocks - int(self._own_cache["freeNumBlocks"])
         batch = self.row.get("inflightBatchingStats") or {}
         if all(name in batch for name in _USED_TOKENS):
             return -(-(sum(int(batch[name]) for name in _USED_TOKENS) + held_tokens) // self.block_size)

@@ -258,6 +258,8 @@ class Live:
                 response.stop_reason = output.stop_token
             elif self._server.setup.appends_eos:
                 response.token_ids.append(output.stop_token)
+                if request.sampling.logprobs is not None:
+                    response.logprobs.append([(output.stop_token, 0.0, 1)])
         if self.submit.perf:
             now = time.monotonic()
             scheduled = self._began + output.queue_s
@@ -361,7 +363,7 @@ class Rank:
                         for hash_, (tokens, salt, _) in zip(hashes, known, strict=True)
                     ],
                 }
-                if known[0][2] and not self._server.setup.v2:
+                if known[0][2] and self._server.setup.token_hashes and not self._server.setup.v2:
                     data["lora_name"] = known[0][2]
                 self._event(data, window)
             case Removed(hashes=hashes):
@@ -405,7 +407,10 @@ class Rank:
             return
         self._iter += 1
         row = self.row()
-        if setup.attention_dp:
+        if setup.attention_dp and not setup.token_hashes:  # 1.2 writes the first rank's row, and names no rank
+            if self.number:
+                return
+        elif setup.attention_dp:
             if self.number:  # a copy of rank 0's row, but for what is scheduled here
                 own, row = row["inflightBatchingStats"], self._server.first.row()
                 row["inflightBatchingStats"] = own

@@ -86,6 +86,10 @@ class Proxy:
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._thread is not None:
             self._thread.join(10)
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
         self._sock.close()
 
     @property

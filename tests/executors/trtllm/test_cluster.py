@@ -204,3 +204,12 @@ async def test_the_clients_trace_and_session_reach_the_workers_of_both_phases(mo
         too_long = {"traceparent": trace["traceparent"], "tracestate": "a=" + "1" * 600}
         assert (await client.post("/v1/chat/completions", json=ASK, headers=too_long)).status_code == 200
         assert found[2][1] == {"traceparent": trace["traceparent"]}
+
+
+async def test_the_reason_for_missing_grammars_reaches_the_client() -> None:
+    engine = ENGINE | {"speculative_config": {"decoding_type": "MTP"}}
+    async with cluster(prefill=0, decode=0, aggregated=1, engine=engine) as c, c.client() as client:
+        answer = await client.post("/v1/chat/completions", json=ASK | {"response_format": {"type": "json_object"}})
+        assert answer.status_code == 400
+        assert "cannot hold an answer to a grammar (the engine options have a speculative_config" in answer.text
+        assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200

@@ -25,6 +25,7 @@ CONTRACT: dict[str, Any] = json.loads((DOUBLES / "contract.json").read_text())
 OURS = "dynserve.executors.trtllm"
 # read on every version, and optional: the double of 1.2 has none of them
 OPTIONAL = {
+    ("row", "attentionDpRank"), ("stored", "lora_name"),
     ("LLM", "get_kv_cache_capacity"), ("_executor", "_fatal_error"), ("stored_block", "cache_salt"), ("stored_block", "mm_keys"),
 }  # fmt: skip
 

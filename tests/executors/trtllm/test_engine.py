@@ -13,7 +13,7 @@ import pytest
 from dynserve.errors import BadRequest, ContextTooLong, EngineDied, InternalError, Unavailable, WorkerLost
 from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.wire.hashing import rolling_hashes
-from dynserve.wire.requests import PriorOutput, SamplingParams, StopConditions
+from dynserve.wire.requests import Grammar, PriorOutput, ReasoningTokens, SamplingParams, StopConditions
 from tests.conftest import make_request, until
 from tests.executors.trtllm.test_executor import LONG, Opener, OutputSink, handed_over, prompt, run_request
 from tests.executors.trtllm.test_kv_events import applied
@@ -135,6 +135,41 @@ async def test_a_request_that_is_refused_does_not_end_the_engine(opened: Opener)
 # requests
 
 
+@pytest.mark.parametrize(
+    ("grammar", "fine"),
+    [
+        (Grammar(kind="regex", text="[0-9]{3}"), True),
+        (Grammar(kind="json", text="{}"), True),
+        (Grammar(kind="grammar", text='root ::= "a"'), False),
+        (Grammar(kind="structural_tag", text="{}"), False),
+        (Grammar(kind="regex", text="[0-9]", reasoning=ReasoningTokens(begin=5, end=6, open=True)), False),
+    ],
+    ids=lambda found: found.kind if isinstance(found, Grammar) else "",
+)
+async def test_llguidance_is_sent_only_what_it_takes(opened: Opener, grammar: Grammar, fine: bool) -> None:
+    """It raises at structural tags, in versions in which that ends the engine, and has another syntax of grammars."""
+    executor = await opened(guided_decoding_backend="llguidance")
+    if fine:
+        sink, _ = await run_request(executor, make_request(prompt(), grammar=grammar))
+        assert sink.outputs[-1].error is None
+        return
+    with pytest.raises(
+        BadRequest, match="guided_decoding_backend llguidance takes JSON schemas and regular expressions"
+    ):
+        executor.submit(make_request(prompt(), grammar=grammar), OutputSink())
+
+
+async def test_a_grammar_at_which_an_engine_crashed_is_not_tried_on_other_workers(opened: Opener) -> None:
+    executor = await opened()
+    plain, guided = OutputSink(), OutputSink()
+    executor._engine.llm._executor.crash_loop("out of memory")
+    executor.submit(make_request(prompt(), grammar=Grammar(kind="regex", text="[0-9]{3}")), guided)
+    executor.submit(make_request(prompt()), plain)
+    await until(lambda: plain.ended and guided.ended)
+    assert isinstance(plain.outputs[-1].error, WorkerLost)
+    assert isinstance(guided.outputs[-1].error, InternalError) and not isinstance(guided.outputs[-1].error, WorkerLost)
+
+
 @pytest.mark.parametrize("version", ["1.3.0rc29", "1.2.1"])
 async def test_log_probabilities_of_the_sampled_tokens_alone_come_from_every_version(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, version: str
@@ -180,6 +215,34 @@ async def test_a_session_is_a_conversation_to_an_engine_that_keeps_conversations
         await run_request(executor, make_request(prompt(), session="mine"))
     found = [call.get("conversation_params") for call in calls]
     assert found[0].conversation_id == "mine" and found[1] is None
+
+
+async def test_a_conversation_may_stay_on_the_rank_of_its_first_turn(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = await opened(
+        config={"tensor_parallel_size": 2}, enable_attention_dp=True,
+        attention_dp_config={"kv_cache_routing_conversation_affinity": True},
+    )  # fmt: skip
+    calls = keywords(executor, monkeypatch)
+    for session in ("", "mine"):
+        await run_request(executor.targets[1], make_request(prompt(), session=session))
+    params = [call["scheduling_params"] for call in calls]
+    assert [(one.attention_dp_rank, one.attention_dp_relax) for one in params] == [(1, False), (1, True)]
+
+
+async def test_cached_tokens_do_not_count_as_used_again(opened: Opener) -> None:
+    executor = await opened()
+    await run_request(executor, make_request(prompt(640)))
+    tickets = []
+    for _ in range(4):
+        tickets.append(executor.submit(make_request(prompt(640), stop=LONG), sink := OutputSink()))
+        await until(lambda sink=sink: bool(sink.outputs))
+    assert executor.load().free_blocks > 120, "they share 20 blocks"
+    for ticket in tickets:
+        executor.abort(ticket)
+    await until(lambda: executor.load().free_blocks == 200)
+    assert executor._live_tokens == executor._unanswered == executor._unanswered_tokens == 0
 
 
 async def test_cached_tokens_are_counted_whatever_the_options_say_of_postprocessing(opened: Opener) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -127,14 +128,42 @@ def test_a_block_that_has_a_child_shows_the_block_size() -> None:
     stream.translate([])
 
 
-def test_only_the_newest_prompts_with_a_salt_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events, "MAX_APART", 2)
+def test_a_prompt_with_a_salt_hides_plain_blocks_only_while_it_is_open() -> None:
     engine, streams = Engine(), KvStreams(SIZE, 1)
-    for block in (A, B, A, C):
-        streams.note_apart(pack_tokens(block))
-    streams.note_apart(pack_tokens(A[:3]))  # shorter than a block
-    found = streams.translate([engine.stored(block, first=at) for at, block in enumerate((A, B, C))])
-    assert found == {0: [Stored(None, hashes(B))]}
+    noted = [streams.note_apart(pack_tokens(A + B)), streams.note_apart(pack_tokens(A), adapter=True)]
+    assert streams.note_apart(pack_tokens(A[:3])) is None, "it fills no block"
+    assert streams.translate([engine.stored(A)]) == {}
+    for one in noted:
+        assert one is not None
+        streams.forget_apart(one)
+        streams.forget_apart((12345, False))  # unknown ones are ignored
+    assert streams.translate([engine.stored(A, first=9)]) == {0: [Stored(None, hashes(A))]}
+
+
+def test_an_adapter_with_a_salt_is_not_taken_for_the_models_where_events_name_salts_only() -> None:
+    engine, streams = Engine(), KvStreams(SIZE, 1)
+    streams.note_apart(pack_tokens(A), adapter=True)
+    assert streams.translate([engine.stored(A, cache_salt="tenant")]) == {}
+
+
+def test_prompts_are_noted_while_another_thread_looks_them_up() -> None:
+    engine, streams = Engine(), KvStreams(SIZE, 1)
+    streams.note_apart(pack_tokens(A))
+    stop, found = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            found.extend(streams.translate([engine.stored(A, first=7), engine.removed(7)]).values())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20_000):
+        noted = streams.note_apart(pack_tokens(A))
+        assert noted is not None
+        streams.forget_apart(noted)
+    stop.set()
+    reader.join()
+    assert not found
 
 
 def test_single_blocks_are_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,13 @@ def test_what_the_user_gives_wins(tmp_path: Path) -> None:
         lora_config(found, {"max_lora_rank": 4, "lora_target_modules": ["attn_q"]}, "engine.yaml:3")
 
 
+def test_a_null_is_not_given_and_archives_of_nemo_are_left_to_the_engine(tmp_path: Path) -> None:
+    found = adapters(tmp_path, one={"r": 16, "target_modules": ["q_proj"]})
+    assert lora_config(found, {"max_lora_rank": None}, "here")["max_lora_rank"] == 16
+    nemo = {"lora_ckpt_source": "nemo", "lora_dir": ["/models/x.nemo"], "max_lora_rank": 32}
+    assert lora_config({"x": "/models/x.nemo"}, nemo, "here") == nemo | {"max_loras": 1, "max_cpu_loras": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

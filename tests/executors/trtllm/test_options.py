@@ -183,6 +183,17 @@ def test_options_without_which_no_kv_events_come_are_set(
     assert not caplog.records
 
 
+def test_a_size_that_the_engine_does_not_tell_is_read_from_its_statistics(tmp_path: Path) -> None:
+    """Candidates of 1.3 before the getter of the capacity, say."""
+    options, config = given(tmp_path)
+    made = llm_arguments(options, config, ARGS, "1.3.0rc5", tells_size=False).keywords
+    assert made["enable_iter_perf_stats"] is True and made["skip_tokenizer_init"] is False
+
+
+def test_a_null_that_the_field_itself_does_not_take_is_dropped(tmp_path: Path) -> None:
+    assert "multimodal_config" not in arguments(tmp_path, "multimodal_config: null")
+
+
 def test_an_attention_backend_that_caches_no_prefixes_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,6 +302,7 @@ def test_old_spellings_are_translated(tmp_path: Path, text: str, expected: dict[
             "cache_transceiver_config: {backend: UCX}\nkv_cache_config: {use_kv_cache_manager_v2: true}",
             "CPP cannot move the cache of use_kv_cache_manager_v2",
         ),
+        ("kv_cache_config: {kv_events_config: true}", "engine.yaml:1: kv_events_config must hold keys and values"),
         ("[1, 2]", "expected keys and values"),
         ("a: [", "is not YAML"),
     ],

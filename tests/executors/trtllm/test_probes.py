@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynserve.errors import ConfigError
+from dynserve.errors import ConfigError, InternalError
+from dynserve.executors.trtllm import engine as engine_module
 from dynserve.executors.trtllm import probes
 from dynserve.executors.trtllm.arguments import llm_arguments
-from dynserve.executors.trtllm.probes import DIFFERENT, difference
+from dynserve.executors.trtllm.probes import FirstToken, difference
 from dynserve.wire.events import KvEvent
 from dynserve.wire.hashing import adapter_salt, rolling_hashes
 from dynserve.wire.requests import Grammar, SamplingParams
@@ -57,8 +58,8 @@ async def test_an_adapter_that_changes_nothing_is_not_served(
     """The engine says nothing when it drops adapters."""
     french = adapter(tmp_path, "french")
 
-    def without_lora_config(*args: Any) -> Any:
-        made = llm_arguments(*args)
+    def without_lora_config(*args: Any, **keywords: Any) -> Any:
+        made = llm_arguments(*args, **keywords)
         del made.keywords["lora_config"]
         return made._replace(keywords=made.keywords | {"enable_lora": True})
 
@@ -74,13 +75,90 @@ async def test_an_adapter_that_cannot_be_loaded_is_not_served(opened: Opener, tm
         await opened(config={"lora_adapters": broken})
 
 
-def test_answers_differ_by_their_tokens_or_by_the_log_probabilities_of_common_tokens() -> None:
-    plain = [(5, {5: -0.5, 6: -1.0}), (7, {7: -0.1})]
+def test_answers_differ_by_log_probabilities_or_by_tokens_that_are_no_near_tie() -> None:
+    plain = FirstToken(5, {5: -0.5, 6: -0.6, 7: -3.0})
     assert difference(plain, plain) == 0.0
-    assert difference(plain, [(5, {5: -0.5, 8: -1.0}), (7, {7: -0.35})]) == pytest.approx(0.25)
-    assert difference(plain, [(6, {5: -0.5, 6: -0.4}), (7, {7: -0.1})]) == DIFFERENT
-    assert difference(plain, plain[:1]) == DIFFERENT
-    assert difference(plain, [(5, {9: -0.5}), (7, {7: -0.1})]) == DIFFERENT
+    assert difference(plain, FirstToken(5, {5: -0.5, 6: -0.35, 9: -2.0})) == pytest.approx(0.25)
+    assert difference(plain, FirstToken(6, {5: -0.5, 6: -0.6, 7: -3.0})) == pytest.approx(0.1), "nearly as likely"
+    assert difference(plain, FirstToken(9, {5: -0.5, 6: -0.6, 9: -0.1})) == pytest.approx(2.5)
+    assert difference(FirstToken(5, {}), FirstToken(5, {})) == 0.0
+    assert difference(FirstToken(5, {}), FirstToken(6, {})) == float("inf")
+
+
+async def noisy(opened: Opener, monkeypatch: pytest.MonkeyPatch, adapter: str, noise: float) -> Any:
+    """Opens an engine whose log-probabilities differ a little each time."""
+    count, take = [0], probes._first_token
+
+    async def shaken(*args: Any) -> FirstToken:
+        found, count[0] = await take(*args), count[0] + 1
+        return found._replace(
+            logprobs={token: value + noise * (count[0] % 2) for token, value in found.logprobs.items()}
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probes, "_first_token", shaken)
+        return await opened(config={"lora_adapters": adapter})
+
+
+async def test_an_adapter_must_change_more_than_an_engines_own_noise(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert await noisy(opened, monkeypatch, adapter(tmp_path, "french"), 0.01)
+    weak = adapter(tmp_path, "weak", '{"r": 8, "target_modules": ["q_proj"], "bias": {}}')
+    with pytest.raises(ConfigError, match="adapter 'weak' .* changes nothing"):
+        await noisy(opened, monkeypatch, weak, 0.01)
+
+
+@pytest.mark.parametrize("what", ["events", "adapters"])
+async def test_a_prompt_of_the_workers_own_that_fails_is_one_sentence(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, caplog: Any
+) -> None:
+    server = __import__("tensorrt_llm._engine", fromlist=["Server"]).Server
+    length = 129 if what == "events" else 16
+    monkeypatch.setattr(server, "_refusal", lambda _, message: "no" if message.request.num_tokens == length else "")
+    config = {"lora_adapters": adapter(tmp_path, "french")} if what == "adapters" else None
+    if what == "events":
+        executor = await opened()
+        assert "reports no KV events: a prompt of 129 tokens failed: RequestError: no" in caplog.text
+        assert not executor.limits.kv_events and executor._engine.streams is None
+    else:
+        with pytest.raises(InternalError, match="RequestError: no"):
+            await opened(config=config)
+    monkeypatch.undo()
+
+
+async def test_kv_events_of_any_rank_show_that_they_come(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with placement of its own may compute a prompt on another rank."""
+    llm = __import__("tensorrt_llm.llmapi.llm", fromlist=["_Call"])
+    init = llm._Call.__init__
+
+    def elsewhere(self: Any, *args: Any, **keywords: Any) -> None:
+        init(self, *args, **keywords)
+        if self.scheduling is not None:
+            self.scheduling.attention_dp_rank = 1
+
+    monkeypatch.setattr(llm._Call, "__init__", elsewhere)
+    executor = await opened(config={"tensor_parallel_size": 2}, enable_attention_dp=True)
+    assert executor.limits.kv_events
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("version", ["1.3.0rc29", "1.2.1"])
+async def test_each_rank_has_blocks_whatever_the_engine_tells(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, version: str, statistics: bool
+) -> None:
+    """Version 1.2 writes rows of the first rank only, and a capacity may be unknown: no load may be 0 of 0 blocks."""
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", version)
+    monkeypatch.setattr(engine_module, "ROWS_TIMEOUT", 2.0)
+    llm = __import__("tensorrt_llm.llmapi.llm", fromlist=["LLM"]).LLM
+    if version != "1.2.1":
+        monkeypatch.setattr(llm, "get_kv_cache_capacity", lambda _: {})
+    options = {"kv_cache_config": {"max_tokens": 3200}, "enable_iter_perf_stats": statistics}
+    executor = await opened(config={"tensor_parallel_size": 2}, enable_attention_dp=True, **options)
+    for target in executor.targets:
+        assert (target.load().total_blocks, target.limits.num_blocks) == (100, 100)
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("change", ["silent", "push"])

@@ -16,6 +16,7 @@ from dynserve.executors.option_names import ARGS
 from dynserve.executors.trtllm import PIN
 from dynserve.executors.trtllm.arguments import llm_arguments
 from dynserve.executors.trtllm.options import check_names, read_options
+from dynserve.executors.trtllm.start import prepare
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "recipes").glob("*.yaml"))
@@ -37,6 +38,15 @@ def test_a_tensorrt_llm_worker_passes_on_what_the_pinned_version_takes(file: Pat
     for name, value in given.values.items():
         if isinstance(value, int | float | str) and name not in ("sampler_type", "num_postprocess_workers"):
             assert getattr(found, name) == value
+
+
+def test_a_file_of_version_1_2_works_with_that_version(trtllm_double: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRTLLM_DOUBLE_VERSION", "1.2.1")
+    file = HERE / "recipes" / "version-1.2.yaml"
+    config = WorkerConfig(executor="trtllm", extra_engine_args=str(file))
+    made = prepare(config).arguments.keywords
+    assert (made["sampler_type"], made["max_batch_size"], made["skip_tokenizer_init"]) == ("TRTLLMSampler", 256, False)
+    assert made["cache_transceiver_config"]["kv_transfer_timeout_ms"] is None
 
 
 @parametrized
