@@ -10,6 +10,7 @@ engine          one engine: its start, failure and shutdown
 probes          what an engine must prove before it serves: adapters, KV events
 executor        requests into the engine, answers out of it
 engine_request  one request in the engine
+in_flight       the requests of one rank in the engine, and the tokens that they hold
 request         a `GenerateRequest` as TensorRT-LLM's parameters
 answer          TensorRT-LLM's cumulative results as `Output`s
 state           the data that a hand-off carries from the context to the generation phase

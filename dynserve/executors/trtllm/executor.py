@@ -37,8 +37,9 @@ from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
 from dynserve.executors.trtllm.arguments import TRANSFER_TIMEOUT_MS
 from dynserve.executors.trtllm.engine import LOOP_CRASHED, TrtllmEngine
 from dynserve.executors.trtllm.engine_request import EngineRequest, Kind, Progress
-from dynserve.executors.trtllm.request import Adapter, Terms, ends_of, keywords_of, prompt_of, salt_of, sampling_of
-from dynserve.executors.trtllm.stats import FRESH, OpenRequests, Stats
+from dynserve.executors.trtllm.in_flight import InFlight
+from dynserve.executors.trtllm.request import Adapter, ends_of, keywords_of, prompt_of, salt_of, sampling_of, terms_of
+from dynserve.executors.trtllm.stats import FRESH, Stats
 from dynserve.model_files import eos_token_ids, model_limits
 from dynserve.wire.events import KvEvent, Load
 from dynserve.wire.requests import GenerateRequest
@@ -61,27 +62,17 @@ class TrtllmExecutor:
         vocab_size, context = model_limits(folder)
         self._eos = tuple(eos_token_ids(folder))
         within = rank if engine.ranks > 1 else None
-        self._terms = Terms(
-            engine.api, self._eos, vocab_size, _adapters(config, args), within,
-            grammar_backend=args.guided_decoding_backend, priorities=_has_priorities(args),
-            conversations=_keeps_conversations(args),
-        )  # fmt: skip
+        self._terms = terms_of(engine.api, args, config.adapters, self._eos, vocab_size, within)
         self._context_length: int = args.max_seq_len or context
         self._no_grammars = no_grammars
         self.stats = Stats(
             engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks, args.max_num_tokens
         )
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
-        self._transfer_s = timeout_ms / 1000 if timeout_ms else None  # None: the engine waits for ever
-        self._handoffs = HandoffTable(instance_id, self._transfer_s or TRANSFER_TIMEOUT_MS / 1000, self._handoff_ended)
-        # finished prefills with an open hand-off, by ticket: the tokens of the prompt, and when they were finished
-        self._contexts: dict[int, tuple[int, float]] = {}
-        self._held_tokens = 0  # of all finished prefills whose blocks the engine holds
-        self._releases: set[asyncio.TimerHandle] = set()  # of those that nobody will fetch
+        self._in_flight = InFlight(timeout_ms / 1000 if timeout_ms else None)
+        self._handoffs = HandoffTable(instance_id, (timeout_ms or TRANSFER_TIMEOUT_MS) / 1000, self._handoff_ended)
         self._tickets = count(1)
         self._calls: dict[int, EngineRequest] = {}  # by ticket, those whose outputs are still wanted
-        # requests in the engine, with or without a sink
-        self._inside = self._live_tokens = self._unanswered = self._unanswered_tokens = 0
         self._transfers: Counter[str] = Counter()
         self._kv_listener: KvListener | None = None
         self._said: set[str] = set()  # warnings that are logged once
@@ -119,10 +110,7 @@ class TrtllmExecutor:
         return self._engine.targets
 
     def load(self) -> Load:
-        requests = OpenRequests(
-            self._inside, self._live_tokens, self._unanswered, self._unanswered_tokens, self._held_tokens
-        )
-        return self.stats.load(requests, len(self._handoffs), self._total_blocks, self._loop.time())
+        return self.stats.load(self._in_flight.counts, len(self._handoffs), self._total_blocks, self._loop.time())
 
     @property
     def _total_blocks(self) -> int:
@@ -151,7 +139,7 @@ class TrtllmExecutor:
     def _status(self) -> str:
         if self.failed.done():
             return "dead"
-        if not self._inside:
+        if not self._in_flight.live:
             return "idle"
         return "busy" if self._engine.silence <= FRESH else "silent"
 
@@ -212,8 +200,7 @@ class TrtllmExecutor:
         self._handoffs.cancel_all()
         for ticket in list(self._calls):
             self.abort(ticket)
-        for timer in self._releases:
-            timer.cancel()
+        self._in_flight.close()
 
     def _max_prompt(self) -> int | None:
         """Returns the upper bound of a prompt, in tokens, where prompts are not computed in chunks."""
@@ -263,17 +250,19 @@ class TrtllmExecutor:
         end, others = ends_of(request, self._eos)
         call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
         min_tokens = max(0, request.stop.min_tokens - done)
-        call.result = self._generate(prompt, params, call, 1 if call.kind is Kind.CONTEXT else max_tokens, min_tokens)
+        self._note_unusual(call)
+        try:
+            most = 1 if call.kind is Kind.CONTEXT else max_tokens
+            call.result = self._generate(prompt, params, call, most, min_tokens)
+        except DynserveError:
+            self._engine.forget_apart(call.apart)
+            raise
         self._calls[ticket] = call
-        self._inside += 1
-        self._unanswered += 1
-        self._unanswered_tokens += request.num_tokens
-        self._charge(call, request.num_tokens + call.known)
+        self._in_flight.started(call)
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
 
     def _generate(self, prompt: list[int], params: Any, call: EngineRequest, max_tokens: int, min_tokens: int) -> Any:
         engine, request = self._engine, call.request
-        self._note_unusual(call)
         try:
             sampling = sampling_of(request, self._terms, max_tokens=max_tokens, min_tokens=min_tokens)
             keywords = keywords_of(request, self._terms, params)
@@ -291,10 +280,6 @@ class TrtllmExecutor:
                 raise Unavailable("the engine is dead") from error
             raise InternalError(f"the engine refused a request: {type(error).__name__}: {error}") from error
 
-    def _charge(self, call: EngineRequest, tokens: int) -> None:
-        call.charged += tokens
-        self._live_tokens += tokens
-
     def _note_unusual(self, call: EngineRequest) -> None:
         """Says once what the engine does not do for a request, and keeps its blocks apart from those of other prompts."""
         engine, request = self._engine, call.request
@@ -302,7 +287,8 @@ class TrtllmExecutor:
             call.apart = engine.note_apart(request.prompt, adapter=bool(request.adapter))
             if engine.streams is not None and not engine.streams.names_salts:
                 self._warn_once(
-                    "this engine's KV events name no salts: requests that have one are not routed by cached prefixes"
+                    "this engine's KV events name no salts: requests with a salt or an adapter are not routed by cached "
+                    "prefixes"
                 )
         if request.priority and not self._terms.priorities:
             self._warn_once(
@@ -337,23 +323,12 @@ class TrtllmExecutor:
         except Exception as error:
             await self._engine_failed(ticket, call, error)
         finally:
-            self._inside -= 1
-            self._live_tokens -= call.charged
-            self._note_answered(call)
+            self._in_flight.ended(call)
             engine.forget_apart(call.apart)
             call.stop_timer()
 
-    def _note_answered(self, call: EngineRequest) -> None:
-        """Takes a request off those without a response, once."""
-        if not call.answered:
-            call.answered = True
-            self._unanswered -= 1
-            self._unanswered_tokens -= call.request.num_tokens
-
     def _note_first_response(self, call: EngineRequest) -> None:
-        self._note_answered(call)
-        if call.kind is not Kind.GENERATION:  # there, blocks that were transferred count as cached
-            self._charge(call, -min(call.request.num_tokens, call.result.cached_tokens or 0))
+        self._in_flight.answered(call)
         if call.progress is Progress.ABANDONED:
             call.progress = Progress.ABORTED
             self._engine.abort(call.result)
@@ -401,7 +376,7 @@ class TrtllmExecutor:
             note_costs(output, call.result, self._loop.time() - call.began)
         output.handoff_declined = first and call.declines_handoff
         call.generated += len(output.token_ids)
-        self._charge(call, len(output.token_ids))
+        self._in_flight.grew(call, len(output.token_ids))
         if output.reason == "handoff":
             self._hand_over(ticket, call, output)
         return output
@@ -420,23 +395,10 @@ class TrtllmExecutor:
         request = call.request
         packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
-        self._contexts[ticket] = (request.num_tokens, self._loop.time())
-        self._held_tokens += request.num_tokens
+        self._in_flight.hold(ticket, request.num_tokens)
 
     def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
-        """The engine frees blocks that were fetched, and others at its own time limit: nothing can be aborted of a request
-        that has ended there. Until then they count as used."""
-        tokens, finished = self._contexts.pop(ticket)
-        if how is HandoffEnd.DELIVERED:
-            self._held_tokens -= tokens
-        elif self._transfer_s is not None:  # else the engine holds them for ever
-
-            def release() -> None:
-                self._releases.discard(timer)
-                self._held_tokens -= tokens
-
-            timer = self._loop.call_at(finished + self._transfer_s, release)
-            self._releases.add(timer)
+        self._in_flight.release(ticket, fetched=how is HandoffEnd.DELIVERED)
 
     # what goes wrong
 
@@ -523,18 +485,5 @@ class TrtllmExecutor:
         call.timer = self._loop.call_later(limit, call.task.cancel)
 
 
-def _adapters(config: WorkerConfig, args: Any) -> dict[str, Adapter]:
-    source = getattr(args.lora_config, "lora_ckpt_source", "hf")
-    return {name: Adapter(at, path, source) for at, (name, path) in enumerate(config.adapters.items(), 1)}
-
-
 def _too_long(request: GenerateRequest, error: Exception) -> ContextTooLong:
     return ContextTooLong(f"{request.num_tokens} tokens leave no room for an answer in the engine's context: {error}")
-
-
-def _has_priorities(args: Any) -> bool:
-    return getattr(args.scheduler_config, "waiting_queue_policy", "fcfs") == "priority"
-
-
-def _keeps_conversations(args: Any) -> bool:
-    return bool(getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False))

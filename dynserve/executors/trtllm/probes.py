@@ -65,9 +65,9 @@ async def check_kv_events(engine: TrtllmEngine, max_prompt: int) -> None:
     """
     if engine.streams is None:
         return
-    streams, length = engine.streams.ranks, min(BLOCKS * engine.block_size + 1, max_prompt)
+    streams, longest = engine.streams.ranks, min(BLOCKS * engine.block_size + 1, max_prompt)
     try:
-        await _limited(engine.probe([1 + at % 97 for at in range(length)]))
+        length = await _compute_blocks(engine, longest)
         async with asyncio.timeout(EVENTS_TIMEOUT):
             for turn in count(1):
                 if any(one.full_size or (one.told and engine.knows_block_size) for one in streams):
@@ -76,7 +76,7 @@ async def check_kv_events(engine: TrtllmEngine, max_prompt: int) -> None:
                 if turn % NUDGE_AFTER == 0:
                     await _limited(engine.canary())
     except InternalError as error:
-        engine.give_up_kv_events(f"a prompt of {length} tokens failed: {error}")
+        engine.give_up_kv_events(f"a prompt of {longest} tokens failed: {error}")
         return
     except TimeoutError:
         if not any(one.told for one in streams):
@@ -89,6 +89,19 @@ async def check_kv_events(engine: TrtllmEngine, max_prompt: int) -> None:
     sizes = [one.full_size for one in streams if one.full_size]
     if sizes and sizes[0] != engine.block_size:
         engine.set_block_size(sizes[0])
+
+
+async def _compute_blocks(engine: TrtllmEngine, length: int) -> int:
+    """Computes a prompt of this length, or of one step, where an engine does not compute prompts in chunks although its
+    options say so. Returns the length."""
+    try:
+        await _limited(engine.probe([1 + at % 97 for at in range(length)]))
+        return length
+    except InternalError:
+        if length <= (one_step := engine.llm.args.max_num_tokens):
+            raise
+        await _limited(engine.probe([1 + at % 97 for at in range(one_step)]))
+        return int(one_step)
 
 
 class FirstToken(NamedTuple):

@@ -36,6 +36,23 @@ class Terms(NamedTuple):
     conversations: bool = False  # the engine keeps a conversation on one rank
 
 
+def terms_of(
+    api: Api, args: Any, adapters: Mapping[str, str], eos: tuple[int, ...], vocab_size: int, rank: int | None
+) -> Terms:
+    """Returns the terms of an engine with these arguments. `adapters`: folder by name."""
+    source = getattr(args.lora_config, "lora_ckpt_source", "hf")
+    return Terms(
+        api,
+        eos,
+        vocab_size,
+        {name: Adapter(number, path, source) for number, (name, path) in enumerate(adapters.items(), 1)},
+        rank,
+        grammar_backend=args.guided_decoding_backend,
+        priorities=getattr(args.scheduler_config, "waiting_queue_policy", "fcfs") == "priority",
+        conversations=bool(getattr(args.attention_dp_config, "kv_cache_routing_conversation_affinity", False)),
+    )
+
+
 def sampling_of(request: GenerateRequest, terms: Terms, *, max_tokens: int, min_tokens: int) -> Any:
     """Returns a new `SamplingParams`: the context phase writes into it.
 

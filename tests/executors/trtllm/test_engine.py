@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from dynserve.errors import BadRequest, ContextTooLong, EngineDied, InternalError, Unavailable, WorkerLost
+from dynserve.executors.trtllm import engine as engine_module
 from dynserve.executors.trtllm.executor import TrtllmExecutor
 from dynserve.wire.hashing import rolling_hashes
 from dynserve.wire.requests import Grammar, PriorOutput, ReasoningTokens, SamplingParams, StopConditions
@@ -242,7 +243,7 @@ async def test_cached_tokens_do_not_count_as_used_again(opened: Opener) -> None:
     for ticket in tickets:
         executor.abort(ticket)
     await until(lambda: executor.load().free_blocks == 200)
-    assert executor._live_tokens == executor._unanswered == executor._unanswered_tokens == 0
+    assert executor._in_flight.counts == (0, 0, 0, 0, 0)
 
 
 async def test_cached_tokens_are_counted_whatever_the_options_say_of_postprocessing(opened: Opener) -> None:
@@ -264,6 +265,24 @@ async def test_salted_requests_on_the_second_cache_manager_are_not_routed_by_cac
     await run_request(executor, plain)
     await until(lambda: applied(found) == set(rolling_hashes(plain.prompt, 32)))
     assert caplog.text.count("this engine's KV events name no salts") == 1
+
+
+async def test_nothing_is_left_of_salted_requests_that_ended_or_were_refused(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "EVENTS_GRACE", 0.0)
+    executor = await opened()
+    assert executor._engine.streams is not None
+    apart = executor._engine.streams._apart
+    await run_request(executor, make_request(prompt(), cache_salt="tenant"))
+    refused = SamplingParams(temperature=0.0, logit_bias={9999: 1.0})
+    with pytest.raises(BadRequest):
+        executor.submit(make_request(prompt(), cache_salt="tenant", sampling=refused), OutputSink())
+    ticket = executor.submit(make_request(prompt(), cache_salt="tenant", stop=LONG), sink := OutputSink())
+    await until(lambda: bool(sink.outputs))
+    assert len(apart) == 1
+    executor.abort(ticket)
+    await until(lambda: not apart)
 
 
 async def test_used_blocks_are_counted_without_statistics(opened: Opener) -> None:

@@ -318,7 +318,7 @@ async def test_blocks_that_the_engine_holds_for_ever_count_as_used_for_ever(open
     prefill = await opened(cache_transceiver_config=TRANSCEIVER | {"kv_transfer_timeout_ms": None})
     _, ticket = await run_request(prefill, make_request(prompt(), phase="prefill"))
     prefill.abort(ticket)
-    assert prefill.load().free_blocks == 197 and not prefill._releases
+    assert prefill.load().free_blocks == 197 and not prefill._in_flight._releases
 
 
 async def test_a_hand_off_that_is_never_fetched_expires(opened: Opener) -> None:

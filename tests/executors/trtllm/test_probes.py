@@ -127,6 +127,17 @@ async def test_a_prompt_of_the_workers_own_that_fails_is_one_sentence(
     monkeypatch.undo()
 
 
+async def test_an_engine_that_computes_no_chunks_gets_a_prompt_of_one_step(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may turn chunked prefill off by itself, and its options do not show that."""
+    server = __import__("tensorrt_llm._engine", fromlist=["Server"]).Server
+    monkeypatch.setattr(server, "_refusal", lambda _, message: "no" if message.request.num_tokens > 100 else "")
+    executor = await opened(max_num_tokens=100)
+    assert executor.limits.kv_events
+    monkeypatch.undo()
+
+
 async def test_kv_events_of_any_rank_show_that_they_come(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine with placement of its own may compute a prompt on another rank."""
     llm = __import__("tensorrt_llm.llmapi.llm", fromlist=["_Call"])
