@@ -8,9 +8,10 @@
        └──cancel────▶ cancelled
 
 When a hand-off ends, `release` is called once, and its owner frees the blocks: `Scheduler.release_held` those of our
-engines, `TrtllmExecutor._handoff_ended` has TensorRT-LLM free its own. Blocks that are being sent stay allocated until the
-sending has stopped. A carrier's receiver may read on for a moment: before it uses the data, it receives notice that the
-hand-off has ended (`carriers.py`). The blocks of the decode worker belong to its sequence, like those of other requests.
+engines. TensorRT-LLM frees its own by itself, and `TrtllmExecutor._handoff_ended` counts them until then. Blocks that are
+being sent stay allocated until the sending has stopped. A carrier's receiver may read on for a moment: before it uses the
+data, it receives notice that the hand-off has ended (`carriers.py`). The blocks of the decode worker belong to its
+sequence, like those of other requests.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Worker:
             answer.close()
             self.counts["cancelled"] += 1
         elif (answer := self._handed_off.pop(key, None)) is not None:
-            answer.close()  # frees the blocks of the hand-off, if they are still held
+            answer.close()  # cancels the hand-off, if it is still open
         self._note_done(key)
 
     def _handoff_done(self, key: tuple[str, int]) -> None:

@@ -48,6 +48,6 @@ def _shapes(model: Path) -> dict[str, tuple[int, int]]:
                 if name.endswith(tuple(f"self_attn.{module}.weight" for module in MODULES)):
                     found[name] = tuple(tensors.get_slice(name).get_shape())
     layers = model_config(model).get("num_hidden_layers", 0)
-    if len(found) != len(MODULES) * layers or any(len(shape) != 2 for shape in found.values()):
+    if not found or len(found) != len(MODULES) * layers or any(len(shape) != 2 for shape in found.values()):
         raise NoAdapter(f"the attention of this model has no {', '.join(MODULES)}")
     return found

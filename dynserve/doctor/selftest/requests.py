@@ -10,6 +10,7 @@ from dynserve.doctor.selftest.api import is_old
 from dynserve.doctor.selftest.engines import EIGHT_TOKENS, Answer, Engines, read
 from dynserve.doctor.selftest.fact import Fact, without_grammars
 from dynserve.model_files import eos_token_ids
+from dynserve.tasks import detached
 from dynserve.wire.requests import Grammar, ReasoningTokens, SamplingParams, StopConditions
 
 BIAS = 1000.0  # makes a token certain where it is allowed
@@ -36,7 +37,8 @@ async def block_size(engines: Engines) -> str:
 async def health(engines: Engines) -> str:
     llm = engines.main.engine.llm
     fatal = "" if is_old(engines.main.engine.api) else getattr(llm._executor, "_fatal_error", "no _fatal_error")
-    return "healthy" if llm._check_health() and not fatal else f"_check_health {llm._check_health()}, {fatal}"
+    well = await detached(llm._check_health)  # it may block
+    return "healthy" if well and not fatal else f"_check_health {well}, {fatal}"
 
 
 async def repeats(engines: Engines) -> str:

@@ -95,6 +95,15 @@ class Cursor:
         return True
 
 
+def has_context(result: Any) -> bool:
+    """Whether a context phase has ended with blocks that the engine keeps for a generation phase."""
+    output = result.outputs[0]
+    params = output.disaggregated_params
+    return (
+        output.finish_reason in ("not_finished", "length") and params is not None and params.ctx_request_id is not None
+    )
+
+
 def read_context(result: Any, cursor: Cursor) -> Output | None:
     """Returns the output of a context phase: its token with the reason `handoff`, or the whole answer when that token
     ended it, or an error when the engine returned no hand-off. None while the result is not finished.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = 120.0  # seconds for the first token of an engine that was built
 CAPACITY_TIMEOUT = 30.0  # seconds
-EVENTS_GRACE = 10.0  # seconds after a request's end in which its KV events may still come
+EVENTS_GRACE = 10.0  # seconds, at least, after a request's end in which its KV events may still come
 ROWS_TIMEOUT = 20.0  # seconds for the first row of statistics
 SHUTDOWN_TIMEOUT = 30.0  # seconds; the engine's own waits have no bound
 CANARY = [1, 2, 3]  # token ids that every vocabulary has
@@ -74,6 +75,8 @@ class TrtllmEngine:
         self.total_blocks: int = capacity.get("maxNumBlocks") or 0
         self._total_tokens: int = capacity.get("maxNumTokens") or 0
         self.pairing: Mapping[str, str] = self._pairing()  # empty without a transceiver
+        # with context parallelism each rank holds a part of a sequence; the numbers of blocks are those of one
+        self.parts: int = getattr(args, "context_parallel_size", 1) or 1
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
         self.has_kv_events = config.kv_events and _emits_kv_events(args)
         self.streams = KvStreams(self.block_size, self.ranks) if self.has_kv_events else None
@@ -83,6 +86,7 @@ class TrtllmEngine:
         self._watching: list[asyncio.Task[None]] = []
         self.closing = False
         self._probes = count(1)
+        self._ended_apart: list[tuple[int, bool]] = []
         self.targets: Sequence[RankExecutor] = ()
 
     @property
@@ -93,9 +97,7 @@ class TrtllmEngine:
     @property
     def capacity(self) -> int | None:
         """The tokens that the KV cache holds: the engine refuses longer sequences. None if it does not tell."""
-        # of one rank: with context parallelism, each holds a part of a sequence
-        parts = getattr(self.llm.args, "context_parallel_size", 1) or 1
-        return (self._total_tokens or self.total_blocks * self.block_size) * parts or None
+        return (self._total_tokens or self.total_blocks * self.block_size) * self.parts or None
 
     @property
     def guessed_blocks(self) -> int:
@@ -123,7 +125,7 @@ class TrtllmEngine:
             raise InternalError(f"the engine's first token failed: {type(error).__name__}: {error}") from error
         self._watch.note_sign_of_life()
         self._watch.start()
-        watching = (self._watch.beat(), self._watch.poll(), self._watch.poll_health())
+        watching = (self._watch.beat(), self._watch.poll(), self._watch.poll_health(), self._forget_ended())
         self._watching = [self.tasks.create_task(one) for one in watching]
 
     async def _read_size(self) -> None:
@@ -193,9 +195,9 @@ class TrtllmEngine:
             )
         if self.ranks > 1:
             keywords["scheduling_params"] = api.scheduling(attention_dp_rank=0, attention_dp_relax=False)
-        noted = self.note_apart(pack_tokens(prompt), adapter=lora is not None)
-        result = self.llm.generate_async(prompt, params, **keywords)
+        noted, result = self.note_apart(pack_tokens(prompt), adapter=lora is not None), None
         try:
+            result = self.llm.generate_async(prompt, params, **keywords)
             async for _ in result:
                 self._watch.note_sign_of_life()
         except asyncio.CancelledError:
@@ -211,12 +213,25 @@ class TrtllmEngine:
 
     def forget_apart(self, noted: tuple[int, bool] | None) -> None:
         """Ends what `note_apart` has begun, once the last events of the request have come."""
-        if noted is not None and self.streams is not None:
-            asyncio.get_running_loop().call_later(EVENTS_GRACE, self.streams.forget_apart, noted)
+        if noted is not None:
+            self._ended_apart.append(noted)
+
+    async def _forget_ended(self) -> None:
+        while True:
+            await asyncio.sleep(EVENTS_GRACE)
+            ended, self._ended_apart = self._ended_apart, []
+            if not ended or self.streams is None:
+                continue
+            if not self.streams.names_salts:  # version 1.2, which passes events on after submissions only
+                with contextlib.suppress(Exception):  # `Watch` decides whether the engine is dead
+                    await self.canary()
+            await asyncio.sleep(EVENTS_GRACE)
+            for noted in ended:
+                self.streams.forget_apart(noted)
 
     def abort(self, result: Any) -> None:
-        """Aborts a request, unless the engine is dead or shut down."""
-        if self.closing or self.failed.done():
+        """Aborts a request, unless the engine is dead or shut down, or there is none."""
+        if result is None or self.closing or self.failed.done():
             return
         try:
             result.abort()

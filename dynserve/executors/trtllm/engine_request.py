@@ -40,8 +40,8 @@ class EngineRequest:
     """One request in the engine. `sink` is None once no more output is wanted."""
 
     __slots__ = (
-        "answered", "apart", "began", "charged", "cursor", "generated", "handoff_id", "kind", "known", "progress",
-        "request", "result", "sink", "task", "timer",
+        "answered", "apart", "began", "charged", "cursor", "generated", "handed_over", "handoff_id", "kind", "known",
+        "progress", "request", "result", "sink", "task", "timer",
     )  # fmt: skip
 
     def __init__(self, request: GenerateRequest, kind: Kind, sink: OutputSink, began: float) -> None:
@@ -52,6 +52,7 @@ class EngineRequest:
         self.known = len(request.prior.token_ids) if request.prior is not None else 0
         self.generated = self.known  # tokens that the client has now
         self.handoff_id = 0  # id of the hand-off that a context phase opens
+        self.handed_over = False  # a hand-off was opened for its blocks
         self.charged = 0  # tokens that count as its load
         self.answered = False  # a first response has come
         self.apart: tuple[int, bool] | None = None  # what ends `TrtllmEngine.note_apart`

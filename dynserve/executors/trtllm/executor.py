@@ -33,7 +33,7 @@ from dynserve.errors import (
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
 from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
 from dynserve.executors.trtllm import state
-from dynserve.executors.trtllm.answer import Cursor, note_costs, read_context
+from dynserve.executors.trtllm.answer import Cursor, has_context, note_costs, read_context
 from dynserve.executors.trtllm.arguments import TRANSFER_TIMEOUT_MS
 from dynserve.executors.trtllm.engine import LOOP_CRASHED, TrtllmEngine
 from dynserve.executors.trtllm.engine_request import EngineRequest, Kind, Progress
@@ -66,7 +66,7 @@ class TrtllmExecutor:
         self._context_length: int = args.max_seq_len or context
         self._no_grammars = no_grammars
         self.stats = Stats(
-            engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks, args.max_num_tokens
+            engine.total_blocks, args.max_batch_size, engine.block_size, engine.ranks, args.max_num_tokens, engine.parts
         )
         timeout_ms = getattr(args.cache_transceiver_config, "kv_transfer_timeout_ms", None)
         self._in_flight = InFlight(timeout_ms / 1000 if timeout_ms else None)
@@ -314,6 +314,7 @@ class TrtllmExecutor:
                     self._note_first_response(call)
                 if call.sink is not None:
                     self._give(ticket, call)
+            self._note_unfetched(ticket, call)
         except asyncio.CancelledError:
             if call.can_abort:
                 engine.abort(result)
@@ -396,6 +397,13 @@ class TrtllmExecutor:
         packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
         self._in_flight.hold(ticket, request.num_tokens)
+        call.handed_over = True
+
+    def _note_unfetched(self, ticket: int, call: EngineRequest) -> None:
+        """Counts the blocks of a context phase that has ended in the engine after it was aborted here."""
+        if call.kind is Kind.CONTEXT and not call.handed_over and has_context(call.result):
+            self._in_flight.hold(ticket, call.request.num_tokens)
+            self._in_flight.release(ticket, fetched=False)
 
     def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
         self._in_flight.release(ticket, fetched=how is HandoffEnd.DELIVERED)

@@ -33,8 +33,11 @@ class InFlight:
 
     def started(self, call: EngineRequest) -> None:
         self._live += 1
-        self._unanswered += 1
-        self._unanswered_tokens += call.request.num_tokens
+        if call.kind is Kind.GENERATION:  # computes no prompt, and waits for its transfer only
+            call.answered = True
+        else:
+            self._unanswered += 1
+            self._unanswered_tokens += call.request.num_tokens
         self.grew(call, call.request.num_tokens + call.known)
 
     def answered(self, call: EngineRequest) -> None:

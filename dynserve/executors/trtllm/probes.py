@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from itertools import count
+from itertools import combinations, count
 from typing import Any, NamedTuple
 
 from dynserve.errors import ConfigError, DynserveError, InternalError
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 TOP_LOGPROBS = 5
 PROMPTS = tuple([first + 3 * at for at in range(16)] for first in (1, 50, 99))  # of the proofs that an adapter is used
-PLAIN_ANSWERS = 2  # for each prompt: their difference is the engine's noise
+PLAIN_ANSWERS = 3  # for each prompt: their differences are the engine's noise
+CERTAIN = 3.0  # times the noise: a smaller change may be noise, too
 MIN_DIFFERENCE = 1e-4  # of log-probabilities
 PROBE_TIMEOUT = 120.0  # seconds for one probe: an adapter is loaded at its first use
 BLOCKS = 4  # of the prompt that must cause KV events
@@ -38,7 +39,7 @@ async def check_adapters(engine: TrtllmEngine, adapters: Mapping[str, Adapter]) 
     if not adapters:
         return
     plain = [[await _first_token(engine, prompt) for _ in range(PLAIN_ANSWERS)] for prompt in PROMPTS]
-    noise = max(difference(answers[0], other) for answers in plain for other in answers[1:])
+    noise = max(difference(one, other) for answers in plain for one, other in combinations(answers, 2))
     if noise == float("inf"):
         log.warning("the engine's answers to the same prompt have nothing in common: its adapters cannot be checked")
         return
@@ -53,6 +54,10 @@ async def check_adapters(engine: TrtllmEngine, adapters: Mapping[str, Adapter]) 
             raise ConfigError(
                 f"adapter {name!r} ({adapter.path}) changes nothing: the engine answers as the model without it. Check "
                 "lora_config in the engine options, and that the adapter belongs to this model"
+            )
+        if changes <= CERTAIN * noise:
+            log.warning(
+                "adapter %s changes answers hardly more than the engine's own noise: check that it is in use", name
             )
         log.info("adapter %s is in use: it changes answers (log-probabilities by up to %.2g)", name, changes)
 

@@ -40,9 +40,11 @@ class Stats:
     `block_size` is in tokens."""
 
     def __init__(
-        self, total_blocks: int, max_batch_size: int, block_size: int, ranks: int = 1, max_num_tokens: int = 8192
-    ) -> None:
-        self.total_blocks, self.block_size = total_blocks, block_size
+        self, total_blocks: int, max_batch_size: int, block_size: int, ranks: int = 1, max_num_tokens: int = 8192,
+        parts: int = 1,
+    ) -> None:  # fmt: skip
+        """`parts`: the ranks that share each sequence; blocks are those of one."""
+        self.total_blocks, self.block_size, self._parts = total_blocks, block_size, parts
         self._max_batch_size, self._ranks, self._max_num_tokens = max_batch_size, ranks, max_num_tokens
         self.row: Mapping[str, Any] = {}
         self._at = float("-inf")
@@ -55,7 +57,7 @@ class Stats:
     def load(self, requests: OpenRequests, handoffs: int, total_blocks: int, now: float) -> Load:
         """Returns the load of this rank, whose cache has `total_blocks`."""
         live = requests.live
-        used = -(-(requests.tokens + requests.held_tokens) // self.block_size)
+        used = self._blocks(requests.tokens + requests.held_tokens)
         waiting = self._counted_waiting(requests, used, total_blocks)
         if live and now - self._at <= FRESH:
             waiting = min(live, self._waiting(live, waiting))
@@ -81,6 +83,9 @@ class Stats:
     def _own_cache(self) -> Mapping[str, Any]:
         return (self.row.get("kvCacheStats") or {}) if self._is_own else {}
 
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // (self.block_size * self._parts))
+
     def _counted_waiting(self, requests: OpenRequests, used: int, total_blocks: int) -> int:
         """Estimates how many requests wait in the engine: beyond the batch, for blocks, or for their turn in a step."""
         waiting = requests.live - self._max_batch_size
@@ -104,5 +109,5 @@ class Stats:
             return total_blocks - int(self._own_cache["freeNumBlocks"])
         batch = self.row.get("inflightBatchingStats") or {}
         if all(name in batch for name in _USED_TOKENS):
-            return -(-(sum(int(batch[name]) for name in _USED_TOKENS) + held_tokens) // self.block_size)
+            return self._blocks(sum(int(batch[name]) for name in _USED_TOKENS) + held_tokens)
         return counted

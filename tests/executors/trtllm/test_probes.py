@@ -101,9 +101,10 @@ async def noisy(opened: Opener, monkeypatch: pytest.MonkeyPatch, adapter: str, n
 
 
 async def test_an_adapter_must_change_more_than_an_engines_own_noise(
-    opened: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
 ) -> None:
     assert await noisy(opened, monkeypatch, adapter(tmp_path, "french"), 0.01)
+    assert "hardly more than the engine's own noise" not in caplog.text
     weak = adapter(tmp_path, "weak", '{"r": 8, "target_modules": ["q_proj"], "bias": {}}')
     with pytest.raises(ConfigError, match="adapter 'weak' .* changes nothing"):
         await noisy(opened, monkeypatch, weak, 0.01)

@@ -89,6 +89,11 @@ def test_requests_that_find_no_room_or_no_turn_count_as_waiting() -> None:
     assert load(stats, 8, tokens=800, unanswered=8, unanswered_tokens=800) == (8, 0, 75, 100)
 
 
+def test_ranks_that_share_each_sequence_hold_a_part_of_its_blocks() -> None:
+    stats = Stats(100, 64, 32, parts=4)
+    assert load(stats, 2, tokens=6400) == (2, 0, 50, 100)
+
+
 def test_a_row_that_does_not_say_how_many_wait_leaves_our_own_count() -> None:
     stats = Stats(100, 4, 32)
     stats.update({"iter": 1, "kvCacheStats": CACHE}, 0.0)
