@@ -18,7 +18,7 @@ from dynserve.doctor.finding import DoctorConfig
 from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Output
 from dynserve.executors.trtllm.executor import TrtllmExecutor
-from dynserve.executors.trtllm.options import read_options
+from dynserve.executors.trtllm.options import merged, read_options
 from dynserve.wire.requests import (
     GenerateRequest,
     PriorOutput,
@@ -176,17 +176,8 @@ def config_of(
         extra_engine_args=config.extra_engine_args, override_engine_args=config.override_engine_args,
         lora_adapters=adapter, engine_stall_s=STALL_S,
     )  # fmt: skip
-    options = merged(defaults, read_options(made).values)
+    options = merged(dict(defaults), read_options(made).values)
     return replace(made, disaggregation_mode=role, override_engine_args=json.dumps(options, default=str))
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `above` merged over `below`, at every depth."""
-    found = dict(below)
-    for name, value in above.items():
-        old = found.get(name)
-        found[name] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return found
 
 
 def why(error: BaseException) -> str:

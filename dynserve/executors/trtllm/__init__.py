@@ -7,7 +7,7 @@ lora            `lora_config`, from the folders of adapters
 api             the names imported from the package, and the features of this version
 start           `open_executor`: from options to the first token
 engine          one engine: its start, failure and shutdown
-probes          what an engine must prove before it serves: adapters, KV events
+probes          the proofs that an engine gives before it serves: adapters, KV events
 executor        requests into the engine, answers out of it
 engine_request  one request in the engine
 in_flight       the requests of one rank in the engine, and the tokens that they hold

@@ -23,17 +23,13 @@ log = logging.getLogger(__name__)
 
 EVENT_BUFFER = 100_000  # events; TensorRT-LLM's own servers use as many
 TRANSFER_TIMEOUT_MS = 60_000
-GRAMMAR_BACKEND = "xgrammar"
+XGRAMMAR = "xgrammar"
 WITHOUT_EVENTS = ("FLASHINFER",)  # attention backends with which the engine turns block reuse off
 _RESOLVING = ("NIXL", "UCX", "MOONCAKE", "MPI")  # in the order in which TRTLLM_USE_..._KVCACHE are checked
 _FINAL = 1 << 30  # of a version that is no release candidate
 _V1_3 = (1, 3, 0, 0)
-_LOADS_TOKENIZER = (
-    1,
-    3,
-    0,
-    16,
-)  # certainly: since about April 2026 an engine loads the tokenizer of its grammars itself
+# since about April 2026, so certainly from here on, an engine loads the tokenizer of its grammars itself
+_LOADS_TOKENIZER = (1, 3, 0, 16)
 _OVERLAPS = (1, 3, 0, 24)  # context servers may overlap
 
 
@@ -124,9 +120,9 @@ def _grammar_backend(made: Mapping[str, Any]) -> tuple[str | None, str]:
     if made.get("speculative_config"):
         return None, (
             "the engine options have a speculative_config, and grammars may slow it down or keep the engine from "
-            f"starting; set guided_decoding_backend: {GRAMMAR_BACKEND} to have them nevertheless"
+            f"starting; set guided_decoding_backend: {XGRAMMAR} to have them nevertheless"
         )
-    return GRAMMAR_BACKEND, ""
+    return XGRAMMAR, ""
 
 
 def _cache(made: Mapping[str, Any], options: Options, config: WorkerConfig) -> dict[str, Any]:
@@ -153,7 +149,8 @@ def _cache(made: Mapping[str, Any], options: Options, config: WorkerConfig) -> d
         cache["kv_events_config"] = {**pushed, "enable_kv_cache_events": False}
     if cache.get("event_buffer_max_size") == 0:
         log.warning(
-            "%s: event_buffer_max_size: 0 is raised to %d, since the router needs them; keep it with --kv-events false",
+            "%s: event_buffer_max_size: 0 is raised to %d, since the router needs KV events; "
+            "keep it with --kv-events false",
             options.place("kv_cache_config", "event_buffer_max_size"), EVENT_BUFFER,
         )  # fmt: skip
         cache["event_buffer_max_size"] = EVENT_BUFFER

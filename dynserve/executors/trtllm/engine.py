@@ -78,8 +78,8 @@ class TrtllmEngine:
         # with context parallelism each rank holds a part of a sequence; the numbers of blocks are those of one
         self.parts: int = getattr(args, "context_parallel_size", 1) or 1
         self.ranks: int = args.tensor_parallel_size if args.enable_attention_dp else 1
-        self.has_kv_events = config.kv_events and _emits_kv_events(args)
-        self.streams = KvStreams(self.block_size, self.ranks) if self.has_kv_events else None
+        events = config.kv_events and _emits_kv_events(args)
+        self.streams = KvStreams(self.block_size, self.ranks) if events else None
         self._watch = Watch(llm, config.engine_stall_s, self.canary, self.die, tasks)
         self._pump = Pump(llm, self.streams, self._on_stats)
         self.note_sign_of_life, self.alive = self._watch.note_sign_of_life, self._watch.alive
@@ -88,6 +88,11 @@ class TrtllmEngine:
         self._probes = count(1)
         self._ended_apart: list[tuple[int, bool]] = []
         self.targets: Sequence[RankExecutor] = ()
+
+    @property
+    def has_kv_events(self) -> bool:
+        """Whether the engine reports the changes of its prefix cache."""
+        return self.streams is not None
 
     @property
     def silence(self) -> float:
@@ -265,7 +270,6 @@ class TrtllmEngine:
             "the engine reports no KV events: %s. Requests are not routed by what its cache really holds; block reuse may "
             "be off for this model or its attention backend", reason,
         )  # fmt: skip
-        self.has_kv_events = False
         self.streams = self._pump.streams = None
 
     def _pairing(self) -> Mapping[str, str]:

@@ -96,10 +96,9 @@ def _merge(options: Options, entries: list[Entry], *, deeply: bool = False) -> N
     except those of `MERGED`; `deeply`, all blocks are merged, at every depth."""
     replaced: list[str] = []
     before = options.values
-    merged = {path[0] for path, _, _ in entries} if deeply else MERGED
-    values = {
-        name: before[name] for name in before if name in merged or name not in {path[0] for path, _, _ in entries}
-    }
+    given = {path[0] for path, _, _ in entries}
+    kept = given if deeply else MERGED
+    values = {name: before[name] for name in before if name in kept or name not in given}
     for path, value, place in entries:
         known, old = _lookup(before, path)
         if known and old != value and not (isinstance(old, dict) and isinstance(value, dict)):
@@ -110,18 +109,18 @@ def _merge(options: Options, entries: list[Entry], *, deeply: bool = False) -> N
             continue
         block = values.get(path[0])
         within = values[path[0]] = dict(block) if isinstance(block, dict) else {}
-        within[path[1]] = _over(within.get(path[1]), value) if deeply else value
+        within[path[1]] = merged(within.get(path[1]), value) if deeply else value
     before.clear()
     before.update(values)
     if replaced:
         log.info("engine options that replace others: %s", "; ".join(replaced))
 
 
-def _over(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
     """Returns `above` merged over `below`, where both hold keys and values."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return below | {name: _over(below.get(name), value) for name, value in above.items()}
+    return below | {name: merged(below.get(name), value) for name, value in above.items()}
 
 
 def _lookup(values: Mapping[str, Any], path: Path_) -> tuple[bool, Any]:

@@ -1,4 +1,4 @@
-"""What an engine must prove before it serves: that its adapters change answers, and that it reports KV events.
+"""The proofs that an engine gives before it serves: its adapters change answers, and it reports KV events.
 
 Both can be lost without a word: by an option that the installed version ignores, or that the engine has changed by itself.
 """

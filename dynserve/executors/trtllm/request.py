@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from dynserve.dialects import reasoning
 from dynserve.errors import BadRequest, Unavailable
 from dynserve.executors.trtllm.api import Api
+from dynserve.executors.trtllm.arguments import XGRAMMAR
 from dynserve.wire.requests import GenerateRequest, Grammar, unpack_tokens
 
-XGRAMMAR = "xgrammar"
 DEFAULT_PRIORITY = 0.5  # TensorRT-LLM's
 
 
