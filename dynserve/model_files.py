@@ -59,7 +59,12 @@ def eos_token_ids(folder: Path) -> list[int]:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    return _json(folder / "config.json")
+    """The fields of `config.json`. Models of several parts keep those of their language model in an object of its own."""
+    found = _json(folder / "config.json")
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(found.get(name), dict):
+            return found | found[name]
+    return found
 
 
 def model_limits(folder: Path) -> tuple[int, int]:

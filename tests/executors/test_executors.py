@@ -19,7 +19,7 @@ from dynserve.errors import ConfigError, ContextTooLong, EngineDied, Unavailable
 from dynserve.executors.base import Executor, Output, generate, open_executor
 from dynserve.executors.engine import EngineSteps
 from dynserve.executors.torch.attention import KvCache
-from dynserve.executors.torch.model import ModelConfig
+from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.executors.transceiver import MemoryTransceivers
 from dynserve.wire.events import KvEvent, Stored
 from dynserve.wire.requests import GenerateRequest, PriorOutput, SamplingParams, StopConditions

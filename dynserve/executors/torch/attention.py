@@ -7,7 +7,7 @@ that a hand-off moves it as one run of bytes straight out of, and into, this ten
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Prefill(NamedTuple):
     blocks: Tensor
     length: int  # tokens of the sequence up to and including the last row
     mask: Tensor | None  # [rows, length]; None when the rows are the whole sequence
+    window_mask: Tensor | None  # the same for layers with sliding-window attention
 
 
 class Decode(NamedTuple):
@@ -38,6 +39,7 @@ class Decode(NamedTuple):
     last: int
     blocks: Tensor  # [rows, most blocks]; short sequences are padded with block 0
     mask: Tensor  # [rows, 1, 1, most blocks * block_size]
+    window_mask: Tensor  # the same for layers with sliding-window attention
 
 
 class StepLayout(NamedTuple):
@@ -58,14 +60,14 @@ class KvCache(HostBlocks):
 
     def __init__(
         self, *, num_blocks: int, block_size: int, num_layers: int, kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, model: str,
+        dtype: torch.dtype, device: torch.device, model: str, window: int = 0, windowed: Collection[int] = (),
     ) -> None:  # fmt: skip
         shape = (num_blocks, num_layers, 2, block_size, kv_heads, head_dim)
         self.num_blocks = num_blocks
         # zeros, not empty: padding is masked to a weight of 0, and 0 times a NaN found in old memory is a NaN
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         self._block_size, self._kv_heads, self._head_dim = block_size, kv_heads, head_dim
-        self._device = device
+        self._device, self._window, self._windowed = device, window, windowed
         # on a GPU, steps read and write the cache in order on this stream; code on other streams waits for it
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.block_bytes = self.memory[0].numel() * self.memory.element_size()
@@ -132,21 +134,24 @@ class KvCache(HostBlocks):
     def attend(self, layer: int, layout: StepLayout, q: Tensor) -> Tensor:
         """Returns causal attention of `[T, heads, head_dim]` queries, each over its own sequence, in the same shape."""
         out = torch.empty_like(q)
+        windowed = layer in self._windowed
         for prefill in layout.prefills:
             rows = slice(prefill.first, prefill.last)
             k = self._gather(layer, 0, prefill.blocks)[: prefill.length]
             v = self._gather(layer, 1, prefill.blocks)[: prefill.length]
+            mask = prefill.window_mask if windowed else prefill.mask
             out[rows] = F.scaled_dot_product_attention(
                 q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
-                attn_mask=prefill.mask, is_causal=prefill.mask is None, enable_gqa=True,
+                attn_mask=mask, is_causal=mask is None, enable_gqa=True,
             )[0].transpose(0, 1)  # fmt: skip
         if layout.decode is not None:
             rows = slice(layout.decode.first, layout.decode.last)
             k = self._gather(layer, 0, layout.decode.blocks)
             v = self._gather(layer, 1, layout.decode.blocks)
             out[rows] = F.scaled_dot_product_attention(
-                q[rows][:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.decode.mask, enable_gqa=True
-            )[:, :, 0]
+                q[rows][:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True,
+                attn_mask=layout.decode.window_mask if windowed else layout.decode.mask,
+            )[:, :, 0]  # fmt: skip
         return out
 
     def lay_out(self, work: Sequence[Slice]) -> tuple[StepLayout, list[int]]:
@@ -177,7 +182,8 @@ class KvCache(HostBlocks):
                 decoding.append(work[i])
             else:
                 blocks = torch.tensor(sequence.blocks[: -(-end // size)], device=self._device)
-                prefills.append(Prefill(first, len(tokens), blocks, end, self._chunk_mask(start, count)))
+                masks = self._chunk_mask(start, count, 0), self._chunk_mask(start, count, self._window)
+                prefills.append(Prefill(first, len(tokens), blocks, end, *masks))
         place = torch.tensor(positions, device=self._device)
         layout = StepLayout(
             torch.tensor(tokens, device=self._device),
@@ -198,14 +204,19 @@ class KvCache(HostBlocks):
         width = max(counts)
         tables = [s.sequence.blocks[:n] + [0] * (width - n) for s, n in zip(work, counts, strict=True)]
         lengths = torch.tensor([slice_.start + 1 for slice_ in work], device=self._device)
-        mask = torch.arange(width * self._block_size, device=self._device) < lengths[:, None]
-        return Decode(total - len(work), total, torch.tensor(tables, device=self._device), mask[:, None, None])
+        keys = torch.arange(width * self._block_size, device=self._device)
+        mask = (keys < lengths[:, None])[:, None, None]
+        recent = mask & (keys >= lengths[:, None] - self._window)[:, None, None] if self._window else mask
+        return Decode(total - len(work), total, torch.tensor(tables, device=self._device), mask, recent)
 
-    def _chunk_mask(self, start: int, count: int) -> Tensor | None:
-        if start == 0:
+    def _chunk_mask(self, start: int, count: int, window: int) -> Tensor | None:
+        """`window` is 0 for layers that attend to all earlier tokens."""
+        if start == 0 and (not window or count <= window):
             return None
         rows = torch.arange(start, start + count, device=self._device)[:, None]
-        return torch.arange(start + count, device=self._device) <= rows
+        keys = torch.arange(start + count, device=self._device)
+        mask = keys <= rows
+        return mask & (keys > rows - window) if window else mask
 
     def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
         """Returns the contents of `[..., n]` blocks as `[..., n * block_size, kv_heads, head_dim]`."""

@@ -22,7 +22,7 @@ from dynserve.executors.engine_args import EngineArgs, engine_args
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.grammars import CompiledGrammars, warm_up
 from dynserve.executors.torch.loading import ComputeTarget, load
-from dynserve.executors.torch.model import ModelConfig
+from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.executors.torch.nixl import NixlCarrier, nixl_api
 from dynserve.executors.torch.stepping import DeviceStep, Runner
 from dynserve.executors.transceiver import TcpTransceivers, Transceivers

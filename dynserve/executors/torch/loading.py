@@ -21,7 +21,8 @@ from dynserve.executors.torch.cuda.forward import MAX_KEYS, Forward
 from dynserve.executors.torch.cuda.kernels import Kernels, KernelsFailed, Shape, unfit
 from dynserve.executors.torch.cuda.peer import PeerCarrier
 from dynserve.executors.torch.cuda.runner import CudaRunner
-from dynserve.executors.torch.model import ModelConfig, Transformer
+from dynserve.executors.torch.model import Transformer
+from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.executors.torch.stepping import PlainRunner, Runner
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ def _cache(folder: Path, model: Transformer, args: EngineArgs, max_blocks: int) 
     cache = KvCache(
         num_blocks=num_blocks, block_size=size, num_layers=config.num_layers, kv_heads=config.num_kv_heads,
         head_dim=config.head_dim, dtype=model.dtype, device=model.device, model=folder.resolve().name,
+        window=config.window, windowed=config.windowed,
     )  # fmt: skip
     log.info(
         "%s on %s: %.1f M parameters, %d KV blocks of %d tokens (%.0f MB)",

@@ -1,119 +1,61 @@
 """Decoder-only transformers of the Qwen2, Qwen3 and Llama families, from Hugging Face checkpoints.
 
 One flat batch per step: the tokens of all sequences one after the other, shape `[T]`; nothing is padded but attention's
-gathered keys. The families differ in four switches of `ModelConfig`.
+gathered keys. The families differ in a few switches of `ModelConfig`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
-from dynserve.errors import ConfigError
 from dynserve.executors.torch.attention import KvCache, StepLayout
+from dynserve.executors.torch.model_config import ModelConfig
+from dynserve.executors.torch.rope import rotary_table, rotate
+from dynserve.executors.torch.weights import Weights
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The fields of `config.json`, under names of our own. Sizes are in elements."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    tied_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
-
-    @staticmethod
-    def read(folder: Path) -> ModelConfig:
-        """Raises ConfigError for a folder without a config, or a model that is not of the three families."""
-        raw = read_json(folder / "config.json")
-        family = raw.get("model_type", "")
-        if family not in FAMILIES:
-            raise ConfigError(f"{folder}: model_type {family!r} is not supported; one of {', '.join(FAMILIES)} is")
-        if raw.get("use_sliding_window"):
-            raise ConfigError(f"{folder}: sliding-window attention is not supported")
-        if raw.get("quantization_config"):
-            raise ConfigError(f"{folder}: quantised checkpoints are not supported by the torch executor")
-        try:
-            heads = raw["num_attention_heads"]
-            # newer checkpoints keep everything about rotary embeddings in one object
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            return ModelConfig(
-                family=family,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                max_position=raw["max_position_embeddings"],
-                norm_eps=raw["rms_norm_eps"],
-                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-                rope_scaling=rope or None,
-                tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
-                o_bias=family != "qwen2" and bool(raw.get("attention_bias", False)),
-                qk_norm=family == "qwen3",
-            )
-        except KeyError as error:
-            raise ConfigError(f"{folder}/config.json lacks {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; --model-path must be a folder with a model in it") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return found
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class Layer:
     """One layer's weights. Projections that read the same input are one matrix."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        def get(name: str) -> Tensor:
-            return weights.load(f"model.layers.{index}.{name}")
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        q, kv = config.num_heads * dim, config.num_kv_heads * dim
 
-        def joined(kind: str, *names: str) -> Tensor:
-            return torch.cat([get(f"{name}.{kind}") for name in names])
+        def get(name: str, *shape: int) -> Tensor:
+            return weights.load(f"{weights.prefix}layers.{index}.{name}", *shape)
 
-        qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.attn_norm = get("input_layernorm.weight")
-        self.qkv = joined("weight", *qkv)
-        self.qkv_bias = joined("bias", *qkv) if config.qkv_bias else None
-        self.q_norm = get("self_attn.q_norm.weight") if config.qk_norm else None
-        self.k_norm = get("self_attn.k_norm.weight") if config.qk_norm else None
-        self.o = get("self_attn.o_proj.weight")
-        self.o_bias = get("self_attn.o_proj.bias") if config.o_bias else None
-        self.mlp_norm = get("post_attention_layernorm.weight")
-        self.gate_up = joined("weight", "mlp.gate_proj", "mlp.up_proj")
-        self.down = get("mlp.down_proj.weight")
+        def joined(kind: str, rows: dict[str, int], *columns: int) -> Tensor:
+            return torch.cat([get(f"{name}.{kind}", size, *columns) for name, size in rows.items()])
+
+        qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+        gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+        self.attn_norm = get("input_layernorm.weight", hidden)
+        self.qkv = joined("weight", qkv, hidden)
+        self.qkv_bias = joined("bias", qkv) if config.qkv_bias else None
+        self.q_norm = get("self_attn.q_norm.weight", dim) if config.qk_norm else None
+        self.k_norm = get("self_attn.k_norm.weight", dim) if config.qk_norm else None
+        self.o = get("self_attn.o_proj.weight", hidden, q)
+        self.o_bias = get("self_attn.o_proj.bias", hidden) if config.o_bias else None
+        self.mlp_norm = get("post_attention_layernorm.weight", hidden)
+        self.gate_up = joined("weight", gate_up, hidden)
+        self.gate_up_bias = joined("bias", gate_up) if config.mlp_bias else None
+        self.down = get("mlp.down_proj.weight", hidden, inner)
+        self.down_bias = get("mlp.down_proj.bias", hidden) if config.mlp_bias else None
 
 
 class Transformer:
@@ -122,16 +64,27 @@ class Transformer:
     def __init__(self, config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         with Weights(folder, device, dtype) as weights:
-            self.embedding = weights.load("model.embed_tokens.weight")
+            self.embedding = weights.load(f"{weights.prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
             self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
-            self.norm = weights.load("model.norm.weight")
-            self.head = self.embedding if config.tied_embeddings else weights.load("lm_head.weight")
-        self.cos, self.sin = rotary_table(config, device, dtype)
+            self.norm = weights.load(f"{weights.prefix}norm.weight", config.hidden_size)
+            self.head = self._load_head(weights)
+            weights.check_all_used()
+        self._activation = _ACTIVATIONS[config.activation]
+        cos, sin = rotary_table(config.rope)
+        self.cos, self.sin = (torch.cat([t, t], dim=-1)[:, None].to(device, dtype) for t in (cos, sin))
+
+    def _load_head(self, weights: Weights) -> Tensor:
+        """Returns the matrix of the logits, `[vocab, hidden]`. As in transformers, a file that has one of its own has
+        precedence over a config that ties it to the embedding."""
+        if self.config.tied_embeddings and "lm_head.weight" not in weights:
+            return self.embedding
+        head = weights.load("lm_head.weight", self.config.vocab_size, self.config.hidden_size)
+        return self.embedding if torch.equal(head, self.embedding) else head
 
     @property
     def num_parameters(self) -> int:
         per_layer: int = sum(w.numel() for w in vars(self.layers[0]).values() if w is not None)
-        head = 0 if self.config.tied_embeddings else self.head.numel()
+        head = 0 if self.head is self.embedding else self.head.numel()
         return self.embedding.numel() + head + per_layer * len(self.layers)
 
     @torch.inference_mode()
@@ -141,8 +94,8 @@ class Transformer:
         cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         for index, layer in enumerate(self.layers):
             x = x + self._attention(layer, index, self._norm(x, layer.attn_norm), cos, sin, cache, layout)
-            gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = x + F.linear(self._activation(gate) * up, layer.down, layer.down_bias)
         return x
 
     @torch.inference_mode()
@@ -169,76 +122,3 @@ class Transformer:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary embedding to `[T, heads, head_dim]` with tables `[T, 1, head_dim]`, halves paired as in GPT-NeoX."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def rotary_table(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin, `[max_position, 1, head_dim]` each."""
-    angles = rotary_angles(config)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def rotary_angles(config: ModelConfig) -> Tensor:
-    """Returns the angle of each pair of elements at each position, `[max_position, head_dim / 2]`, float32.
-
-    Source of the scaled frequencies: Llama 3.1's model card and its reference code (`rope_type: llama3`), and the
-    position interpolation paper for `linear` (arXiv 2306.15595).
-    """
-    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "linear":
-        inverse = inverse / scaling["factor"]
-    elif kind == "llama3":
-        inverse = _llama3_frequencies(inverse, scaling)
-    elif kind != "default":
-        raise ConfigError(f"rope_type {kind!r} is not supported; default, linear and llama3 are")
-    return torch.outer(torch.arange(config.max_position, dtype=torch.float32), inverse)
-
-
-def _llama3_frequencies(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
-    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelength = 2 * math.pi / inverse
-    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    scaled: Tensor = (1 - smooth) * inverse / factor + smooth * inverse
-    return scaled
-
-
-class Weights:
-    """The safetensors files of a checkpoint, one or many. A file is opened when a tensor in it is first read."""
-
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self._folder, self._device, self._dtype = folder, device, dtype
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of: dict[str, str] | None = read_json(index)["weight_map"]
-        elif (folder / "model.safetensors").exists():
-            self._file_of = None
-        else:
-            raise ConfigError(f"{folder}: there is no model.safetensors in it; other formats are not supported")
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for file in self._open.values():
-            file.__exit__(None, None, None)
-
-    def load(self, name: str) -> Tensor:
-        file = "model.safetensors" if self._file_of is None else self._file_of.get(name, "")
-        try:
-            if file not in self._open:
-                opened: Any = safe_open(str(self._folder / file), framework="pt", device="cpu")
-                self._open[file] = opened.__enter__()
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except Exception as error:  # safetensors raises error types of its own for invalid files
-            raise ConfigError(f"{self._folder}: cannot read {name}: {error}") from error
-        return tensor.to(self._device, self._dtype)

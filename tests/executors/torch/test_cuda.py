@@ -20,7 +20,8 @@ from dynserve.executors.torch.cuda.drawing import Drawing
 from dynserve.executors.torch.cuda.forward import Forward
 from dynserve.executors.torch.cuda.kernels import Shape
 from dynserve.executors.torch.cuda.runner import CudaRunner, CudaStep
-from dynserve.executors.torch.model import ModelConfig, Transformer
+from dynserve.executors.torch.model import Transformer
+from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.executors.torch.sampler import sample
 from dynserve.wire.requests import SamplingParams, StopConditions
 from tests.conftest import make_request

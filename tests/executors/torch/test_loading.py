@@ -13,7 +13,7 @@ from dynserve.executors.base import open_executor
 from dynserve.executors.engine_args import engine_args
 from dynserve.executors.torch.cuda.kernels import Product, Shape, unfit
 from dynserve.executors.torch.loading import ComputeTarget
-from dynserve.executors.torch.model import ModelConfig
+from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.local.gpus import gpus
 from dynserve.local.up import spread
 
@@ -84,6 +84,9 @@ def test_unsupported_model_shapes_are_reported_with_their_cause() -> None:
         ({"head_dim": 80}, "heads of 80"),
         ({"num_kv_heads": 3}, "evenly"),
         ({"o_bias": True}, "biases"),
+        ({"mlp_bias": True}, "biases"),
+        ({"activation": "gelu"}, "activation gelu"),
+        ({"windowed": frozenset({1}), "window": 8}, "sliding-window"),
     ):
         changed = ModelConfig(**(vars(config) | change))
         assert words in str(unfit(changed))

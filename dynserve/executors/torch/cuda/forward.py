@@ -29,7 +29,8 @@ from dynserve.executors.torch.cuda.kernels import (
     attend_name,
 )
 from dynserve.executors.torch.cuda.packet import Packet
-from dynserve.executors.torch.model import Layer, Transformer, rotary_angles
+from dynserve.executors.torch.model import Layer, Transformer
+from dynserve.executors.torch.rope import rotary_table
 
 FEW = 8  # rows up to which own kernels multiply matrices; with more, cuBLAS does
 SHORT = 512  # keys of a row up to which one block processes all of them
@@ -80,8 +81,7 @@ class Forward:
         def buffer(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(rows, width, dtype=dtype, device=device)
 
-        angles = rotary_angles(model.config)
-        self._rope = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+        self._rope = torch.cat(rotary_table(model.config.rope), dim=-1).to(device)
         self.tables = torch.zeros(slots, table_width, dtype=torch.int32, device=device)
         self.x, self._normed = buffer(max_rows, shape.hidden), buffer(max_rows, shape.hidden)
         self._qkv = buffer(max_rows, shape.qkv)

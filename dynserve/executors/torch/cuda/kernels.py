@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
-from dynserve.executors.torch.model import ModelConfig
+from dynserve.executors.torch.model_config import ModelConfig
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 WARPS = 8  # of a block
@@ -81,8 +81,12 @@ def unfit(config: ModelConfig) -> str | None:
         return f"{config.num_heads} query heads cannot share {config.num_kv_heads} key-value heads evenly"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return f"sizes of {config.hidden_size} and {config.intermediate_size}; the kernels compute multiples of 8"
-    if config.o_bias:
-        return "biases after attention, which the kernels do not compute"
+    if config.o_bias or config.mlp_bias:
+        return "biases after attention or in the MLP, which the kernels do not compute"
+    if config.activation not in ("silu", "swish"):
+        return f"the activation {config.activation}; the kernels compute silu"
+    if config.windowed:
+        return "sliding-window attention, which the kernels do not compute"
     return None
 
 
