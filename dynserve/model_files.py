@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from dynserve.errors import ConfigError, Unavailable
 
 # The files that a frontend needs; the first is required.
@@ -50,20 +52,43 @@ def verified(content: bytes, expected: str, source: str) -> bytes:
 
 
 def eos_token_ids(folder: Path) -> list[int]:
-    """The end-of-turn tokens of the generation config, or else of the model config."""
-    for name in ("generation_config.json", "config.json"):
-        found = _json(folder / name).get("eos_token_id")
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
+    """The tokens that end a turn: those of generation config, model config and tokenizer together. Each of these files
+    lacks one in some published model, and an answer would run on as another turn.
+
+    Raises:
+        ConfigError: a field is not a token id, or a list of them.
+    """
+    ids: list[int] = []
+    for name, config in (("generation_config.json", _json(folder / "generation_config.json")),
+                         ("config.json", model_config(folder))):  # fmt: skip
+        found = config.get("eos_token_id")
+        listed = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(isinstance(id_, int) and id_ >= 0 for id_ in listed):
+            raise ConfigError(f"{folder}/{name}: eos_token_id is {found!r}, not a token id or a list of them")
+        ids += listed
+    return list(dict.fromkeys([*ids, *_eos_of_tokenizer(folder)]))
+
+
+def _eos_of_tokenizer(folder: Path) -> list[int]:
+    config = _json(folder / "tokenizer_config.json")
+    token = config.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        return []
+    for id_, added in (config.get("added_tokens_decoder") or {}).items():
+        if added.get("content") == content:
+            return [int(id_)]
+    found = Tokenizer.from_file(str(folder / NAMES[0])).token_to_id(content)  # slower: the whole vocabulary is read
+    return [] if found is None else [found]
 
 
 def model_config(folder: Path) -> dict[str, Any]:
     """The fields of `config.json`. Models of several parts keep those of their language model in an object of its own."""
     found = _json(folder / "config.json")
     for name in ("text_config", "llm_config", "language_config"):
-        if isinstance(found.get(name), dict):
-            return found | found[name]
+        part = found.get(name)
+        if isinstance(part, dict):
+            return {**found, **part, "model_type": found.get("model_type", part.get("model_type"))}
     return found
 
 

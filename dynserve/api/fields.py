@@ -116,8 +116,12 @@ class SamplingFields(Request):
             prompt_logprobs=prompt_logprobs,
         )
 
-    def stops(self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None) -> StopConditions:
-        """Returns the conditions that end the answer. Raises ContextTooLong when the prompt fills the context."""
+    def stops(
+        self, prompt_tokens: int, max_seq_len: int, default_max_tokens: int | None, special: Mapping[str, int]
+    ) -> StopConditions:
+        """Returns the conditions that end the answer. `special`: the ids of the special tokens, whose text an answer does
+        not show: a stop string that is one of them is that token. Raises ContextTooLong when the prompt fills the context.
+        """
         room = max_seq_len - prompt_tokens
         if room < 1:
             raise ContextTooLong(
@@ -133,7 +137,7 @@ class SamplingFields(Request):
             max_tokens=min(wanted, room),
             min_tokens=min(self.min_tokens or 0, wanted, room),
             strings=tuple(string for string in strings if string),
-            token_ids=tuple(self.stop_token_ids or ()),
+            token_ids=(*(self.stop_token_ids or ()), *(special[string] for string in strings if string in special)),
             ignore_eos=self.ignore_eos,
             include_string=self.include_stop_str_in_output,
         )

@@ -115,7 +115,7 @@ def _normalize_chat(
         frame=frame,
     )
     (prompt,) = tokenized.prompts
-    stop = request.stops(num_tokens(prompt), card.max_seq_len, None)
+    stop = request.stops(num_tokens(prompt), card.max_seq_len, None, preprocessor.special_ids)
     count = request.n or 1
 
     def choice(index: int) -> Generation:
@@ -142,7 +142,7 @@ def _normalize_completion(
     prompt_logprobs = echo and request.logprobs is not None
     choices = []
     for at, prompt in enumerate(tokenized.prompts):
-        stop = request.stops(num_tokens(prompt), card.max_seq_len, DEFAULT_TOKENS)
+        stop = request.stops(num_tokens(prompt), card.max_seq_len, DEFAULT_TOKENS, preprocessor.special_ids)
         for number in range(group):
             sampling = request.sampling(
                 preprocessor.defaults, logprobs=logprobs, prompt_logprobs=prompt_logprobs, choice=number

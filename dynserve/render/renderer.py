@@ -14,7 +14,7 @@ from dynserve.dialects import chain, markers
 from dynserve.dialects.base import Content, Piece, ReasoningText, held_back
 from dynserve.render.formats import make_format
 from dynserve.render.formats.base import AnswerEnd, Transcript
-from dynserve.text.detokenize import Vocabulary
+from dynserve.text.detokenize import CONTEXT, Vocabulary
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import PriorOutput, RenderOptions, StopConditions, TokenLogprob, num_tokens, unpack_tokens
 
@@ -25,7 +25,11 @@ class Renderer:
     def __init__(self, render: RenderOptions, stop: StopConditions, prompt: bytes, vocabulary: Vocabulary) -> None:
         self._render, self._prompt, self._vocabulary = render, prompt, vocabulary
         keep = markers(render.tools, render.reasoning)
-        self._detokenizer = vocabulary.detokenizer(skip_special=render.skip_special_tokens, keep=keep)
+        self._detokenizer = vocabulary.detokenizer(
+            skip_special=render.skip_special_tokens, keep=keep, after=unpack_tokens(prompt[-4 * CONTEXT :])
+        )
+        # the special tokens that the client has given as stop strings: the engine stops at them, and their text is hidden
+        self._stop_texts = vocabulary.special_ids(stop.strings) if stop.strings else {}
         self._stops = StopStrings(stop.strings, keep=stop.include_string) if stop.strings else None
         self._parser = chain(render.tools, render.reasoning)
         self._format = make_format(render)
@@ -82,12 +86,7 @@ class Renderer:
         """Returns the last bytes (held text, finish reason, usage) and the usage. A `stop_token` counts as generated."""
         if stop_token is not None:
             self._count(1)
-        data = b""
-        if not self.stopped:
-            text = self._detokenizer.flush()
-            if self._stops is not None:
-                text = self._stops.push(text) + self._stops.flush()
-            data = self._emit(text)
+        data = b"" if self.stopped else self._emit(self._held_text(stop_token))
         if self._parser is not None:
             data += self._emit_pieces(self._parser.finish())
         usage = self._note_usage()
@@ -98,6 +97,15 @@ class Renderer:
         if not self._opened:
             data += self._open()
         return data + self._format.last(end, self._pop_logprobs()), usage
+
+    def _held_text(self, stop_token: int | None) -> str:
+        """The text held back until the end of the answer."""
+        text = self._detokenizer.flush()
+        if self._stops is None:
+            return text
+        text = self._stops.push(text)
+        ended_by = None if stop_token is None else self._stop_texts.get(stop_token)
+        return text + self._stops.flush() + ("" if ended_by is None else self._stops.end_with(ended_by))
 
     def _echo_prompt(self, logprobs: list[TokenLogprob] | None) -> tuple[bytes, list[TokenLogprob] | None]:
         """Returns the prompt rendered with its log-probabilities, if any, and the log-probabilities of the answer."""
@@ -182,6 +190,13 @@ class StopStrings:
         held = held_back(text, self._strings)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+    def end_with(self, string: str) -> str:
+        """Notes that the engine has stopped at the token of a stop string. Returns the text to show for it."""
+        if self.matched is not None:
+            return ""
+        self.matched = string
+        return string if self._keep else ""
 
     def flush(self) -> str:
         """Returns the held text at the end of the answer, where it cannot become a stop string any more."""

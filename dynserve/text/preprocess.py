@@ -42,6 +42,7 @@ class Preprocessor:
         self.vocab_size: int = self.tokenizer.get_vocab_size()
         added = self.tokenizer.get_added_tokens_decoder()
         self.highest_id: int = max(self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+        self.special_ids = {token.content: id_ for id_, token in added.items() if token.special}
         self.segments = Segments(self.tokenizer)
         self._around = _around(self.tokenizer)
         config = json.loads(files.get("tokenizer_config.json", b"{}"))

@@ -129,8 +129,8 @@ def test_logprobs_are_none_or_a_number_of_alternatives() -> None:
 
 def test_the_error_for_a_too_long_prompt_names_its_length_and_the_limit() -> None:
     with pytest.raises(ContextTooLong, match="64 tokens.*70 "):
-        chat().stops(70, 64, None)
-    assert chat(max_tokens=500).stops(60, 64, None).max_tokens == 4
+        chat().stops(70, 64, None, {})
+    assert chat(max_tokens=500).stops(60, 64, None, {}).max_tokens == 4
 
 
 def test_arguments_of_earlier_tool_calls_reach_the_template_as_objects() -> None:

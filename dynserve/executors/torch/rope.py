@@ -1,8 +1,8 @@
 """Rotary position embeddings: their scalings, and the tables of cosines and sines.
 
-Sources of the scaled frequencies: position interpolation (arXiv 2306.15595) for `linear`, YaRN (arXiv 2309.00071) for `yarn`,
-Llama 3.1's model card and its reference code for `llama3`. `dynamic` (NTK-aware scaling) changes the frequencies of texts
-longer than `max_position_embeddings` only, and the engine takes no longer ones.
+Sources of the scaled frequencies: position interpolation (arXiv 2306.15595) for `linear`, YaRN (arXiv 2309.00071) for
+`yarn`, Llama 3.1's model card and its reference code for `llama3`. `dynamic` (NTK-aware scaling) changes the frequencies of
+texts longer than `max_position_embeddings` only, and the engine takes no longer ones.
 """
 
 from __future__ import annotations

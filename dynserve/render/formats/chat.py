@@ -16,7 +16,7 @@ from dynserve.render.formats.base import (
     usage_object,
 )
 from dynserve.sse import one_line, to_json
-from dynserve.text.detokenize import Vocabulary
+from dynserve.text.detokenize import Detokenizer, Vocabulary
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import RenderOptions, TokenLogprob
 
@@ -149,7 +149,8 @@ class CompletionFormat(_Choices):
     def __init__(self, render: RenderOptions) -> None:
         super().__init__(render)
         self._text = self._choice + b'"text":'
-        self._offset = 0
+        self._position: Detokenizer | None = None  # decodes the text before the next token
+        self._offset = 0  # characters of that text
         self._first_of_prompt = render.echo
 
     def first(self) -> bytes:
@@ -181,7 +182,11 @@ class CompletionFormat(_Choices):
 
     def logprob(self, entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, Any]:
         text = vocabulary.token_text(entry.token_id)
-        offset, self._offset = self._offset, self._offset + len(text)
+        if self._position is None:
+            skip = self._render.skip_special_tokens
+            self._position = vocabulary.detokenizer(skip_special=skip, after=None if self._render.echo else ())
+        offset = self._offset
+        self._offset += len(self._position.push([entry.token_id]))
         if self._first_of_prompt:  # without a token before it, it has no log-probability
             self._first_of_prompt = False
             return {"token": text, "logprob": None, "top": None, "offset": offset}
