@@ -12,7 +12,11 @@ from tokenizers import Tokenizer
 from dynserve.errors import ConfigError, Unavailable
 
 # The files that a frontend needs; the first is required.
-NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+NAMES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TEMPLATES, MAX_TEMPLATES = "additional_chat_templates", 16  # the folder of named templates
 
 
 def read_model_files(folder: Path) -> dict[str, bytes]:
@@ -22,7 +26,9 @@ def read_model_files(folder: Path) -> dict[str, bytes]:
         ConfigError: the folder is not a model folder, or has no tokenizer.json.
     """
     check_model_folder(folder)
-    return {name: (folder / name).read_bytes() for name in NAMES if (folder / name).is_file()}
+    named = sorted((folder / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
+    names = [*NAMES, *(f"{TEMPLATES}/{path.name}" for path in named)]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def check_model_folder(folder: Path) -> None:

@@ -36,14 +36,9 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call with its arguments as an object, which templates expect; OpenAI's API has them as JSON text."""
-        arguments: Any = self.function.arguments
-        if isinstance(arguments, str):
-            try:
-                parsed = json.loads(arguments or "{}")
-                arguments = parsed if isinstance(parsed, dict) else arguments
-            except (ValueError, RecursionError):
-                pass  # invalid JSON that a model wrote: passed on unchanged
+        arguments = self.function.arguments
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id} | call
 
@@ -66,7 +61,7 @@ class Message(BaseModel):
 
     def for_template(self) -> dict[str, Any]:
         fields = self.model_dump(exclude_unset=True, exclude={"tool_calls", "content"})
-        fields["content"] = self.text()
+        fields["content"] = None if self.content is None else self.text()
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if fields["role"] == "developer":  # OpenAI's newer name; templates expect the older one

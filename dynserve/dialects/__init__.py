@@ -84,11 +84,9 @@ def detect_tools(template: str, config: Mapping[str, Any]) -> str:
 
 
 def detect_reasoning(template: str) -> str:
-    """The reasoning parser for a model, by its template; empty for none. `qwen3`: reasoning can be turned off.
-    `deepseek_r1`: the template only removes reasoning from history, so every answer begins with it."""
-    if reasoning.END not in template and reasoning.BEGIN not in template:
-        return ""
-    return "qwen3" if "enable_thinking" in template or reasoning.BEGIN in template else "deepseek_r1"
+    """The reasoning parser for a model, by its template; empty for none. It is never one that takes an answer without tags
+    for reasoning: a template that only removes reasoning from history does not say that every answer begins with it."""
+    return "qwen3" if reasoning.END in template or reasoning.BEGIN in template else ""
 
 
 def _calls(tools: ToolParsing) -> Parser:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from dynserve.dialects import reasoning
 from dynserve.errors import BadRequest, ContextTooLong, InternalError
 from dynserve.text.segments import Segments
+from dynserve.text.template import ChatTemplates
 from dynserve.wire.requests import SamplingParams
 
 LIKELY_CHARACTERS = 8  # per token of the context: a text with at most this many is tokenised without a length check
@@ -24,7 +22,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls
 
 
 class Conversation(NamedTuple):
-    """The input of a chat template."""
+    """The input of a chat template. A message's content is a text or None, and the arguments of its calls are JSON text."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -46,9 +44,9 @@ class Preprocessor:
         self.segments = Segments(self.tokenizer)
         self._around = _around(self.tokenizer)
         config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        self.template = _template_source(files, config)
-        self._special = {name: _text(config[name]) for name in SPECIAL if config.get(name)}
-        self._template = _environment().from_string(self.template) if self.template else None
+        named = json.loads(files.get("special_tokens_map.json", b"{}")) | config
+        self._special = {name: _text(named[name]) for name in SPECIAL if named.get(name)}
+        self.templates = ChatTemplates(files, config, self._special)
         self.opens_reasoning = self._opens_reasoning()
         self.defaults = sampling_defaults(json.loads(files.get("generation_config.json", b"{}")))
 
@@ -71,23 +69,20 @@ class Preprocessor:
     def render(self, conversation: Conversation, now: datetime | None = None) -> str:
         """Returns the text that `chat` tokenises; raises what `chat` raises. `now`: the time that a template may print."""
         ours: dict[str, Any] = {
-            "messages": conversation.messages,
             "add_generation_prompt": not conversation.continue_last,
             "tools": conversation.tools or None,
             "documents": None,
-            **self._special,
         }
         if now is not None:
             ours["strftime_now"] = now.strftime
-        reserved = sorted(ours.keys() & conversation.variables.keys() - {"add_generation_prompt", "documents"})
+        own = ours.keys() | self._special.keys() | {"messages"}
+        reserved = sorted(own & conversation.variables.keys() - {"add_generation_prompt", "documents"})
         if reserved:
             raise BadRequest(f"chat_template_kwargs cannot set {reserved[0]}", param="chat_template_kwargs")
-        if self._template is None:
-            raise BadRequest("this model has no chat template; use /v1/completions")
-        if conversation.continue_last:
-            ours["messages"] = _marked(conversation.messages)
+        template = self.templates.choose(tools=bool(conversation.tools))
+        messages = _marked(conversation.messages) if conversation.continue_last else conversation.messages
         try:
-            text = self._template.render(ours | dict(conversation.variables))
+            text = template.render(messages, ours | dict(conversation.variables))
         except Exception as error:  # a template is foreign code and may raise anything to refuse messages
             reason = str(error) or type(error).__name__
             raise BadRequest(f"the model's chat template refused these messages: {reason}", param="messages") from error
@@ -171,15 +166,6 @@ def _unbroken(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    source = config.get("chat_template") or ""
-    if isinstance(source, list):  # several named templates
-        source = next((t["template"] for t in source if t["name"] == "default"), "")
-    return str(source)
-
-
 def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
     """The sampling of a request without sampling fields: the model's recommended values; greedy for `do_sample: false`."""
     known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -190,22 +176,6 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**found)
     except TypeError as error:
         raise InternalError(f"generation_config.json: {error}") from error
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox, options, filters and functions that chat templates expect."""
-
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **rest: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
 
 
 def _text(token: Any) -> str:

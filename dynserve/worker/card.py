@@ -9,15 +9,16 @@ from typing import Literal
 from dynserve.config import WorkerConfig
 from dynserve.dialects import detect_reasoning, detect_tools
 from dynserve.model_files import model_config
+from dynserve.text.template import ChatTemplates
 
 
-def answer_parsers(config: WorkerConfig, template: str) -> tuple[str, str]:
+def answer_parsers(config: WorkerConfig, templates: ChatTemplates) -> tuple[str, str]:
     """Returns the names of the tool and reasoning parser, empty for none; `auto` detects them from the chat template."""
     tools, reasoning = config.tool_call_parser, config.reasoning_parser
     if tools == "auto":
-        tools = detect_tools(template, model_config(Path(config.model_path)))
+        tools = detect_tools(templates.source(tools=True), model_config(Path(config.model_path)))
     if reasoning == "auto":
-        reasoning = detect_reasoning(template)
+        reasoning = detect_reasoning(templates.source(tools=False))
     return "" if tools == "none" else tools, "" if reasoning == "none" else reasoning
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from dynserve.errors import ConfigError
 from dynserve.model_files import read_model_files
 from dynserve.text.preprocess import Preprocessor
@@ -22,7 +20,7 @@ class ModelText(NamedTuple):
         files = read_model_files(folder)
         try:
             return ModelText(files, Preprocessor(files))
-        except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+        except Exception as error:  # the libraries raise anything for invalid files
             raise ConfigError(
-                f"--model-path {folder}: its tokenizer.json, tokenizer_config.json or chat template cannot be used: {error}"
+                f"--model-path {folder}: its tokenizer.json or tokenizer_config.json cannot be used: {error}"
             ) from error

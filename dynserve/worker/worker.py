@@ -65,9 +65,11 @@ class Worker:
         self.files = {digest(content): content for content in files.values()}
         self._file_digests = {name: digest(content) for name, content in files.items()}
         self._parity = parity(preprocessor, executor.limits.block_size)
+        if fault := preprocessor.templates.fault:
+            log.warning("chats are off for this model: its chat template cannot be used: %s", fault)
         _warn_of_surplus_ids(preprocessor, executor.limits.vocab_size)
         self._vocabulary = Vocabulary(preprocessor.tokenizer)
-        self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.template)
+        self._tool_parser, self._reasoning_parser = answer_parsers(config, preprocessor.templates)
         self._answers: dict[tuple[str, int], Answer] = {}
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend sends HandoffDone or Cancel
         self._done: dict[tuple[str, int], None] = {}  # the last `MAX_DONE`, oldest first
