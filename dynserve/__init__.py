@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynserve import errors
 from dynserve.errors import DynserveError
+from dynserve.version import VERSION
 
 if TYPE_CHECKING:
     from dynserve.cluster import Cluster
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from dynserve.routing.router import Router
     from dynserve.worker.worker import Worker
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Cluster",

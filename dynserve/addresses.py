@@ -12,7 +12,9 @@ from dynserve.errors import ConfigError
 
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 _LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|::1|localhost")
-_CREDENTIALS = re.compile(r"(//|^|,)[^/]*@")
+_CREDENTIALS = re.compile(r"(^|,)[^/]*@")  # of addresses without a scheme
+_URLS = re.compile(r",(?=\s*[A-Za-z+]+://)")  # the commas between addresses with one; a password may have commas, too
+_CREDENTIALS_OF_URL = re.compile(r"(://).*@")  # a password may have slashes
 
 
 class Server(NamedTuple):
@@ -27,7 +29,11 @@ class Server(NamedTuple):
 
 def redacted(url: str) -> str:
     """Removes user names and passwords from an address, or several with commas, for logs, errors and reports."""
-    return _CREDENTIALS.sub(r"\1***@", url)
+    parts = [
+        _CREDENTIALS_OF_URL.sub(r"\1***@", part) if "://" in part else _CREDENTIALS.sub(r"\1***@", part)
+        for part in _URLS.split(url)
+    ]
+    return ",".join(parts)
 
 
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:

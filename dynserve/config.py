@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, ge
 import msgspec
 from msgspec import Meta
 
-from dynserve.addresses import WILDCARDS
+from dynserve.addresses import WILDCARDS, redacted
 from dynserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[int, Meta(ge=0)]
 NotNegativeFloat = Annotated[float, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+# a part of NATS subjects and of etcd keys, in which space, dot, slash and wildcards have meanings of their own
+Namespace = Annotated[str, Meta(pattern="[A-Za-z0-9_-]{1,64}")]
 
 
 def option(default: Any, help: str, env: str | None = None) -> Any:
@@ -90,7 +92,7 @@ class PlanesConfig:
 
     nats_url: str = option("nats://127.0.0.1:4222", "NATS server, or several with commas", "NATS_URL")
     etcd_url: str = option("http://127.0.0.1:2379", "etcd server, or several of one cluster with commas", "ETCD_URL")
-    namespace: str = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
+    namespace: Namespace = option("default", "clusters with different names do not see each other", "DYN_NAMESPACE")
     link_host: str = option(
         "127.0.0.1", "address that links (frontend) and KV transfers (worker) listen on", "DYN_LINK_HOST"
     )
@@ -179,6 +181,11 @@ class FrontendConfig(PlanesConfig):
     )  # fmt: skip
     request_timeout_s: PositiveFloat = option(
         600.0, "longest time of a request before it fails", "DYN_REQUEST_TIMEOUT_S"
+    )
+    keep_alive_s: PositiveFloat = option(
+        75.0,
+        "idle connections are closed after this time; a load balancer's time should be shorter",
+        "DYN_KEEP_ALIVE_S",
     )
     strict_fields: bool = option(
         False, "refuse requests with unknown fields instead of ignoring them", "DYN_STRICT_FIELDS"
@@ -334,7 +341,7 @@ class UpConfig:
     device: str = option("auto", "auto, cpu or cuda; auto gives each worker a GPU if there are any", "DYN_DEVICE")
     nats_url: str | None = option(None, "use this NATS server instead of starting one", "NATS_URL")
     etcd_url: str | None = option(None, "use this etcd server instead of starting one", "ETCD_URL")
-    namespace: str = option_of(PlanesConfig, "namespace")
+    namespace: Namespace = option_of(PlanesConfig, "namespace")
     start_timeout_s: PositiveFloat | None = option(
         None, "longest time until the cluster is ready; then `up` fails; default: 300, with TensorRT-LLM 1800"
     )
@@ -399,9 +406,9 @@ def load(cls: type[Loaded], prog: str, argv: Sequence[str], environ: Mapping[str
     return cls(**values)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns ` (did you mean X?)` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Returns ` (did you mean X?)` for the nearest known name, or an empty string. `cutoff`: the least likeness, 0 to 1."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -412,7 +419,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
+            flag = redacted(unknown[0].split("=")[0])
             if (ours := FOREIGN.get(flag)) is not None and ours.split()[0] in self._option_string_actions:
                 raise ConfigError(f"unknown option {flag}: use {ours} instead; see {self.prog} --help")
             raise ConfigError(
@@ -472,6 +479,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:
         choices = [c for c in get_args(kind) if isinstance(c, str)]
+        value = redacted(value) if isinstance(value, str) else value
         if choices:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}") from error
         raise ConfigError(f"{where}: {value!r} does not fit: {str(error).lower()}") from error
@@ -495,8 +503,11 @@ def _bounds_of(cls: type) -> dict[str, Meta]:
     return found
 
 
-def _beyond(value: float, bounds: Meta) -> str:
+def _beyond(value: Any, bounds: Meta) -> str:
     """Returns an error text, or an empty string for a value within its bounds. All comparisons with NaN are false."""
+    if bounds.pattern is not None:
+        allowed = re.fullmatch(bounds.pattern, value) is not None
+        return "" if allowed else f"{value!r} has other characters than letters, digits, - and _, or more than 64"
     if bounds.gt is not None and not value > bounds.gt:
         return f"must be greater than {bounds.gt}, not {value}"
     if bounds.le is not None and not (bounds.ge or 0) <= value <= bounds.le:

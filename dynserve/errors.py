@@ -9,6 +9,7 @@ DynserveError
 │   │   └── RequestNotFound      no record of the request is kept
 │   ├── SlowBody            408  the body did not arrive in time
 │   ├── BodyTooLarge        413  the body is over the limit
+│   ├── UnsupportedMediaType 415 the body is not JSON, or has an unknown compression
 │   ├── Unauthorized        401  the API key is missing or unknown
 │   ├── RateLimited         429  the API key's own limit is reached
 │   └── Cancelled           499  the caller disconnected or cancelled the request
@@ -45,10 +46,15 @@ class DynserveError(Exception):
     retryable: ClassVar[bool] = False
     retry_after: int = 1  # seconds, for retryable errors
     exit_code: ClassVar[int] = 1  # of a process that ends with this error
+    headers: tuple[tuple[str, str], ...] = ()  # of the HTTP response, with details
 
-    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, param: str | None = None, headers: tuple[tuple[str, str], ...] = ()
+    ) -> None:
         super().__init__(message or type(self).code)
         self.param = param
+        if headers:
+            self.headers = headers
 
 
 class CallerError(DynserveError):
@@ -83,13 +89,16 @@ class BodyTooLarge(CallerError):
     code, status = "body_too_large", 413
 
 
+class UnsupportedMediaType(CallerError):
+    code, status = "unsupported_media_type", 415
+
+
 class Unauthorized(CallerError):
     code, status = "invalid_api_key", 401
 
 
 class RateLimited(CallerError):
     code, status, kind, retryable = "rate_limit_exceeded", 429, "rate_limit_error", True
-    headers: tuple[tuple[str, str], ...] = ()  # with details of the limit
 
 
 class Cancelled(CallerError):

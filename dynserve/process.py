@@ -16,6 +16,7 @@ import uvloop
 
 from dynserve.config import Config, exit_with, load
 from dynserve.errors import ConfigError, DynserveError
+from dynserve.open_files import raise_file_limit
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def run_process(main: Callable[[StopSignal], Coroutine[Any, Any, None]], log_lev
             if not stop.requested:
                 raise
 
+    raise_file_limit()
     code = 0
     try:
         uvloop.run(with_signals())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,13 @@ def test_a_frontend_configures_the_router_with_the_routers_own_defaults() -> Non
 def test_a_boolean_flag_needs_no_value(argv: list[str], expected: bool) -> None:
     config = load(FrontendConfig, "x", [*argv, "--http-port", "1"], {})
     assert config.strict_fields is expected and config.http_port == 1
+
+
+@pytest.mark.parametrize("role", [FrontendConfig, WorkerConfig, UpConfig])
+@pytest.mark.parametrize("name", ["Team A", "a*", "a.b", "a/b", "ü", "", "x" * 65])
+def test_a_namespace_with_a_meaning_in_subjects_or_keys_is_refused(role: Any, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--namespace '.*' has other characters than letters, digits, - and _, or more"
+    ):
+        role(namespace=name)
+    assert role(namespace="Team_A-1").namespace == "Team_A-1"

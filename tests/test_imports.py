@@ -21,10 +21,12 @@ GROUND = {
     "log_limit",
     "model_files",
     "plane_tls",
+    "open_files",
     "process",
     "sse",
     "streams",
     "tasks",
+    "version",
     "tls_listener",
 }
 MAY_IMPORT: dict[str, set[str]] = {

@@ -6,48 +6,80 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from dynserve.api.body_bounds import check_json_texts
-from dynserve.api.fields import AnswerFields, Count, Many
+from dynserve.api.fields import AnswerFields, Count, Many, Off
+from dynserve.api.left_out import Part, named
 from dynserve.errors import BadRequest
 from dynserve.text.preprocess import Conversation
+from dynserve.wire.requests import ToolName as WireToolName
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,256}$")]
 MAX_TOOLS = 512
 MAX_ARGUMENT_VALUES = 32_000  # in the arguments of all calls of a conversation
 OVERHEAD = 50  # characters that a message or a call adds to its text
+INPUT = "input"  # the parameter of a custom tool, as the model sees it
 
 
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: str
+class ContentPart(Part):
+    type: str = "text"
     text: str | None = None
 
+    @property
+    def extra_is_used(self) -> bool:  # type: ignore[override]
+        return self.text is None  # parts of other types have fields of their own
 
-class CalledFunction(BaseModel):
+
+def _arguments(given: Any) -> Any:
+    return "{}" if given is None else given
+
+
+def _function(given: Any) -> Any:
+    return "function" if given is None else given
+
+
+class CalledFunction(Part):
     name: str
-    arguments: str | dict[str, Any] = "{}"
+    arguments: Annotated[str | dict[str, Any], BeforeValidator(_arguments)] = "{}"
 
 
-class ToolCall(BaseModel):
+class CalledCustom(Part):
+    """The call of a custom tool, whose input is a text."""
+
+    name: str
+    input: str = ""
+
+
+class ToolCall(Part):
     id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    type: Annotated[Literal["function", "custom"], BeforeValidator(_function)] = "function"
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
+
+    @property
+    def name(self) -> str:
+        called = self.custom or self.function
+        return "" if called is None else called.name
+
+    @property
+    def arguments(self) -> str:
+        """The arguments as JSON text."""
+        if self.custom is not None:
+            return json.dumps({INPUT: self.custom.input}, ensure_ascii=False)
+        arguments = self.function.arguments if self.function is not None else {}
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
     def for_template(self) -> dict[str, Any]:
-        arguments = self.function.arguments
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        call = {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
         return call if self.id is None else {"id": self.id} | call
 
 
-class Message(BaseModel):
+class Message(Part):
     """A turn of the conversation. Further fields are passed on to the template, which may use them."""
 
-    model_config = ConfigDict(extra="allow")
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    extra_is_used: ClassVar[bool] = True
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[ContentPart] | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -58,87 +90,135 @@ class Message(BaseModel):
             raise BadRequest(f"{where}.content: a message of role {self.role} needs content", param=f"{where}.content")
         if self.tool_calls and self.role != "assistant":
             raise BadRequest(f"{where}.tool_calls: only an assistant calls tools", param=f"{where}.tool_calls")
+        for at, call in enumerate(self.tool_calls or ()):
+            if not call.name:
+                missing = f"{where}.tool_calls.{at}.{call.type}"
+                raise BadRequest(f"{missing}: Field required", param=missing)
 
     def for_template(self) -> dict[str, Any]:
         fields = self.model_dump(exclude_unset=True, exclude={"tool_calls", "content"})
         fields["content"] = None if self.content is None else self.text()
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if fields["role"] == "developer":  # OpenAI's newer name; templates expect the older one
-            fields["role"] = "system"
+        # OpenAI's newer name of one role, and the older one of another
+        fields["role"] = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         return fields
 
     def text(self) -> str:
         if not isinstance(self.content, list):
             return self.content or ""
-        parts = []
-        for part in self.content:
-            text = part.text if part.type in ("text", "input_text", "output_text") else None
-            if part.type == "refusal":
-                text = str((part.model_extra or {}).get("refusal") or "")
-            if text is None:
-                raise BadRequest(f"content parts of type {part.type!r} are not supported", param="messages")
-            parts.append(text)
-        return "".join(parts)
+        return "".join([self._part(part) for part in self.content])
+
+    def _part(self, part: ContentPart) -> str:
+        if part.type in ("text", "input_text", "output_text") and part.text is not None:
+            return part.text
+        if part.type == "refusal":
+            return str((part.model_extra or {}).get("refusal") or "")
+        if self.role in ("tool", "function"):  # a tool's result must not end the conversation
+            return f"[{part.type} left out: this model reads text]"
+        raise BadRequest(f"content parts of type {part.type!r} are not supported", param="messages")
+
+    def left_out(self, where: str) -> list[str]:
+        if self.role not in ("tool", "function") or not isinstance(self.content, list):
+            return []
+        return [named(f"{where}.content", part.type) for part in self.content if part.text is None]
 
 
-class Function(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class Function(Part):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-
-class Tool(BaseModel):
-    type: Literal["function"]
-    function: Function
-
     def for_template(self) -> dict[str, Any]:
-        function: dict[str, Any] = {"name": self.function.name}
-        if self.function.description is not None:
-            function["description"] = self.function.description
-        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        function["parameters"] = self.parameters or {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
 
 
-class NamedFunction(BaseModel):
+class Custom(Part):
+    """A custom tool: its input is a text. `format` describes the text; a model is told of it, and not held to it."""
+
+    name: ToolName
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+    def function(self) -> Function:
+        """The tool as the model sees it: a function with one parameter."""
+        description = self.description or ""
+        given = self.format or {}
+        grammar = given.get("grammar") or given  # nested in chats, flat in Responses
+        if isinstance(grammar, dict) and grammar.get("definition"):
+            description += f"\n\nThe input follows this {grammar.get('syntax', '')} grammar:\n{grammar['definition']}"
+        text = {"type": "string", "description": "The whole input of the tool, as text."}
+        shape = {"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False}
+        return Function(name=self.name, description=description.strip() or None, parameters=shape)
+
+    def left_out(self, where: str) -> list[str]:
+        kind = (self.format or {}).get("type")
+        return [named(f"{where}.format", kind)] if kind == "grammar" else []
+
+
+class Tool(Part):
+    """A tool. One of another type than these two has a meaning for another server only, and is left out."""
+
+    type: Annotated[str, BeforeValidator(_function)] = "function"
+    function: Function | None = None
+    custom: Custom | None = None
+
+    @property
+    def called(self) -> Function | None:
+        """The function that the model sees; None for a tool that is left out."""
+        if self.type == "function":
+            return self.function
+        return self.custom.function() if self.type == "custom" and self.custom is not None else None
+
+
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(BaseModel):
-    type: Literal["function"] = "function"
-    function: NamedFunction
+class NamedTool(Part):
+    type: Literal["function", "custom"] = "function"
+    function: NamedFunction | None = None
+    custom: NamedFunction | None = None
+
+    @property
+    def name(self) -> str:
+        found = self.function or self.custom
+        if found is None:
+            raise BadRequest("tool_choice names no function", param="tool_choice")
+        return found.name
 
 
-class AllowedSet(BaseModel):
+class AllowedTool(NamedTool):
+    """An entry of a subset of the tools. Those that other servers run have no name."""
+
+    type: str = "function"  # type: ignore[assignment]
+
+
+class AllowedSet(Part):
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[Many[AllowedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    @property
+    def names(self) -> set[str]:
+        return {tool.name for tool in self.tools if tool.type in ("function", "custom")}
 
 
-class AllowedTools(BaseModel):
+class AllowedTools(Part):
     """A subset of the tools, for this answer only."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedSet
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
 class ChatRequest(AnswerFields):
     prompt_field: ClassVar[str] = "messages"
     refused: ClassVar[Mapping[str, str]] = {
+        **AnswerFields.refused,
         "functions": "use tools",
         "function_call": "use tool_choice",
         "audio": "this server only generates text",
@@ -152,21 +232,22 @@ class ChatRequest(AnswerFields):
     tools: Annotated[Many[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | AllowedTools | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool = False
+    continue_final_message: Off = False
     modalities: Many[Literal["text"]] | None = None
     # accepted and ignored
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
+    # the tools that the model knows by other names than the client
+    _client_names: dict[str, WireToolName] = PrivateAttr(default_factory=dict)
 
     def check(self) -> None:
         super().check()
         for at, message in enumerate(self.messages):
             message.check(f"messages.{at}")
         calls = (call for message in self.messages for call in message.tool_calls or ())
-        arguments = [call.function.arguments for call in calls if isinstance(call.function.arguments, str)]
+        arguments = [call.arguments for call in calls if call.type == "function"]
         if arguments:
             check_json_texts(arguments, MAX_ARGUMENT_VALUES, "messages")
         if self.top_logprobs and not self.logprobs:
@@ -174,16 +255,17 @@ class ChatRequest(AnswerFields):
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise BadRequest("continue_final_message needs a last message of the assistant", param="messages")
         self._check_tools()
-        form = self.response_format
-        schema = form.json_schema.schema_ if form is not None and form.json_schema is not None else None
-        if form is not None and form.type == "json_schema" and schema is None:
-            raise BadRequest("response_format of type json_schema needs json_schema.schema", param="response_format")
         if self.must_call and (given := self.grammar_fields()):
             raise BadRequest(f"{given[0]} cannot be combined with a tool_choice that requires a call", param=given[0])
 
-    def grammar_fields(self) -> list[str]:
-        formed = self.response_format is not None and self.response_format.type != "text"
-        return ["response_format"] * formed + super().grammar_fields()
+    def left_out(self) -> list[str]:
+        found = [name for message in self.messages for name in message.left_out("messages")]
+        for at, tool in enumerate(self.tools or ()):
+            if tool.type == "custom" and tool.custom is not None:
+                found += tool.custom.left_out(f"tools.{at}.custom")
+            elif tool.called is None:
+                found.append(named(f"tools.{at}", tool.type))
+        return found
 
     def conversation(self) -> Conversation:
         variables: dict[str, Any] = {}
@@ -192,18 +274,27 @@ class ChatRequest(AnswerFields):
             variables = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
         return Conversation(
             [message.for_template() for message in self.messages],
-            [tool.for_template() for tool in self.callable_tools()],
+            [function.for_template() for function in self.callable_tools()],
             variables | (self.chat_template_kwargs or {}),
             self.continue_final_message,
         )
 
-    def callable_tools(self) -> list[Tool]:
+    def functions(self) -> list[Function]:
+        """The tools that a model can call, as it sees them."""
+        return [called for tool in self.tools or () if (called := tool.called) is not None]
+
+    def callable_tools(self) -> list[Function]:
         """The tools that the model may call; no others are rendered into the prompt."""
-        choice, tools = self.tool_choice, list(self.tools or ())
+        choice = self.tool_choice
         if isinstance(choice, AllowedTools):
-            names = {tool.function.name for tool in choice.allowed_tools.tools}
-            return [tool for tool in tools if tool.function.name in names]
-        return [] if choice == "none" else tools
+            names = choice.allowed_tools.names
+            return [function for function in self.functions() if function.name in names]
+        return [] if choice == "none" else self.functions()
+
+    def tool_names(self) -> dict[str, WireToolName]:
+        """The tools whose calls an answer shows in another form than that of a function."""
+        custom = [tool.custom.name for tool in self.tools or () if tool.type == "custom" and tool.custom is not None]
+        return {name: WireToolName(name=name, custom=True) for name in custom} | self._client_names
 
     @property
     def must_call(self) -> bool:
@@ -222,28 +313,33 @@ class ChatRequest(AnswerFields):
     def size(self) -> int:
         """The approximate number of characters of the prompt, which decides whether it is tokenised in a thread."""
         size = sum(_size(message) for message in self.messages) + len(str(self.chat_template_kwargs or ""))
-        for tool in self.tools or ():
-            size += 200 + len(tool.function.description or "") + len(str(tool.function.parameters))
+        for function in self.functions():
+            size += 200 + len(function.description or "") + len(str(function.parameters))
         return size
 
     def _check_tools(self) -> None:
         names: set[str] = set()
-        for tool in self.tools or ():
-            if tool.function.name in names:
-                raise BadRequest(f"tools: {tool.function.name} is listed twice", param="tools")
-            names.add(tool.function.name)
-        chosen: list[NamedTool] = [self.tool_choice] if isinstance(self.tool_choice, NamedTool) else []
-        if isinstance(self.tool_choice, AllowedTools):
-            chosen = self.tool_choice.allowed_tools.tools
-        for name in (tool.function.name for tool in chosen):
-            if name not in names:
-                raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
-        if self.tool_choice == "required" and not names:
+        for at, tool in enumerate(self.tools or ()):
+            if tool.type in ("function", "custom") and tool.called is None:
+                raise BadRequest(f"tools.{at}.{tool.type}: Field required", param=f"tools.{at}.{tool.type}")
+        for function in self.functions():
+            if function.name in names:
+                raise BadRequest(f"tools: {function.name} is listed twice", param="tools")
+            names.add(function.name)
+        choice = self.tool_choice
+        chosen = {choice.name} if isinstance(choice, NamedTool) else set()
+        if isinstance(choice, AllowedTools):
+            chosen = choice.allowed_tools.names
+        for name in sorted(chosen - names):
+            raise BadRequest(f"tool_choice names {name!r}, which is not in tools", param="tool_choice")
+        if (
+            choice == "required" or (isinstance(choice, AllowedTools) and self.must_call)
+        ) and not self.callable_tools():
             raise BadRequest("tool_choice: required needs tools", param="tool_choice")
 
 
 def _size(message: Message) -> int:
     content = message.content
     size = len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content or ())
-    calls = sum(OVERHEAD + len(str(call.function.arguments)) for call in message.tool_calls or ())
+    calls = sum(OVERHEAD + len(call.arguments) for call in message.tool_calls or ())
     return OVERHEAD + size + calls

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dynserve.api.fields import MAX_INT, MAX_N, AnswerFields, Many, Request
+from dynserve.api.fields import MAX_INT, MAX_N, AnswerFields, Many, Priority, Request
 from dynserve.errors import BadRequest
 from dynserve.text.preprocess import Preprocessor
 from dynserve.wire.requests import pack_tokens
@@ -19,6 +19,7 @@ Prompts = str | Many[int] | Many[str] | Many[Many[int]]
 
 class CompletionRequest(AnswerFields):
     refused: ClassVar[Mapping[str, str]] = {
+        **AnswerFields.refused,
         "suffix": "these models continue a text, they do not fill gaps in it; put everything into the prompt",
     }
 
@@ -48,7 +49,7 @@ class EmbeddingRequest(Request):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     user: str | None = None
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+    priority: Priority | None = None
     # fields of generation requests, which an embedding request does not have
     cache_salt: ClassVar[str | None] = None
     prompt_cache_key: ClassVar[str | None] = None

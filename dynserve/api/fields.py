@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from secrets import randbits
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dynserve.api.left_out import Part, unknown_fields
 from dynserve.config import nearest
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.wire.requests import SamplingParams, StopConditions
@@ -19,6 +20,7 @@ MAX_STOP_IDS = 1024
 MAX_CHOICES = 4096
 MAX_N = 128
 MAX_INT = 2**31 - 1
+Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
@@ -27,6 +29,15 @@ T = TypeVar("T")
 # a list whose validation stops at the first invalid item: a list of a million could raise a million errors
 Many = Annotated[list[T], Field(fail_fast=True)]
 MAX_BIASES = 1024
+
+
+def _unless_null(default: bool) -> BeforeValidator:
+    return BeforeValidator(lambda given: default if given is None else given)
+
+
+# flags for which clients may send null, which means that the field is absent
+Off = Annotated[bool, _unless_null(False)]
+On = Annotated[bool, _unless_null(True)]
 
 
 def _few(biases: Any) -> Any:
@@ -47,7 +58,12 @@ class Request(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        return sorted(self.model_extra or {})
+        """The names of the fields that are unknown, at every depth, and of the entries that are left out."""
+        return unknown_fields(self) + self.left_out()
+
+    def left_out(self) -> list[str]:
+        """The names of entries without a meaning here, such as tools that only another server runs."""
+        return []
 
     def check(self) -> None:
         """Checks the fields together. Raises BadRequest for an unsupported field or a contradiction between fields."""
@@ -57,8 +73,8 @@ class Request(BaseModel):
 
     def refuse_unknown(self) -> None:
         """Raises BadRequest for an unknown field. Called where the server is configured to refuse such fields."""
-        if self.unknown:
-            name = self.unknown[0]
+        if unknown := unknown_fields(self):
+            name = unknown[0]
             raise BadRequest(f"unknown field {name[:100]}{nearest(name[:100], type(self).model_fields)}", param=name)
 
 
@@ -66,7 +82,7 @@ class SamplingFields(Request):
     """The fields for sampling and for the end of the answer: OpenAI's, and those of other servers."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int | None = None
@@ -76,13 +92,13 @@ class SamplingFields(Request):
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
     stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[Many[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    include_stop_str_in_output: Off = False
+    skip_special_tokens: On = True
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     max_tokens: Count | None = None
-    ignore_eos: bool = False
+    ignore_eos: Off = False
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+    priority: Priority | None = None
     # accepted and ignored
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -102,10 +118,14 @@ class SamplingFields(Request):
         def own(value: Any, default: Any) -> Any:
             return default if value is None else value
 
+        top_p, top_k = own(self.top_p, defaults.top_p), max(0, own(self.top_k, defaults.top_k))
+        if top_p == 0:  # the smallest set of tokens: the likeliest one. Not every engine accepts 0
+            top_p, top_k = 1.0, 1
+
         return SamplingParams(
             temperature=own(self.temperature, defaults.temperature),
-            top_p=own(self.top_p, defaults.top_p),
-            top_k=max(0, own(self.top_k, defaults.top_k)),
+            top_p=top_p,
+            top_k=top_k,
             min_p=own(self.min_p, defaults.min_p),
             seed=(randbits(63) if self.seed is None else self.seed + choice) & 0x7FFFFFFFFFFFFFFF,
             presence_penalty=own(self.presence_penalty, 0.0),
@@ -152,10 +172,23 @@ class SamplingFields(Request):
         return bool(self.answer_tokens())
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+class StreamOptions(Part):
+    include_usage: Off = False
+    continuous_usage_stats: Off = False
     include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis; ignored here
+
+
+class JsonSchema(Part):
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class AnswerFields(SamplingFields):
@@ -163,24 +196,46 @@ class AnswerFields(SamplingFields):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: Annotated[Many[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
 
+    refused: ClassVar[Mapping[str, str]] = {
+        # constraints of other servers: an answer without them would look like one with them
+        "structured_outputs": "use response_format, guided_regex, guided_grammar or guided_choice",
+        "structural_tag": "use response_format or tools",
+        "regex": "use guided_regex",
+        "ebnf": "use guided_grammar",
+        "json_schema": "use response_format",
+        "guided_whitespace_pattern": "the white space of grammars is bounded, and cannot be chosen",
+        "bad_words": "use logit_bias",
+        "allowed_token_ids": "use guided_choice or guided_regex",
+    }
+
     def check(self) -> None:
         super().check()
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if options is not None and (options.include_usage or options.continuous_usage_stats) and not self.stream:
             raise BadRequest("stream_options needs stream: true", param="stream_options")
+        most = self.answer_tokens()
+        if self.min_tokens is not None and most is not None and self.min_tokens > most:
+            raise BadRequest(f"min_tokens: {self.min_tokens} is more than max_tokens, {most}", param="min_tokens")
+        form = self.response_format
+        schema = form.json_schema.schema_ if form is not None and form.json_schema is not None else None
+        if form is not None and form.type == "json_schema" and schema is None:
+            raise BadRequest("response_format of type json_schema needs json_schema.schema", param="response_format")
         given = self.grammar_fields()
         if len(given) > 1:
             raise BadRequest(f"{given[0]} and {given[1]} exclude each other; send only one of them", param=given[1])
 
     def grammar_fields(self) -> list[str]:
         """The names of the fields that set a grammar and are present."""
+        formed = self.response_format is not None and self.response_format.type != "text"
         fields = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-        return [name for name in fields if getattr(self, name) is not None]
+        return ["response_format"] * formed + [name for name in fields if getattr(self, name) is not None]
 
 
 def parsed(model: type[M], body: bytes | bytearray) -> M:

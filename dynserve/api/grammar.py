@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dynserve.api.body_bounds import check_json_texts
-from dynserve.api.chat import ChatRequest, NamedTool, Tool
+from dynserve.api.chat import ChatRequest, Function, NamedTool
 from dynserve.api.completions import CompletionRequest
 from dynserve.dialects.tools import STYLES, CallStyle
 from dynserve.errors import BadRequest
@@ -50,7 +50,7 @@ def enforces_calls(card: Card) -> bool:
 
 
 def _plain(request: ChatRequest | CompletionRequest) -> Grammar | None:
-    form = request.response_format if isinstance(request, ChatRequest) else None
+    form = request.response_format
     if form is not None and form.type == "json_object":
         return Grammar(kind="json", text=_text(ANY_OBJECT))
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
@@ -73,7 +73,7 @@ def _plain(request: ChatRequest | CompletionRequest) -> Grammar | None:
 def _with_tools(request: ChatRequest, card: Card) -> Grammar | None:
     tools, choice = request.callable_tools(), request.tool_choice
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        tools = [tool for tool in tools if tool.name == choice.name]
     forced = request.must_call
     single = request.parallel_tool_calls is False or isinstance(choice, NamedTool)
     if card.tool_parser == "pythonic":
@@ -90,7 +90,7 @@ def _with_tools(request: ChatRequest, card: Card) -> Grammar | None:
     return _tag(_free(style, tools, single)) if enforces_calls(card) else None
 
 
-def _calls(style: CallStyle, tools: list[Tool], single: bool) -> Format:
+def _calls(style: CallStyle, tools: list[Function], single: bool) -> Format:
     """A format of one or more calls, without other text."""
     around = [_list(style, tools, single)]
     if style.opening:
@@ -100,7 +100,7 @@ def _calls(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     return around[0] if len(around) == 1 else {"type": "sequence", "elements": around}
 
 
-def _free(style: CallStyle, tools: list[Tool], single: bool) -> Format:
+def _free(style: CallStyle, tools: list[Function], single: bool) -> Format:
     """A format of any text, in which a marker must be followed by a well-formed call."""
     if style.opening:
         tags = [{"type": "tag", "begin": style.opening, "content": _list(style, tools, single), "end": style.closing}]
@@ -110,7 +110,7 @@ def _free(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     return {"type": "triggered_tags", "triggers": [style.markers[0]], "tags": tags, "stop_after_first": single}
 
 
-def _list(style: CallStyle, tools: list[Tool], single: bool) -> Format:
+def _list(style: CallStyle, tools: list[Function], single: bool) -> Format:
     return {
         "type": "tags_with_separator",
         "tags": [_call(style, tool) for tool in tools],
@@ -120,9 +120,9 @@ def _list(style: CallStyle, tools: list[Tool], single: bool) -> Format:
     }
 
 
-def _call(style: CallStyle, tool: Tool) -> Format:
-    content = {"type": "json_schema", "json_schema": _of_object(tool.function.parameters)}
-    return {"type": "tag", "begin": style.begin.replace("{}", tool.function.name), "content": content, "end": style.end}
+def _call(style: CallStyle, tool: Function) -> Format:
+    content = {"type": "json_schema", "json_schema": _of_object(tool.parameters)}
+    return {"type": "tag", "begin": style.begin.replace("{}", tool.name), "content": content, "end": style.end}
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _tag(form: Format) -> Grammar:
     return Grammar(kind="structural_tag", text=_text({"type": "structural_tag", "format": form}))
 
 
-def _pythonic(tools: list[Tool], single: bool) -> str:
+def _pythonic(tools: list[Function], single: bool) -> str:
     """An EBNF grammar for a list of calls with the keyword arguments of the schema; the values are any literals."""
     calls, rules = [], []
     for at, tool in enumerate(tools):
@@ -190,24 +190,22 @@ def _pythonic(tools: list[Tool], single: bool) -> str:
         first = ' ", " '.join(f"{_text(name + '=')} value" for name in required)
         more = f'(", " ({one}))*' if one else ""
         body = f"{first} {more}" if first else (f"(({one}) {more})?" if one else "")
-        rules.append(f'call{at} ::= {_text(tool.function.name + "(")} {body} ")"')
+        rules.append(f'call{at} ::= {_text(tool.name + "(")} {body} ")"')
         calls.append(f"call{at}")
     call = f"({' | '.join(calls)})"
     root = f'root ::= "[" {call} {"" if single else f"""(", " {call})*"""} "]"'
     return "\n".join([root, *rules, _LITERALS])
 
 
-def _arguments(tool: Tool) -> tuple[list[str], list[str]]:
+def _arguments(tool: Function) -> tuple[list[str], list[str]]:
     """The names of the required and of the optional parameters that are valid Python names.
 
     Raises:
         BadRequest: the name of the tool or of a required parameter is not valid in Python.
     """
-    if not all(map(_spellable, tool.function.name.split("."))):
-        raise BadRequest(
-            f"this model calls tools as Python functions: {tool.function.name!r} cannot be one", param="tools"
-        )
-    parameters = tool.function.parameters or {}
+    if not all(map(_spellable, tool.name.split("."))):
+        raise BadRequest(f"this model calls tools as Python functions: {tool.name!r} cannot be one", param="tools")
+    parameters = tool.parameters or {}
     properties, needed = parameters.get("properties"), parameters.get("required")
     names = list(properties) if isinstance(properties, dict) else []
     wanted = {name for name in needed if isinstance(name, str)} if isinstance(needed, list) else set()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dynserve.api.chat import (
     MAX_TOOLS,
@@ -18,13 +18,14 @@ from dynserve.api.chat import (
     Tool,
     ToolName,
 )
-from dynserve.api.fields import MAX_STOPS, Count, Many, Request, StopString, validated
+from dynserve.api.fields import MAX_STOPS, Count, Many, Off, Request, StopString, validated
+from dynserve.api.left_out import Part, named
 from dynserve.errors import BadRequest
 
 
-class Block(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: str
+class Block(Part):
+    extra_is_used: ClassVar[bool] = True  # blocks of other types have fields of their own
+    type: str = "text"
     text: str | None = None
     id: str | None = None
     name: str | None = None
@@ -34,40 +35,44 @@ class Block(BaseModel):
     thinking: str | None = None
 
 
-class Turn(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class Turn(Part):
     role: Literal["user", "assistant", "system"]
     content: str | Many[Block]
 
 
-class MessageTool(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class MessageTool(Part):
+    extra_is_used: ClassVar[bool] = True  # tools of other types have fields of their own
     type: str | None = None
-    name: ToolName
+    name: ToolName | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 
+    @property
+    def own(self) -> bool:
+        """Whether the client runs the tool itself; Anthropic's server runs the others."""
+        return self.type in (None, "custom")
 
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(extra="allow")
+
+class ToolChoice(Part):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: Off = False
 
 
-class ThinkingOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    type: Literal["enabled", "disabled", "adaptive"]
+class ThinkingOptions(Part):
+    type: str  # disabled, or a way to reason
+    budget_tokens: int | None = None  # accepted and ignored
+    display: str | None = None
 
 
-class OutputFormat(BaseModel):
+class OutputFormat(Part):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class OutputConfig(Part):
     format: OutputFormat | None = None
+    effort: str | None = None
 
 
 class CountRequest(Request):
@@ -104,8 +109,8 @@ class CountRequest(Request):
             # a last turn with the role assistant is the beginning of the answer
             "continue_final_message": messages[-1].role == "assistant" and not messages[-1].tool_calls,
         }
-        if self.tools:
-            fields["tools"] = [_tool(tool) for tool in self.tools]
+        if tools := [_tool(tool) for tool in self.tools or () if tool.own]:
+            fields["tools"] = tools
         if self.tool_choice is not None:
             fields["tool_choice"] = self._choice(self.tool_choice)
             fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
@@ -113,6 +118,12 @@ class CountRequest(Request):
         reasoning = self.thinking is not None and self.thinking.type != "disabled"
         fields["chat_template_kwargs"] = {"enable_thinking": reasoning}
         return fields
+
+    def left_out(self) -> list[str]:
+        found = [named(f"tools.{at}", tool.type) for at, tool in enumerate(self.tools or ()) if not tool.own]
+        for turn in self.messages:
+            found += [name for block in turn.content if isinstance(block, Block) for name in _left_out(block, turn)]
+        return list(dict.fromkeys(found))
 
     @staticmethod
     def _choice(choice: ToolChoice) -> Any:
@@ -126,9 +137,9 @@ class CountRequest(Request):
 class MessagesRequest(CountRequest):
     max_tokens: Count
     stream: bool | None = False
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     stop_sequences: Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # the older name of output_config.format
@@ -145,7 +156,10 @@ class MessagesRequest(CountRequest):
             "stop": self.stop_sequences,
             "response_format": self._format(),
         }
-        return super()._fields() | {name: value for name, value in own.items() if value is not None}
+        fields = super()._fields() | {name: value for name, value in own.items() if value is not None}
+        if self.output_config is not None and self.output_config.effort:
+            fields["chat_template_kwargs"]["reasoning_effort"] = self.output_config.effort
+        return fields
 
     def _format(self) -> dict[str, Any] | None:
         form = (self.output_config.format if self.output_config else None) or self.output_format
@@ -165,10 +179,14 @@ def _turn(turn: Turn, where: str) -> list[Message]:
                 function = {"name": block.name or "", "arguments": json.dumps(block.input or {}, ensure_ascii=False)}
                 calls.append({"id": block.id, "function": function})
             case "tool_result":
-                content = "" if block.content is None else _text(block.content, f"{where}.content.{at}")
+                content = "" if block.content is None else _result(block.content)
                 results.append(Message(role="tool", content=content, tool_call_id=block.tool_use_id))
             case "thinking" | "redacted_thinking":
                 pass  # the reasoning of earlier turns is not part of the prompt
+            case other if turn.role == "assistant":
+                pass  # a tool that Anthropic's server has run, and what it returned
+            case other if _beside_results(turn):
+                texts.append(_placeholder(other))
             case other:
                 raise BadRequest(f"{where}.content.{at}: blocks of type {other!r} are not supported", param=where)
     if not texts and not calls:
@@ -177,6 +195,31 @@ def _turn(turn: Turn, where: str) -> list[Message]:
     if calls:
         fields["tool_calls"] = calls
     return [*results, Message.model_validate(fields)]
+
+
+def _result(content: str | list[Block]) -> str:
+    """The text of a tool's result. Other blocks are named in it: a screenshot must not end the conversation."""
+    if isinstance(content, str):
+        return content
+    return "".join([block.text if block.text is not None else _placeholder(block.type, block) for block in content])
+
+
+def _placeholder(kind: str, block: Block | None = None) -> str:
+    tool = (block.model_extra or {}).get("tool_name") if block is not None else None
+    return f"[{kind}: {tool}]" if tool else f"[{kind} left out: this model reads text]"
+
+
+def _beside_results(turn: Turn) -> bool:
+    """Whether a turn has the results of tools, so that another block in it is something that a tool has read."""
+    return any(isinstance(block, Block) and block.type == "tool_result" for block in turn.content)
+
+
+def _left_out(block: Block, turn: Turn) -> list[str]:
+    """The names of the blocks that are not part of the prompt; blocks that are refused are not among them."""
+    if block.type == "tool_result" and isinstance(block.content, list):
+        return [named("messages.content.content", inner.type) for inner in block.content if inner.text is None]
+    known = block.type in ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+    return [] if known else [named("messages.content", block.type)]
 
 
 def _text(content: str | list[Block], where: str) -> str:
@@ -189,8 +232,8 @@ def _text(content: str | list[Block], where: str) -> str:
 
 
 def _tool(tool: MessageTool) -> Tool:
-    if tool.type not in (None, "custom"):
-        raise BadRequest(f"tools of type {tool.type!r} are not supported; define your own", param="tools")
+    if tool.name is None:
+        raise BadRequest("tools: a tool needs a name", param="tools")
     return Tool(
         type="function",
         function=Function(name=tool.name, description=tool.description, parameters=tool.input_schema),

@@ -239,7 +239,8 @@ def _tool_parsing(request: ChatRequest, card: Card) -> ToolParsing | None:
         return None
     return ToolParsing(
         parser=card.tool_parser,
-        names=tuple(tool.function.name for tool in tools),
+        names=tuple(tool.name for tool in tools),
         enforced=request.must_call or enforces_calls(card),
         named=isinstance(request.tool_choice, NamedTool),
+        client_names=request.tool_names(),
     )

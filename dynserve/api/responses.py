@@ -3,83 +3,115 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dynserve.api.chat import (
     MAX_TOOLS,
     AllowedSet,
+    AllowedTool,
     AllowedTools,
+    CalledCustom,
     CalledFunction,
     ChatRequest,
     ContentPart,
+    Custom,
     Function,
-    JsonSchema,
     Message,
     NamedFunction,
     NamedTool,
-    ResponseFormat,
     Tool,
     ToolCall,
     ToolName,
 )
-from dynserve.api.fields import Count, Many, Request, StreamOptions, validated
+from dynserve.api.fields import Count, JsonSchema, Many, Priority, Request, ResponseFormat, StreamOptions, validated
+from dynserve.api.left_out import Part, named
 from dynserve.errors import BadRequest
+from dynserve.wire.requests import ToolName as WireToolName
+
+SEPARATOR = "__"  # between a namespace and a name, in the names that the model sees
+# items about earlier turns that are not part of the prompt, and need not be named
+_NOT_SHOWN = frozenset({"reasoning", "additional_tools"})
 
 
-class Item(BaseModel):
-    """A message, a call, the output of a call, or the reasoning of an earlier answer."""
+class Item(Part):
+    """A message, a call, the output of a call, the reasoning of an earlier answer, or something that only another server
+    understands."""
 
-    model_config = ConfigDict(extra="allow")
+    extra_is_used: ClassVar[bool] = True  # items of other types have fields of their own
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | Many[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
+    namespace: str | None = None
+    arguments: str | dict[str, Any] | None = None
+    input: str | None = None
     output: str | Many[ContentPart] | None = None
+    tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
 
 
-class FlatTool(BaseModel):
-    """A tool in the flat form of this API; chats nest the function."""
+class FlatTool(Part):
+    """A tool in the flat form of this API; chats nest the function. A `namespace` has tools of its own."""
 
-    model_config = ConfigDict(extra="allow")
+    extra_is_used: ClassVar[bool] = True  # tools of other types have fields of their own
     type: str
     name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: dict[str, Any] | None = None
+    tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
+
+    def chat_tool(self, name: str) -> Tool | None:
+        """The same tool in a chat, under this name; None for one that only another server runs."""
+        match self.type:
+            case "function":
+                function = Function(
+                    name=name, description=self.description, parameters=self.parameters, strict=self.strict
+                )
+                return Tool(type="function", function=function)
+            case "custom":
+                return Tool(type="custom", custom=Custom(name=name, description=self.description, format=self.format))
+            case _:
+                return None
 
 
-class FlatNamed(BaseModel):
-    type: Literal["function"] = "function"
+class FlatNamed(Part):
+    type: Literal["function", "custom"] = "function"
     name: str
 
 
-class FlatAllowed(BaseModel):
+class FlatChoice(Part):
+    """An entry of a subset of the tools. Those that other servers run have no name."""
+
+    type: str = "function"
+    name: str | None = None
+
+
+class FlatAllowed(Part):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[Many[FlatNamed], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[Many[FlatChoice], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class TextFormat(Part):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class TextOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class TextOptions(Part):
     format: TextFormat | None = None
+    verbosity: str | None = None  # accepted and ignored
 
 
-class ReasoningOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+class ReasoningOptions(Part):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: str | None = None  # accepted and ignored
 
 
 class ResponsesRequest(Request):
@@ -96,7 +128,7 @@ class ResponsesRequest(Request):
     stream_options: StreamOptions | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatAllowed | FlatNamed | None = None
@@ -105,7 +137,7 @@ class ResponsesRequest(Request):
     reasoning: ReasoningOptions | None = None
     include: Many[str] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     metadata: dict[str, Any] | None = None
     # accepted and ignored
     store: bool | None = None
@@ -115,13 +147,12 @@ class ResponsesRequest(Request):
     safety_identifier: str | None = None
     max_tool_calls: int | None = None
 
-    def chat(self) -> ChatRequest:
-        """The same request as a chat.
+    client_metadata: dict[str, Any] | None = None
 
-        Raises:
-            BadRequest: an item or a tool has no meaning for a chat.
-        """
-        return validated(
+    def chat(self) -> ChatRequest:
+        """The same request as a chat. Raises BadRequest for a message or a call without its fields."""
+        tools = _Tools(self)
+        chat = validated(
             lambda: ChatRequest(
                 model=self.model,
                 messages=self._messages(),
@@ -131,7 +162,7 @@ class ResponsesRequest(Request):
                 top_p=self.top_p,
                 logprobs=self._wants_logprobs() or None,
                 top_logprobs=self.top_logprobs if self._wants_logprobs() else None,
-                tools=[_tool(tool) for tool in self.tools] if self.tools else None,
+                tools=tools.chat or None,
                 tool_choice=self._tool_choice(),
                 parallel_tool_calls=self.parallel_tool_calls,
                 response_format=self._format(),
@@ -140,6 +171,18 @@ class ResponsesRequest(Request):
                 priority=self.priority,
             )
         )
+        chat._client_names = tools.client_names
+        return chat
+
+    def left_out(self) -> list[str]:
+        found = list(_Tools(self).left_out)
+        for item in self.input if not isinstance(self.input, str) else ():
+            kind = item.type or "message"
+            if kind not in _ITEMS and kind not in _NOT_SHOWN:
+                found.append(named("input", kind))
+            elif isinstance(item.output, list):
+                found += [named("input.output", part.type) for part in item.output if part.text is None]
+        return list(dict.fromkeys(found))
 
     def frame(self) -> str:
         """The request's fields that a response repeats, as JSON. Raises BadRequest for numbers that JSON does not have."""
@@ -150,7 +193,7 @@ class ResponsesRequest(Request):
 
     def _repeated(self) -> dict[str, Any]:
         choice = self.tool_choice
-        tool_choice = choice.model_dump() if isinstance(choice, BaseModel) else choice
+        tool_choice = choice.model_dump() if isinstance(choice, Part) else choice
         text = self.text.model_dump(by_alias=True, exclude_none=True) if self.text else {}
         return {
             "instructions": self.instructions,
@@ -177,8 +220,10 @@ class ResponsesRequest(Request):
             messages.append(Message(role="system", content=self.instructions))
         if isinstance(self.input, str):
             return [*messages, Message(role="user", content=self.input)]
+        calls: set[str] = set()  # ids of calls that are part of the prompt
         for at, item in enumerate(self.input):
-            _add(messages, item, f"input.{at}")
+            if (kind := item.type or "message") in _ITEMS:
+                _ITEMS[kind](messages, item, f"input.{at}", calls)
         if not messages:
             raise BadRequest("input has no message", param="input")
         return messages
@@ -186,10 +231,10 @@ class ResponsesRequest(Request):
     def _tool_choice(self) -> Any:
         choice = self.tool_choice
         if isinstance(choice, FlatNamed):
-            return _named(choice)
+            return NamedTool(function=NamedFunction(name=choice.name))
         if isinstance(choice, FlatAllowed):
-            allowed = AllowedSet(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
-            return AllowedTools(type="allowed_tools", allowed_tools=allowed)
+            tools = [_allowed(entry) for entry in choice.tools]
+            return AllowedTools(type="allowed_tools", allowed_tools=AllowedSet(mode=choice.mode, tools=tools))
         return choice
 
     def _format(self) -> ResponseFormat | None:
@@ -202,44 +247,85 @@ class ResponsesRequest(Request):
         return ResponseFormat(type="json_schema", json_schema=schema)
 
 
-def _add(messages: list[Message], item: Item, where: str) -> None:
-    """Appends an item to the messages. Consecutive calls become one message of the assistant."""
-    match item.type or "message":
-        case "message":
-            if item.role is None or item.content is None:
-                raise BadRequest(f"{where}: a message needs role and content", param=where)
-            messages.append(Message(role=item.role, content=item.content))
-        case "function_call":
-            if not item.name or not item.call_id:
-                raise BadRequest(f"{where}: a function_call needs name and call_id", param=where)
-            function = CalledFunction(name=item.name, arguments=item.arguments or "{}")
-            call = ToolCall(id=item.call_id, function=function)
-            last = messages[-1] if messages else None
-            if last is not None and last.role == "assistant":
-                last.tool_calls = last.tool_calls or []
-                last.tool_calls.append(call)
+class _Tools:
+    """The tools of a request in a chat, with the namespaces in their names; and those that are left out."""
+
+    def __init__(self, request: ResponsesRequest) -> None:
+        self.chat: list[Tool] = []
+        self.client_names: dict[str, WireToolName] = {}
+        self.left_out: list[str] = []
+        self._add(request.tools or (), "tools", "")
+        for item in request.input if not isinstance(request.input, str) else ():
+            if item.type == "additional_tools":
+                self._add(item.tools or (), "input.tools", "")
+
+    def _add(self, tools: Iterable[FlatTool], where: str, space: str) -> None:
+        for at, tool in enumerate(tools):
+            if tool.type == "namespace" and not space and tool.name:
+                self._add(tool.tools or (), f"{where}.{at}.tools", tool.name)
+            elif tool.type in ("function", "custom") and tool.name is None:
+                raise BadRequest(f"{where}: a {tool.type} needs a name", param="tools")
             else:
-                messages.append(Message(role="assistant", content=None, tool_calls=[call]))
-        case "function_call_output":
-            if item.output is None:
-                raise BadRequest(f"{where}: a function_call_output needs output", param=where)
-            messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
-        case "reasoning":
-            pass  # the reasoning of earlier turns is not part of the prompt
-        case other:
-            raise BadRequest(f"{where}: items of type {other!r} are not supported", param=where)
+                self._add_one(tool, f"{where}.{at}", space)
+
+    def _add_one(self, tool: FlatTool, where: str, space: str) -> None:
+        name = _name_in(space, tool.name or "")
+        made = tool.chat_tool(name) if tool.name else None
+        if made is None:
+            self.left_out.append(named(where, tool.type))
+            return
+        self.chat.append(made)
+        if made.custom is not None:
+            self.left_out += made.custom.left_out(where)
+        if space:
+            self.client_names[name] = WireToolName(
+                name=tool.name or "", namespace=space, custom=made.custom is not None
+            )  # fmt: skip
 
 
-def _named(tool: FlatNamed) -> NamedTool:
-    return NamedTool(function=NamedFunction(name=tool.name))
+def _name_in(space: str | None, name: str) -> str:
+    """The name of a tool as the model sees it."""
+    return f"{space}{SEPARATOR}{name}" if space else name
 
 
-def _tool(tool: FlatTool) -> Tool:
-    if tool.type != "function":
-        raise BadRequest(f"tools of type {tool.type!r} are not supported; only function is", param="tools")
-    if tool.name is None:
-        raise BadRequest("tools: a function needs a name", param="tools")
-    function = Function(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-    )  # fmt: skip
-    return Tool(type="function", function=function)
+def _add_message(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+    if item.role is None or item.content is None:
+        raise BadRequest(f"{where}: a message needs role and content", param=where)
+    messages.append(Message(role=item.role, content=item.content))
+
+
+def _add_call(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+    """Adds a call. Consecutive calls become one message of the assistant."""
+    if not item.name or not item.call_id:
+        raise BadRequest(f"{where}: a {item.type} needs name and call_id", param=where)
+    name = _name_in(item.namespace, item.name)
+    calls.add(item.call_id)
+    if item.type == "custom_tool_call":
+        call = ToolCall(id=item.call_id, type="custom", custom=CalledCustom(name=name, input=item.input or ""))
+    else:
+        call = ToolCall(id=item.call_id, function=CalledFunction(name=name, arguments=item.arguments or "{}"))
+    last = messages[-1] if messages else None
+    if last is not None and last.role == "assistant":
+        last.tool_calls = [*(last.tool_calls or ()), call]
+    else:
+        messages.append(Message(role="assistant", content=None, tool_calls=[call]))
+
+
+def _add_output(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+    if item.output is None:
+        raise BadRequest(f"{where}: a {item.type} needs output", param=where)
+    if item.call_id in calls or not calls:  # otherwise it is the output of a call that was left out
+        messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+
+
+_ITEMS: Mapping[str, Callable[[list[Message], Item, str, set[str]], None]] = {
+    "message": _add_message,
+    "function_call": _add_call,
+    "custom_tool_call": _add_call,
+    "function_call_output": _add_output,
+    "custom_tool_call_output": _add_output,
+}
+
+
+def _allowed(entry: FlatChoice) -> AllowedTool:
+    return AllowedTool(type=entry.type, function=NamedFunction(name=entry.name) if entry.name else None)

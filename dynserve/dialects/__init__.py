@@ -8,6 +8,7 @@ from typing import Any
 from dynserve.config import REASONING_PARSERS, TOOL_PARSERS
 from dynserve.dialects import reasoning
 from dynserve.dialects.base import CallArguments, CallStart, Content, Parser, Piece, ReasoningText
+from dynserve.dialects.client_names import ClientNames
 from dynserve.dialects.pythonic import PythonicCalls
 from dynserve.dialects.reasoning import ThinkTags
 from dynserve.dialects.tools import STYLES, JsonCalls
@@ -90,9 +91,12 @@ def detect_reasoning(template: str) -> str:
 
 
 def _calls(tools: ToolParsing) -> Parser:
+    parser: Parser
     if tools.parser == "pythonic":
-        return PythonicCalls(tools.names)
-    return JsonCalls(STYLES[tools.parser], tools.names, enforced=tools.enforced)
+        parser = PythonicCalls(tools.names)
+    else:
+        parser = JsonCalls(STYLES[tools.parser], tools.names, enforced=tools.enforced)
+    return ClientNames(parser, tools.client_names) if tools.client_names else parser
 
 
 class _ReasoningThenCalls:

@@ -16,9 +16,11 @@ class ReasoningText(NamedTuple):
 
 
 class CallStart(NamedTuple):
-    """The start of a tool call."""
+    """The start of a tool call. The arguments of a `custom` tool are a text, not JSON."""
 
     name: str
+    custom: bool = False
+    namespace: str = ""
 
 
 class CallArguments(NamedTuple):

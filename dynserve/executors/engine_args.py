@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -144,11 +144,20 @@ def _merge(into: dict[str, Any], options: dict[str, Any], where: str) -> None:
         if key in _TRTLLM_ONLY:
             continue
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), [*known, *_TRTLLM_ONLY])}")
+            _unknown(str(key), known, where)
+            continue
         if key in _NESTED:
             into[key] = into.get(key, {}) | _nested(value, key, where)
         else:
             into[key] = value
+
+
+def _unknown(key: str, known: Iterable[str], where: str, block: str = "") -> None:
+    """Raises ConfigError for a misspelt key. One that resembles none of ours may be TensorRT-LLM's, of a version that we do
+    not know: it does not stop this executor."""
+    if hint := nearest(key, known, 0.75):
+        raise ConfigError(f"{where}: unknown key {key!r}{block}{hint}")
+    log.warning("%s: ignored, unknown to this executor: %r%s", where, key, block)
 
 
 def _nested(value: Any, key: str, where: str) -> dict[str, Any]:
@@ -160,7 +169,9 @@ def _nested(value: Any, key: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {key} must hold keys and values, not {value!r}")
     for name in value:
         if name not in known and name not in theirs:
-            raise ConfigError(f"{where}: unknown key {name!r} in {key}{nearest(str(name), known)}")
+            _unknown(str(name), known, where, f" in {key}")
+    if isinstance(backend := value.get("backend"), str):
+        value = {**value, "backend": backend.upper()}
     if key == "cache_transceiver_config" and value.get("backend") in _FOREIGN_BACKENDS:
         log.warning("%s: backend %s is TensorRT-LLM's; this executor uses DEFAULT instead", where, value["backend"])
         value = {**value, "backend": "DEFAULT"}

@@ -77,6 +77,8 @@ ARGS: Schema = {
 OLD = frozenset(
     [
         "backend", "build_config", "pytorch_backend_config", "sampler_type", "hf_revision", "use_cuda_graph",
-        "enable_chunked_context", "enable_trt_overlap", "enable_overlap_scheduler",
+        "enable_chunked_context", "enable_trt_overlap", "enable_overlap_scheduler", "autotuner_enabled",
+        "use_torch_sampler", "enable_trtllm_sampler", "mixed_sampler", "enable_mixed_sampler", "kv_cache_dtype",
+        "moe_backend", "cuda_graph_batch_sizes", "cuda_graph_max_batch_size", "cuda_graph_padding_enabled",
     ]
 )  # fmt: skip

@@ -17,7 +17,7 @@ from dynserve.frontend.group import run_group
 from dynserve.frontend.keys import check_keys
 from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.heads import HttpLimits, allowed_hosts
-from dynserve.server.serving import bind, serving, tls_of, url_of
+from dynserve.server.serving import allowed_connections, bind, serving, tls_of, url_of
 from dynserve.transport.planes import open_planes
 
 SETTLE = 10.0  # seconds
@@ -45,7 +45,7 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         apps = make_apps(frontend)
         if config.reuse_port:  # the kernel must not assign connections here before workers are known
             await frontend.settled(SETTLE)
-        await stack.enter_async_context(serving(apps.served, sock, ours, tls))
+        await stack.enter_async_context(serving(apps.served, sock, ours, tls, keep_alive_s=config.keep_alive_s))
         if own is not None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
             await stack.enter_async_context(serving(apps.system, own, system))
@@ -53,8 +53,20 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         # threads that prepare large bodies release the interpreter to the event loop sooner than after 5 ms each
         sys.setswitchinterval(SWITCH_INTERVAL)
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
+        _compare_limits(config, allowed_connections(tls is not None))
         await stop.wait()
         log.info("stopping")
+
+
+def _compare_limits(config: FrontendConfig, connections: int) -> None:
+    """Says how many connections the limit of open files allows, and warns if requests could need more."""
+    if connections < config.max_requests:
+        log.warning(
+            "the limit of open files (ulimit -n) allows %d connections, fewer than --max-requests %d; more get a 503",
+            connections, config.max_requests,
+        )  # fmt: skip
+    else:
+        log.info("up to %d connections", connections)
 
 
 def _check_link_port(config: FrontendConfig) -> None:

@@ -33,6 +33,7 @@ from dynserve.frontend.frontend import Frontend
 from dynserve.frontend.openapi import openapi_of
 from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.server.exchange import exchange_of
+from dynserve.version import VERSION
 from dynserve.wire.requests import num_tokens
 
 # headers that a web page may read
@@ -175,6 +176,10 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: Edge) -> None:
     @app.get("/live")
     async def live() -> dict[str, str]:
         return {"status": "live"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -1,21 +1,29 @@
 """Bodies of requests while they are received, with one budget of bytes for all of them together.
 
-The part of a body beyond 64 KiB is charged to the budget until the request's prompt is prepared. When the budget is spent,
-the body that has been arriving for the longest time is aborted: at an ordinary pace a body is complete long before that.
+The part of a body beyond 64 KiB, decompressed, is charged to the budget until the request's prompt is prepared. When the
+budget is spent, the body that has been arriving for the longest time is aborted: at an ordinary pace a body is complete
+long before that.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from dynserve.api.body_encoding import check_media_type, coding_of, decompress
 from dynserve.config import FrontendConfig
-from dynserve.errors import BodyTooLarge, Cancelled, Overloaded, SlowBody
+from dynserve.errors import BodyTooLarge, Cancelled, Overloaded, SlowBody, UnsupportedMediaType
 from dynserve.server.exchange import Exchange, exchange_of
 from dynserve.server.shortcuts import SMALL_BODY
+
+Body = TypeVar("Body", bytes, bytearray, bytes | bytearray)
+INLINE = 4 << 10  # bytes that are decompressed on the event loop; they can become a few MiB, in a few milliseconds
 
 
 class RequestBodies:
@@ -27,9 +35,14 @@ class RequestBodies:
         self._arriving: dict[RequestBody, None] = {}  # oldest first
 
     def small(self, exchange: Exchange) -> bytes | None:
-        """Returns a small body that came with its headers; None for any other, which has to be received."""
+        """Returns a small body that came with its headers; None for any other, which has to be received. Raises
+        UnsupportedMediaType for a body that is not JSON."""
+        headers = exchange.headers
+        check_media_type(headers)
         found = exchange.small_body()
-        return None if found is not None and len(found) > self._config.max_body_bytes else found
+        if found is None or len(found) > self._config.max_body_bytes or headers.get("content-encoding"):
+            return None
+        return _json(found, headers)
 
     def receive(self, request: Request) -> RequestBody:
         """Returns a context manager. In its block `content` is complete, and charged to the budget until the block ends."""
@@ -58,13 +71,19 @@ class RequestBody:
         self._given_up = False
 
     async def __aenter__(self) -> RequestBody:
-        """Receives the whole body. Raises BodyTooLarge for a body over the limit, before all of it is read; SlowBody after
-        the timeout; Overloaded if the budget has no room for it; Cancelled if the client disconnects."""
-        if (small := self._bodies.small(exchange_of(self._request.scope))) is not None:
+        """Receives the whole body and decompresses it. Raises BodyTooLarge for a body over the limit, before all of it is
+        read; SlowBody after the timeout; Overloaded if the budget has no room for it; Cancelled if the client disconnects;
+        UnsupportedMediaType or BadRequest for a body that is not JSON, or cannot be decompressed."""
+        exchange = exchange_of(self._request.scope)
+        if (small := self._bodies.small(exchange)) is not None:
             self.content = small
             return self
         try:
+            coding = coding_of(exchange.headers)
             await self._receive()
+            if coding:
+                await self._decompress(coding)
+            _json(self.content, exchange.headers)
         except BaseException:
             self.close()
             raise
@@ -92,6 +111,11 @@ class RequestBody:
             with suppress(RuntimeError):  # its own timeout has just expired
                 self._scope.reschedule(asyncio.get_running_loop().time())
 
+    async def _decompress(self, coding: str) -> None:
+        work = partial(decompress, self.content, coding, self._config.max_body_bytes)
+        self.content = await asyncio.to_thread(work) if len(self.content) > INLINE else work()
+        self._bodies.charge(self, max(0, len(self.content) - SMALL_BODY - self.charged))
+
     async def _receive(self) -> None:
         max_bytes = self._config.max_body_bytes
         announced = exchange_of(self._request.scope).headers.get("content-length", "")
@@ -118,6 +142,13 @@ class RequestBody:
             self._scope = None
         if self._given_up:
             raise _spent()
+
+
+def _json(content: Body, headers: Mapping[str, str]) -> Body:
+    """Returns the body. Raises UnsupportedMediaType for one without a type that does not begin like a JSON object."""
+    if "content-type" not in headers and not content[:64].lstrip().startswith(b"{"):
+        raise UnsupportedMediaType("the Content-Type is missing, and the body is not JSON: send it as application/json")
+    return content
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

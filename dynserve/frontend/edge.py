@@ -45,7 +45,7 @@ MAX_SESSION = 256  # characters
 # W3C trace context, with the length up to which each header is passed on, in characters
 TRACE_HEADERS = (("traceparent", 128), ("tracestate", 512))
 MAX_PRIORITY = 1_000
-MAX_NAMED = 8  # unknown fields that a header names
+MAX_NAMED = 16  # unknown fields that a header names
 
 R = TypeVar("R", bound=fields.Request)
 T = TypeVar("T")
@@ -230,12 +230,12 @@ def inference_requests(
 
 
 def unknown_fields_header(unknown: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns a header that lists the ignored fields, or no header if there are none."""
+    """Returns a header that lists what is ignored, or no header if that is nothing."""
     if not unknown:
         return []
-    names = [re.sub(r"[^\x21-\x7e]", "?", name[:64]) for name in unknown[:MAX_NAMED]]
+    names = [re.sub(r"[^\x20-\x7e]", "?", name[:64]) for name in unknown[:MAX_NAMED]]
     more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
-    return [("x-dynserve-warning", f"ignored unknown fields: {', '.join(names)}{more}")]
+    return [("x-dynserve-warning", f"ignored: {', '.join(names)}{more}")]
 
 
 def _charged(call: ChargedCall, normalized: NormalizedRequest, *, bounded: bool) -> NormalizedRequest:

@@ -13,7 +13,6 @@ from dynserve.errors import (
     DynserveError,
     InternalError,
     NotFound,
-    RateLimited,
     Unauthorized,
     error_object,
 )
@@ -30,8 +29,7 @@ def error_response(request: Request, error: DynserveError) -> JSONResponse:
     headers = {"retry-after": str(error.retry_after)} if error.retryable else {}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, RateLimited):
-        headers |= dict(error.headers)
+    headers |= dict(error.headers)
     return _json(request, error, error.status, headers)
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -30,6 +31,7 @@ from dynserve.wire.link import Finished
 log = logging.getLogger(__name__)
 limited = LimitedLog(log)
 
+LAST_NUMBER = 2**31 - 1  # of an event
 ERROR_TIMEOUT = 1.0  # seconds that an error event may take to be sent
 
 SSE = [
@@ -148,16 +150,24 @@ class TokenResponse(Response):
             limited.warning("failed", error.code, "request %s failed: %s", self._request.id, error)
         anthropic = self._request.generation.render.kind == "message"
         body = msgspec.json.encode(error_object(error, anthropic=anthropic))
+        data = self._failed(error) if self._request.generation.render.kind == "response" else event("error", body)
         try:
             async with asyncio.timeout(ERROR_TIMEOUT):
                 if self._started:
-                    await send({"type": "http.response.body", "body": event("error", body), "more_body": False})
+                    await send({"type": "http.response.body", "body": data, "more_body": False})
                 else:
                     retry = [(b"retry-after", str(error.retry_after).encode())] if error.retryable else []
                     await self._send_whole(error.status, body, send, retry)
         except TimeoutError:  # the client reads nothing: closing would wait for it without end
             self._exchange.abort()
             await asyncio.sleep(0)
+
+    def _failed(self, error: DynserveError) -> bytes:
+        """The last event of a Responses stream that has failed. The worker numbers the events; this one comes after all."""
+        response: dict[str, Any] = {"id": self._request.generation.render.response_id, "object": "response"}
+        response |= {"status": "failed", "error": {"code": error.code, "message": str(error)}}
+        data = {"type": "response.failed", "sequence_number": LAST_NUMBER, "response": response}
+        return event("response.failed", msgspec.json.encode(data))
 
     async def _send_whole(self, status: int, body: bytes, send: Send, extra: Headers) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *extra]

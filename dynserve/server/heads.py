@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class HttpLimits(NamedTuple):
     header_bytes: int = 64 << 10
     header_s: float = 60.0
     write_s: float = 60.0  # while the client reads nothing
+    connections: int = sys.maxsize  # of one server; further ones get a 503
     hosts: frozenset[str] | None = None
 
 

@@ -15,13 +15,17 @@ longer needed. Bodies that the application receives have the application's bound
 
 Reading is paused only while the body of the request that is being answered arrives faster than it is consumed: a paused
 connection cannot detect that its client has disconnected.
+
+A client that closes its sending side only (`shutdown`, or `nc` at the end of its input) gets the answers to its complete
+requests; see `eof_received`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from http import HTTPStatus
@@ -29,15 +33,23 @@ from http import HTTPStatus
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from dynserve.errors import BadRequest, error_object
+from dynserve.errors import BadRequest, Overloaded, error_object
+from dynserve.log_limit import LimitedLog
 from dynserve.server.heads import Fault, HttpLimits, fault_of
-from dynserve.server.shortcuts import DirectExchange, ResponseTransport
+from dynserve.server.shortcuts import DirectExchange, ResponseTransport, body_of, is_reset, send_without_chunks
 
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
 MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of these requests
 MAX_HEADERS = 256  # of a request, and as many trailers
+MAX_TURNED_AWAY = 64  # connections that get a 503 at a time because too many are open; further ones are closed at once
 MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
+PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+# seconds between checks that a client which has sent all is still there: one that is gone resets the connection as soon as
+# anything reaches it
+CLIENT_CHECKS = (0.02, 0.08, 0.4, 1.5, 3.0)
+
+limited = LimitedLog(logging.getLogger(__name__))
 
 
 class Reading(Enum):
@@ -68,14 +80,40 @@ class BoundedProtocol(HttpToolsProtocol):
     _pipelined_body = 0  # bytes of the bodies of requests that wait behind the one that is being answered
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _client_timer: asyncio.TimerHandle | None = None  # after the end of what the client sends
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watchers: list[Callable[[], None]] = []
-        self._start_timer(self.limits.header_s)
+        if len(self.connections) > self.limits.connections:
+            self._turn_away()
+        else:
+            self._start_timer(self.limits.header_s)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. It may have closed only its sending side, and then gets its answers. A client that is
+        gone looks alike, until something is sent to it: so an interim response is, which clients ignore."""
+        if self._idle or self._reading is not Reading.IDLE or self.scope["scheme"] == "https":
+            return False  # nothing that is complete is unanswered; TLS cannot be closed on one side
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
+            self.transport.write(PROCESSING)
+        self._check_client(CLIENT_CHECKS)
+        return True
+
+    def _check_client(self, waits: Sequence[float]) -> None:
+        """Closes the connection if its client has turned out to be gone; looks again after each of `waits` seconds."""
+        if self._idle or self.transport.is_closing():
+            return
+        if is_reset(self.transport):
+            self.transport.abort()
+        elif waits:
+            self._client_timer = self.loop.call_later(waits[0], self._check_client, waits[1:])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._client_timer is not None:
+            self._client_timer.cancel()
         self.resume_writing()
         answering, self._answering = self._answering, None
         if answering is not None and not answering.response_complete:  # uvicorn checks only the newest request
@@ -87,6 +125,20 @@ class BoundedProtocol(HttpToolsProtocol):
         watchers, self._watchers = self._watchers, []
         for callback in watchers:
             callback()
+
+    def _turn_away(self) -> None:
+        """Answers a connection that is one too many. Its client is about to send a request, and would not read the answer
+        if the connection closed now."""
+        limited.warning(
+            "connections", "", "refusing connections: over %d are open; the limit of open files (ulimit -n) allows no more",
+            self.limits.connections,
+        )  # fmt: skip
+        if len(self.connections) > self.limits.connections + MAX_TURNED_AWAY:
+            self.transport.abort()
+            return
+        self.transport.write(_refusal(503, "this server has too many open connections; try again soon"))
+        self._reading = Reading.IGNORING
+        self._start_timer(DRAIN)
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back once, when the client disconnects. Returns a function that withdraws the callback."""
@@ -175,8 +227,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._end_with(self.pipeline[0][0])
             raise _NoMoreRequests
+        head = self.parser.get_method() == b"HEAD"
+        self.app = body_of(self.config.loaded_app) if head else self.config.loaded_app
         super().on_headers_complete()  # which raises an error for a target that cannot be parsed
         self._reading, self._size = Reading.BODY, 0
+        path = self.scope["path"]
+        if path[-1:] == "/" and len(path) > 1:  # served: a redirection would trust the Host header
+            self.scope["path"] = path.rstrip("/") or "/"
         if self.pipeline:
             self.flow.resume_reading()  # otherwise a disconnect would not be detected
         else:
@@ -184,8 +241,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.expect_100_continue:  # after an answer instead of a "100 Continue" a client may omit the body
             self.cycle.keep_alive = False
         self.cycle.transport = ResponseTransport(  # type: ignore[assignment]
-            self.transport, self._linger_and_close, self.loop, without_body=self.scope["method"] == "HEAD"
+            self.transport, self._linger_and_close, self.loop, without_body=head
         )
+        if self.scope["http_version"] == "1.0":
+            send_without_chunks(self.cycle)
         self.scope["dynserve"] = DirectExchange(self.scope, self.cycle, self)  # type: ignore[typeddict-unknown-key]
 
     def _fault(self) -> Fault | None:
@@ -327,14 +386,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_with(self, status: int, message: str) -> None:
         if self._idle or not (self.cycle.response_started or self.pipeline):
-            body = json.dumps(error_object(BadRequest(message))).encode()
-            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
+            self.transport.write(_refusal(status, message))
         if not self._idle:
             self.cycle.disconnected = True  # nothing more is written
             self.cycle.message_event.set()
         self.transport.close()
+
+
+def _refusal(status: int, message: str) -> bytes:
+    """A whole response, after which the connection ends."""
+    error = Overloaded(message) if status == HTTPStatus.SERVICE_UNAVAILABLE else BadRequest(message)
+    body = json.dumps(error_object(error)).encode()
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    return head.encode() + body
 
 
 _GROWING = (Reading.HEADERS, Reading.BODY, Reading.DRAINING)

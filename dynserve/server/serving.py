@@ -13,14 +13,24 @@ import uvicorn
 
 from dynserve.addresses import advertised, join_host_port
 from dynserve.errors import ConfigError, translate
+from dynserve.open_files import file_limit
 from dynserve.plane_tls import load_pair
 from dynserve.server.heads import HttpLimits, allowed_hosts
 from dynserve.server.protocol import BoundedProtocol
 from dynserve.tls_listener import tls_listener
 
+OWN_FILES = 256  # of a process, at most: links, planes, libraries, pipes
 TLS_TIMEOUT = 10.0  # seconds of a handshake
 MAX_HANDSHAKES = 512  # that are not done; with more, the oldest is closed
+KEEP_ALIVE = 75.0  # seconds; load balancers keep idle connections for 60, and must be the ones that close them
 GOODBYE = 5  # seconds that open connections get when the server stops
+
+
+def allowed_connections(tls: bool) -> int:
+    """The number of connections that the limit of open files allows, besides the process's own files."""
+    handshakes = MAX_HANDSHAKES if tls else 0
+    limit = file_limit()
+    return max(1, limit - handshakes - min(OWN_FILES, limit // 4))
 
 
 class _Server(uvicorn.Server):
@@ -93,17 +103,24 @@ def _listening_with_tls(server: _Server, sock: socket.socket) -> AbstractAsyncCo
 
 @asynccontextmanager
 async def serving(
-    app: Any, sock: socket.socket, limits: HttpLimits | None = None, tls: Tls | None = None
+    app: Any,
+    sock: socket.socket,
+    limits: HttpLimits | None = None,
+    tls: Tls | None = None,
+    *,
+    keep_alive_s: float = KEEP_ALIVE,
 ) -> AsyncIterator[None]:
-    """Serves `app` on `sock` while the block is open. At its end open connections get `GOODBYE` seconds.
+    """Serves `app` on `sock` while the block is open. At its end open connections get `GOODBYE` seconds. A connection
+    without requests is closed after `keep_alive_s` seconds.
 
     Raises:
         ConfigError: the certificate or its key cannot be used.
     """
     bounds = limits or HttpLimits(hosts=allowed_hosts(None, sock.getsockname()[0]))
+    bounds = bounds._replace(connections=min(bounds.connections, allowed_connections(tls is not None)))
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GOODBYE, server_header=False,
-        proxy_headers=False,
+        proxy_headers=False, timeout_keep_alive=cast(int, keep_alive_s),  # which uvicorn only passes to `call_later`
         http=type("_Bounded", (BoundedProtocol,), {"limits": bounds}), ws="none",
         ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,
         ssl_ca_certs=tls.client_ca if tls else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, Protocol, cast
@@ -19,6 +20,7 @@ from dynserve.server.exchange import ChunkWriter, Exchange, Headers, Receive, Sc
 
 log = logging.getLogger(__name__)
 
+TCP_CLOSE = 7  # of the states in Linux' tcp_info
 SMALL_BODY = 1 << 16  # bytes; for a larger one reading may have been paused
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -104,6 +106,39 @@ class DirectExchange(Exchange):
 
     def abort(self) -> None:
         self._connection.transport.abort()
+
+
+def body_of(app: Any) -> Any:
+    """The app for a HEAD request: it answers as to a GET, and the server leaves the body out."""
+
+    async def as_get(scope: Scope, receive: Receive, send: Any) -> None:
+        await app({**scope, "method": "GET"}, receive, send)
+
+    return as_get
+
+
+def send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Sends a response in the form of HTTP/1.0, whose body ends with the connection; uvicorn would send it in chunks."""
+    send = cycle.send
+
+    async def unframed(message: Any) -> None:
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.chunked_encoding = False
+    cycle.send = unframed  # type: ignore[method-assign]
+
+
+def is_reset(transport: asyncio.Transport) -> bool:
+    """Whether the peer has reset a connection that is not read any more. Only Linux says."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or not hasattr(socket, "TCP_INFO"):
+        return False
+    try:
+        state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return True
+    return state == TCP_CLOSE
 
 
 class ResponseTransport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from dynserve.addresses import redacted, servers
+from dynserve.addresses import Server, redacted, servers
 from dynserve.errors import ClusterError, DynserveError, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
 from dynserve.transport.base import Callback, Handler, Mailbox, OnReply
@@ -134,6 +134,16 @@ class _NatsMailbox:
                 raise error
 
 
+def _credentials(servers: Sequence[Server]) -> dict[str, Any]:
+    """The options for the user of all servers, whose name and password may be percent-encoded in the address: nats-py would
+    send them as they stand there. Servers with different users are left to it."""
+    users = {(server.user, server.password) for server in servers if server.user}
+    if len(users) != 1:
+        return {}
+    ((user, password),) = users
+    return {"token": user} if password is None else {"user": user, "password": password}
+
+
 @asynccontextmanager
 async def open_nats(url: str, name: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[NatsBus]:
     """Yields a connected bus, and closes it with the block. Retries without a limit until a server answers.
@@ -179,6 +189,7 @@ async def open_nats(url: str, name: str, tls: ssl.SSLContext | None = None) -> A
                     reconnected_cb=reconnected,
                     error_cb=quiet,
                     tls=tls,
+                    **_credentials(probed),
                 )
 
     async def first_connect() -> None:

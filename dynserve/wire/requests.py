@@ -86,14 +86,24 @@ class ReasoningParsing(msgspec.Struct, frozen=True, kw_only=True):
     open: bool = False
 
 
+class ToolName(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A tool as the client knows it, where the model sees a function of another name or form. The input of a `custom` tool
+    is a text."""
+
+    name: str
+    namespace: str = ""
+    custom: bool = False
+
+
 class ToolParsing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The parser that converts text to tool calls. `enforced`: a grammar enforces the calls, so they can be streamed.
-    `named`: the client has chosen the tool by name."""
+    `named`: the client has chosen the tool by name. `client_names`: tools by the names that the model uses."""
 
     parser: str
     names: tuple[str, ...]
     enforced: bool = False
     named: bool = False
+    client_names: dict[str, ToolName] = {}
 
 
 class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -271,7 +271,7 @@ async def test_only_allowed_tools_can_be_called_and_are_shown() -> None:
         allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
         choice = {"type": "allowed_tools", "allowed_tools": allowed}
         request = chat(tools=TOOLS, tool_choice=choice)
-        assert [tool.function.name for tool in request.callable_tools()] == ["now"]
+        assert [function.name for function in request.callable_tools()] == ["now"]
         found = grammar(tools=TOOLS, tool_choice=choice)
         add, now, _ = WRITTEN["hermes"]
         assert await accepts(found, now, add, "Hello") == [True, False, may_talk]

@@ -26,7 +26,10 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "role"),
     (CHAT, HELLO | {"temperature": 5}, "temperature"),
-    (CHAT, HELLO | {"top_p": 0}, "top_p"),
+    (CHAT, HELLO | {"top_p": -0.1}, "top_p"),
+    (CHAT, HELLO | {"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+    (CHAT, HELLO | {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    (CHAT, HELLO | {"tools": [{"type": "custom"}]}, "tools.0.custom"),
     (CHAT, HELLO | {"n": 0}, "n"),
     (CHAT, HELLO | {"max_tokens": -1}, "max_tokens"),
     (CHAT, HELLO | {"top_logprobs": 50, "logprobs": True}, "top_logprobs"),
@@ -45,8 +48,13 @@ BAD: list[tuple[str, Any, str]] = [
     (COMPLETIONS, {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
     ("/v1/embeddings", {"input": []}, "input"),
     ("/v1/embeddings", {"input": "x", "dimensions": 100_000}, "dimensions"),
-    ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, "image_generation_call"),
-    ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "web_search"),
+    ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, "input has no message"),
+    ("/v1/responses", {"input": "x", "tools": [{"type": "custom"}]}, "a custom needs a name"),
+    (
+        "/v1/responses",
+        {"input": "x", "tools": [{"type": "web_search"}], "tool_choice": "required"},
+        "required needs tools",
+    ),
     ("/tokenize", {}, "prompt"),
     ("/detokenize", {"tokens": [10**9]}, "token ids"),
 ]
@@ -69,7 +77,7 @@ async def test_a_bad_request_is_answered_with_the_name_of_the_invalid_field(
 async def test_a_body_that_is_not_a_json_object_is_a_bad_request(
     http: httpx.AsyncClient, path: str, body: bytes
 ) -> None:
-    answer = await http.post(path, content=body)
+    answer = await http.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 

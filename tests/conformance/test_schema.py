@@ -49,7 +49,7 @@ def _open_requests(target: Target) -> Iterator[None]:
 OPERATIONS = (
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/responses", "POST /v1/messages",
     "POST /v1/messages/count_tokens", "POST /tokenize", "POST /detokenize", "GET /v1/models", "GET /v1/models/{model}",
-    "GET /v1/requests/{request_id}/why", "GET /health", "GET /live", "GET /metrics",
+    "GET /v1/requests/{request_id}/why", "GET /health", "GET /live", "GET /metrics", "GET /version",
 )  # fmt: skip
 
 

@@ -32,6 +32,22 @@ def test_keys_that_only_tensorrt_llm_knows_are_ignored() -> None:
     engine_args(WorkerConfig(override_engine_args='{"cuda_graph_config": {"max_batch_size": 8}}'))
 
 
+def test_a_file_for_tensorrt_llm_of_any_version_does_not_stop_this_executor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "e.yaml"
+    file.write_text(
+        "backend: pytorch\nuse_torch_sampler: true\nsampler_type: auto\nautotuner_enabled: false\nmax_batch_size: 3\n"
+        "cuda_graph_padding_enabled: true\nbuild_config: {max_beam_width: 1}\nwide_ep_of_a_later_version: {a: 1}\n"
+        "kv_cache_config: {quantised_by_a_later_version: 4}\ncache_transceiver_config: {backend: ucx}\n"
+    )
+    args = engine_args(WorkerConfig(extra_engine_args=str(file)))
+    assert (args.max_batch_size, args.cache_transceiver_config.backend) == (3, "UCX")
+    assert "ignored, unknown to this executor: 'wide_ep_of_a_later_version'" in caplog.text
+    assert "'quantised_by_a_later_version' in kv_cache_config" in caplog.text
+    assert engine_args(WorkerConfig(override_engine_args='{"cache_transceiver_config": {"backend": "mooncake"}}'))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

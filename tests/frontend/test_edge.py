@@ -142,9 +142,9 @@ def test_unknown_fields_are_named_in_a_header_of_ascii_characters() -> None:
     assert unknown_fields_header([]) == []
     assert (
         unknown_fields_header(["a", "b\r\nset-cookie: x", "ü" * 200])[0][1]
-        == f"ignored unknown fields: a, b??set-cookie:?x, {'?' * 64}"
+        == f"ignored: a, b??set-cookie: x, {'?' * 64}"
     )
-    assert unknown_fields_header([f"f{i}" for i in range(20)])[0][1].endswith("and 12 more")
+    assert unknown_fields_header([f"f{i}" for i in range(20)])[0][1].endswith("and 4 more")
 
 
 async def test_an_internal_error_is_an_error_object_without_details(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import psutil
 import pytest
 
-from dynserve.local.embedded import free_ports
+from dynserve.local.embedded import free_ports, nats_command
 from tests.conftest import DOUBLES, MODEL, Process
 
 SMALL = ["--executor", "simulated", "--override-engine-args", '{"speed": 0}', "--prefill", "1", "--decode", "1"]
@@ -178,3 +179,37 @@ def test_a_port_in_use_is_an_error_and_exit_code_2() -> None:
 def test_an_unknown_command_suggests_the_right_one() -> None:
     done = subprocess.run([sys.executable, "-m", "dynserve", "worke"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "did you mean worker?" in done.stderr
+
+
+def test_a_password_in_an_address_is_shown_to_nobody(tmp_path: Path) -> None:
+    """Neither logs nor /health, nor the command lines of processes, nor help, nor errors have it."""
+    (port,) = free_ports(1)
+    password = "s3cret/pass,word"
+    nats = Process([*nats_command(port), "--user", "u", "--pass", password], tmp_path / "nats.log")
+    url = f"nats://u:{quote(password, safe='')}@127.0.0.1:{port}"
+    up = Up(tmp_path, *SMALL, "--log-level", "debug", NATS_URL=url)
+    try:
+        up.until("Ctrl-C stops everything.")
+        shown = [up.process.output(), httpx.get(f"http://127.0.0.1:{up.port}/health", trust_env=False).text]
+        shown += [" ".join(child.cmdline()) for child in up.children()]
+        assert up.ask().status_code == 200
+        nats.kill()  # the reconnections are logged
+        up.until("NATS", 30)
+        shown.append(up.process.output())
+    finally:
+        up.process.kill(signal.SIGINT)
+        up.process.wait(30)
+        nats.kill()
+    environ = {"PATH": os.environ["PATH"], "NATS_URL": url}
+    for role in ("frontend", "worker", "up"):
+        for flags in (["--help"], [f"--nats-ulr={url}"], [url], [f"--http-port={url}", f"--system-port={url}"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "dynserve", role, *flags],
+                capture_output=True,
+                text=True,
+                env=environ,
+                timeout=60,
+            )
+            shown += [done.stdout, done.stderr]
+    for text in shown:
+        assert "s3cret" not in text, text

@@ -16,7 +16,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+import dynserve
 from dynserve.cluster import Cluster
+from dynserve.config import FrontendConfig
 from dynserve.errors import ConfigError
 from dynserve.server.heads import HttpLimits
 from dynserve.server.protocol import BoundedProtocol
@@ -399,3 +401,126 @@ async def test_an_immediate_answer_comes_after_100_continue() -> None:
         answer = await raw(port, head + b"hi")
     first, _, second = answer.partition(b"\r\n\r\n")
     assert first == b"HTTP/1.1 100 Continue" and second.startswith(b"HTTP/1.1 200 OK\r\n") and second.endswith(b"ok")
+
+
+# the edges of HTTP
+
+
+def head_and_body(answer: bytes) -> tuple[bytes, bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head.lower(), body
+
+
+def post(path: str, body: bytes, version: str = "1.1", **headers: str) -> bytes:
+    fields = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in (fields | headers).items())
+    return f"POST {path} HTTP/{version}\r\n{lines}\r\n".encode() + body
+
+
+async def test_a_client_of_http_1_0_gets_its_answer_without_chunks() -> None:
+    async with served() as (port, _):
+        for stream in (False, True):
+            body = json.dumps(ASK | {"stream": stream, "max_tokens": 3, "temperature": 0}).encode()
+            head, found = head_and_body(await raw(port, post("/v1/chat/completions", body, "1.0")))
+            assert b"200 ok" in head and b"chunked" not in head and b"connection: close" in head
+            text = found.decode()
+            if stream:
+                assert text.startswith("data: {") and text.endswith("data: [DONE]\n\n")
+            else:
+                assert json.loads(text)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_client_that_closes_its_sending_side_gets_its_answer(version: str, stream: bool) -> None:
+    engine = {"speed": 1, "step_ms": 20}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        async with serving(cluster.apps[0].served, sock):
+            reader, writer = await asyncio.open_connection(*sock.getsockname())
+            body = json.dumps(ASK | {"stream": stream, "max_tokens": 20, "ignore_eos": True}).encode()
+            writer.write(post("/v1/chat/completions", body, version))
+            writer.write_eof()
+            async with asyncio.timeout(20):
+                answer = await reader.read()
+            writer.close()
+            interim, _, rest = answer.partition(b"HTTP/1.1 200 OK")
+            assert interim == (b"HTTP/1.1 102 Processing\r\n\r\n" if version == "1.1" else b"")
+            assert (b'"finish_reason":"length"' in rest) and cluster.workers[0].counts["cancelled"] == 0
+
+
+async def test_a_client_that_closes_the_whole_connection_still_cancels_its_request() -> None:
+    engine = {"speed": 1, "step_ms": 20}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        async with serving(cluster.apps[0].served, sock):
+            _, writer = await asyncio.open_connection(*sock.getsockname())
+            writer.write(
+                post("/v1/chat/completions", json.dumps(ASK | {"max_tokens": 5000, "ignore_eos": True}).encode())
+            )
+            await until(lambda: cluster.workers[0].counts["accepted"] == 1)
+            writer.close()
+            await until(lambda: cluster.workers[0].counts["cancelled"] == 1)
+
+
+@pytest.mark.parametrize("path", ["/health", "/live", "/version", "/metrics", "/v1/models", f"/v1/models/{MODEL}"])
+async def test_head_is_answered_as_get_without_the_body(path: str) -> None:
+    async with served() as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        got, head = await client.get(path), await client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"") and got.status_code == 200
+        assert head.headers["content-type"] == got.headers["content-type"]
+
+
+async def test_a_trailing_slash_is_served_and_not_redirected() -> None:
+    async with served() as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/v1/models/")).json()["data"][0]["id"] == MODEL
+        assert (await client.post("/v1/chat/completions/", json=ASK | {"max_tokens": 1})).status_code == 200
+        assert (await client.get("/nothing/")).status_code == 404
+
+
+async def test_the_version_is_that_of_the_package() -> None:
+    async with served() as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/version")).json() == {"version": dynserve.__version__}
+
+
+async def test_an_idle_connection_is_kept_for_75_seconds_or_the_configured_time() -> None:
+    kept: list[float] = []
+
+    class Recording(uvicorn.Config):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            kept.append(options["timeout_keep_alive"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn, "Config", Recording)
+        async with served():
+            assert kept == [75.0] and FrontendConfig().keep_alive_s == 75.0
+    async with Cluster(aggregated=1, executor="simulated") as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        async with serving(cluster.apps[0].served, sock, keep_alive_s=0.05):
+            answer = await raw(sock.getsockname()[1], b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert b"200 OK" in answer  # and the server has closed the connection
+
+
+async def test_connections_beyond_the_limit_of_open_files_get_a_503_and_a_log_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served(HttpLimits(connections=2)) as (port, _):
+        kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for _, writer in kept:
+            writer.write(b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        for reader, _ in kept:
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        answer = await raw(port, b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert error_of(answer) == (503, "this server has too many open connections; try again soon")
+        assert (
+            "refusing connections: over 2 are open; the limit of open files (ulimit -n) allows no more" in caplog.text
+        )
+        for _, writer in kept:
+            writer.close()
+        await until(lambda: True)
+        async with asyncio.timeout(10):
+            while b"200 OK" not in await raw(
+                port, b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            ):
+                await asyncio.sleep(0.01)

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, get_args
 from dynserve.config import WorkerConfig, nearest
 from dynserve.errors import ConfigError
 from dynserve.executors.option_names import Schema
-from dynserve.executors.trtllm.spellings import Entry, Path_, modernised
+from dynserve.executors.trtllm.spellings import BACKENDS, Entry, Path_, modernised
 from dynserve.model_files import model_config
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("DEFAULT", "NIXL", "UCX", "MOONCAKE", "MPI")
 WITHOUT_EFFECT = frozenset(["sampler_type"])  # documented as accepted, by versions that do not have it any more
 MERGED = frozenset(["kv_cache_config", "telemetry_config", "multimodal_config"])  # key by key, as `trtllm-serve` does
 

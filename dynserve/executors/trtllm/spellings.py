@@ -1,7 +1,8 @@
 """Translates old spellings of engine options: files of older guides work unchanged, with a warning that names both.
 
 `pytorch_backend_config` was a block up to 0.20; `enable_chunked_context` and `enable_trt_overlap` are names of Triton's
-backend that are used in guides; `cuda_graph_config.enable_cuda_graph` was never an option, but is found in files.
+backend that are used in guides; `cuda_graph_config.enable_cuda_graph` was never an option, but is found in files; NVIDIA's
+aiconfigurator writes the transceiver's backends in lower case.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _MEMBERS: dict[str, tuple[Path_, Callable[[Any], Any]]] = {
     "cuda_graph_batch_sizes": (("cuda_graph_config", "batch_sizes"), _same),
     "cuda_graph_max_batch_size": (("cuda_graph_config", "max_batch_size"), _same),
     "cuda_graph_padding_enabled": (("cuda_graph_config", "enable_padding"), _same),
+    "autotuner_enabled": (("enable_autotuner",), _same),
     "enable_overlap_scheduler": (("disable_overlap_scheduler",), _negated),
     "enable_trt_overlap": (("disable_overlap_scheduler",), _negated),
     "enable_chunked_context": (("enable_chunked_prefill",), _same),
@@ -39,6 +41,10 @@ _MEMBERS: dict[str, tuple[Path_, Callable[[Any], Any]]] = {
     "kv_cache_dtype": (("kv_cache_config", "dtype"), _same),
     "moe_backend": (("moe_config", "backend"), _same),
 }
+BACKENDS = ("DEFAULT", "NIXL", "UCX", "MOONCAKE", "MPI")  # of the transceiver
+_TRANSCEIVER = ("cache_transceiver_config", "backend")
+# the choice of a sampler, while there were two
+_GONE = {"use_torch_sampler", "enable_trtllm_sampler", "mixed_sampler", "enable_mixed_sampler"}
 _SWITCHES = {(BLOCK, "use_cuda_graph"), ("use_cuda_graph",), ("cuda_graph_config", "enable_cuda_graph")}
 _BUILD = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_input_len", "max_beam_width")
 
@@ -62,6 +68,12 @@ def modernised(entries: list[Entry], where: str) -> list[Entry]:
                 raise ConfigError(f"{place}: backend {value!r} was removed from TensorRT-LLM; use pytorch")
             changes.append("backend → remove it")
             continue
+        if path[-1] in _GONE and len(path) == (2 if path[0] == BLOCK else 1):
+            changes.append(f"{'.'.join(path)} → remove it: there is one sampler")
+            continue
+        if path == _TRANSCEIVER and isinstance(value, str) and value not in BACKENDS and value.upper() in BACKENDS:
+            changes.append(f"{'.'.join(path)}: {value} → {value.upper()}")
+            value = value.upper()
         if path in _SWITCHES:
             graphs = bool(value)
             changes.append(

@@ -68,7 +68,7 @@ class Transcript:
         found: list[TranscriptCall] = []
         for piece, _ in self.parts:
             if isinstance(piece, CallStart):
-                found.append(TranscriptCall(call_id(self._render, len(found)), piece.name))
+                found.append(TranscriptCall(call_id(self._render, len(found)), piece))
             elif isinstance(piece, CallArguments):
                 found[-1].parts.append(piece.text)
         return found
@@ -87,8 +87,8 @@ class Transcript:
 
 
 class TranscriptCall:
-    def __init__(self, id_: str, name: str) -> None:
-        self.id, self.name = id_, name
+    def __init__(self, id_: str, start: CallStart) -> None:
+        self.id, self.name, self.custom = id_, start.name, start.custom
         self.parts: list[str] = []
 
     @property

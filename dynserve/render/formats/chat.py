@@ -82,6 +82,7 @@ class ChatFormat(_Choices):
     def __init__(self, render: RenderOptions) -> None:
         super().__init__(render)
         self._calls = -1
+        self._custom = False  # the last call is one of a custom tool
 
     def first(self) -> bytes:
         return self._choice + b'"delta":{"role":"assistant","content":""},"logprobs":null' + self._end()
@@ -100,13 +101,15 @@ class ChatFormat(_Choices):
                 return self.content(text, logprobs)
             case ReasoningText(text):
                 return self._delta(b'"reasoning_content":' + to_json(text), logprobs)
-            case CallStart(name):
+            case CallStart(name, custom):
                 self._calls += 1
-                id_ = call_id(self._render, self._calls)
-                function = {"name": name, "arguments": ""}
-                call: dict[str, Any] = {"index": self._calls, "id": id_, "type": "function", "function": function}
+                self._custom = custom
+                call: dict[str, Any] = {"index": self._calls} | _call(
+                    call_id(self._render, self._calls), name, "", custom
+                )
             case CallArguments(text):
-                call = {"index": self._calls, "function": {"arguments": text}}
+                part = {"custom": {"input": text}} if self._custom else {"function": {"arguments": text}}
+                call = {"index": self._calls} | part
         return self._delta(b'"tool_calls":[' + to_json(call) + b"]", logprobs)
 
     def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
@@ -121,9 +124,7 @@ class ChatFormat(_Choices):
             message["reasoning_content"] = transcript.reasoning
         if calls:
             message["content"] = transcript.content or None
-            message["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls
-            ]
+            message["tool_calls"] = [_call(call.id, call.name, call.arguments, call.custom) for call in calls]
         choice = {
             "index": self._render.index,
             "message": message,
@@ -143,6 +144,12 @@ class ChatFormat(_Choices):
         """The finish reason. OpenAI's API ends a call with `stop` where the client chose the tool by name."""
         tools = self._render.tools
         return "tool_calls" if called and end.reason == "stop" and tools and not tools.named else end.reason
+
+
+def _call(id_: str, name: str, arguments: str, custom: bool) -> dict[str, Any]:
+    if custom:
+        return {"id": id_, "type": "custom", "custom": {"name": name, "input": arguments}}
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class CompletionFormat(_Choices):

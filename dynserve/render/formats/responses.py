@@ -13,6 +13,8 @@ from dynserve.text.detokenize import Vocabulary
 from dynserve.wire.link import Usage
 from dynserve.wire.requests import RenderOptions, TokenLogprob
 
+_ARGUMENTS = {"function_call": "function_call_arguments", "custom_tool_call": "custom_tool_call_input"}
+
 
 class ResponsesFormat:
     def __init__(self, render: RenderOptions) -> None:
@@ -21,9 +23,10 @@ class ResponsesFormat:
         self._frame: dict[str, Any] = msgspec.json.decode(render.frame) if render.frame else {}
         self._number = 0
         self._output: list[dict[str, Any]] = []  # items that are done
-        self._kind = ""  # type of the open item: message, reasoning, function_call; empty: no item is open
+        # type of the open item: message, reasoning, function_call, custom_tool_call; empty: no item is open
+        self._kind = ""
         self._text: list[str] = []  # text of the open item
-        self._call = ("", "")  # id and name of the open call
+        self._call = ("", CallStart(""))  # id and start of the open call
         self._calls = 0
         self._logprobs: list[dict[str, Any]] = []
 
@@ -54,14 +57,14 @@ class ResponsesFormat:
                 return begin + self._event(
                     "response.reasoning_text.delta", **self._place(), content_index=0, delta=text
                 )
-            case CallStart(name):
+            case CallStart():
                 closed = self._close("completed")
-                self._call = (call_id(self._render, self._calls), name)
+                self._call = (call_id(self._render, self._calls), piece)
                 self._calls += 1
-                return closed + self._open("function_call")
+                return closed + self._open("custom_tool_call" if piece.custom else "function_call")
             case CallArguments(text):
                 self._text.append(text)
-                return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
+                return self._event(f"response.{_ARGUMENTS[self._kind]}.delta", **self._place(), delta=text)
 
     def last(self, end: AnswerEnd, logprobs: Logprobs) -> bytes:
         status, closed = self._end(end)
@@ -100,7 +103,7 @@ class ResponsesFormat:
         return {"item_id": self._item_id(), "output_index": len(self._output)}
 
     def _item_id(self) -> str:
-        head = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[self._kind]
+        head = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}[self._kind]
         return f"{head}_{self._render.response_id.removeprefix('resp_')}_{len(self._output)}"
 
     def _item(self, status: str) -> dict[str, Any]:
@@ -113,7 +116,10 @@ class ResponsesFormat:
             case "reasoning":
                 return item | {"summary": [], "content": [{"type": "reasoning_text", "text": text}]}
             case _:
-                return item | {"call_id": self._call[0], "name": self._call[1], "arguments": text}
+                id_, start = self._call
+                space = {"namespace": start.namespace} if start.namespace else {}
+                shown = {"input": text} if start.custom else {"arguments": text}
+                return item | {"call_id": id_, "name": start.name} | space | shown
 
     def _text_part(self, text: str) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
@@ -143,8 +149,11 @@ class ResponsesFormat:
                 done += self._event("response.content_part.done", **place, content_index=0, part=part)
             case "reasoning":
                 done = self._event("response.reasoning_text.done", **place, content_index=0, text=text)
+            case "custom_tool_call":
+                done = self._event("response.custom_tool_call_input.done", **place, input=text)
             case _:
-                done = self._event("response.function_call_arguments.done", **place, name=self._call[1], arguments=text)
+                name = self._call[1].name
+                done = self._event("response.function_call_arguments.done", **place, name=name, arguments=text)
         item = self._item(status)
         done += self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)

@@ -370,3 +370,31 @@ def test_the_option_names_of_the_pinned_version_match_the_contract() -> None:
         "lora_config": "LoraConfig",
     }.items():
         assert (ARGS[name] or {}).keys() == models[model].keys()
+
+
+@pytest.mark.parametrize("backend", ["ucx", "default", "Nixl", "mooncake", "MPI"])
+def test_backends_of_the_transceiver_are_read_in_lower_case_too(tmp_path: Path, backend: str) -> None:
+    made = arguments(tmp_path, f"cache_transceiver_config: {{backend: {backend}}}")
+    assert made["cache_transceiver_config"]["backend"] == backend.upper()
+    with pytest.raises(ConfigError, match=r"backend 'ucxx' is not one of .*\(did you mean UCX\?\)"):
+        given(tmp_path, "cache_transceiver_config: {backend: ucxx}")
+
+
+def test_options_of_old_recipes_are_translated_or_dropped_with_a_hint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "use_torch_sampler: true\nenable_trtllm_sampler: false\nautotuner_enabled: false\n"
+    text += (
+        "cuda_graph_padding_enabled: true\npytorch_backend_config: {mixed_sampler: true, autotuner_enabled: false}\n"
+    )
+    made = arguments(tmp_path, text)
+    assert made["enable_autotuner"] is False and made["cuda_graph_config"] == {"enable_padding": True}
+    assert not [name for name in made if "sampler" in name]
+    for hint in (
+        "use_torch_sampler → remove it: there is one sampler",
+        "enable_trtllm_sampler → remove it",
+        "pytorch_backend_config.mixed_sampler → remove it",
+        "autotuner_enabled → enable_autotuner",
+        "cuda_graph_padding_enabled → cuda_graph_config.enable_padding",
+    ):
+        assert hint in caplog.text
