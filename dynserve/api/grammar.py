@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import keyword
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynserve.api.body_bounds import check_json_texts
 from dynserve.api.chat import ChatRequest, Function, NamedTool
 from dynserve.api.completions import CompletionRequest
+from dynserve.api.json_schema import lenient_rules_of, rules_of
 from dynserve.dialects.tools import STYLES, CallStyle
 from dynserve.errors import BadRequest
 from dynserve.wire.discovery import Card
@@ -22,15 +23,29 @@ Format = dict[str, Any]  # a node of a structural tag
 
 
 def grammar_of(request: ChatRequest | CompletionRequest, card: Card) -> Grammar | None:
-    """Returns the grammar of an answer, if any.
+    """Returns the grammar of an answer, if any. Raises what `enforced` raises."""
+    return enforced(request, card).grammar
+
+
+class Enforced(NamedTuple):
+    """The grammar of an answer, if any. `dropped`: words of tools' schemas that it does not hold an answer to."""
+
+    grammar: Grammar | None
+    dropped: list[str]
+
+
+def enforced(request: ChatRequest | CompletionRequest, card: Card) -> Enforced:
+    """Returns the grammar of an answer.
 
     Raises:
         BadRequest: the model's workers cannot enforce it, or it exceeds a bound.
     """
     chat = request if isinstance(request, ChatRequest) else None
-    grammar = _with_tools(chat, card) if chat is not None and chat.callable_tools() else _plain(request)
+    dropped: list[str] = []
+    with_tools = chat is not None and chat.callable_tools()
+    grammar = _with_tools(chat, card, dropped) if chat is not None and with_tools else _plain(request)
     if grammar is None:
-        return None
+        return Enforced(None, [])
     if not card.grammars:
         because = f" ({card.no_grammars})" if card.no_grammars else ""
         raise BadRequest(
@@ -41,7 +56,9 @@ def grammar_of(request: ChatRequest | CompletionRequest, card: Card) -> Grammar 
     if len(grammar.text) > MAX_GRAMMAR:
         size = f"{len(grammar.text):,}"
         raise BadRequest(f"the schemas and grammars of a request may have {MAX_GRAMMAR:,} characters, not {size}")
-    return grammar
+    if len(grammar.rules) > 4 * MAX_GRAMMAR:
+        raise BadRequest("the schemas of this request stand for too many rules; simplify them")
+    return Enforced(grammar, dropped)
 
 
 def enforces_calls(card: Card) -> bool:
@@ -52,15 +69,15 @@ def enforces_calls(card: Card) -> bool:
 def _plain(request: ChatRequest | CompletionRequest) -> Grammar | None:
     form = request.response_format
     if form is not None and form.type == "json_object":
-        return Grammar(kind="json", text=_text(ANY_OBJECT))
+        return _json(ANY_OBJECT, "response_format")
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
-        return Grammar(kind="json", text=_text(_checked(form.json_schema.schema_, "response_format")))
+        return _json(form.json_schema.schema_, "response_format")
     if request.guided_json is not None:
         given = request.guided_json
         if isinstance(given, str):
             check_json_texts([given], 4 * MAX_NODES, "guided_json")
         schema = _schema(given) if isinstance(given, str) else given
-        return Grammar(kind="json", text=_text(_checked(schema, "guided_json")))
+        return _json(schema, "guided_json")
     if request.guided_regex is not None:
         return Grammar(kind="regex", text=request.guided_regex)
     if request.guided_grammar is not None:
@@ -70,7 +87,11 @@ def _plain(request: ChatRequest | CompletionRequest) -> Grammar | None:
     return None
 
 
-def _with_tools(request: ChatRequest, card: Card) -> Grammar | None:
+def _json(schema: Any, param: str) -> Grammar:
+    return Grammar(kind="json", text=_text(schema), rules=rules_of(_checked(schema, param), param).text)
+
+
+def _with_tools(request: ChatRequest, card: Card, dropped: list[str]) -> Grammar | None:
     tools, choice = request.callable_tools(), request.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.name == choice.name]
@@ -83,11 +104,11 @@ def _with_tools(request: ChatRequest, card: Card) -> Grammar | None:
     if style is None:
         raise BadRequest("this model does not call tools: its chat template does not support them", param="tools")
     if forced:
-        return _tag(_calls(style, tools, single))
+        return _tag(_calls(style, tools, single), dropped)
     plain = _plain(request)
     if plain is not None:
-        return _tag({"type": "or", "elements": [_calls(style, tools, single), _as_format(plain)]})
-    return _tag(_free(style, tools, single)) if enforces_calls(card) else None
+        return _tag({"type": "or", "elements": [_calls(style, tools, single), _as_format(plain)]}, dropped)
+    return _tag(_free(style, tools, single), dropped) if enforces_calls(card) else None
 
 
 def _calls(style: CallStyle, tools: list[Function], single: bool) -> Format:
@@ -121,19 +142,30 @@ def _list(style: CallStyle, tools: list[Function], single: bool) -> Format:
 
 
 def _call(style: CallStyle, tool: Function) -> Format:
-    content = {"type": "json_schema", "json_schema": _of_object(tool.parameters)}
+    content = _SchemaFormat(_of_object(tool.parameters), f"tools.{tool.name}", strict=bool(tool.strict))
     return {"type": "tag", "begin": style.begin.replace("{}", tool.name), "content": content, "end": style.end}
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
-    """The schema of a tool's arguments; any object where the compiler would not enforce that they are an object."""
-    if not schema or _OPEN & schema.keys():
+    """The schema of a tool's arguments, which are an object."""
+    if not schema:
         return ANY_OBJECT
-    branches = [branch for word in ("anyOf", "oneOf") for branch in _children(schema.get(word))]
-    if any(isinstance(branch, dict) and branch.get("type", "object") != "object" for branch in branches):
-        return ANY_OBJECT
-    shaped = schema.get("type") == "object" or bool(_SHAPES & schema.keys())
-    return _checked(schema, "tools") if shaped else ANY_OBJECT
+    return {**schema, "type": "object"} if schema.get("type", "object") in ("object", ["object"]) else ANY_OBJECT
+
+
+class _SchemaFormat(dict[str, Any]):
+    """A node of a structural tag for JSON of one schema. `strict`: the client wants the whole schema enforced."""
+
+    def __init__(self, schema: Any, place: str, *, strict: bool) -> None:
+        super().__init__(type="json_schema", json_schema=schema)
+        self._schema, self._place, self._strict = schema, place, strict
+
+    def with_rules(self, dropped: list[str]) -> Format:
+        """The same node with rules instead of the schema."""
+        schema = _checked(self._schema, "tools")
+        made = rules_of(schema, "tools") if self._strict else lenient_rules_of(schema, "tools")
+        dropped += [f"{self._place}.{word} (not enforced)" for word in made.dropped]
+        return {"type": "grammar", "grammar": made.text}
 
 
 def _checked(schema: Any, param: str) -> Any:
@@ -156,14 +188,10 @@ def _children(node: Any) -> Iterable[Any]:
     return node if isinstance(node, list) else ()
 
 
-_SHAPES = {"properties", "$ref", "anyOf", "oneOf"}
-_OPEN = {"allOf", "const", "enum"}  # at the root, where the compiler ignores all other keywords
-
-
 def _as_format(grammar: Grammar) -> Format:
     match grammar.kind:
         case "json":
-            return {"type": "json_schema", "json_schema": _schema(grammar.text)}
+            return _SchemaFormat(_schema(grammar.text), "response_format", strict=True)
         case "regex":
             return {"type": "regex", "pattern": grammar.text}
         case _:
@@ -177,8 +205,18 @@ def _schema(text: str) -> Any:
         raise BadRequest(f"guided_json is not JSON: {error}", param="guided_json") from error
 
 
-def _tag(form: Format) -> Grammar:
-    return Grammar(kind="structural_tag", text=_text({"type": "structural_tag", "format": form}))
+def _tag(form: Format, dropped: list[str]) -> Grammar:
+    tag = {"type": "structural_tag", "format": form}
+    return Grammar(kind="structural_tag", text=_text(tag), rules=_text(_with_rules(tag, dropped)))
+
+
+def _with_rules(node: Any, dropped: list[str]) -> Any:
+    """A copy of a structural tag with rules instead of schemas."""
+    if isinstance(node, _SchemaFormat):
+        return node.with_rules(dropped)
+    if isinstance(node, dict):
+        return {name: _with_rules(inner, dropped) for name, inner in node.items()}
+    return [_with_rules(inner, dropped) for inner in node] if isinstance(node, list) else node
 
 
 def _pythonic(tools: list[Function], single: bool) -> str:

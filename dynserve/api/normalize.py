@@ -11,7 +11,7 @@ import msgspec
 from dynserve.api.chat import ChatRequest, NamedTool
 from dynserve.api.completions import DEFAULT_TOKENS, CompletionRequest, EmbeddingRequest, packed_prompts
 from dynserve.api.fields import AnswerFields
-from dynserve.api.grammar import enforces_calls, grammar_of
+from dynserve.api.grammar import enforced, enforces_calls, grammar_of
 from dynserve.dialects import reasoning as tags
 from dynserve.errors import BadRequest, ContextTooLong
 from dynserve.text.preprocess import Preprocessor
@@ -41,6 +41,7 @@ class NormalizedRequest(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[Generation]
     group: int = 1
     keep: int = 1
+    dropped: list[str] = []  # words of tools' schemas that no grammar holds the answers to
 
     @property
     def render(self) -> RenderOptions:
@@ -100,7 +101,7 @@ def tokenize_prompts(
 def _normalize_chat(
     request: ChatRequest, tokenized: TokenizedPrompts, card: Card, preprocessor: Preprocessor, kind: Kind, frame: str
 ) -> NormalizedRequest:
-    grammar = grammar_of(request, card)
+    grammar, dropped = enforced(request, card)
     parsing = _reasoning_parsing(card, tokenized.text, continued=request.continue_final_message)
     if grammar is not None and parsing is not None:
         tokens = _reasoning_tokens(parsing, preprocessor)
@@ -125,7 +126,9 @@ def _normalize_chat(
         numbered = _numbered(render, index, count)
         return Generation(prompt=prompt, sampling=sampling, stop=stop, render=numbered, grammar=grammar)
 
-    return NormalizedRequest(choices=[choice(index) for index in range(count)], group=count, keep=count)
+    return NormalizedRequest(
+        choices=[choice(index) for index in range(count)], group=count, keep=count, dropped=dropped
+    )
 
 
 def _normalize_completion(

@@ -150,7 +150,7 @@ class Edge:
         hints = routing_hints(exchange.headers, call, request)
         normalized = _charged(call, normalized, bounded=request.bounds_answer())
         requests = inference_requests(exchange.request_id, request.model, normalized, hints)
-        headers = call.headers() + unknown_fields_header(body.unknown)
+        headers = call.headers() + unknown_fields_header(body.unknown + normalized.dropped)
         if not normalized.render.part:
             return TokenResponse(self._frontend.pipeline, requests[0], call, headers)
         return FanOut(self._frontend.pipeline, requests, call, headers, normalized, exchange.request_id)

@@ -71,11 +71,13 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar that the answer follows, after the model's reasoning, if any.
 
     `text` is a JSON schema, a regular expression, an EBNF grammar with the rule `root`, or a structural tag (xgrammar's
-    JSON description of tagged formats, which TensorRT-LLM accepts too).
+    JSON description of tagged formats, which TensorRT-LLM accepts too). `rules` is the same with EBNF instead of JSON
+    schemas, for engines with xgrammar, whose compiler of schemas drops some of their words; empty where there are none.
     """
 
     kind: Literal["json", "regex", "grammar", "structural_tag"]
     text: str
+    rules: str = ""
     reasoning: ReasoningTokens | None = None
 
 

@@ -125,3 +125,64 @@ async def test_an_error_in_the_middle_of_a_stream_reaches_the_sdk_as_an_error(de
         with pytest.raises(openai.APIError, match="was lost"):
             [chunk async for chunk in stream]
     deployment.stop()
+
+
+CUSTOM: Any = {
+    "type": "custom",
+    "custom": {"name": "run", "description": "Runs a command.", "format": {"type": "text"}},
+}
+
+
+@pytest.mark.tiny_model
+async def test_the_sdk_gets_the_calls_of_custom_tools_in_chats(client: Client, target: Target) -> None:
+    asked: Any = {
+        "model": target.model, "messages": says("Run ls"), "tools": [CUSTOM], "tool_choice": "required",
+        "parallel_tool_calls": False, "max_tokens": 400, "temperature": 0, "logit_bias": {},
+    }  # fmt: skip
+    answer = await client.chat.completions.create(**asked)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "custom" and call.custom.name == "run" and isinstance(call.custom.input, str)
+    streamed = ""
+    async for chunk in await client.chat.completions.create(**asked, stream=True):
+        for part in (chunk.choices[0].delta.tool_calls or []) if chunk.choices else []:
+            custom: Any = (part.model_extra or {}).get("custom") or {}
+            streamed += custom.get("input", "")
+    assert streamed == call.custom.input
+    # the call and its result as the SDK sends them back
+    history: Any = [
+        *says("Run ls"), answer.choices[0].message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "files"},
+    ]  # fmt: skip
+    again = await client.chat.completions.create(
+        model=target.model, messages=history, tools=[CUSTOM], max_tokens=5, temperature=0
+    )
+    assert again.usage is not None and answer.usage is not None
+    assert again.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+@pytest.mark.tiny_model
+async def test_the_sdk_gets_the_calls_of_custom_tools_and_namespaces_in_responses(
+    client: Client, target: Target
+) -> None:
+    space = {"type": "namespace", "name": "demo", "description": "d", "tools": [{"type": "custom", "name": "run"}]}
+    tools: Any = [space, {"type": "web_search"}]
+    asked: Any = {
+        "model": target.model, "input": "Run ls", "tools": tools, "tool_choice": "required",
+        "parallel_tool_calls": False, "max_output_tokens": 400, "temperature": 0,
+    }  # fmt: skip
+    raw = await client.responses.with_raw_response.create(**asked)
+    assert raw.headers["x-dynserve-warning"] == "ignored: tools.1 (web_search)"
+    (item,) = raw.parse().output
+    assert item.type == "custom_tool_call" and item.name == "run" and item.namespace == "demo"
+    async with client.responses.stream(**asked) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert "response.custom_tool_call_input.done" in kinds
+    (streamed,) = final.output
+    assert streamed.type == "custom_tool_call" and streamed.input == item.input
+    history: Any = [
+        {"role": "user", "content": "Run ls"}, item.model_dump(exclude_none=True),
+        {"type": "custom_tool_call_output", "call_id": item.call_id, "output": "files"},
+    ]  # fmt: skip
+    again = await client.responses.create(model=target.model, input=history, tools=tools, max_output_tokens=5)
+    assert again.status in ("completed", "incomplete")

@@ -127,7 +127,7 @@ def test_the_cache_of_compiled_grammars_is_bounded_in_bytes() -> None:
         memory_size_bytes = 300
 
     kept = _GrammarCache(1000)
-    keys = [("json", f"{n}") for n in range(5)]
+    keys = [("json", f"{n}", "") for n in range(5)]
     for key in keys[:3]:
         kept.add(key, Compiled())  # type: ignore[arg-type]
     assert kept.get(keys[0]) is not None  # so that the next oldest goes first

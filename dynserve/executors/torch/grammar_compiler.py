@@ -84,10 +84,14 @@ def _import_xgrammar() -> Any:
     return import_module("xgrammar")
 
 
-def compile_grammar(compiler: Compiler, kind: str, text: str) -> xgrammar.CompiledGrammar:
+def compile_grammar(compiler: Compiler, kind: str, text: str, rules: str) -> xgrammar.CompiledGrammar:
     """Compiles a grammar. Raises BadRequest if the text is not a valid grammar of this kind."""
     try:
         match kind:
+            case "json" if rules:
+                return compiler.engine.compile_grammar(rules)
+            case "structural_tag" if rules:
+                return compiler.engine.compile_structural_tag(rules)
             case "json":
                 return compiler.engine.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
             case "regex":
@@ -130,19 +134,19 @@ _PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")
 
 
 def main() -> None:
-    """Compiles one grammar. The argument is the vocabulary as JSON. Writes READY to standard output, reads kind and text
-    as JSON from standard input, and writes the result: COMPILED and xgrammar's own JSON, or REFUSED and the reason."""
+    """Compiles one grammar. The argument is the vocabulary as JSON. Writes READY to standard output, reads kind, text and
+    rules as JSON from standard input, and writes the result: COMPILED and xgrammar's JSON, or REFUSED and the reason."""
     vocabulary = GrammarVocabulary(*json.loads(sys.argv[1]))
     compiler = make_compiler(vocabulary, max_threads=1)
     out = sys.stdout.buffer
     out.write(READY)
     out.flush()
-    kind, text = json.loads(sys.stdin.buffer.read())
+    kind, text, rules = json.loads(sys.stdin.buffer.read())
     os.nice(5)
     _limit_memory()
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))  # in case the parent dies and cannot kill this process
     try:
-        compiled = compile_grammar(compiler, kind, text)
+        compiled = compile_grammar(compiler, kind, text, rules)
         if compiled.memory_size_bytes > MAX_BYTES:
             out.write(REFUSED + too_large(compiled.memory_size_bytes).encode())
         else:

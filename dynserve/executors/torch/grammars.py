@@ -63,11 +63,11 @@ SLOW_MASK, MAX_HELD_UP_S, HELD_UP_PER_S = 0.01, 0.1, 0.1
 
 log = logging.getLogger(__name__)
 
-_Key = tuple[str, str]  # kind and text
+_Key = tuple[str, str, str]  # kind, text and rules
 
 
 class CompiledGrammars:
-    """The compiled grammars of one model, by kind and text. xgrammar is imported when the first one is compiled."""
+    """The compiled grammars of one model, by kind, text and rules. xgrammar is imported when the first one is compiled."""
 
     def __init__(self, folder: Path, vocab_size: int, eos: Sequence[int]) -> None:
         self._vocabulary = GrammarVocabulary(str(folder), vocab_size, list(eos))
@@ -98,7 +98,7 @@ class CompiledGrammars:
             BadRequest: the grammar is invalid, or takes too long or too much memory to compile.
             Overloaded: too many grammars are queued, or this one could not start in time.
         """
-        key = (grammar.kind, grammar.text)
+        key = (grammar.kind, grammar.text, grammar.rules)
         compiled = self._kept.get(key) or await self._shared(key)
         import xgrammar  # takes a second, but the compiling thread has done it
 
@@ -135,7 +135,7 @@ class CompiledGrammars:
         self._refuse_slow(key)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars are queued for compilation; try again later")
-        light = weight(*key) <= self._max_light
+        light = weight(key[0], key[1]) <= self._max_light
         lane = self._threads if light else self._processes
         self._waiting += 1
         try:
@@ -248,7 +248,7 @@ class _GrammarCache:
 
 
 def _size(key: _Key, compiled: xgrammar.CompiledGrammar) -> int:
-    return compiled.memory_size_bytes + 4 * len(key[1])
+    return compiled.memory_size_bytes + 4 * (len(key[1]) + len(key[2]))
 
 
 async def _compiled_elsewhere(vocabulary: GrammarVocabulary, key: _Key) -> bytes:

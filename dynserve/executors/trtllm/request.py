@@ -171,6 +171,9 @@ def _grammar_params(grammar: Grammar, terms: Terms) -> Any:
             param="response_format",
         )
     if grammar.reasoning is None:
+        if grammar.rules and terms.grammar_backend == XGRAMMAR:
+            kind = "grammar" if grammar.kind == "json" else grammar.kind
+            return terms.api.grammar(**{kind: grammar.rules})
         return terms.api.grammar(**{grammar.kind: grammar.text})
     return terms.api.grammar(structural_tag=behind_reasoning(grammar, open_=grammar.reasoning.open))
 
@@ -196,12 +199,14 @@ def _format(grammar: Grammar) -> Any:
     """Returns the grammar as a part of a structural tag (xgrammar's formats)."""
     match grammar.kind:
         case "json":
+            if grammar.rules:
+                return {"type": "grammar", "grammar": grammar.rules}
             return {"type": "json_schema", "json_schema": json.loads(grammar.text)}
         case "regex":
             return {"type": "regex", "pattern": grammar.text}
         case "grammar":
             return {"type": "grammar", "grammar": grammar.text}
-    found = json.loads(grammar.text)
+    found = json.loads(grammar.rules or grammar.text)
     if "format" not in found:
         raise BadRequest("a structural tag needs a format", param="response_format")
     return found["format"]
