@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dynserve.api.json_schema import rules_of
 from dynserve.config import TINY_MODEL
 from dynserve.errors import BadRequest, Overloaded
 from dynserve.executors.torch import grammars as module
@@ -170,6 +171,29 @@ SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in 
 def test_the_cost_of_compiling_a_grammar_is_estimated(kind: str, grammar: Any, least: float, most: float) -> None:
     text = grammar if isinstance(grammar, str) else json.dumps(grammar)
     assert least <= weight(kind, text) <= most
+
+
+def test_rules_of_a_schema_cost_their_own_states_and_not_those_of_the_rules_that_they_use() -> None:
+    schema: Any = {"properties": {f"p{i}": {"type": "array", "maxItems": 50, "items": {"type": "string", "maxLength": 60}}
+                                  for i in range(10)}}  # fmt: skip
+    made = rules_of(schema, "x").text
+    assert 100 < weight("json", json.dumps(schema), made) < 1000 < weight("json", json.dumps(schema))
+    own, foreign = {"type": "grammar", "grammar": made}, {"type": "grammar", "grammar": "root ::= a{50}\na ::= [b]{90}"}
+    tag = {"format": [{"type": "json_schema", "json_schema": schema}, foreign]}
+    together = weight("structural_tag", json.dumps(tag), json.dumps({"format": [own, foreign]}))
+    # a client's own rules count as nested within each other
+    assert weight("grammar", foreign["grammar"]) + 100 < together < 10_000
+
+
+async def test_a_heavy_grammar_that_compiles_quickly_is_compiled_in_the_worker_too() -> None:
+    """Its compiled form is not passed on by the process: its text can have a hundred times its size."""
+    schema: Any = {"properties": {f"p{i}": {"type": "string", "maxLength": 500} for i in range(5)}}
+    grammar = Grammar(kind="json", text=json.dumps(schema), rules=rules_of(schema, "x").text)
+    ours = grammars()
+    assert weight(grammar.kind, grammar.text, grammar.rules) > ours._max_light
+    matcher = (await ours.matcher(grammar))._matcher
+    assert matcher.accept_string('{"p0": "' + "x" * 500) and not matcher.accept_string("x")
+    assert matcher.accept_string('"}') and not ours._processes.locked() and not ours._threads.locked()
 
 
 async def test_a_grammar_of_many_simultaneous_requests_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

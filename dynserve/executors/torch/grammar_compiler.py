@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,8 @@ MAX_WHITESPACE = 32
 MAX_BYTES = 64 << 20  # of one compiled grammar
 MAX_CPU = 120  # seconds, including the start
 MAX_MEMORY = 1 << 30  # bytes that a compiler process may allocate for one compilation
-READY, COMPILED, REFUSED = b"r", b"c", b"x"
+READY, COMPILED, REFUSED, QUICK = b"r", b"c", b"x", b"q"
+QUICK_S = 2.0  # seconds of a compilation that its result is not worth passing on: its text is a hundred times larger
 PARAMS = {"json": "response_format", "regex": "guided_regex", "grammar": "guided_grammar", "structural_tag": "tools"}
 
 
@@ -135,7 +137,8 @@ _PLACE = re.compile(r"^(\[[\d:]+\] )?(\S+\.cc:\d+: )?")
 
 def main() -> None:
     """Compiles one grammar. The argument is the vocabulary as JSON. Writes READY to standard output, reads kind, text and
-    rules as JSON from standard input, and writes the result: COMPILED and xgrammar's JSON, or REFUSED and the reason."""
+    rules as JSON from standard input, and writes the result: COMPILED and xgrammar's JSON, QUICK, or REFUSED and the
+    reason."""
     vocabulary = GrammarVocabulary(*json.loads(sys.argv[1]))
     compiler = make_compiler(vocabulary, max_threads=1)
     out = sys.stdout.buffer
@@ -146,9 +149,13 @@ def main() -> None:
     _limit_memory()
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))  # in case the parent dies and cannot kill this process
     try:
+        began = time.process_time()
         compiled = compile_grammar(compiler, kind, text, rules)
+        seconds = time.process_time() - began
         if compiled.memory_size_bytes > MAX_BYTES:
             out.write(REFUSED + too_large(compiled.memory_size_bytes).encode())
+        elif seconds <= QUICK_S:
+            out.write(QUICK)
         else:
             out.write(COMPILED + compiled.serialize_json().encode())
     except BadRequest as error:

@@ -21,16 +21,21 @@ _EXPRESSIONS = ("pattern", "regex", "grammar")
 _QUANTIFIER = re.compile(r"\{\s*(\d{0,9})\s*(?:,\s*(\d{0,9})\s*)?\}")
 
 
-def weight(kind: str, text: str) -> float:
-    """Returns a rough number of states. Invalid grammars weigh nothing: the compiler refuses them at once."""
+def weight(kind: str, text: str, rules: str = "") -> float:
+    """Returns a rough number of states. `rules` are those of a `Grammar`. Invalid grammars weigh nothing: the compiler
+    refuses them at once."""
     if len(text) > MAX_TEXT:
         return HEAVY
     if kind == "regex":
         return _of_expression(text)
     if kind == "grammar":
         return _of_rules(text)
+    if kind == "json" and rules:
+        return _of_schema_rules(rules)
     try:
         found = json.loads(text)
+        if rules:
+            return _of_tag(found, json.loads(rules))
     except (ValueError, RecursionError):
         return 0
     states = _of_json(found)
@@ -54,6 +59,23 @@ def _of_json(node: Any) -> float:
         states += FORMAT
     bounds = _bounds(node)
     return (states + 1) * max(bounds) if bounds else states
+
+
+def _of_tag(node: Any, with_rules: Any) -> float:
+    """Returns the states of a structural tag, from its two forms: with JSON schemas, and with rules instead of them."""
+    if isinstance(node, list) and isinstance(with_rules, list):
+        return sum(map(_of_tag, node, with_rules))
+    if not isinstance(node, dict) or not isinstance(with_rules, dict) or node == with_rules:
+        return _of_json(node)
+    if node.get("type") == "json_schema" and isinstance(with_rules.get("grammar"), str):
+        return _of_schema_rules(with_rules["grammar"])
+    return NODE + sum(_of_tag(node[name], with_rules.get(name)) for name in node)
+
+
+def _of_schema_rules(text: str) -> float:
+    """Returns the states of rules that were made from a JSON schema. Other rules that they use have states of their own,
+    which bounds do not multiply."""
+    return sum(_of_expression(_TEXTS.sub("", line.partition("::=")[2])) + LITERAL for line in text.splitlines())
 
 
 def _bounds(node: dict[str, Any]) -> list[int]:

@@ -29,6 +29,7 @@ from dynserve.executors.torch.grammar_compiler import (
     COMPILED,
     MAX_BYTES,
     PARAMS,
+    QUICK,
     READY,
     REFUSED,
     Compiler,
@@ -135,8 +136,24 @@ class CompiledGrammars:
         self._refuse_slow(key)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"{self._waiting} grammars are queued for compilation; try again later")
-        light = weight(key[0], key[1]) <= self._max_light
-        lane = self._threads if light else self._processes
+        light = weight(*key) <= self._max_light
+        await self._admit(self._threads if light else self._processes)
+        try:
+            if not light:
+                compiled = await self._in_process(key)
+                if compiled is not None:
+                    return compiled
+                await self._admit(self._threads)
+            return await self._in_thread(key)
+        except TimeoutError:
+            self._slow[key] = time.monotonic()
+            if len(self._slow) > MAX_SLOW:
+                self._slow.popitem(last=False)
+            message = f"this grammar takes longer than {MAX_COMPILE_S:.0f} s to compile; simplify it"
+            raise BadRequest(message, param=PARAMS[key[0]]) from None
+
+    async def _admit(self, lane: asyncio.Semaphore) -> None:
+        """Waits for a place. Raises Overloaded if there is none in time."""
         self._waiting += 1
         try:
             async with asyncio.timeout(MAX_WAIT_S):
@@ -147,14 +164,6 @@ class CompiledGrammars:
             ) from None
         finally:
             self._waiting -= 1
-        try:
-            return await (self._in_thread(key) if light else self._in_process(key))
-        except TimeoutError:
-            self._slow[key] = time.monotonic()
-            if len(self._slow) > MAX_SLOW:
-                self._slow.popitem(last=False)
-            message = f"this grammar takes longer than {MAX_COMPILE_S:.0f} s to compile; simplify it"
-            raise BadRequest(message, param=PARAMS[key[0]]) from None
 
     def _refuse_slow(self, key: _Key) -> None:
         """Raises BadRequest for a grammar whose compilation took too long recently."""
@@ -183,12 +192,15 @@ class CompiledGrammars:
             self._slow.pop(key, None)
             self._kept.add(key, done.result())
 
-    async def _in_process(self, key: _Key) -> xgrammar.CompiledGrammar:
-        """Compiles in a process, which is always killed at the end. Raises TimeoutError."""
+    async def _in_process(self, key: _Key) -> xgrammar.CompiledGrammar | None:
+        """Compiles in a process, which is always killed at the end. Returns None if that was quick: compiling it again
+        takes less time and memory than passing it on. Raises TimeoutError."""
         try:
             answer = await _compiled_elsewhere(self._vocabulary, key)
             if answer[:1] == REFUSED:
                 raise BadRequest(answer[1:].decode("utf-8", "replace"), param=PARAMS[key[0]])
+            if answer[:1] == QUICK:
+                return None
             if answer[:1] != COMPILED:
                 raise BadRequest("this grammar takes too much memory to compile; simplify it", param=PARAMS[key[0]])
             compiled = self._checked(key, await detached(self._read, answer))

@@ -555,6 +555,8 @@ def forced(tokens: dict[int, float], **stop: Any) -> dict[str, Any]:
         Grammar(kind="regex", text="[0-9]{3}"),
         Grammar(kind="grammar", text='root ::= "1" "2" "3"'),
         Grammar(kind="json", text='{"enum": [123]}'),
+        # rules instead of the schema, whose compiler may drop words
+        Grammar(kind="json", text="{}", rules='root ::= "123"'),
         Grammar(kind="structural_tag", text='{"type": "structural_tag", "format": {"type": "regex", "pattern": "[0-9]{3}"}}'),
     ],
     ids=lambda found: found.kind if isinstance(found, Grammar) else "",
@@ -576,6 +578,15 @@ async def test_a_grammar_begins_behind_the_reasoning(opened: Opener, grammar: Gr
     sink, _ = await run_request(executor, make_request(prompt(), grammar=behind, **forced(opening | {end: 900.0})))
     answer = sink.tokens[sink.tokens.index(end) + 1 :]
     assert end in sink.tokens[:2] and re.fullmatch("[0-9]{3}", tokenizer.decode(answer).strip())
+
+
+async def test_the_engine_gets_rules_instead_of_a_schema_and_llguidance_the_schema(opened: Opener) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+    grammar = Grammar(kind="json", text='{"enum": [456]}', rules='root ::= "123"')
+    for backend, answer in (("xgrammar", "123"), ("llguidance", "456")):
+        executor = await opened(guided_decoding_backend=backend)
+        sink, _ = await run_request(executor, make_request(prompt(), grammar=grammar, **forced({})))
+        assert tokenizer.decode(sink.tokens) == answer
 
 
 async def test_the_engines_reasoning_parser_changes_nothing_for_a_grammar(opened: Opener) -> None:
