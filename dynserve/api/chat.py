@@ -246,9 +246,8 @@ class ChatRequest(AnswerFields):
         super().check()
         for at, message in enumerate(self.messages):
             message.check(f"messages.{at}")
-        calls = (call for message in self.messages for call in message.tool_calls or ())
-        arguments = [call.arguments for call in calls if call.type == "function"]
-        if arguments:
+        calls = [call for message in self.messages if message.tool_calls for call in message.tool_calls]
+        if arguments := [call.arguments for call in calls if call.type == "function"]:
             check_json_texts(arguments, MAX_ARGUMENT_VALUES, "messages")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -259,7 +258,7 @@ class ChatRequest(AnswerFields):
             raise BadRequest(f"{given[0]} cannot be combined with a tool_choice that requires a call", param=given[0])
 
     def left_out(self) -> list[str]:
-        found = [name for message in self.messages for name in message.left_out("messages")]
+        found = [name for message in self.messages if message.role != "user" for name in message.left_out("messages")]
         for at, tool in enumerate(self.tools or ()):
             if tool.type == "custom" and tool.custom is not None:
                 found += tool.custom.left_out(f"tools.{at}.custom")
@@ -285,6 +284,8 @@ class ChatRequest(AnswerFields):
 
     def callable_tools(self) -> list[Function]:
         """The tools that the model may call; no others are rendered into the prompt."""
+        if not self.tools:
+            return []
         choice = self.tool_choice
         if isinstance(choice, AllowedTools):
             names = choice.allowed_tools.names
@@ -293,6 +294,8 @@ class ChatRequest(AnswerFields):
 
     def tool_names(self) -> dict[str, WireToolName]:
         """The tools whose calls an answer shows in another form than that of a function."""
+        if not self.tools:
+            return {}
         custom = [tool.custom.name for tool in self.tools or () if tool.type == "custom" and tool.custom is not None]
         return {name: WireToolName(name=name, custom=True) for name in custom} | self._client_names
 
@@ -318,6 +321,8 @@ class ChatRequest(AnswerFields):
         return size
 
     def _check_tools(self) -> None:
+        if not self.tools and self.tool_choice in (None, "none", "auto"):
+            return
         names: set[str] = set()
         for at, tool in enumerate(self.tools or ()):
             if tool.type in ("function", "custom") and tool.called is None:

@@ -59,7 +59,8 @@ class Request(BaseModel):
     @property
     def unknown(self) -> list[str]:
         """The names of the fields that are unknown, at every depth, and of the entries that are left out."""
-        return unknown_fields(self) + self.left_out()
+        unknown, left_out = unknown_fields(self), self.left_out()
+        return unknown + left_out if left_out else unknown
 
     def left_out(self) -> list[str]:
         """The names of entries without a meaning here, such as tools that only another server runs."""
@@ -67,8 +68,11 @@ class Request(BaseModel):
 
     def check(self) -> None:
         """Checks the fields together. Raises BadRequest for an unsupported field or a contradiction between fields."""
+        extra = self.model_extra
+        if not extra:
+            return
         for name, advice in self.refused.items():
-            if (self.model_extra or {}).get(name) not in (None, [], {}, False, ""):
+            if extra.get(name) not in (None, [], {}, False, ""):
                 raise BadRequest(f"{name} is not supported; {advice}", param=name)
 
     def refuse_unknown(self) -> None:
@@ -153,11 +157,14 @@ class SamplingFields(Request):
         if wanted is None:
             wanted = default_max_tokens or room
         strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        token_ids = self.stop_token_ids or ()
+        if strings:
+            token_ids = [*token_ids, *(special[string] for string in strings if string in special)]
         return StopConditions(
             max_tokens=min(wanted, room),
             min_tokens=min(self.min_tokens or 0, wanted, room),
             strings=tuple(string for string in strings if string),
-            token_ids=(*(self.stop_token_ids or ()), *(special[string] for string in strings if string in special)),
+            token_ids=tuple(token_ids),
             ignore_eos=self.ignore_eos,
             include_string=self.include_stop_str_in_output,
         )

@@ -5,8 +5,8 @@ Clients written for other servers send many. They do not cost the request; a res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel
 
@@ -31,22 +31,36 @@ class Part(BaseModel):
 def unknown_fields(request: BaseModel) -> list[str]:
     """The dotted names of the unknown fields of a request and its parts, without the numbers of list entries. A field that
     is null counts as absent."""
-    return list(dict.fromkeys(_unknown(request, "")))[:MAX_FOUND]
+    found: list[str] = []
+    _add_unknown(request, "", found)
+    return list(dict.fromkeys(found))[:MAX_FOUND] if found else found
 
 
-def _unknown(part: BaseModel, where: str) -> Iterator[str]:
-    extra = part.model_extra
+def _add_unknown(part: BaseModel, where: str, found: list[str]) -> None:
+    extra = part.__pydantic_extra__
     if extra and not getattr(part, "extra_is_used", False):
-        for name, value in extra.items():
-            if value is not None and (not where or name not in REPEATED):
-                yield where + name
-    for name, value in part.__dict__.items():
+        found += [where + n for n, given in extra.items() if given is not None and (not where or n not in REPEATED)]
+    values = part.__dict__
+    for name in _fields_with_parts(part.__class__):
+        value = values[name]
         if isinstance(value, BaseModel):
-            yield from _unknown(value, f"{where}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            _add_unknown(value, f"{where}{name}.", found)
+        elif value.__class__ is list:
             for entry in value:
                 if isinstance(entry, BaseModel):
-                    yield from _unknown(entry, f"{where}{name}.")
+                    _add_unknown(entry, f"{where}{name}.", found)
+
+
+@cache
+def _fields_with_parts(kind: type[BaseModel]) -> tuple[str, ...]:
+    """The fields of a class that can hold parts: on every request's path, most fields need not be looked at."""
+    return tuple(name for name, field in kind.model_fields.items() if _can_hold_parts(field.annotation))
+
+
+def _can_hold_parts(kind: Any) -> bool:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return True
+    return any(map(_can_hold_parts, get_args(kind)))
 
 
 def named(where: str, kind: Any) -> str:

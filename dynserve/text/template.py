@@ -28,6 +28,7 @@ FILE, LEGACY_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additi
 Messages = Sequence[Mapping[str, Any]]
 # fields in which clients send the reasoning of earlier turns; templates read the first
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_REASONING = frozenset(REASONING_FIELDS)
 
 
 class MessageForm(NamedTuple):
@@ -40,15 +41,19 @@ class MessageForm(NamedTuple):
 
     def apply(self, messages: Messages) -> list[Mapping[str, Any]]:
         """Returns the messages, of which content is a text or None and arguments are JSON text, in this form."""
-        return [self._content(formed) for message in messages for formed in self._message(message)]
+        out: list[dict[str, Any]] = []
+        for message in messages:
+            if not _REASONING.isdisjoint(message):
+                message = _with_reasoning(message)
+            if message.get("tool_calls"):
+                out += self._calling(message)
+            else:
+                out.append({**message, "content": message.get("content") or ""})
+        return [self._in_parts(message) for message in out] if self.parts else list(out)
 
-    def _message(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        message = _with_reasoning(message)
-        calls = message.get("tool_calls")
-        if not calls:
-            yield {**message, "content": message.get("content") or ""}
-            return
-        calls = [self._call(call) for call in calls]
+    def _calling(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A message with calls, as one or as two."""
+        calls = [self._call(call) for call in message["tool_calls"]]
         text, nothing = message.get("content"), None if self.null else ""
         if text and self.apart:
             yield {name: value for name, value in message.items() if name != "tool_calls"}
@@ -66,11 +71,10 @@ class MessageForm(NamedTuple):
                 pass  # invalid JSON that a model wrote: passed on unchanged
         return {**call, "function": {**function, "arguments": arguments}}
 
-    def _content(self, message: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
         content = message["content"]
-        if self.parts and content is not None:
-            message["content"] = [{"type": "text", "text": content}]
-        return message
+        return message if content is None else {**message, "content": [{"type": "text", "text": content}]}
 
 
 class ChatTemplate:
