@@ -12,7 +12,7 @@ from dynserve.errors import ConfigError
 
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 _LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|::1|localhost")
-_CREDENTIALS = re.compile(r"(^|,)[^/]*@")  # of addresses without a scheme
+_CREDENTIALS = re.compile(r"(^|,)[^,]*@")  # of addresses without a scheme
 _URLS = re.compile(r",(?=\s*[A-Za-z+]+://)")  # the commas between addresses with one; a password may have commas, too
 _CREDENTIALS_OF_URL = re.compile(r"(://).*@")  # a password may have slashes
 
@@ -36,6 +36,12 @@ def redacted(url: str) -> str:
     return ",".join(parts)
 
 
+def several(urls: str) -> list[str]:
+    """The addresses of a list with commas. Passwords of addresses with a scheme may have commas, too."""
+    parts = _URLS.split(urls) if "://" in urls else urls.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
     """Returns host and port of `http://host:port`, `nats://host:port` or `host:port`. IPv6 addresses have brackets.
 
@@ -57,7 +63,7 @@ def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:
 def servers(urls: str, what: str, default_port: int) -> list[Server]:
     """Returns the servers of one address, or of several with commas. Raises ConfigError like `host_port`."""
     found = []
-    for url in filter(None, (part.strip() for part in urls.split(","))):
+    for url in several(urls):
         host, port = host_port(url, what, default_port)
         parts = urlsplit(url if "//" in url else f"//{url}")
         user, password = parts.username, parts.password

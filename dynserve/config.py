@@ -419,7 +419,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = redacted(unknown[0].split("=")[0])
+            flag = redacted(unknown[0]).split("=")[0]
             if (ours := FOREIGN.get(flag)) is not None and ours.split()[0] in self._option_string_actions:
                 raise ConfigError(f"unknown option {flag}: use {ours} instead; see {self.prog} --help")
             raise ConfigError(

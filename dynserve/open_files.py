@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 from contextlib import suppress
 
-MAX_FILES = 1 << 20  # Linux' own bound; elsewhere the hard limit may be infinite, and cannot be set
+# more than any process needs; children may look at each number, and an infinite limit cannot be set
+MAX_FILES = 1 << 20
 
 
 def file_limit() -> int:
@@ -18,7 +19,7 @@ def raise_file_limit() -> int:
     """Raises the soft limit to the hard one, as far as the system allows, and returns it. Shells set the soft one to 1024
     for the sake of programs that use select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

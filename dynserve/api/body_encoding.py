@@ -10,6 +10,7 @@ import zstandard
 from dynserve.errors import BadRequest, BodyTooLarge, UnsupportedMediaType
 
 STEP = 1 << 20  # bytes that are decompressed at a time
+MAX_FRAMES = 64  # of one body: each copies the bytes behind it
 MAX_WINDOW = 8 << 20  # bytes of memory that a zstd frame may ask for; RFC 9659 allows clients no more
 ACCEPTED = "gzip, deflate, zstd"
 
@@ -55,28 +56,37 @@ def decompress(content: bytes | bytearray, coding: str, max_bytes: int) -> bytea
         raise BadRequest(f"the body is not valid {coding}: {error}") from error
 
 
-def _inflate(content: bytes, max_bytes: int, window: int) -> bytearray:
+def _inflate(content: bytes, out: bytearray, max_bytes: int, window: int) -> bytes:
+    """Adds the decoded bytes to `out`, which may have `max_bytes`, and returns the bytes behind the compressed ones."""
     decoder = zlib.decompressobj(window)
-    out = bytearray()
-    while content and not decoder.eof:
-        out += decoder.decompress(content, STEP)
+    while not decoder.eof:
+        part = decoder.decompress(content, STEP)
         content = decoder.unconsumed_tail
+        if not part and not content and not decoder.eof:
+            raise EOFError("it ends too early")
+        out += part
         _check(len(out), max_bytes)
-    if not decoder.eof:
-        raise EOFError("it ends too early")
-    return out
+    return decoder.unused_data
 
 
 def _gunzip(content: bytes, max_bytes: int) -> bytearray:
-    return _inflate(content, max_bytes, 16 + zlib.MAX_WBITS)
+    out = bytearray()
+    for _ in range(MAX_FRAMES):  # RFC 1952 allows several members
+        content = _inflate(content, out, max_bytes, 16 + zlib.MAX_WBITS)
+        if not content:
+            return out
+    raise EOFError(f"it has over {MAX_FRAMES} members")
 
 
 def _deflate(content: bytes, max_bytes: int) -> bytearray:
     """Decodes zlib's format, which the name stands for, and the bare one, which some clients send under it."""
     try:
-        return _inflate(content, max_bytes, zlib.MAX_WBITS)
+        rest = _inflate(content, out := bytearray(), max_bytes, zlib.MAX_WBITS)
     except zlib.error:
-        return _inflate(content, max_bytes, -zlib.MAX_WBITS)
+        rest = _inflate(content, out := bytearray(), max_bytes, -zlib.MAX_WBITS)
+    if rest:
+        raise EOFError("something follows its end")
+    return out
 
 
 def _unzstd(content: bytes, max_bytes: int) -> bytearray:
@@ -87,13 +97,15 @@ def _unzstd(content: bytes, max_bytes: int) -> bytearray:
         _check(size, max_bytes)
     # it fits; only a whole frame's decoder can tell whether the frame is complete
     out = bytearray()
-    while content:
+    for _ in range(MAX_FRAMES):
         frame = decoder.decompressobj()
         out += frame.decompress(content)
         if not frame.eof:
             raise EOFError("it ends too early")
         content = frame.unused_data
-    return out
+        if not content:
+            return out
+    raise EOFError(f"it has over {MAX_FRAMES} frames")
 
 
 def _check(size: int, max_bytes: int) -> None:

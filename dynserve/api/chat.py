@@ -59,14 +59,14 @@ class ToolCall(Part):
 
     @property
     def name(self) -> str:
-        called = self.custom or self.function
+        called = self.custom if self.type == "custom" else self.function
         return "" if called is None else called.name
 
     @property
     def arguments(self) -> str:
         """The arguments as JSON text."""
-        if self.custom is not None:
-            return json.dumps({INPUT: self.custom.input}, ensure_ascii=False)
+        if self.type == "custom":
+            return json.dumps({INPUT: self.custom.input if self.custom is not None else ""}, ensure_ascii=False)
         arguments = self.function.arguments if self.function is not None else {}
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
@@ -316,6 +316,7 @@ class ChatRequest(AnswerFields):
     def size(self) -> int:
         """The approximate number of characters of the prompt, which decides whether it is tokenised in a thread."""
         size = sum(_size(message) for message in self.messages) + len(str(self.chat_template_kwargs or ""))
+        size += self.schema_size()
         for function in self.functions():
             size += 200 + len(function.description or "") + len(str(function.parameters))
         return size

@@ -41,7 +41,7 @@ class CompletionRequest(AnswerFields):
         check_prompts(self.prompt, "prompt", (self.best_of or self.n or 1))
 
     def size(self) -> int:
-        return prompts_size(self.prompt) * (self.best_of or self.n or 1)
+        return prompts_size(self.prompt) * (self.best_of or self.n or 1) + self.schema_size()
 
 
 class EmbeddingRequest(Request):

@@ -20,6 +20,7 @@ MAX_STOP_IDS = 1024
 MAX_CHOICES = 4096
 MAX_N = 128
 MAX_INT = 2**31 - 1
+SCHEMA_WORK = 4  # characters of a prompt that are as much work as one of a schema that becomes a grammar
 Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -237,6 +238,11 @@ class AnswerFields(SamplingFields):
         given = self.grammar_fields()
         if len(given) > 1:
             raise BadRequest(f"{given[0]} and {given[1]} exclude each other; send only one of them", param=given[1])
+
+    def schema_size(self) -> int:
+        """The work on the schema of the answer, in characters of a prompt; 0 without one."""
+        schema = self.response_format or self.guided_json
+        return SCHEMA_WORK * len(str(schema)) if schema else 0
 
     def grammar_fields(self) -> list[str]:
         """The names of the fields that set a grammar and are present."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from dynserve.wire.requests import Grammar
 MAX_GRAMMAR = 256 << 10  # characters
 MAX_DEPTH, MAX_NODES = 64, 4_000  # of a JSON schema
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs, which UTF-8 cannot hold
 Format = dict[str, Any]  # a node of a structural tag
 
 
@@ -45,7 +47,7 @@ def enforced(request: ChatRequest | CompletionRequest, card: Card) -> Enforced:
     with_tools = chat is not None and chat.callable_tools()
     grammar = _with_tools(chat, card, dropped) if chat is not None and with_tools else _plain(request)
     if grammar is None:
-        return Enforced(None, [])
+        return Enforced(None, dropped)
     if not card.grammars:
         because = f" ({card.no_grammars})" if card.no_grammars else ""
         raise BadRequest(
@@ -97,7 +99,9 @@ def _with_tools(request: ChatRequest, card: Card, dropped: list[str]) -> Grammar
         tools = [tool for tool in tools if tool.name == choice.name]
     forced = request.must_call
     single = request.parallel_tool_calls is False or isinstance(choice, NamedTool)
+    unheld = [f"tools.{tool.name}.strict (not enforced)" for tool in tools if tool.strict]
     if card.tool_parser == "pythonic":
+        dropped += unheld
         calls = _pythonic(tools, single)  # refuses names that Python cannot spell, even if no call is required
         return Grammar(kind="grammar", text=calls) if forced else _plain(request)
     style = STYLES.get(card.tool_parser)
@@ -108,7 +112,10 @@ def _with_tools(request: ChatRequest, card: Card, dropped: list[str]) -> Grammar
     plain = _plain(request)
     if plain is not None:
         return _tag({"type": "or", "elements": [_calls(style, tools, single), _as_format(plain)]}, dropped)
-    return _tag(_free(style, tools, single), dropped) if enforces_calls(card) else None
+    if not enforces_calls(card):
+        dropped += unheld
+        return None
+    return _tag(_free(style, tools, single), dropped)
 
 
 def _calls(style: CallStyle, tools: list[Function], single: bool) -> Format:
@@ -142,15 +149,19 @@ def _list(style: CallStyle, tools: list[Function], single: bool) -> Format:
 
 
 def _call(style: CallStyle, tool: Function) -> Format:
-    content = _SchemaFormat(_of_object(tool.parameters), f"tools.{tool.name}", strict=bool(tool.strict))
+    content = _SchemaFormat(_of_object(tool), f"tools.{tool.name}", strict=bool(tool.strict))
     return {"type": "tag", "begin": style.begin.replace("{}", tool.name), "content": content, "end": style.end}
 
 
-def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:
+def _of_object(tool: Function) -> dict[str, Any]:
     """The schema of a tool's arguments, which are an object."""
-    if not schema:
-        return ANY_OBJECT
-    return {**schema, "type": "object"} if schema.get("type", "object") in ("object", ["object"]) else ANY_OBJECT
+    schema = tool.parameters or ANY_OBJECT
+    kinds = schema.get("type") or "object"
+    if kinds == "object" or (isinstance(kinds, list) and "object" in kinds):
+        return {**schema, "type": "object"}
+    if tool.strict:
+        raise BadRequest(f"tools.{tool.name}: the arguments of a function are an object, not {kinds!r}", param="tools")
+    return ANY_OBJECT
 
 
 class _SchemaFormat(dict[str, Any]):
@@ -268,4 +279,5 @@ number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+-]? [0-9]+)?"""
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or not _HALVES.search(text) else json.dumps(value)

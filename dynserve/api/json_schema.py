@@ -15,17 +15,19 @@ Source of the words: JSON Schema 2020-12; draft 4's forms of bounds and of lists
 from __future__ import annotations
 
 import json
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
+from hashlib import blake2b
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from dynserve.api import number_rules
 from dynserve.api.number_rules import Bounds
 from dynserve.api.patterns import UnsupportedPattern, string_of
-from dynserve.api.rules import IMPOSSIBLE, Chars, Node, Repeat, Rule, Rules, Text, choice, sequence
+from dynserve.api.rules import IMPOSSIBLE, Chars, Node, Repeat, Rule, Rules, Text, TooManyRules, choice, sequence
 from dynserve.api.string_rules import MAX_REPEATS, Strings
 from dynserve.errors import BadRequest
 
@@ -34,6 +36,11 @@ MAX_SCHEMAS = 4_000  # that are made from one, with those of merged and shared p
 MAX_WHITESPACE = 32  # JSON allows any amount; a degenerating model would fill its context with it
 KEPT_CHARACTERS = 16 << 20  # of rules that are kept for further requests
 MAX_COUNT = 10_000  # of items or members
+MAX_NAMES = 2_000  # characters of the names that the other names of an open object must not be
+MAX_NAME = 200
+MAX_PLACE = 200  # characters of a place in a message
+MAX_BOUND = Decimal("1e40")
+ENDLESS = 1e300  # bounds beyond it are those of the type of a number in some language: no bounds
 
 TYPES = ("object", "array", "string", "number", "boolean", "null")
 _OBJECT = frozenset({"properties", "required", "additionalProperties", "minProperties", "maxProperties",
@@ -43,14 +50,17 @@ _ARRAY = frozenset(
 )
 _STRING = frozenset({"minLength", "maxLength", "pattern", "format"})
 _NUMBER = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-_COMBINATORS = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_COMBINATORS = ("$ref", "allOf", "anyOf", "oneOf")
 _VALUES = frozenset({"type", "enum", "const"})
-_KNOWN = _OBJECT | _ARRAY | _STRING | _NUMBER | _COMBINATORS | _VALUES
+_KNOWN = _OBJECT | _ARRAY | _STRING | _NUMBER | {*_COMBINATORS} | _VALUES
 # words that a grammar cannot hold an answer to
 REFUSED = frozenset({
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas",
     "dependencies", "$dynamicRef", "$recursiveRef", "divisibleBy", "disallow", "extends",
 })  # fmt: skip
+_COMPARED: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le, "exclusiveMaximum": operator.lt,
+}  # fmt: skip
 _BY_TYPE = {"object": _OBJECT, "array": _ARRAY, "string": _STRING, "number": _NUMBER, "integer": _NUMBER}
 _SPELLED = {word.lower(): word for word in _KNOWN | REFUSED}
 _DATE = r"[1-9]\d{3}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))"
@@ -85,13 +95,20 @@ def rules_of(schema: Any, param: str) -> SchemaRules:
     Raises:
         BadRequest: the schema is not valid, or has a word that rules cannot hold an answer to; with word and place.
     """
-    return _KEPT.get((json.dumps(schema), param, "strict"), lambda: _rules_of(schema, param))
+    return _KEPT.get((_text(schema, param), param, "strict"), lambda: _rules_of(schema, param))
 
 
 def lenient_rules_of(schema: dict[str, Any], param: str) -> SchemaRules:
     """Returns rules for the objects that a schema allows, without the words that rules cannot hold an answer to. Raises
     BadRequest if the schema is not valid."""
-    return _KEPT.get((json.dumps(schema), param, "lenient"), lambda: _lenient_rules_of(schema, param))
+    return _KEPT.get((_text(schema, param), param, "lenient"), lambda: _lenient_rules_of(schema, param))
+
+
+def _text(schema: Any, param: str) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise BadRequest(f"{param}: JSON has no NaN and no Infinity, which this schema has", param=param) from None
 
 
 class _Kept:
@@ -123,7 +140,10 @@ _KEPT = _Kept()
 
 def _rules_of(schema: Any, param: str) -> SchemaRules:
     writer = _Writer(schema, param, strict=True)
-    text = writer.rules.text(writer.value(schema, ""))
+    try:
+        text = writer.rules.text(writer.value(schema, ""))
+    except (TooManyRules, RecursionError):
+        raise BadRequest(f"{param}: this schema stands for too many rules; simplify it", param=param) from None
     if text is None:
         raise BadRequest(f"{param}: no finite JSON text can satisfy this schema", param=param)
     return SchemaRules(text, [])
@@ -131,8 +151,11 @@ def _rules_of(schema: Any, param: str) -> SchemaRules:
 
 def _lenient_rules_of(schema: dict[str, Any], param: str) -> SchemaRules:
     writer = _Writer(schema, param, strict=False)
-    text = writer.rules.text(writer.value(schema, ""))
-    if text is None:  # no object can satisfy it
+    try:
+        text = writer.rules.text(writer.value(schema, ""))
+    except (TooManyRules, RecursionError):
+        text = None
+    if text is None:  # no object can satisfy it, or its rules are too many
         return SchemaRules(rules_of({"type": "object"}, param).text, ["the whole schema"])
     return SchemaRules(text, writer.dropped)
 
@@ -141,8 +164,8 @@ class _Unsupported(Exception):
     """A word that a grammar cannot express in its place."""
 
     def __init__(self, place: str, word: str, reason: str = "") -> None:
-        super().__init__(f"{_joined(place, word)}{': ' + reason if reason else ''}")
-        self.word = word
+        self.place, self.word = _short(_joined(place, word)), word
+        super().__init__(f"{self.place}{': ' + reason if reason else ''}")
 
 
 class _Writer:
@@ -153,29 +176,38 @@ class _Writer:
         self.rules = Rules()
         self.strings = Strings(self.rules)
         self.dropped: list[str] = []
-        self._made: dict[str, Rule] = {}  # by the schema's JSON
+        self._made: dict[bytes, Rule] = {}  # by a hash of the schema's JSON
         self._resolving: list[str] = []  # references that are being merged
         self._count = 0
+        self._bases: bool | None = None  # whether a part of the schema has an $id, once it matters
         self._space = self.rules.add("ws", Repeat(Chars(" \\n\\t\\r"), 0, MAX_WHITESPACE))
         self._any_value: Rule | None = None
 
     def value(self, schema: Any, place: str) -> Node:
         """The rule for a schema. Equal schemas share one, so that a schema can refer to itself."""
-        self._count += 1
-        if self._count > MAX_SCHEMAS:
-            raise BadRequest(f"{self._param}: this schema stands for too many others; simplify it", param=self._param)
+        self._spend(1)
         if schema is True or schema == {}:
             return self._anything()
         if schema is False:
             return IMPOSSIBLE
         if not isinstance(schema, dict):
-            raise BadRequest(f"{self._param}: {place or 'the schema'} is not a JSON schema", param=self._param)
-        key = json.dumps(schema)  # in order: the order of properties is that of members
+            message = f"{self._param}: {_short(place) or 'the schema'} is not a JSON schema"
+            raise BadRequest(message, param=self._param)
+        # in order: the order of properties is that of members
+        text = json.dumps(schema)
+        self._spend(len(text) // 4096)
+        key = blake2b(text.encode(), digest_size=16).digest()
         if key not in self._made:
             name = self.rules.reserve()
             self._made[key] = Rule(name)
             self.rules.add(name, self._checked(schema, place))
         return self._made[key]
+
+    def _spend(self, steps: int) -> None:
+        """Counts the work on a schema, in schemas that are made from it. Raises TooManyRules beyond the bound."""
+        self._count += steps
+        if self._count > MAX_SCHEMAS:
+            raise TooManyRules
 
     def _checked(self, schema: dict[str, Any], place: str) -> Node:
         """The body of a schema's rule. Where a word cannot be expressed, it is left out or refused."""
@@ -186,7 +218,8 @@ class _Writer:
                 if self._strict:
                     message = f"{self._param}: a grammar cannot hold an answer to {found}"
                     raise BadRequest(message, param=self._param) from None
-                self.dropped.append(str(found).partition(":")[0])
+                self._spend(1 + len(schema) // 32)
+                self.dropped.append(found.place)
                 # a word of a branch goes with the word that combines the branches
                 wrong = next((word for word in (found.word, *_COMBINATORS) if word in schema), None)
                 if wrong is None:
@@ -197,6 +230,8 @@ class _Writer:
         """The schema's words of today's draft, without annotations."""
         plain: dict[str, Any] = {}
         for word, given in schema.items():
+            if given is None and word != "const":  # as clients write words that they have nothing to say with
+                continue
             if word in REFUSED:
                 if not _without_effect(word, schema):
                     raise _Unsupported(place, word)
@@ -213,6 +248,9 @@ class _Writer:
             if "additionalItems" in plain:
                 plain["items"] = plain["additionalItems"]
         plain.pop("additionalItems", None)
+        for word, given in plain.items():
+            if (wanted := _FORMS.get(word)) is not None and not wanted.fits(given):
+                raise _Unsupported(place, word, f"it is not {wanted.name}")
         return plain
 
     def _body(self, schema: dict[str, Any], place: str) -> Node:
@@ -250,12 +288,18 @@ class _Writer:
             name = part.replace("~1", "/").replace("~0", "~")
             if isinstance(found, dict) and name in found:
                 found = found[name]
-            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
+            elif isinstance(found, list) and (at := _index(name)) is not None and at < len(found):
+                found = found[at]
             else:
                 raise _Unsupported(place, "$ref", f"there is no {reference[:100]!r} in the schema")
         if reference not in ("#", "#/") and not reference.startswith("#/"):
             raise _Unsupported(place, "$ref", "anchors are not supported; use a path")
+        if not isinstance(found, dict | bool):
+            raise _Unsupported(place, "$ref", f"{reference[:100]!r} is not a schema")
+        if self._bases is None:
+            self._bases = _has_bases(self._root)
+        if self._bases:
+            raise _Unsupported(place, "$ref", "beside an $id below the top, from which references start anew")
         return found
 
     def _branches(self, schema: Mapping[str, Any], word: str, place: str, least: int = 1) -> list[Any]:
@@ -266,20 +310,19 @@ class _Writer:
 
     def _alternatives(self, schema: dict[str, Any], word: str, place: str) -> Node:
         branches = self._branches(schema, word, place)
-        base = _without(schema, word)
+        base, inner = _without(schema, word), _joined(place, word)
+        if base:
+            branches = [self._both(base, branch, inner, outer=True) for branch in branches]
         if word == "oneOf" and not self._disjoint(branches, place):
             raise _Unsupported(
                 place, word, "its branches overlap; use anyOf, or give each branch a constant of its own"
             )
-        inner = f"{_joined(place, word)}"
-        made = [
-            self.value(self._both(base, branch, inner, outer=True) if base else branch, _joined(inner, str(at)))
-            for at, branch in enumerate(branches)
-        ]
-        return choice(made)
+        return choice([self.value(branch, _joined(inner, str(at))) for at, branch in enumerate(branches)])
 
     def _disjoint(self, branches: list[Any], place: str) -> bool:
         resolved = [self._resolved(branch, place) for branch in branches]
+        values = [_listed(one) or () if isinstance(one, dict) else () for one in resolved]
+        self._spend((len(branches) + sum(map(len, values))) ** 2 // 2_000)  # each is compared with each
         return all(_cannot_both_hold(one, other) for at, one in enumerate(resolved) for other in resolved[at + 1 :])
 
     def _resolved(self, schema: Any, place: str) -> Any:
@@ -295,6 +338,7 @@ class _Writer:
     def _both(self, one: Any, other: Any, place: str, *, outer: bool = False) -> Any:
         """A schema for what two schemas allow. `outer`: the second is a part of the first, which sees what it evaluates.
         Raises _Unsupported if their words cannot be joined."""
+        self._spend(1)
         one, other = (self._merging(schema, place) for schema in (one, other))
         _check_joinable(one, other, place, outer=outer)
         if one is False or other is False:
@@ -303,8 +347,10 @@ class _Writer:
             return other if one is True else one
         merged = dict(one)
         for word, given in other.items():
-            if word not in merged or merged[word] == given:
+            if word not in merged or _same(merged[word], given):
                 merged[word] = given
+            elif word == "const":
+                return False
             elif word in _JOINS:
                 merged[word] = _JOINS[word](merged[word], given)
             elif word in (
@@ -328,8 +374,10 @@ class _Writer:
 
     def _merging(self, schema: Any, place: str) -> Any:
         """A schema as plain words, with its reference replaced by what it stands for."""
-        if not isinstance(schema, dict):
+        if isinstance(schema, bool):
             return schema
+        if not isinstance(schema, dict):
+            raise BadRequest(f"{self._param}: {_short(place)} has a part that is not a JSON schema", param=self._param)
         plain = self._plain(schema, place)
         if "$ref" not in plain:
             return plain or True
@@ -348,8 +396,7 @@ class _Writer:
         """The properties of an object that two schemas are about. A property of one of them only has to be what the other
         says about further ones."""
         mine, theirs = one.get("properties", {}), other.get("properties", {})
-        if not isinstance(mine, dict) or not isinstance(theirs, dict):
-            raise _Unsupported(place, "properties", "it does not hold names and schemas")
+        self._spend((len(mine) + len(theirs)) // 16)
         merged = {}
         for name in dict.fromkeys([*mine, *theirs]):
             if name in mine and name in theirs:
@@ -369,8 +416,9 @@ class _Writer:
             found = [kind for kind in ("object", "array", "string", "number") if _BY_TYPE[kind] & schema.keys()]
             return found or list(TYPES)
         listed = [given] if isinstance(given, str) else given
-        if not isinstance(listed, list) or not all(kind in (*TYPES, "integer") for kind in listed):
-            raise BadRequest(f"{self._param}: {_joined(place, 'type')} is {given!r}, not a type", param=self._param)
+        for kind in listed:
+            if kind not in (*TYPES, "integer"):
+                raise _Unsupported(place, "type", f"{str(kind)[:50]!r} is not a type")
         return list(dict.fromkeys(listed))
 
     def _of_type(self, kind: str, schema: dict[str, Any], place: str) -> Node:
@@ -383,7 +431,8 @@ class _Writer:
                 return self._string(schema, place)
             case "number" | "integer":
                 bounds = self._bounds(schema, place)
-                return number_rules.number(bounds) if kind == "number" else number_rules.integer(bounds)
+                whole = kind == "integer" or "multipleOf" in schema  # which is 1
+                return number_rules.integer(bounds) if whole else number_rules.number(bounds)
             case "boolean":
                 return choice([Text("true"), Text("false")])
             case _:
@@ -397,21 +446,16 @@ class _Writer:
         return self._any_value
 
     def _constants(self, schema: dict[str, Any], place: str) -> Node:
-        values = schema.get("enum", [schema.get("const")])
-        if not isinstance(values, list):
-            raise _Unsupported(place, "enum", "it is not a list")
+        values = schema["enum"] if "enum" in schema else [schema["const"]]
+        self._spend(len(values) // 64)
         if "enum" in schema and "const" in schema:
             values = [value for value in values if _same(value, schema["const"])]
-        beside = schema.keys() - {"enum", "const", "type"}
-        if wrong := sorted(
-            beside - {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength"}
-        ):
+        if wrong := sorted(schema.keys() - {"enum", "const", "type", "format", "minLength", "maxLength", *_COMPARED}):
             raise _Unsupported(place, wrong[0], "beside enum or const")
         kinds = self._types(schema, place) if "type" in schema else [*TYPES, "integer"]
-        bounds = self._bounds(schema, place)
-        least, most = self._counts(schema, "minLength", "maxLength", place)
+        least, most = self._counts(schema, "minLength", "maxLength")
         kept = [value for value in values if _is_of(value, kinds)]
-        kept = [value for value in kept if not _is_number(value) or _within(value, bounds)]
+        kept = [value for value in kept if not _is_number(value) or _within(value, schema)]
         kept = [v for v in kept if not isinstance(v, str) or (least <= len(v) and (most is None or len(v) <= most))]
         return choice([self._constant(value) for value in kept]) if kept else IMPOSSIBLE
 
@@ -441,7 +485,7 @@ class _Writer:
         return sequence(name, self._space, Text(":"), self._space, value)
 
     def _string(self, schema: dict[str, Any], place: str) -> Node:
-        least, most = self._counts(schema, "minLength", "maxLength", place)
+        least, most = self._counts(schema, "minLength", "maxLength")
         for bound, word in ((least, "minLength"), (most or 0, "maxLength")):
             if bound > MAX_REPEATS:
                 raise _Unsupported(place, word, f"over {MAX_REPEATS:,}")
@@ -451,50 +495,40 @@ class _Writer:
                 return string_of(_FORMATS[form], self.strings)
             return self.strings.any(least, most)
         try:
-            return string_of(str(schema["pattern"]), self.strings, least, most)
+            return string_of(schema["pattern"], self.strings, least, most)
         except UnsupportedPattern as error:
             raise _Unsupported(place, "pattern", str(error)) from None
 
     def _bounds(self, schema: dict[str, Any], place: str) -> Bounds:
-        multiple = schema.get("multipleOf")
-        if multiple is not None and not (multiple == 1 and schema.get("type") == "integer"):
+        if schema.get("multipleOf", 1) != 1:
             raise _Unsupported(place, "multipleOf")
         found = Bounds()
-        for word in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
-            if word not in schema:
+        for word in _COMPARED:
+            below = word.endswith("inimum")
+            if word not in schema or (schema[word] <= -ENDLESS if below else schema[word] >= ENDLESS):
                 continue
-            if not _is_number(schema[word]):
-                raise BadRequest(f"{self._param}: {_joined(place, word)} is not a number", param=self._param)
-            value, is_open = Decimal(repr(schema[word])), word.startswith("exclusive")
-            if word.endswith("inimum"):
+            value, is_open = _decimal(schema[word]), word.startswith("exclusive")
+            if abs(value) > MAX_BOUND or len(value.as_tuple().digits) > 60:
+                raise _Unsupported(place, word, "it has too many digits")
+            if below:
                 if found.low is None or value > found.low or (value == found.low and is_open):
                     found = found._replace(low=value, low_open=is_open)
             elif found.high is None or value < found.high or (value == found.high and is_open):
                 found = found._replace(high=value, high_open=is_open)
         return found
 
-    def _counts(self, schema: dict[str, Any], low: str, high: str, place: str) -> tuple[int, int | None]:
-        found: list[int | None] = []
-        for word, default in ((low, 0), (high, None)):
-            given = schema.get(word, default)
-            if given is not None and (not _is_number(given) or given != int(given) or given < 0):
-                raise BadRequest(
-                    f"{self._param}: {_joined(place, word)} is not a whole number from 0 on", param=self._param
-                )
-            found.append(None if given is None else int(given))
-        return found[0] or 0, found[1]
+    def _counts(self, schema: dict[str, Any], low: str, high: str) -> tuple[int, int | None]:
+        return int(schema.get(low, 0)), int(schema[high]) if high in schema else None
 
     # arrays
 
     def _array(self, schema: dict[str, Any], place: str) -> Node:
-        least, most = self._counts(schema, "minItems", "maxItems", place)
+        least, most = self._counts(schema, "minItems", "maxItems")
         if schema.get("uniqueItems") is True and (most is None or most > 1):
             raise _Unsupported(place, "uniqueItems")
         if least > MAX_COUNT or (most or 0) > MAX_COUNT:
             raise _Unsupported(place, "minItems" if least > MAX_COUNT else "maxItems", f"over {MAX_COUNT:,}")
         prefix = schema.get("prefixItems", [])
-        if not isinstance(prefix, list):
-            raise _Unsupported(place, "prefixItems", "it is not a list of schemas")
         rest = schema.get("items", schema.get("unevaluatedItems", True))
         if most is not None and least > most:
             return IMPOSSIBLE
@@ -519,6 +553,8 @@ class _Writer:
 
     def _some(self, first: Node, further: Node, least: int, most: int | None) -> Node:
         """`least` to `most` nodes, the first of which has another form, with the white space behind them."""
+        if most is not None and least > most:
+            return IMPOSSIBLE
         if most == 0:
             return self._space
         one = sequence(first, Repeat(further, max(0, least - 1), None if most is None else most - 1), self._space)
@@ -527,21 +563,16 @@ class _Writer:
     # objects
 
     def _object(self, schema: dict[str, Any], place: str) -> Node:
-        least, most = self._counts(schema, "minProperties", "maxProperties", place)
+        least, most = self._counts(schema, "minProperties", "maxProperties")
         properties = schema.get("properties", {})
         required = schema.get("required", [])
-        if not isinstance(properties, dict):
-            raise _Unsupported(place, "properties", "it does not hold names and schemas")
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise _Unsupported(place, "required", "it is not a list of names")
         further = self._further(schema, place)
         # a required name that is not in `properties` is one of the further members
-        members = properties | {
-            name: schema.get("additionalProperties", True) for name in required if name not in properties
-        }
+        rest = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
+        members = properties | {name: rest for name in required if name not in properties}
         values = {name: self.value(one, _joined(place, f"properties.{name}")) for name, one in members.items()}
         self._check_counts(schema, values, set(required), least, most, further, place)
-        if most is not None and len(set(required)) > most:
+        if most is not None and max(least, len(set(required))) > most:
             return IMPOSSIBLE
         fits = most is None or (further is None and most >= len(values))
         if fits and least <= max(1, len(set(required))):
@@ -552,18 +583,18 @@ class _Writer:
 
     def _further(self, schema: dict[str, Any], place: str) -> Node | None:
         """A further member of an object; None if there may be none."""
-        properties = schema.get("properties") or {}
-        known = [*properties, *(name for name in schema.get("required", []) if isinstance(name, str))]
+        properties = schema.get("properties", {})
+        known = [*properties, *schema.get("required", ())]
         if "patternProperties" in schema:
             return self._matching(schema, known, place)
         closed = bool(properties)
         rest = schema.get("additionalProperties", schema.get("unevaluatedProperties", not closed))
         value = self.value(rest, _joined(place, "additionalProperties"))
-        if rest is False:
+        if "propertyNames" in schema and known:
+            raise _Unsupported(place, "propertyNames", "beside properties or required")
+        if rest is False or sum(map(len, known)) > MAX_NAMES or max(map(len, known), default=0) > MAX_NAME:
             return None
         if "propertyNames" in schema:
-            if known:
-                raise _Unsupported(place, "propertyNames", "beside properties or required")
             name = self.value(self._named(schema["propertyNames"], place), _joined(place, "propertyNames"))
         else:
             name = self.strings.other_than(known) if known else self.strings.any()
@@ -576,7 +607,7 @@ class _Writer:
     def _matching(self, schema: dict[str, Any], known: list[str], place: str) -> Node:
         """A member whose name matches an expression."""
         given = schema["patternProperties"]
-        if not isinstance(given, dict) or len(given) != 1 or known or "propertyNames" in schema:
+        if len(given) != 1 or known or "propertyNames" in schema:
             raise _Unsupported(place, "patternProperties", "only one expression, without properties or propertyNames")
         if schema.get("additionalProperties") not in (None, False):
             raise _Unsupported(place, "patternProperties", "beside additionalProperties that are allowed")
@@ -690,15 +721,75 @@ def _without_effect(word: str, schema: Mapping[str, Any]) -> bool:
         return "if" not in schema
     if word == "if":
         return "then" not in schema and "else" not in schema
-    if word in ("minContains", "maxContains"):
-        return "contains" not in schema
-    if word == "contains":
-        return schema.get("minContains") == 0 and "maxContains" not in schema
+    if word in ("contains", "minContains", "maxContains"):
+        return "contains" not in schema or (schema.get("minContains") == 0 and "maxContains" not in schema)
     return given is False if word == "not" else given == {}
 
 
+def _short(place: str) -> str:
+    return place if len(place) <= MAX_PLACE else f"…{place[-MAX_PLACE:]}"
+
+
+def _index(name: str) -> int | None:
+    """The index in a list that a part of a reference names, if it names one."""
+    return int(name) if name.isascii() and name.isdecimal() and len(name) < 6 else None
+
+
+def _has_bases(root: Any) -> bool:
+    """Whether a schema has parts with an `$id` of their own."""
+    waiting = list(_children(root))
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and isinstance(part.get("$id"), str):
+            return True
+        waiting += _children(part)
+    return False
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < ENDLESS and value == int(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+class _Form(NamedTuple):
+    """What a word must hold."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+_NAME_TO_SCHEMA = _Form("an object of schemas", lambda value: isinstance(value, dict))
+_LIST = _Form("a list", lambda value: isinstance(value, list))
+_FORMS: dict[str, _Form] = {
+    "$ref": _Form("a reference", lambda value: isinstance(value, str)),
+    "pattern": _Form("an expression", lambda value: isinstance(value, str)),
+    "required": _Form("a list of names", _are_names),
+    "type": _Form("a type or a list of types", lambda value: isinstance(value, str) or _are_names(value)),
+    "uniqueItems": _Form("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("properties", "patternProperties"), _NAME_TO_SCHEMA),
+    **dict.fromkeys(("enum", "prefixItems", "allOf", "anyOf", "oneOf"), _LIST),
+    **dict.fromkeys((*_COMPARED, "multipleOf"), _Form("a number", _is_number)),
+    **dict.fromkeys(
+        ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
+        _Form("a whole number from 0 on", _is_count),
+    ),
+}
+
+
+def _decimal(value: float) -> Decimal:
+    """The number that a text of JSON stands for; floats beyond the exact integers as they are."""
+    return Decimal(value) if isinstance(value, int) or abs(value) >= number_rules.EXACT else Decimal(repr(value))
 
 
 def _is_of(value: Any, kinds: Iterable[str]) -> bool:
@@ -711,11 +802,8 @@ def _is_of(value: Any, kinds: Iterable[str]) -> bool:
     return names[type(value)] in kinds
 
 
-def _within(value: float, bounds: Bounds) -> bool:
-    found = Decimal(repr(value))
-    low, high = bounds.low, bounds.high
-    above = low is None or found > low or (found == low and not bounds.low_open)
-    return above and (high is None or found < high or (found == high and not bounds.high_open))
+def _within(value: float, schema: Mapping[str, Any]) -> bool:
+    return all(word not in schema or holds(value, schema[word]) for word, holds in _COMPARED.items())
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -736,17 +824,28 @@ def _cannot_both_hold(one: Any, other: Any) -> bool:
         return True
     if not isinstance(one, dict) or not isinstance(other, dict):
         return False
+    one, other = _fitting(one), _fitting(other)
     values, others = _listed(one), _listed(other)
     if values is not None and others is not None:
         return not any(_same(value, given) for value in values for given in others)
     kinds, other_kinds = _kinds(one), _kinds(other)
     if kinds is not None and other_kinds is not None and not kinds & other_kinds:
         return True
-    mine, theirs = one.get("properties"), other.get("properties")
-    if kinds != {"object"} or other_kinds != {"object"} or not isinstance(mine, dict) or not isinstance(theirs, dict):
+    # without a type, both are about objects only, or a value of another type could satisfy both
+    if {"object"} not in (kinds, other_kinds) and not all(schema.keys() <= _OBJECT for schema in (one, other)):
         return False
-    names = set(one.get("required") or ()) & set(other.get("required") or ()) & mine.keys() & theirs.keys()
+    mine, theirs = one.get("properties", {}), other.get("properties", {})
+    names = set(one.get("required", ())) & set(other.get("required", ())) & mine.keys() & theirs.keys()
     return any(_cannot_both_hold(mine[name], theirs[name]) for name in names)
+
+
+def _fitting(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The words of a schema that are known and have their form."""
+    return {
+        word: given
+        for word, given in schema.items()
+        if word in _KNOWN and (word not in _FORMS or _FORMS[word].fits(given))
+    }
 
 
 def _listed(schema: Mapping[str, Any]) -> list[Any] | None:
@@ -761,11 +860,9 @@ def _kinds(schema: Mapping[str, Any]) -> set[str] | None:
     given = schema.get("type")
     if given is None and (values := _listed(schema)) is not None:
         return {kind for kind in TYPES for value in values if _is_of(value, (kind,))}
-    if given is None and ("properties" in schema or "required" in schema):
-        return {"object"}
-    listed = [given] if isinstance(given, str) else given
-    if not isinstance(listed, list):
+    if given is None:
         return None
+    listed = [given] if isinstance(given, str) else given
     return {"number" if kind == "integer" else str(kind) for kind in listed}
 
 

@@ -171,6 +171,7 @@ def _turn(turn: Turn, where: str) -> list[Message]:
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
     results, texts, calls = list[Message](), list[str](), list[dict[str, Any]]()
+    beside_results = any(block.type == "tool_result" for block in turn.content)
     for at, block in enumerate(turn.content):
         match block.type:
             case "text":
@@ -185,7 +186,7 @@ def _turn(turn: Turn, where: str) -> list[Message]:
                 pass  # the reasoning of earlier turns is not part of the prompt
             case other if turn.role == "assistant":
                 pass  # a tool that Anthropic's server has run, and what it returned
-            case other if _beside_results(turn):
+            case other if beside_results:  # something that a tool has read
                 texts.append(_placeholder(other))
             case other:
                 raise BadRequest(f"{where}.content.{at}: blocks of type {other!r} are not supported", param=where)
@@ -207,11 +208,6 @@ def _result(content: str | list[Block]) -> str:
 def _placeholder(kind: str, block: Block | None = None) -> str:
     tool = (block.model_extra or {}).get("tool_name") if block is not None else None
     return f"[{kind}: {tool}]" if tool else f"[{kind} left out: this model reads text]"
-
-
-def _beside_results(turn: Turn) -> bool:
-    """Whether a turn has the results of tools, so that another block in it is something that a tool has read."""
-    return any(isinstance(block, Block) and block.type == "tool_result" for block in turn.content)
 
 
 def _left_out(block: Block, turn: Turn) -> list[str]:

@@ -1,22 +1,28 @@
 """Regular expressions of JSON schemas (ECMA-262) as rules for the JSON strings that they match.
 
 A schema's expression matches anywhere in a string unless it has anchors. What a grammar cannot express is refused: looking
-ahead or behind, references to groups, word boundaries, anchors elsewhere than at the ends.
+ahead or behind, references to groups, word boundaries, anchors elsewhere than at the ends. Many validators use the
+expressions of their own language, so a class has only those characters that are in it for ECMA-262 and for Python, which
+knows more digits, letters and spaces.
 """
 
 from __future__ import annotations
 
+import string
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from dynserve.api.rules import NOTHING, Node, Repeat, choice, sequence
-from dynserve.api.string_rules import ANY, MAX_REPEATS, QUOTE, CharSet, Strings, options_of
+from dynserve.api.string_rules import ANY, MAX_CHARACTER, MAX_REPEATS, QUOTE, CharSet, Strings, options_of
 
 _SPACES = CharSet.of([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
-                      (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
+                      (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000)])  # fmt: skip
 _DIGITS = CharSet.of([(48, 57)])
 _WORD = CharSet.of([(48, 57), (65, 90), (95, 95), (97, 122)])
-_CLASSES = {
-    "d": _DIGITS, "D": _DIGITS.complement(), "w": _WORD, "W": _WORD.complement(), "s": _SPACES, "S": _SPACES.complement(),
+_CLASSES: dict[str, tuple[CharSet, Callable[[str], bool]]] = {
+    "d": (_DIGITS, str.isdecimal), "w": (_WORD, lambda char: char.isalnum() or char == "_"),
+    "s": (_SPACES, lambda char: char.isspace() or char == "\ufeff"),
 }  # fmt: skip
 _DOT = ANY.without(CharSet.of([(10, 10), (13, 13), (0x2028, 0x2029)]))
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
@@ -43,6 +49,20 @@ class Anchor(NamedTuple):
 
 
 Part: TypeAlias = CharSet | Group | Repeated | Anchor
+
+
+@lru_cache
+def _class(name: str, *, wide: bool) -> CharSet:
+    """The characters of a class such as `d` or `D`: those that are in it for all languages, or `wide`, for any."""
+    narrow, belongs = _CLASSES[name.lower()]
+    if name.islower():
+        return _where(belongs) if wide else narrow
+    return narrow.complement() if wide else _where(belongs).complement()
+
+
+def _where(belongs: Callable[[str], bool]) -> CharSet:
+    codes = [code for code in range(MAX_CHARACTER + 1) if belongs(chr(code))]
+    return CharSet.of([(code, code) for code in codes])
 
 
 def string_of(pattern: str, strings: Strings, least: int = 0, most: int | None = None) -> Node:
@@ -224,8 +244,10 @@ class _Parser:
             return None
         inner, end, _ = self._text[self._at + 1 :].partition("}")
         low, comma, high = inner.partition(",")
-        if not end or not low.isdecimal() or (high and not high.isdecimal()) or len(inner) > 12:
+        if not end or not (inner.isascii() and inner.replace(",", "0").isdecimal()) or inner.count(",") > 1:
             return None  # an ordinary brace
+        if not low or len(inner) > 12:  # some languages take {,3} for a repetition
+            raise UnsupportedPattern(f"{{{inner[:20]}}} is not supported; write a lower bound of few digits")
         self._at += len(inner) + 2
         return int(low), (int(high) if high else None) if comma else int(low)
 
@@ -234,13 +256,15 @@ class _Parser:
         self._at += negated
         ranges: list[tuple[int, int]] = []
         while (char := self._next()) != "]":
-            first = self._member(char)
+            first = self._member(char, wide=negated)
             if self._peek() == "-" and self._text[self._at + 1 : self._at + 2] not in ("]", ""):
                 if len(first.ranges) != 1 or first.ranges[0][0] != first.ranges[0][1]:
                     raise UnsupportedPattern("a class cannot begin a range")
                 self._at += 1
-                last = self._member(self._next())
-                if last.ranges[0][1] < first.ranges[0][0] or len(last.ranges) != 1:
+                last = self._member(self._next(), wide=negated)
+                if len(last.ranges) != 1 or last.ranges[0][0] != last.ranges[0][1]:
+                    raise UnsupportedPattern("a class cannot end a range")
+                if last.ranges[0][0] < first.ranges[0][0]:
                     raise UnsupportedPattern("a range of characters is in the wrong order")
                 ranges.append((first.ranges[0][0], last.ranges[0][1]))
             else:
@@ -248,26 +272,25 @@ class _Parser:
         found = CharSet.of(ranges)
         return found.complement() if negated else found
 
-    def _member(self, char: str) -> CharSet:
+    def _member(self, char: str, *, wide: bool) -> CharSet:
         if char != "\\":
             return _one(char)
         if self._peek() == "b":
             self._at += 1
             return _one("\b")
-        return self._escape()
+        return self._escape(wide=wide)
 
-    def _escape(self) -> CharSet:
+    def _escape(self, *, wide: bool = False) -> CharSet:
         char = self._next()
-        if char in _CLASSES:
-            return _CLASSES[char]
-        if char in _CONTROLS:
+        if char.lower() in _CLASSES:
+            return _class(char, wide=wide)
+        if char in _CONTROLS and not (char == "0" and self._peek().isdecimal()):  # which would be octal
             return _one(_CONTROLS[char])
         if char in ("x", "u"):
             digits = self._text[self._at : self._at + (2 if char == "x" else 4)]
-            try:
-                code = int(digits, 16)
-            except ValueError:
-                raise UnsupportedPattern(f"\\{char} needs hexadecimal digits") from None
+            if len(digits) != (2 if char == "x" else 4) or not set(digits) <= set(string.hexdigits):
+                raise UnsupportedPattern(f"\\{char} needs hexadecimal digits")
+            code = int(digits, 16)
             self._at += len(digits)
             if 0xD800 <= code <= 0xDFFF:
                 raise UnsupportedPattern("halves of surrogate pairs are not supported")

@@ -31,6 +31,7 @@ from dynserve.api.left_out import Part, named
 from dynserve.errors import BadRequest
 from dynserve.wire.requests import ToolName as WireToolName
 
+MAX_NAME = 256  # characters of a tool's name with its namespace
 SEPARATOR = "__"  # between a namespace and a name, in the names that the model sees
 # items about earlier turns that are not part of the prompt, and need not be named
 _NOT_SHOWN = frozenset({"reasoning", "additional_tools"})
@@ -82,6 +83,7 @@ class FlatTool(Part):
 class FlatNamed(Part):
     type: Literal["function", "custom"] = "function"
     name: str
+    namespace: str | None = None
 
 
 class FlatChoice(Part):
@@ -131,7 +133,7 @@ class ResponsesRequest(Request):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Many[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatAllowed | FlatNamed | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatAllowed | FlatNamed | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -163,7 +165,7 @@ class ResponsesRequest(Request):
                 logprobs=self._wants_logprobs() or None,
                 top_logprobs=self.top_logprobs if self._wants_logprobs() else None,
                 tools=tools.chat or None,
-                tool_choice=self._tool_choice(),
+                tool_choice=self._tool_choice(tools),
                 parallel_tool_calls=self.parallel_tool_calls,
                 response_format=self._format(),
                 reasoning_effort=self.reasoning.effort if self.reasoning else None,
@@ -220,21 +222,32 @@ class ResponsesRequest(Request):
             messages.append(Message(role="system", content=self.instructions))
         if isinstance(self.input, str):
             return [*messages, Message(role="user", content=self.input)]
-        calls: set[str] = set()  # ids of calls that are part of the prompt
+        left_out: set[str | None] = set()  # ids of calls that are not part of the prompt
         for at, item in enumerate(self.input):
-            if (kind := item.type or "message") in _ITEMS:
-                _ITEMS[kind](messages, item, f"input.{at}", calls)
+            if (kind := item.type or "message") not in _ITEMS:
+                left_out |= {item.call_id} - {None}
+            elif not (kind.endswith("_output") and item.call_id in left_out):
+                _ITEMS[kind](messages, item, f"input.{at}")
         if not messages:
             raise BadRequest("input has no message", param="input")
         return messages
 
-    def _tool_choice(self) -> Any:
+    def _tool_choice(self, tools: _Tools) -> Any:
         choice = self.tool_choice
         if isinstance(choice, FlatNamed):
-            return NamedTool(function=NamedFunction(name=choice.name))
+            name = _name_in(choice.namespace, choice.name)
+            known = {tool.called.name for tool in tools.chat if tool.called is not None}
+            if name not in known:  # a tool of a namespace, if only one has this name
+                inner = [model for model, client in tools.client_names.items() if client.name == choice.name]
+                name = inner[0] if len(inner) == 1 else name
+            return NamedTool(function=NamedFunction(name=name))
+        if isinstance(choice, FlatChoice):
+            raise BadRequest(
+                f"tool_choice: this server does not run tools of type {choice.type!r}", param="tool_choice"
+            )
         if isinstance(choice, FlatAllowed):
-            tools = [_allowed(entry) for entry in choice.tools]
-            return AllowedTools(type="allowed_tools", allowed_tools=AllowedSet(mode=choice.mode, tools=tools))
+            allowed = AllowedSet(mode=choice.mode, tools=[_allowed(entry) for entry in choice.tools])
+            return AllowedTools(type="allowed_tools", allowed_tools=allowed)
         return choice
 
     def _format(self) -> ResponseFormat | None:
@@ -270,9 +283,15 @@ class _Tools:
 
     def _add_one(self, tool: FlatTool, where: str, space: str) -> None:
         name = _name_in(space, tool.name or "")
+        if len(name) > MAX_NAME:
+            raise BadRequest(
+                f"{where}: {name[:50]!r}… is longer than {MAX_NAME} characters with its namespace", param="tools"
+            )
         made = tool.chat_tool(name) if tool.name else None
         if made is None:
             self.left_out.append(named(where, tool.type))
+            return
+        if made in self.chat:  # clients repeat their tools in the history
             return
         self.chat.append(made)
         if made.custom is not None:
@@ -288,18 +307,17 @@ def _name_in(space: str | None, name: str) -> str:
     return f"{space}{SEPARATOR}{name}" if space else name
 
 
-def _add_message(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+def _add_message(messages: list[Message], item: Item, where: str) -> None:
     if item.role is None or item.content is None:
         raise BadRequest(f"{where}: a message needs role and content", param=where)
     messages.append(Message(role=item.role, content=item.content))
 
 
-def _add_call(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+def _add_call(messages: list[Message], item: Item, where: str) -> None:
     """Adds a call. Consecutive calls become one message of the assistant."""
     if not item.name or not item.call_id:
         raise BadRequest(f"{where}: a {item.type} needs name and call_id", param=where)
     name = _name_in(item.namespace, item.name)
-    calls.add(item.call_id)
     if item.type == "custom_tool_call":
         call = ToolCall(id=item.call_id, type="custom", custom=CalledCustom(name=name, input=item.input or ""))
     else:
@@ -311,14 +329,13 @@ def _add_call(messages: list[Message], item: Item, where: str, calls: set[str]) 
         messages.append(Message(role="assistant", content=None, tool_calls=[call]))
 
 
-def _add_output(messages: list[Message], item: Item, where: str, calls: set[str]) -> None:
+def _add_output(messages: list[Message], item: Item, where: str) -> None:
     if item.output is None:
         raise BadRequest(f"{where}: a {item.type} needs output", param=where)
-    if item.call_id in calls or not calls:  # otherwise it is the output of a call that was left out
-        messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+    messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
 
 
-_ITEMS: Mapping[str, Callable[[list[Message], Item, str, set[str]], None]] = {
+_ITEMS: Mapping[str, Callable[[list[Message], Item, str], None]] = {
     "message": _add_message,
     "function_call": _add_call,
     "custom_tool_call": _add_call,

@@ -68,13 +68,23 @@ def optional(node: Node) -> Node:
     return Repeat(node, 0, 1)
 
 
+MAX_RULES = 4_000
+MAX_CHARACTERS = 1 << 20  # of all rules, written
+
+
+class TooManyRules(Exception):
+    """The rules of a grammar are over a bound."""
+
+
 @dataclass
 class Rules:
-    """The rules of one grammar by name."""
+    """The rules of one grammar by name. Raises TooManyRules beyond the bounds."""
 
     bodies: dict[str, Node] = field(default_factory=dict)
 
     def add(self, name: str, body: Node) -> Rule:
+        if len(self.bodies) > MAX_RULES:
+            raise TooManyRules
         self.bodies[name] = body
         return Rule(name)
 
@@ -85,7 +95,7 @@ class Rules:
     def reserve(self) -> str:
         """Returns the name of a rule that is added later, so that it can use itself."""
         name = f"r{len(self.bodies)}"
-        self.bodies[name] = IMPOSSIBLE
+        self.add(name, IMPOSSIBLE)
         return name
 
     def text(self, root: Node) -> str | None:
@@ -107,16 +117,28 @@ class Rules:
                 assert body is not None
                 bodies[name] = body
                 waiting += _used(body)
-        return "\n".join(f"{name} ::= {_written(body)}" for name, body in bodies.items())
+        lines, size = [], 0
+        for name, body in bodies.items():
+            lines.append(f"{name} ::= {_written(body)}")
+            size += len(lines[-1])
+            if size > MAX_CHARACTERS:
+                raise TooManyRules
+        return "\n".join(lines)
 
     def _finite(self) -> set[str]:
         """The rules that some finite text matches."""
+        users: dict[str, list[str]] = {}
+        for name, body in self.bodies.items():
+            for used in _used(body):
+                users.setdefault(used, []).append(name)
         found: set[str] = set()
-        while True:
-            more = {name for name, body in self.bodies.items() if name not in found and _is_finite(body, found)}
-            if not more:
-                return found
-            found |= more
+        waiting = list(self.bodies)
+        while waiting:
+            name = waiting.pop()
+            if name not in found and _is_finite(self.bodies[name], found):
+                found.add(name)
+                waiting += users.get(name, ())  # which may be finite now
+        return found
 
 
 def _is_finite(node: Node, known: set[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dynserve.api.rules import IMPOSSIBLE, NOTHING, Chars, Node, Repeat, Rule, Rules, Text, choice, sequence
 
 MAX_CHARACTER = 0x10FFFF
-MAX_REPEATS = 2_000  # of a character, with a bound: a state of the grammar each
+MAX_REPEATS = 1_000  # of a character, with a bound: a state of the grammar each
 _SURROGATES = (0xD800, 0xDFFF)
 _ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 _HEX = Chars("0-9a-fA-F")
@@ -115,7 +115,8 @@ class Strings:
         return self._made[key]
 
     def _not(self, names: SequenceOf[str]) -> Node:
-        """The rest of a string whose beginning is that of `names`, which are their remaining characters."""
+        """The rest of a string whose beginning is that of `names`, which are their remaining characters: one rule for each
+        beginning."""
         heads: dict[str, list[str]] = {}
         for name in names:
             if name:
@@ -125,7 +126,7 @@ class Strings:
         others = ANY.without(CharSet.of([(ord(head), ord(head)) for head in heads]))
         rest = self.repeated(options_of(ANY), 0, None)
         options += [sequence(option, rest) for option in options_of(others)]
-        return choice(options)
+        return self._rules.new(choice(options))
 
     def _characters(self, least: int, most: int | None) -> Node:
         return self._chain((Chars('^"\\\\\\u0000-\\u001f'), sequence(Text("\\"), self._escape())), least, most)

@@ -82,7 +82,7 @@ class CustomInput:
         except (ValueError, RecursionError):
             return rest
         text = found.get("input") if isinstance(found, dict) else None
-        return text if isinstance(text, str) else rest
+        return _whole(text) if isinstance(text, str) else rest
 
     def _decode(self) -> str:
         out: list[str] = []
@@ -103,7 +103,7 @@ class CustomInput:
             out.append(json.loads(f'"{escape}"'))
             at += len(escape)
         self._held = self._held[at:]
-        return "".join(out)
+        return _whole("".join(out))
 
     def _escape(self, at: int) -> str:
         """The complete escape at a position, with both halves of a surrogate pair; empty if it is incomplete."""
@@ -117,3 +117,8 @@ class CustomInput:
             return found[0] + second[0] if second[0].startswith("\\u") else found[0]
         rest = self._held[found.end() :]
         return "" if not rest or (rest[0] == "\\" and len(rest) < 6) else found[0]
+
+
+def _whole(text: str) -> str:
+    """The text with replacement characters for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -23,6 +23,7 @@ from dynserve.server.exchange import Exchange, exchange_of
 from dynserve.server.shortcuts import SMALL_BODY
 
 Body = TypeVar("Body", bytes, bytearray, bytes | bytearray)
+MAX_DECOMPRESSING = 4  # bodies at a time
 INLINE = 4 << 10  # bytes that are decompressed on the event loop; they can become a few MiB, in a few milliseconds
 
 
@@ -32,6 +33,7 @@ class RequestBodies:
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
         self.used = 0  # bytes
+        self.decompressing = asyncio.Semaphore(MAX_DECOMPRESSING)
         self._arriving: dict[RequestBody, None] = {}  # oldest first
 
     def small(self, exchange: Exchange) -> bytes | None:
@@ -81,6 +83,7 @@ class RequestBody:
         try:
             coding = coding_of(exchange.headers)
             await self._receive()
+            self._bodies._arriving.pop(self, None)  # from here on it needs what it is charged for
             if coding:
                 await self._decompress(coding)
             _json(self.content, exchange.headers)
@@ -113,7 +116,11 @@ class RequestBody:
 
     async def _decompress(self, coding: str) -> None:
         work = partial(decompress, self.content, coding, self._config.max_body_bytes)
-        self.content = await asyncio.to_thread(work) if len(self.content) > INLINE else work()
+        if len(self.content) <= INLINE:
+            self.content = work()
+        else:
+            async with self._bodies.decompressing:  # what they decode to is charged afterwards only
+                self.content = await asyncio.to_thread(work)
         self._bodies.charge(self, max(0, len(self.content) - SMALL_BODY - self.charged))
 
     async def _receive(self) -> None:

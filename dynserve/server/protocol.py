@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from http import HTTPStatus
+from typing import cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -36,7 +37,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from dynserve.errors import BadRequest, Overloaded, error_object
 from dynserve.log_limit import LimitedLog
 from dynserve.server.heads import Fault, HttpLimits, fault_of
-from dynserve.server.shortcuts import DirectExchange, ResponseTransport, body_of, is_reset, send_without_chunks
+from dynserve.server.shortcuts import (
+    DirectExchange,
+    ResponseTransport,
+    body_of,
+    can_detect_resets,
+    is_reset,
+    send_without_chunks,
+)
 
 DRAIN = 2.0  # seconds that a body may still take to arrive after its request was answered
 MAX_PIPELINED = 64  # requests of one connection that wait behind the one that is being answered
@@ -44,7 +52,8 @@ MAX_PIPELINED_BODY = 1 << 16  # bytes of the bodies of these requests
 MAX_HEADERS = 256  # of a request, and as many trailers
 MAX_TURNED_AWAY = 64  # connections that get a 503 at a time because too many are open; further ones are closed at once
 MAX_IGNORED = 1 << 20  # bytes that a connection may still send after its last request
-PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # the one interim response that every client skips
+EMPTY_EVENT = b"3\r\n:\n\n\r\n"  # a comment, as a chunk
 # seconds between checks that a client which has sent all is still there: one that is gone resets the connection as soon as
 # anything reaches it
 CLIENT_CHECKS = (0.02, 0.08, 0.4, 1.5, 3.0)
@@ -92,12 +101,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. It may have closed only its sending side, and then gets its answers. A client that is
-        gone looks alike, until something is sent to it: so an interim response is, which clients ignore."""
-        if self._idle or self._reading is not Reading.IDLE or self.scope["scheme"] == "https":
-            return False  # nothing that is complete is unanswered; TLS cannot be closed on one side
+        gone looks alike, until something is sent to it: so something is that clients ignore. To a client of HTTP/1.0
+        nothing can be sent; that it is gone is found out when its answer is written."""
+        if self._idle or self._reading not in (Reading.IDLE, Reading.IGNORING) or not can_detect_resets():
+            return False  # nothing that is complete is unanswered
+        if self.scope["scheme"] == "https":  # TLS cannot be closed on one side
+            return False
         self.cycle.keep_alive = False
-        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
-            self.transport.write(PROCESSING)
+        answering = self._answering  # which may be an earlier request than the newest one
+        if answering is not None and answering.scope["http_version"] == "1.1":
+            if not answering.response_started:
+                self.transport.write(CONTINUE)
+            elif answering.chunked_encoding:  # only streams of events are
+                cast(ResponseTransport, answering.transport).flush()
+                self.transport.write(EMPTY_EVENT)
         self._check_client(CLIENT_CHECKS)
         return True
 
@@ -231,9 +248,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.app = body_of(self.config.loaded_app) if head else self.config.loaded_app
         super().on_headers_complete()  # which raises an error for a target that cannot be parsed
         self._reading, self._size = Reading.BODY, 0
-        path = self.scope["path"]
-        if path[-1:] == "/" and len(path) > 1:  # served: a redirection would trust the Host header
-            self.scope["path"] = path.rstrip("/") or "/"
+        if self.scope["raw_path"][-1:] == b"/" and len(self.scope["path"]) > 1:
+            self.scope["path"] = self.scope["path"][:-1]  # served: a redirection would trust the Host header
         if self.pipeline:
             self.flow.resume_reading()  # otherwise a disconnect would not be detected
         else:

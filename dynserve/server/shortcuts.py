@@ -129,10 +129,15 @@ def send_without_chunks(cycle: RequestResponseCycle) -> None:
     cycle.send = unframed  # type: ignore[method-assign]
 
 
+def can_detect_resets() -> bool:
+    """Whether `is_reset` can tell: on Linux only."""
+    return hasattr(socket, "TCP_INFO")
+
+
 def is_reset(transport: asyncio.Transport) -> bool:
-    """Whether the peer has reset a connection that is not read any more. Only Linux says."""
+    """Whether the peer has reset a connection that is not read any more."""
     sock = transport.get_extra_info("socket")
-    if sock is None or not hasattr(socket, "TCP_INFO"):
+    if sock is None:
         return False
     try:
         state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]

@@ -150,7 +150,7 @@ class ChatTemplates:
         for name, source in self.sources.items():
             try:
                 self._templates[name] = ChatTemplate(source, special)
-            except (TemplateError, RecursionError) as error:
+            except Exception as error:  # a template is foreign code: its compilation may fail in any way
                 self._faults[name] = f"{error} (line {getattr(error, 'lineno', '?')})"
 
     @property
@@ -180,10 +180,10 @@ class ChatTemplates:
 
 def template_sources(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
     """Returns name to source. As in transformers, files of their own replace those of `tokenizer_config.json`."""
-    found = {DEFAULT: files[FILE].decode()} if FILE in files else {}
+    found = {DEFAULT: files[FILE].decode("utf-8", "replace")} if FILE in files else {}
     for name in sorted(files):
         if name.startswith(FOLDER):
-            found[name.removeprefix(FOLDER).removesuffix(".jinja")] = files[name].decode()
+            found[name.removeprefix(FOLDER).removesuffix(".jinja")] = files[name].decode("utf-8", "replace")
     if found:
         return found
     given = config.get("chat_template")
@@ -223,10 +223,10 @@ class _Namespace(Namespace):
     """Jinja's namespace, without names that begin with an underscore: they could reach Python's own."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, rest = args[0], args[1:]
-        for name in dict(*rest, **kwargs):
+        values = dict(*args[1:], **kwargs)
+        for name in values:
             _check_name(name)
-        Namespace.__init__(self, *rest, **kwargs)
+        Namespace.__init__(args[0], values)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)

@@ -14,7 +14,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from dynserve.addresses import Server, redacted, servers
+from dynserve.addresses import Server, redacted, servers, several
 from dynserve.errors import ClusterError, DynserveError, TimedOut, Unavailable, translate
 from dynserve.tasks import persist, within
 from dynserve.transport.base import Callback, Handler, Mailbox, OnReply
@@ -137,10 +137,10 @@ class _NatsMailbox:
 def _credentials(servers: Sequence[Server]) -> dict[str, Any]:
     """The options for the user of all servers, whose name and password may be percent-encoded in the address: nats-py would
     send them as they stand there. Servers with different users are left to it."""
-    users = {(server.user, server.password) for server in servers if server.user}
-    if len(users) != 1:
+    users = {(server.user, server.password) for server in servers}
+    ((user, password), *others) = users
+    if others or not user:
         return {}
-    ((user, password),) = users
     return {"token": user} if password is None else {"user": user, "password": password}
 
 
@@ -153,7 +153,7 @@ async def open_nats(url: str, name: str, tls: ssl.SSLContext | None = None) -> A
     """
     reported_down, attempts = False, -1
     shown, probed = redacted(url), servers(url, "NATS_URL", 4222)
-    urls = [part.strip() for part in url.split(",") if part.strip()]
+    urls = several(url)
 
     async def disconnected() -> None:
         nonlocal reported_down

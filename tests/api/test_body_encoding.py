@@ -29,9 +29,15 @@ def zstd_frames(content: bytes) -> bytes:
     return encoder.compress(content[:half]) + encoder.compress(content[half:])
 
 
+def gzip_members(content: bytes) -> bytes:
+    half = len(content) // 2
+    return gzip.compress(content[:half]) + gzip.compress(content[half:])
+
+
 ENCODERS = {
     "gzip": ("gzip", gzip.compress),
     "x-gzip": ("gzip", gzip.compress),
+    "gzip members": ("gzip", gzip_members),
     "deflate": ("deflate", zlib.compress),
     "bare deflate": ("deflate", bare_deflate),
     "zstd": ("zstd", zstandard.ZstdCompressor().compress),
@@ -61,6 +67,21 @@ def test_a_damaged_or_incomplete_body_is_refused(name: str) -> None:
     for broken in (whole[:-3], b"{}", b"\x00" * 40):
         with pytest.raises(BadRequest, match=f"the body is not valid {coding}"):
             decompress(broken, coding, 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["gzip", "zstd"])
+def test_a_body_of_very_many_parts_is_refused(name: str) -> None:
+    coding, encode = ENCODERS[name]
+    assert decompress(encode(b"x") * 60, coding, 1 << 20) == b"x" * 60
+    with pytest.raises(BadRequest, match="it has over 64"):
+        decompress(encode(b"x") * 70, coding, 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["deflate", "bare deflate"])
+def test_nothing_may_follow_a_deflated_body(name: str) -> None:
+    coding, encode = ENCODERS[name]
+    with pytest.raises(BadRequest, match="something follows its end"):
+        decompress(encode(BODY) + b"x", coding, 1 << 20)
 
 
 def test_other_encodings_are_refused_with_those_that_are_accepted() -> None:

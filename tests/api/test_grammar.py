@@ -10,7 +10,7 @@ import pytest
 from dynserve.api.chat import ChatRequest
 from dynserve.api.completions import CompletionRequest
 from dynserve.api.fields import parsed
-from dynserve.api.grammar import MAX_GRAMMAR, enforces_calls, grammar_of
+from dynserve.api.grammar import MAX_GRAMMAR, enforced, enforces_calls, grammar_of
 from dynserve.config import TINY_MODEL
 from dynserve.dialects import TOOL_PARSERS, CallArguments, CallStart, chain
 from dynserve.errors import BadRequest, Overloaded
@@ -226,6 +226,33 @@ async def test_tool_arguments_are_an_object_even_if_their_schema_allows_more(par
     found = grammar(tools=[tool], tool_choice="required")
     call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
     assert await accepts(found, call.format("{}"), call.format("null"), call.format("3")) == [True, False, False]
+
+
+async def test_arguments_that_may_be_null_are_an_object_of_the_schema() -> None:
+    parameters = {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    found = grammar(
+        tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}], tool_choice="required"
+    )
+    call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
+    assert await accepts(found, *map(call.format, ('{"a": 1}', "null", "{}"))) == [True, False, False]
+
+
+def test_a_strict_tool_whose_arguments_are_no_object_is_refused() -> None:
+    function = {"name": "f", "parameters": {"type": "string"}}
+    grammar(tools=[{"type": "function", "function": function}])
+    with pytest.raises(BadRequest, match="tools.f: the arguments of a function are an object, not 'string'"):
+        grammar(tools=[{"type": "function", "function": function | {"strict": True}}])
+
+
+@pytest.mark.parametrize("style", ["pythonic", "llama3_json"])
+def test_a_strict_tool_that_is_not_enforced_is_named(style: str) -> None:
+    request = chat(tools=[{"type": "function", "function": {"name": "f", "strict": True}}])
+    assert enforced(request, card(style)).dropped == ["tools.f.strict (not enforced)"]
+
+
+def test_halves_of_surrogate_pairs_can_be_sent_to_a_worker() -> None:
+    found = grammar(guided_json=r'{"const": "\ud800"}')
+    assert found.text.encode() == rb'{"const": "\ud800"}' and rb"\\ud800" in found.rules.encode()
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,19 @@ CASES: list[tuple[Any, list[str], list[str]]] = [
     ({"properties": {"p": {"properties": {"title": {"type": "integer"}}}, "q": {"properties": {"title": {"type": "string"}}}}}, ['{"p": {"title": 1}, "q": {"title": "x"}}'], ['{"p":{"title":1},"q":{"title":1}}']),
     ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False, "allOf": [{"properties": {"b": {}}}]}, ['{"a": 1, "b": 2}'], ['{"c":1}']),
     ({"title": "t", "description": "d", "default": 1, "x-own": {}, "nullable": True, "type": "integer"}, ["1"], ["null"]),
+    ({"oneOf": [{"type": "object", "properties": {"k": {"const": "a"}}, "required": ["k"]}, {"properties": {"k": {"const": 1}}, "required": ["k"]}]}, ['{"k": "a"}', '{"k":1}'], ["7", "{}"]),
+    ({"type": "object", "oneOf": [{"properties": {"k": {"const": k}}, "required": ["k"]} for k in (True, 1)]}, ['{"k": true}', '{"k":1}'], ["{}"]),
+    ({"required": ["a"], "unevaluatedProperties": {"type": "integer"}}, ['{"a": 1}', '{"a":1,"b":2}'], ['{"a":"x"}', '{"a":1,"b":"x"}']),
+    ({"type": ["integer", "null"], "multipleOf": 1}, ["3", "null"], ["3.5"]),
+    ({"type": "number", "multipleOf": 1, "minimum": 0}, ["3", "0"], ["3.5", "-1"]),
+    ({"type": "number", "minimum": -1.7976931348623157e308, "maximum": 3.4028234663852886e38}, ["-2.5", "3"], ['"a"']),
+    ({"enum": [1e300, 3, 2**53 + 1], "maximum": 2**53}, ["3"], ["1e+300", str(2**53 + 1)]),
+    ({"enum": ["a", "bc"], "format": "date"}, ['"a"'], ['"2020-01-01"']),
+    ({"type": "array", "contains": {"const": 1}, "minContains": 0, "items": {"type": "integer"}}, ["[2]"], ['["a"]']),
+    ({"allOf": [{"const": 1}, {"enum": [True, 1]}]}, ["1"], ["true"]),
+    ({"type": "object", "properties": {"n" * 300: {"type": "integer"}}, "additionalProperties": True}, ["{}", '{"' + "n" * 300 + '": 1}'], ['{"a":1}']),
+    ({"type": "string", "pattern": "^\\s[^\\d]\\W$"}, ['" x-"', '" é-"'], ['" 1-"', '"\ufeffx-"', '" xé"', '" ٣-"']),
+    ({"type": "string", "pattern": "^[\\D]\\S$"}, ['"xy"'], ['"٣y"', '"x "', '"x\u00a0"', '"x\ufeff"']),
     ({"type": "integer", "then": {"minimum": 9}, "minContains": 3, "dependentRequired": {}, "not": False}, ["1"], ['"x"']),
 ]  # fmt: skip
 
@@ -173,13 +186,27 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "word boundaries": ({"pattern": r"\bfoo"}, r"pattern: \\b is not supported"),
     "groups again": ({"pattern": r"(a)\1"}, r"pattern: \\1 is not supported"),
     "inner anchors": ({"pattern": "a(^b)"}, r"pattern: \^ is supported at the ends only"),
-    "long strings": ({"type": "string", "maxLength": 100_000}, "maxLength: over 2,000"),
+    "long strings": ({"type": "string", "maxLength": 100_000}, "maxLength: over 1,000"),
     "free names": ({"type": "object", "minProperties": 2}, "minProperties: over 1, where names are free"),
     "other patterns": ({"patternProperties": {"^a": {}, "^b": {}}}, "patternProperties: only one expression"),
     "enum beside pattern": ({"enum": ["a"], "pattern": "b"}, "pattern: beside enum or const"),
     "remote": ({"$ref": "https://x.y/z"}, r"\$ref: only references within the schema"),
     "missing": ({"$ref": "#/$defs/x"}, r"\$ref: there is no '#/\$defs/x'"),
     "anchor": ({"$ref": "#x"}, r"\$ref: anchors are not supported"),
+    "types by convention": (
+        {"oneOf": [{"properties": {"a": {}}}, {"type": "string"}]}, "oneOf: its branches overlap"),
+    "words of two types": ({"oneOf": [
+        {"properties": {"k": {"const": at}}, "required": ["k"], "minLength": 1} for at in range(2)]}, "oneOf: its branches overlap"),
+    "names of known members": (
+        {"properties": {"a": {}}, "additionalProperties": False, "propertyNames": {"maxLength": 0}}, "propertyNames: beside"),
+    "many digits": ({"type": "number", "minimum": 1e100}, "minimum: it has too many digits"),
+    "bases": ({"$defs": {"a": {"$id": "https://x.y/a"}}, "$ref": "#/$defs/a"}, r"\$ref: beside an \$id"),
+    "no schema": ({"$ref": "#/required", "required": ["a"]}, r"\$ref: '#/required' is not a schema"),
+    "Python's repetition": ({"pattern": "a{,3}"}, r"pattern: \{,3\} is not supported"),
+    "long repetition": ({"pattern": "a{0000000000000}"}, r"pattern: \{0000000000000\} is not supported"),
+    "range of classes": ({"pattern": r"[+-\d]"}, "pattern: a class cannot end a range"),
+    "hexadecimal": ({"pattern": r"\x+1"}, "needs hexadecimal digits"),
+    "octal": ({"pattern": r"\01"}, r"\\0 is not supported"),
     "misspelt": ({"type": "string", "minlength": 3}, "minlength: did you mean minLength"),
     "cousins": ({"allOf": [{"properties": {"a": {}}, "unevaluatedProperties": False}, {"properties": {"b": {}}}]},
                 r"unevaluatedProperties: it stands in one of two"),
@@ -197,15 +224,22 @@ def test_a_word_that_rules_cannot_hold_is_refused_with_its_place(name: str) -> N
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "nope"}, "type is 'nope', not a type"),
-        ({"properties": {"a": {"type": 3}}}, r"properties\.a\.type is 3, not a type"),
-        ({"minLength": -1}, "minLength is not a whole number"),
-        ({"minimum": "1"}, "minimum is not a number"),
+        ({"type": "nope"}, "type: 'nope' is not a type"),
+        ({"properties": {"a": {"type": 3}}}, r"properties\.a\.type: it is not a type or a list of types"),
+        ({"minLength": -1}, "minLength: it is not a whole number"),
+        ({"minimum": "1"}, "minimum: it is not a number"),
         ({"properties": {"a": 3}}, r"properties\.a is not a JSON schema"),
         ({"anyOf": []}, "anyOf"),
         (False, "no finite JSON text can satisfy this schema"),
         ({"$ref": "#"}, "no finite JSON text"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no finite JSON text"),
+        ({"type": "object", "minProperties": 1, "maxProperties": 0}, "no finite JSON text"),
+        ({"minimum": float("inf")}, "JSON has no NaN and no Infinity"),
+        ({"required": "a"}, "required: it is not a list of names"),
+        ({"properties": ["a"]}, "properties: it is not an object of schemas"),
+        ({"uniqueItems": "yes"}, "uniqueItems: it is not true or false"),
+        ({"allOf": [3, {}]}, "allOf has a part that is not a JSON schema"),
+        ({"properties": {"p" * 500: {"type": "x"}}}, "…p{195}.type: 'x' is not a type"),
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "no finite JSON text"),
         ({"type": []}, "no finite JSON text"),
         ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "no finite JSON text"),
@@ -221,8 +255,35 @@ def test_a_schema_that_stands_for_too_many_others_is_refused() -> None:
     schema = {
         "allOf": [{"anyOf": branches}] * 1 + [{"anyOf": [{**b, "title": str(n)} for b in branches]} for n in range(6)]
     }
-    with pytest.raises(BadRequest, match="stands for too many others"):
+    with pytest.raises(BadRequest, match="stands for too many rules"):
         rules_of(schema, "response_format")
+
+
+def chain(length: int) -> Any:
+    links = {f"d{at}": {"properties": {"next": {"$ref": f"#/$defs/d{at + 1}"}}} for at in range(length)}
+    return {"$defs": {**links, f"d{length}": {}}, "$ref": "#/$defs/d0", "type": "object"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        chain(400),  # nested through references
+        {"anyOf": [{"minLength": 1, "title": str(at)} for at in range(1500)], "enum": [str(at) for at in range(1500)]},
+        {"oneOf": [{"const": at} for at in range(3900)]},
+        {"type": "object", "properties": {f"p{at}": {"maxLength": 900 - at, "type": "string", "pattern": "^(a|b)*$"} for at in range(9)},
+         "additionalProperties": {"type": "string", "minLength": 1000}, "allOf": [{"minLength": at} for at in range(900)] * 5},
+    ],
+    ids=["references", "constants", "pairs", "parts"],
+)  # fmt: skip
+def test_the_work_on_a_schema_is_bounded(schema: Any) -> None:
+    with pytest.raises(BadRequest, match="stands for too many rules"):
+        rules_of(schema, "response_format")
+    made = lenient_rules_of({"type": "object", "properties": {"a": schema}, "$defs": schema.get("$defs", {})}, "tools")
+    assert made.dropped[-1] == "the whole schema" and accepts(COMPILER.compile_grammar(made.text), '{"a": 1}')
+
+
+def test_words_without_a_value_say_nothing() -> None:
+    assert accepts(compiled({"type": "string", "maxLength": None, "enum": None, "not": None}), '"a"')
 
 
 def test_tools_lose_only_the_words_that_rules_cannot_hold() -> None:

@@ -127,6 +127,24 @@ def test_tools_that_codex_adds_as_an_item_are_tools() -> None:
     assert [function.name for function in request(ResponsesRequest, body).chat().functions()] == ["exec"]
 
 
+def test_a_tool_may_be_repeated_and_chosen_by_the_name_that_the_client_knows() -> None:
+    space = {"type": "namespace", "name": "mcp", "tools": [FUNCTION | {"name": "look"}]}
+    body = CODEX | {"input": "Go.", "tools": [FUNCTION, FUNCTION, space]}
+
+    def chosen(**choice: Any) -> Any:
+        return request(ResponsesRequest, body | {"tool_choice": choice}).chat().tool_choice.name
+
+    assert [f.name for f in request(ResponsesRequest, body).chat().functions()] == ["exec", "mcp__look"]
+    assert chosen(type="function", name="exec") == "exec"
+    assert chosen(type="function", name="look") == chosen(type="function", namespace="mcp", name="look") == "mcp__look"
+    with pytest.raises(BadRequest, match="this server does not run tools of type 'file_search'"):
+        chosen(type="file_search")
+    long = {"type": "namespace", "name": "m" * 200, "tools": [FUNCTION | {"name": "n" * 60}]}
+    made = request(ResponsesRequest, body | {"tools": [long]})
+    with pytest.raises(BadRequest, match=r"tools.0.tools.0: .* is longer than 256 characters with its namespace"):
+        made.chat()
+
+
 def test_a_request_of_claude_code_keeps_everything_that_has_a_meaning() -> None:
     made = request(MessagesRequest, CLAUDE)
     chat = made.chat()

@@ -249,7 +249,7 @@ async def test_an_answer_follows_a_grammar(
         ({"guided_grammar": "root ::= missing"}, "missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
-            "type is 3, not a type",
+            "it is not a type or a list of types",
         ),
     ],
 )

@@ -43,6 +43,7 @@ def test_the_input_of_a_custom_tool_is_decoded_while_it_arrives(text: str, ascii
         ('{"a": 1, "input": "x"}', "x"),
         ('{"input": "half', "half"),
         ('{"input": "half\\', "half"),
+        ('{"input": "\\ud800x"}', "\ufffdx"),  # UTF-8 has no halves of surrogate pairs
     ],
 )
 def test_other_arguments_of_a_custom_tool_are_passed_on(arguments: str, text: str) -> None:

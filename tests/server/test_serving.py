@@ -445,7 +445,7 @@ async def test_a_client_that_closes_its_sending_side_gets_its_answer(version: st
                 answer = await reader.read()
             writer.close()
             interim, _, rest = answer.partition(b"HTTP/1.1 200 OK")
-            assert interim == (b"HTTP/1.1 102 Processing\r\n\r\n" if version == "1.1" else b"")
+            assert interim == (b"HTTP/1.1 100 Continue\r\n\r\n" if version == "1.1" else b"")
             assert (b'"finish_reason":"length"' in rest) and cluster.workers[0].counts["cancelled"] == 0
 
 
@@ -524,3 +524,19 @@ async def test_connections_beyond_the_limit_of_open_files_get_a_503_and_a_log_li
                 port, b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
             ):
                 await asyncio.sleep(0.01)
+
+
+async def test_an_interim_response_never_stands_within_another_response() -> None:
+    engine = {"speed": 1, "step_ms": 20}
+    async with Cluster(aggregated=1, executor="simulated", engine=engine) as cluster:
+        sock = bind("127.0.0.1", 0, "--http-port")
+        async with serving(cluster.apps[0].served, sock):
+            reader, writer = await asyncio.open_connection(*sock.getsockname())
+            ask = json.dumps(ASK | {"stream": True, "max_tokens": 20, "ignore_eos": True}).encode()
+            writer.write(post("/v1/chat/completions", ask) * 2)
+            await reader.readuntil(b"data: ")  # the first answer is being written, the second request waits
+            writer.write_eof()
+            async with asyncio.timeout(20):
+                answer = await reader.read()
+            writer.close()
+    assert b"100 Continue" not in answer and answer.count(b"[DONE]") == 2

@@ -182,8 +182,9 @@ class KvCache(HostBlocks):
                 decoding.append(work[i])
             else:
                 blocks = torch.tensor(sequence.blocks[: -(-end // size)], device=self._device)
-                masks = self._chunk_mask(start, count, 0), self._chunk_mask(start, count, self._window)
-                prefills.append(Prefill(first, len(tokens), blocks, end, *masks))
+                mask = self._chunk_mask(start, count, 0)
+                recent = self._chunk_mask(start, count, self._window) if self._window else mask
+                prefills.append(Prefill(first, len(tokens), blocks, end, mask, recent))
         place = torch.tensor(positions, device=self._device)
         layout = StepLayout(
             torch.tensor(tokens, device=self._device),

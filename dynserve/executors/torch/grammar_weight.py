@@ -75,7 +75,7 @@ def _of_tag(node: Any, with_rules: Any) -> float:
 def _of_schema_rules(text: str) -> float:
     """Returns the states of rules that were made from a JSON schema. Other rules that they use have states of their own,
     which bounds do not multiply."""
-    return sum(_of_expression(_TEXTS.sub("", line.partition("::=")[2])) + LITERAL for line in text.splitlines())
+    return sum(_of_expression(_TEXTS.sub("", line.partition("::=")[2])) + LITERAL for line in text.split("\n"))
 
 
 def _bounds(node: dict[str, Any]) -> list[int]:
