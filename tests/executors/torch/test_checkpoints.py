@@ -94,9 +94,11 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 async def greedy(folder: Path) -> list[int]:
-    """The executor's answer: the prompt in chunks, the rest one token at a time."""
+    """The executor's answer, on the GPU if there is one: the prompt in chunks, the rest one token at a time."""
     options = json.dumps({"num_blocks": 40, "max_num_tokens": 20})
-    async with open_executor(WorkerConfig(model_path=str(folder), override_engine_args=options), "w1") as executor:
+    async with open_executor(
+        WorkerConfig(model_path=str(folder), override_engine_args=options, dtype="float32"), "w1"
+    ) as executor:
         stop = make_request(PROMPT).stop
         request = make_request(PROMPT, stop=type(stop)(max_tokens=ANSWER, ignore_eos=True))
         return [token async for output in generate(executor, request) for token in output.token_ids]
