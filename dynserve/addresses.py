@@ -38,8 +38,12 @@ def redacted(url: str) -> str:
 
 def several(urls: str) -> list[str]:
     """The addresses of a list with commas. Passwords of addresses with a scheme may have commas, too."""
-    parts = _URLS.split(urls) if "://" in urls else urls.split(",")
-    return [part.strip() for part in parts if part.strip()]
+    found = []
+    for part in _URLS.split(urls):
+        user, at, hosts = part.rpartition("@") if "://" in part else ("", "", part)
+        first, *others = hosts.split(",")
+        found += [f"{user}{at}{first}", *others]
+    return [address.strip() for address in found if address.strip()]
 
 
 def host_port(url: str, what: str, default_port: int) -> tuple[str, int]:

@@ -29,6 +29,7 @@ def test_several_servers_stand_with_commas_and_may_have_users() -> None:
         Server("etcd-0", 1),
         Server("::1", 2, "u", "p@,", "http"),
     ]
+    assert servers("nats://u:p,q@a:1,b", "x", 9) == [Server("a", 1, "u", "p,q", "nats"), Server("b", 9)]
     for invalid in ("", " , ", "a:1,b:port"):
         with pytest.raises(ConfigError, match="NATS_URL"):
             servers(invalid, "NATS_URL", 4222)
