@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import keyword
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dynserve.api.body_bounds import check_json_texts
 from dynserve.api.chat import ChatRequest, Function, NamedTool
 from dynserve.api.completions import CompletionRequest
-from dynserve.api.json_schema import lenient_rules_of, rules_of
+from dynserve.api.json_schema import children, lenient_rules_of, rules_of
 from dynserve.dialects.tools import STYLES, CallStyle
 from dynserve.errors import BadRequest
 from dynserve.wire.discovery import Card
@@ -165,14 +164,17 @@ def _of_object(tool: Function) -> dict[str, Any]:
 
 
 class _SchemaFormat(dict[str, Any]):
-    """A node of a structural tag for JSON of one schema. `strict`: the client wants the whole schema enforced."""
+    """A node of a structural tag for JSON of one schema. `strict`: the client wants the whole schema enforced. `rules`:
+    those of the schema, if they are made already."""
 
-    def __init__(self, schema: Any, place: str, *, strict: bool) -> None:
+    def __init__(self, schema: Any, place: str, *, strict: bool, rules: str = "") -> None:
         super().__init__(type="json_schema", json_schema=schema)
-        self._schema, self._place, self._strict = schema, place, strict
+        self._schema, self._place, self._strict, self._rules = schema, place, strict, rules
 
     def with_rules(self, dropped: list[str]) -> Format:
         """The same node with rules instead of the schema."""
+        if self._rules:
+            return {"type": "grammar", "grammar": self._rules}
         schema = _checked(self._schema, "tools")
         made = rules_of(schema, "tools") if self._strict else lenient_rules_of(schema, "tools")
         dropped += [f"{self._place}.{word} (not enforced)" for word in made.dropped]
@@ -183,26 +185,20 @@ def _checked(schema: Any, param: str) -> Any:
     """Returns the schema. Raises BadRequest for one whose grammar would take minutes to compile."""
     nodes, level = 0, [schema]
     for _ in range(MAX_DEPTH):
-        children = [child for node in level for child in _children(node)]
-        nodes += len(children)
+        inner = [child for node in level for child in children(node)]
+        nodes += len(inner)
         if nodes > MAX_NODES:
             raise BadRequest(f"a JSON schema may have at most {MAX_NODES:,} values", param=param)
-        if not children:
+        if not inner:
             return schema
-        level = children
+        level = inner
     raise BadRequest(f"a JSON schema may be nested at most {MAX_DEPTH} levels deep", param=param)
-
-
-def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
 
 
 def _as_format(grammar: Grammar) -> Format:
     match grammar.kind:
         case "json":
-            return _SchemaFormat(_schema(grammar.text), "response_format", strict=True)
+            return _SchemaFormat(_schema(grammar.text), "response_format", strict=True, rules=grammar.rules)
         case "regex":
             return {"type": "regex", "pattern": grammar.text}
         case _:

@@ -737,17 +737,20 @@ def _index(name: str) -> int | None:
 
 def _has_bases(root: Any) -> bool:
     """Whether a schema has parts with an `$id` of their own."""
-    waiting = list(_children(root))
+    waiting = list(children(root))
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict) and isinstance(part.get("$id"), str):
             return True
-        waiting += _children(part)
+        waiting += children(part)
     return False
 
 
-def _children(node: Any) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+def children(node: Any) -> Iterable[Any]:
+    """The values within a JSON object or list; none within other values."""
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def _is_number(value: Any) -> bool:

@@ -430,23 +430,34 @@ async def test_a_client_of_http_1_0_gets_its_answer_without_chunks() -> None:
                 assert json.loads(text)["usage"]["completion_tokens"] == 3
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_a_client_that_closes_its_sending_side_gets_its_answer(version: str, stream: bool) -> None:
+@asynccontextmanager
+async def connection_to_a_slow_model() -> AsyncIterator[tuple[Cluster, asyncio.StreamReader, asyncio.StreamWriter]]:
     engine = {"speed": 1, "step_ms": 20}
     async with Cluster(aggregated=1, executor="simulated", engine=engine) as cluster:
         sock = bind("127.0.0.1", 0, "--http-port")
         async with serving(cluster.apps[0].served, sock):
             reader, writer = await asyncio.open_connection(*sock.getsockname())
-            body = json.dumps(ASK | {"stream": stream, "max_tokens": 20, "ignore_eos": True}).encode()
-            writer.write(post("/v1/chat/completions", body, version))
-            writer.write_eof()
-            async with asyncio.timeout(20):
-                answer = await reader.read()
+            yield cluster, reader, writer
             writer.close()
-            interim, _, rest = answer.partition(b"HTTP/1.1 200 OK")
-            assert interim == (b"HTTP/1.1 100 Continue\r\n\r\n" if version == "1.1" else b"")
-            assert (b'"finish_reason":"length"' in rest) and cluster.workers[0].counts["cancelled"] == 0
+
+
+async def rest_of_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Closes the sending side, and reads what still comes."""
+    writer.write_eof()
+    async with asyncio.timeout(20):
+        return await reader.read()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_client_that_closes_its_sending_side_gets_its_answer(version: str, stream: bool) -> None:
+    body = json.dumps(ASK | {"stream": stream, "max_tokens": 20, "ignore_eos": True}).encode()
+    async with connection_to_a_slow_model() as (cluster, reader, writer):
+        writer.write(post("/v1/chat/completions", body, version))
+        answer = await rest_of_answer(reader, writer)
+        interim, _, rest = answer.partition(b"HTTP/1.1 200 OK")
+        assert interim == (b"HTTP/1.1 100 Continue\r\n\r\n" if version == "1.1" else b"")
+        assert (b'"finish_reason":"length"' in rest) and cluster.workers[0].counts["cancelled"] == 0
 
 
 async def test_a_client_that_closes_the_whole_connection_still_cancels_its_request() -> None:
@@ -527,16 +538,9 @@ async def test_connections_beyond_the_limit_of_open_files_get_a_503_and_a_log_li
 
 
 async def test_an_interim_response_never_stands_within_another_response() -> None:
-    engine = {"speed": 1, "step_ms": 20}
-    async with Cluster(aggregated=1, executor="simulated", engine=engine) as cluster:
-        sock = bind("127.0.0.1", 0, "--http-port")
-        async with serving(cluster.apps[0].served, sock):
-            reader, writer = await asyncio.open_connection(*sock.getsockname())
-            ask = json.dumps(ASK | {"stream": True, "max_tokens": 20, "ignore_eos": True}).encode()
-            writer.write(post("/v1/chat/completions", ask) * 2)
-            await reader.readuntil(b"data: ")  # the first answer is being written, the second request waits
-            writer.write_eof()
-            async with asyncio.timeout(20):
-                answer = await reader.read()
-            writer.close()
+    ask = json.dumps(ASK | {"stream": True, "max_tokens": 20, "ignore_eos": True}).encode()
+    async with connection_to_a_slow_model() as (_, reader, writer):
+        writer.write(post("/v1/chat/completions", ask) * 2)
+        await reader.readuntil(b"data: ")  # the first answer is being written, the second request waits
+        answer = await rest_of_answer(reader, writer)
     assert b"100 Continue" not in answer and answer.count(b"[DONE]") == 2
