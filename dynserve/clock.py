@@ -12,6 +12,7 @@ time, with the clock stopped.
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -37,6 +38,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+    def jump(self, seconds: float) -> None:
+        """Advances the clock to the next timer, exactly. A callback that runs a rounding error before its time, and waits
+        again for that time, would do so for ever: only a real clock goes on meanwhile."""
+        later, due = self.now + seconds, self._scheduled[0].when()  # type: ignore[attr-defined]
+        self.now = due if math.isclose(later, due) else later
+        self._clock_resolution = math.ulp(self.now)  # how early asyncio calls timers back
 
     def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         future: asyncio.Future[T] = super().run_in_executor(executor, func, *args)
@@ -70,7 +78,7 @@ class _Jumping(selectors.DefaultSelector):
             return super().select(THREAD_POLL)
         if timeout is None:
             raise Deadlock("no callback is ready, no timer is set and no thread runs: the loop would wait for ever")
-        self._loop.now += timeout
+        self._loop.jump(timeout)
         return ready
 
 

@@ -35,6 +35,7 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 RouterMode = Literal["kv", "round-robin", "random", "least-loaded", "power-of-two", "direct"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Pooling = Literal["auto", "mean", "last", "none"]
+DrainMode = Literal["finish", "migrate"]
 
 # The names of the parsers in dialects/; a test compares the two.
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31", "pythonic")
@@ -165,20 +166,36 @@ class FrontendConfig(PlanesConfig):
     local_prefill_toll: NotNegative = option(
         1024, "a prefill worker slower by up to this many tokens still gets the prompt", "DYN_LOCAL_PREFILL_TOLL"
     )
-    busy_prefill_tokens: Positive = option(
-        1 << 20, "a worker with more tokens waiting for prefill is over its threshold", "DYN_BUSY_PREFILL_TOKENS"
-    )
+    busy_prefill_tokens: NotNegative = option(
+        0, "a worker with more tokens waiting for prefill is over its threshold; 0: 16 full steps of its engine",
+        "DYN_BUSY_PREFILL_TOKENS",
+    )  # fmt: skip
     busy_kv_fraction: PositiveFloat = option(
         1.0, "so is a worker whose answers use more than this fraction of its KV blocks", "DYN_BUSY_KV_FRACTION"
     )
     max_queued: NotNegative = option(
         1024, "requests per model that wait while all workers are over their thresholds", "DYN_MAX_QUEUED"
     )
-    max_queued_s: PositiveFloat = option(30.0, "longest time of a request in that queue", "DYN_MAX_QUEUED_S")
+    max_queued_s: PositiveFloat = option(
+        30.0,
+        "longest time of a request in that queue; one that would wait longer is refused at once",
+        "DYN_MAX_QUEUED_S",
+    )
     ttft_slo_ms: NotNegativeFloat = option(
-        0.0, "objective for the time to the first token: /metrics has the share of requests that miss it; 0: none",
-        "DYN_TTFT_SLO_MS",
+        0.0, "objective for the time to the first token: requests that would miss it in the queue are refused, and "
+        "/metrics has the share of those that miss it; 0: none", "DYN_TTFT_SLO_MS",
     )  # fmt: skip
+    max_migrations: NotNegative = option(
+        3, "how often an answer is continued on another worker after its own was lost; 0: never", "DYN_MAX_MIGRATIONS"
+    )
+    role_grace_s: NotNegativeFloat = option(
+        2.0, "after so long without a prefill (or decode) worker, workers of the other role answer alone",
+        "DYN_ROLE_GRACE_S",
+    )  # fmt: skip
+    suspect_s: PositiveFloat = option(0.5, "a worker that is silent for so long gets no new requests", "DYN_SUSPECT_S")
+    silence_s: PositiveFloat = option(
+        2.0, "a worker that is silent for so long is lost, and its answers are continued on others", "DYN_SILENCE_S"
+    )
     request_timeout_s: PositiveFloat = option(
         600.0, "longest time of a request before it fails", "DYN_REQUEST_TIMEOUT_S"
     )
@@ -223,6 +240,8 @@ class FrontendConfig(PlanesConfig):
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.silence_s < self.suspect_s:
+            raise ConfigError(f"--silence-s {self.silence_s:g} cannot be less than --suspect-s {self.suspect_s:g}")
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"--max-bodies-bytes {self.max_bodies_bytes} cannot be less than --max-body-bytes {self.max_body_bytes}"
@@ -260,9 +279,10 @@ class WorkerConfig(PlanesConfig):
     dtype: DtypeName = option("auto", "torch: auto, float32 or bfloat16; auto is float32 on a CPU", "DYN_DTYPE")
     tensor_parallel_size: Positive = option(1, "GPUs per layer (trtllm)")
     pipeline_parallel_size: Positive = option(1, "stages of layers (trtllm)")
-    max_queue: Positive = option(
-        1024, "requests that may wait in a worker beside the running ones; more are refused as busy", "DYN_MAX_QUEUE"
-    )
+    max_queue: Positive | None = option(
+        None, "requests that may wait in a worker beside the running ones; more are refused as busy; default: as many as "
+        "run at once", "DYN_MAX_QUEUE",
+    )  # fmt: skip
     extra_engine_args: str | None = option(None, "YAML file with engine options")
     override_engine_args: str | None = option(None, "JSON object with engine options; wins over the file")
     kv_events: bool = option(
@@ -282,9 +302,17 @@ class WorkerConfig(PlanesConfig):
         None, "trtllm: LoRA adapters, as name=folder,name=folder; clients use the names as models", "DYN_LORA_ADAPTERS"
     )
     pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
-    drain_timeout_s: PositiveFloat = option(
-        30.0, "how long a worker waits after SIGTERM for its requests to finish", "DYN_DRAIN_TIMEOUT_S"
+    stand_in: bool = option(
+        True, "answer requests alone while the other role (prefill or decode) has no workers", "DYN_STAND_IN"
     )
+    drain_mode: DrainMode = option(
+        "finish", "after SIGTERM: finish answers up to --drain-timeout-s, or migrate all of them to other workers at once",
+        "DYN_DRAIN_MODE",
+    )  # fmt: skip
+    drain_timeout_s: PositiveFloat = option(
+        30.0, "how long a worker waits after SIGTERM for its answers to finish; then they migrate to other workers",
+        "DYN_DRAIN_TIMEOUT_S",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_bounds(self)

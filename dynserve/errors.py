@@ -15,7 +15,9 @@ DynserveError
 │   └── Cancelled           499  the caller disconnected or cancelled the request
 ├── ClusterError            the cluster could not serve it now; a retry may succeed
 │   ├── NoWorker            503  no worker serves this model at the moment
-│   ├── WorkerLost          503  the worker died or closed the link
+│   ├── WorkerLost          503  the worker died, closed the link, fell silent or left
+│   │   ├── WorkerLeft           the worker stops, and its answers continue elsewhere
+│   │   └── EngineLost           the worker's engine died, perhaps of this request
 │   ├── TimedOut            504  a deadline passed
 │   │   └── NoAck                a worker did not acknowledge the request; another may
 │   ├── Overloaded          429  every queue is full
@@ -26,6 +28,7 @@ DynserveError
 │   └── HandoffBroken            the transfer itself failed
 ├── InternalError           500  a fault of dynserve or of an engine
 │   ├── SlowClient               the client reads too slowly; aborted to bound memory
+│   ├── PoisonRequest            two engines died while they ran the request
 │   └── EngineDied               a worker's engine died; exit code 3
 └── ConfigError             a flag, file or environment variable is wrong; printed as one sentence, exit code 2
 """
@@ -117,6 +120,14 @@ class WorkerLost(ClusterError):
     code = "worker_lost"
 
 
+class WorkerLeft(WorkerLost):
+    code = "worker_left"
+
+
+class EngineLost(WorkerLost):
+    code = "engine_lost"
+
+
 class TimedOut(ClusterError):
     code, status = "timeout", 504
 
@@ -155,6 +166,10 @@ class InternalError(DynserveError):
 
 class SlowClient(InternalError):
     code = "slow_client"
+
+
+class PoisonRequest(InternalError):
+    code = "poison_request"
 
 
 class EngineDied(InternalError):

@@ -54,6 +54,11 @@ class Channel(Generic[T]):
         self._size, self._error = 0, None
 
     @property
+    def closed(self) -> bool:
+        """Whether no more items are accepted; some may still wait."""
+        return self._closed
+
+    @property
     def empty(self) -> bool:
         """Whether no item waits."""
         return not self._items

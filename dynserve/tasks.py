@@ -129,6 +129,36 @@ class Limit:
             raise TimeoutError from error
 
 
+class Signal:
+    """Wakes all tasks that wait for it."""
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: dict[asyncio.Future[bool], None] = {}  # first come, first woken
+
+    def notify(self) -> None:
+        for waiter in self._waiters:
+            _wake(waiter, True)
+
+    async def wait(self, deadline: float) -> bool:
+        """Returns True at the next `notify`, or False at `deadline`, a time of the loop's clock."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        timer = loop.call_at(deadline, _wake, waiter, False)
+        self._waiters[waiter] = None
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+            del self._waiters[waiter]
+
+
+def _wake(waiter: asyncio.Future[bool], notified: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(notified)
+
+
 class Backoff:
     """Waits that double from `first` to `longest` seconds, with jitter so that processes do not retry at the same time."""
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from dynserve import Cluster
+from dynserve.frontend.models import KEEP_RETIRED
 from dynserve.transport.base import Deleted
 from dynserve.transport.memory import MemoryLink
 from dynserve.wire.link import VERSION, Hello, Welcome
@@ -130,8 +131,8 @@ async def test_a_request_survives_a_prefill_worker_that_dies_before_it_answers()
         await assert_all_freed(c)
 
 
-async def test_a_stream_whose_decode_worker_dies_ends_with_an_error_and_no_done() -> None:
-    async with cluster(engine={"step_ms": 20}) as c, c.client() as client:
+async def test_a_stream_whose_decode_worker_dies_without_migration_ends_with_an_error() -> None:
+    async with cluster(engine={"step_ms": 20}, options={"max_migrations": 0}) as c, c.client() as client:
         asking = asyncio.create_task(
             client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
         )
@@ -188,7 +189,8 @@ async def test_500_requests_of_which_a_third_is_cancelled_free_everything() -> N
 
 
 async def test_a_worker_that_reconnects_ends_the_streams_of_its_old_link(caplog: pytest.LogCaptureFixture) -> None:
-    async with cluster(prefill=0, decode=0, aggregated=1, engine={"step_ms": 20}) as c, c.client() as client:
+    alone = cluster(prefill=0, decode=0, aggregated=1, engine={"step_ms": 20}, options={"max_migrations": 0})
+    async with alone as c, c.client() as client:
         asking = asyncio.create_task(
             client.post("/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 500, "ignore_eos": True})
         )
@@ -270,7 +272,7 @@ async def test_a_late_duplicate_of_a_finished_request_is_not_run_again() -> None
 
 async def test_a_client_that_does_not_read_is_disconnected_and_frees_everything() -> None:
     async with cluster(engine={"step_ms": 1, "prefill_us_per_token": 0, "decode_us_per_sequence": 0}) as c:
-        c.frontend.pipeline.max_stream_bytes = 4000
+        c.frontend.pipeline.limits = c.frontend.pipeline.limits._replace(max_stream_bytes=4000)
         body = json.dumps(ASK | {"stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()
         sent, bodies = list[int](), list[Any]()
 
@@ -293,14 +295,18 @@ async def test_a_client_that_does_not_read_is_disconnected_and_frees_everything(
         assert b"dynserve_slow_clients_cut_total 1.0" in c.frontend.metrics_page()
 
 
-async def test_a_model_is_removed_with_its_last_worker() -> None:
+async def test_a_model_without_workers_stays_known_for_a_while() -> None:
     async with cluster(prefill=1, decode=1) as c:
         fleet = c.frontend.fleet
+        model = fleet.models[MODEL]
         for peer in list(fleet.peers.values()):
             fleet.discovered(Deleted(f"x/{peer.id}"))
             assert peer.link is not None
             fleet.lost(peer.link, "test")
-        assert fleet.models == {} and fleet.peers == {}
+        assert fleet.peers == {} and not fleet.serves(MODEL)
+        assert fleet.model(MODEL) is model  # its requests can be prepared
+        fleet._models.expire(asyncio.get_running_loop().time() + KEEP_RETIRED + 1)
+        assert fleet.models == {}
 
 
 @pytest.mark.parametrize(
@@ -346,7 +352,7 @@ async def test_a_request_id_is_echoed_and_models_and_schema_are_served() -> None
 
 
 async def test_without_a_decode_worker_the_model_is_not_served() -> None:
-    async with cluster(prefill=1, decode=0) as c, c.client() as client:
+    async with cluster(prefill=1, decode=0, options={"max_queued_s": 0.2}) as c, c.client() as client:
         await until(lambda: bool(c.frontend.fleet.models))
         response = await client.post("/v1/chat/completions", json=ASK)
         assert response.status_code == 503 and response.headers["retry-after"]

@@ -186,7 +186,7 @@ async def test_a_worker_without_events_is_routed_to_by_the_prompts_sent_to_it() 
         router = c.frontend.router
         del router.targets[c.workers[0].id]
         c.frontend.fleet.peers[c.workers[0].id].problem = "taken out by the test"
-        c.frontend.fleet._pools.clear()
+        c.frontend.fleet._membership_changed()
         for expected in (0, 192):
             entry = await why(client, await client.post("/v1/completions", json=ask()))
             assert entry["placements"][0]["predicted_cached_tokens"] == expected

@@ -165,7 +165,7 @@ def test_a_killed_prefill_engine_fails_no_request_and_ends_its_worker(cluster: C
     wait_until(lambda: len(cluster.deployment.health()["instances"]) == 3)
 
 
-def test_a_killed_decode_engine_ends_its_streams_with_an_error(cluster: Cluster, stream: Any) -> None:
+def test_the_answers_of_a_killed_decode_engine_migrate(cluster: Cluster, stream: Any) -> None:
     running = [stream(cluster.base, ask([1200 + i] * 20, 1000, stream=True)) for i in range(6)]
     wait_until(lambda: all(len(lines) > 20 for _, lines in running))
     victim, other = cluster.decode
@@ -173,11 +173,10 @@ def test_a_killed_decode_engine_ends_its_streams_with_an_error(cluster: Cluster,
     assert min(shares) > 0 and sum(shares) == 6, "both have some of them"
     engine_of(victim).kill()
     assert victim.wait() == 3
-    wait_until(lambda: sum("event: error" in lines for _, lines in running) == shares[0])
     wait_until(lambda: len(cluster.deployment.health()["instances"]) == 2)
-    broken = [lines for _, lines in running if "event: error" in lines]
-    assert all("data: [DONE]" not in lines for lines in broken)
-    assert "worker_lost" in "".join(broken[0])
+    ends = [future.result(timeout=60) for future, _ in running]
+    assert all("data: [DONE]" in lines and "event: error" not in lines for lines in ends)
+    assert all(sum('"finish_reason":"length"' in line for line in lines) == 1 for lines in ends)
     answer = httpx.post(f"{cluster.base}/v1/completions", json=ask([5, 6, 7]), timeout=30, trust_env=False)
     assert answer.status_code == 200
 

@@ -23,6 +23,7 @@ def by_role(name: str, minimum: int, maximum: int, settings: Autoscaling, cluste
     wanted = {
         "dynserve_role_kv_occupancy": f"{settings.kv_occupancy_percent * 10}m",
         "dynserve_role_waiting_requests": str(settings.waiting_requests),
+        "dynserve_role_queued_requests": str(settings.waiting_requests),
     }
     metrics = [
         {

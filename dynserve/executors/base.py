@@ -63,13 +63,16 @@ class ExecutorLimits(NamedTuple):
     adapters: tuple[str, ...] = ()  # LoRA adapters by name
     pairing: Mapping[str, str] = {}  # properties that the other side of a hand-off must share
     single_use_handoffs: bool = False  # once a worker may have begun to fetch a hand-off, no second worker can use it
+    draws_by_position: bool = False  # sampled tokens depend on seed and position only
+    max_num_tokens: int = 0  # tokens of one step; 0: not known
     no_grammars: str = ""  # why answers cannot follow a grammar, where an option can change that
 
 
 def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_tokens: int | None) -> None:
     """Raises CallerError for a request that can never run on an executor with these limits. `max_num_tokens` is the
     bound of one step where prompts are not computed in chunks, else None."""
-    length = request.num_tokens + (len(request.prior.token_ids) if request.prior else 0)
+    prior = request.prior_tokens
+    length = request.num_tokens + len(prior)
     if length == 0:
         raise ContextTooLong("the prompt is empty")
     if length >= limits.max_seq_len:
@@ -79,7 +82,6 @@ def check_request(request: GenerateRequest, limits: ExecutorLimits, max_num_toke
             f"{length} tokens are over max_num_tokens={max_num_tokens}; "
             "set enable_chunked_prefill to accept longer prompts"
         )
-    prior = request.prior.token_ids if request.prior is not None else []
     if _any_beyond(request.prompt, limits.vocab_size) or max(prior, default=0) >= limits.vocab_size:
         highest = max([*array("I", request.prompt), *prior])
         raise BadRequest(

@@ -27,13 +27,13 @@ import uvloop
 from dynserve.errors import (
     DynserveError,
     EngineDied,
+    EngineLost,
     HandoffBroken,
     HandoffError,
     HandoffMismatch,
     InternalError,
     TimedOut,
     Unavailable,
-    WorkerLost,
 )
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
 from dynserve.executors.engine_args import EngineArgs
@@ -138,7 +138,8 @@ class Engine:
         blocks = scheduler.blocks
         self.limits = ExecutorLimits(
             blocks.block_size, blocks.num_blocks, scheduler.max_seq_len, scheduler.max_batch_size, model.vocab_size,
-            grammars is not None, model.embedding_size, pairing=model.pairing,
+            grammars is not None, model.embedding_size, pairing=model.pairing, draws_by_position=True,
+            max_num_tokens=scheduler.max_num_tokens,
         )  # fmt: skip
         self._max_prompt = None if chunked else scheduler.max_num_tokens
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -256,8 +257,8 @@ class Engine:
                 self.abort(sequence.ticket)
 
     def fail(self, error: BaseException) -> None:
-        """Marks the engine as dead. Open requests fail with WorkerLost, so that others can run those without a token; new
-        ones are refused."""
+        """Marks the engine as dead. Open requests fail with EngineLost, so that other workers continue them; new ones are
+        refused."""
         if self.failed.done():
             return
         log.error("the engine died", exc_info=error)
@@ -265,7 +266,7 @@ class Engine:
         self.failed.exception()  # marks it as retrieved: nothing has to await `failed`
         live, self._live = self._live, {}
         for _, sink in live.values():
-            sink(Output([], error=WorkerLost("the worker's engine died")))
+            sink(Output([], error=EngineLost("the worker's engine died")))
 
     # hand-offs
 
@@ -274,7 +275,7 @@ class Engine:
         return self.handoffs.open(
             sequence.ticket,
             sequence.request,
-            blocks[: -(-sequence.prompt_len // self.limits.block_size)],
+            blocks[: -(-sequence.given // self.limits.block_size)],
             len(blocks) * self._block_bytes,
             self._transceiver.state(),
         )

@@ -64,13 +64,15 @@ class HandoffTable:
     def open(
         self, ticket: int, request: GenerateRequest, blocks: list[int], num_bytes: int, state: bytes, id_: int = 0
     ) -> Handoff:
-        """Opens a hand-off. `id_` is an id that the executor has assigned already; 0 means the next one."""
+        """Opens a hand-off of the request's prompt and prior output. `id_` is an id that the executor has assigned already;
+        0 means the next one."""
+        num_tokens = request.num_tokens + len(request.prior_tokens)
         handoff = Handoff(
             id=id_ or next(self._ids),
             owner=self._owner,
             request_id=request.id,
-            sequence_hash=_sequence(request),
-            num_tokens=request.num_tokens,
+            sequence_hash=_sequence(request, num_tokens),
+            num_tokens=num_tokens,
             num_bytes=num_bytes,
             ttl_s=self._ttl_s,
             state=state,
@@ -141,10 +143,11 @@ class HandoffTable:
 
 
 def belongs(handoff: Handoff, request: GenerateRequest) -> bool:
-    """Whether the hand-off is of this request and this prompt."""
-    theirs = (handoff.request_id, handoff.sequence_hash, handoff.num_tokens)
-    return theirs == (request.id, _sequence(request), request.num_tokens)
+    """Whether the hand-off is of this request, and of its prompt with a part of its prior output."""
+    if not request.num_tokens <= handoff.num_tokens <= request.num_tokens + len(request.prior_tokens):
+        return False
+    return (handoff.request_id, handoff.sequence_hash) == (request.id, _sequence(request, handoff.num_tokens))
 
 
-def _sequence(request: GenerateRequest) -> int:
-    return sequence_hash(request.prompt, adapter_salt(request.adapter, request.cache_salt))
+def _sequence(request: GenerateRequest, num_tokens: int) -> int:
+    return sequence_hash(request.computed(num_tokens), adapter_salt(request.adapter, request.cache_salt))

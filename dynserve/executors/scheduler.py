@@ -48,6 +48,7 @@ class Sequence:
         "computed",
         "ends",
         "fetch",
+        "given",
         "hashes",
         "matcher",
         "memo",
@@ -57,6 +58,7 @@ class Sequence:
         "prompt_logprobs",
         "queue_s",
         "request",
+        "reused",
         "seed",
         "state",
         "ticket",
@@ -67,9 +69,10 @@ class Sequence:
 
     def __init__(self, ticket: int, request: GenerateRequest, block_size: int, eos: frozenset[int], now: float) -> None:
         self.ticket, self.request, self.arrived = ticket, request, now
-        prior = request.prior.token_ids if request.prior else []
+        prior = request.prior_tokens
         self.tokens = [*unpack_tokens(request.prompt), *prior]
         self.prompt_len = len(self.tokens) - len(prior)
+        self.given = len(self.tokens)  # tokens that were not generated here
         # a grammar ends with an end-of-turn token, also with ignore_eos
         own: frozenset[int] = frozenset() if request.stop.ignore_eos and request.grammar is None else eos
         # a set, since every token is checked against it
@@ -78,7 +81,7 @@ class Sequence:
         packed = request.prompt + pack_tokens(prior) if prior else request.prompt
         self.hashes = extend([], packed, block_size, self.seed)
         self.blocks: list[int] = []
-        self.computed = 0
+        self.computed = self.reused = 0  # `reused`: tokens that were in the cache when it was admitted
         self.cached_tokens = request.prior.cached_tokens if request.prior else 0
         self.fetch = request.handoff is not None  # at most once; a failed or preempted fetch is computed here instead
         self.admitted = self.accounted = False
@@ -151,7 +154,8 @@ class Scheduler:
     def begun_tokens(self) -> int:
         """The number of tokens computed already of unfinished prompts."""
         # after a preemption less may be cached than before
-        return sum(max(0, s.computed - s.cached_tokens) for s in self.running if not s.generated)
+        computing = [s for s in self.running if len(s.tokens) == s.given and s.request.handoff is None]
+        return sum(max(0, s.computed - s.reused) for s in computing)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -178,8 +182,9 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         sequence.transfer_s = seconds
         self.running.append(sequence)
-        if ok:
-            before, sequence.computed = sequence.computed, sequence.prompt_len
+        handoff = sequence.request.handoff
+        if ok and handoff is not None:
+            before, sequence.computed = sequence.computed, handoff.num_tokens
             self._seal(sequence, before)
 
     def release_held(self, ticket: int) -> None:
@@ -266,7 +271,7 @@ class Scheduler:
             before, sequence.computed = sequence.computed, slice_.start + slice_.size + more
             self._seal(sequence, before)
             if slice_.samples and new:
-                if not sequence.generated:
+                if len(sequence.tokens) == sequence.given and sequence.request.handoff is None:
                     sequence.prefill_s = now - sequence.admitted_at
                 output = self._advance(sequence, new[-1])
                 if more:
@@ -327,13 +332,15 @@ class Scheduler:
             sequence.admitted = True
             sequence.admitted_at = now
             sequence.queue_s = now - sequence.arrived
+            sequence.reused = sequence.computed
             if not sequence.generated:
                 sequence.cached_tokens = sequence.computed
-        if sequence.fetch:
+        handoff = sequence.request.handoff
+        if sequence.fetch and handoff is not None:
             sequence.fetch = False
             sequence.state = SequenceState.FETCHING
             self.fetching[sequence.ticket] = sequence
-            ours = sequence.blocks[overlap : self._blocks_for(sequence.prompt_len)]
+            ours = sequence.blocks[overlap : self._blocks_for(handoff.num_tokens)]
             self._fetches.append(BlockFetch(sequence, ours, overlap))
         else:
             sequence.state = SequenceState.RUNNING

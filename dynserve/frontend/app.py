@@ -17,7 +17,7 @@ from dynserve.api import fields
 from dynserve.api.messages import CountRequest
 from dynserve.api.normalize import tokenize_prompts
 from dynserve.api.tokenize import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
-from dynserve.errors import ContextTooLong, RequestNotFound
+from dynserve.errors import ContextTooLong, NoWorker, RequestNotFound
 from dynserve.frontend.decisions import KEPT
 from dynserve.frontend.edge import (
     BYTES_PER_TOKEN,
@@ -154,7 +154,9 @@ def _add_state(app: FastAPI, frontend: Frontend, edge: Edge) -> None:
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
         edge.admit(request).close()
-        edge.serving_model(model)
+        edge.model(model)
+        if not frontend.fleet.serves(model):
+            raise NoWorker(f"no worker serves {model} at the moment")
         return json_response(request, _model_object(frontend, model))
 
     @app.get("/v1/requests/{request_id:path}/why")

@@ -29,6 +29,14 @@ class TryAnother(Exception):
         self.worker, self.cause, self.handoff_intact = worker, cause, handoff_intact
 
 
+class Interrupted(Exception):
+    """A worker was lost after it had sent records of an answer, which other workers can continue."""
+
+    def __init__(self, worker: str, cause: WorkerLost) -> None:
+        super().__init__(worker, cause)
+        self.worker, self.cause = worker, cause
+
+
 class PhaseInput(NamedTuple):
     """The input of one phase, whichever worker runs it."""
 
@@ -45,7 +53,8 @@ class Attempt:
 
     the last record        the phase is complete
     `TryAnother`           the worker refused, did not acknowledge, or was lost before its first record
-    `ClusterError`         the worker was lost after its first record, or the request's time is up
+    `Interrupted`          the worker was lost after its first record
+    `ClusterError`         the request's time is up, or the worker has failed it after its first record
     `CallerError`          no worker would accept the request
     `InternalError`        the worker failed in a way that another one could repeat
     """
@@ -55,7 +64,7 @@ class Attempt:
     def __init__(self, phase: PhaseInput, reservation: Reservation, record: PlacementRecord, reply: Reply) -> None:
         self._phase, self._reservation, self._record = phase, reservation, record
         self.reply = reply
-        self.has_record = False  # from then on no other worker may run the phase
+        self.has_record = False  # from then on another worker must continue the answer, and cannot run the phase
 
     async def deliver(self, sink: RecordSink) -> Finished:
         """Gives the worker's records to `sink`, and returns the last of them."""
@@ -75,14 +84,23 @@ class Attempt:
                 reply.write = writer
         raise WorkerLost(f"worker {reply.peer.id} ended the stream without a last record")
 
-    def error_after(self, error: ClusterError) -> ClusterError | TryAnother:
-        """Returns the error to raise after `error`: itself, or `TryAnother` if another worker may still run the phase."""
+    def error_after(self, error: ClusterError) -> ClusterError | TryAnother | Interrupted:
+        """Returns the error to raise after `error`: itself, `TryAnother` if another worker may still run the phase, or
+        `Interrupted` if one may continue the answer."""
         self._record.failure = error.code
+        if self.has_record and isinstance(error, WorkerLost):
+            return Interrupted(self.reply.peer.id, error.with_traceback(None))
         if self.has_record or (isinstance(error, TimedOut) and not isinstance(error, NoAck)):
             return error
         instance = self.reply.peer.instance
         may_have_fetched = not self.reply.refused and instance is not None and instance.card.single_use_handoffs
         return TryAnother(self.reply.peer.id, error.with_traceback(None), handoff_intact=not may_have_fetched)
+
+    @property
+    def draws_by_position(self) -> bool:
+        """Whether another worker continues a sampled answer with the tokens that this one would have drawn."""
+        instance = self.reply.peer.instance
+        return instance is not None and instance.card.draws_by_position
 
     def release(self) -> None:
         """Releases the reserved load. Safe to repeat."""

@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 KEPT = 10_000  # requests
 MAX_CANDIDATES = 32  # of one placement; the cheapest are kept
+MAX_PLACEMENTS = 32  # of one request; the first and the last are kept
 IN_HEADER = 8  # candidates of one placement in the response header, where proxies allow 8 kB
 
 DRIFT = 0.25  # relative difference that predicted and reported cached tokens may have
@@ -92,12 +93,33 @@ class PlacementRecord:
         return least - own, runner_up
 
 
+class Migration(NamedTuple):
+    """An answer that another worker has continued after `tokens` tokens, `at` seconds after the request began.
+
+    `exact`: the lost worker would have drawn the same tokens. Otherwise the engine's generator is in another state.
+    """
+
+    worker: str
+    cause: str  # code of the error
+    tokens: int
+    exact: bool
+    at: float
+
+    def as_dict(self) -> dict[str, Any]:
+        sampling = "continued" if self.exact else "restarted"
+        return {
+            "from": self.worker, "cause": self.cause, "after_tokens": self.tokens, "sampling": sampling,
+            "at_s": round(self.at, 6),
+        }  # fmt: skip
+
+
 class Decision:
     """The record of one request, filled while it runs. `owner` is the name of the request's API key."""
 
     __slots__ = (
         "began",
         "ended",
+        "migrations",
         "model",
         "outcome",
         "owner",
@@ -112,6 +134,7 @@ class Decision:
         self.owner = owner
         self.request_id, self.model, self.prompt_tokens, self.began = request_id, model, prompt_tokens, began
         self.placements: list[PlacementRecord] = []
+        self.migrations: list[Migration] = []
         self.outcome = "running"
         self.queued_s = 0.0  # in the frontend's own queue
         self.ttft_s: float | None = None
@@ -120,6 +143,8 @@ class Decision:
     def placed(self, reservation: Reservation) -> PlacementRecord:
         record = PlacementRecord.of(reservation)
         self.placements.append(record)
+        if len(self.placements) > MAX_PLACEMENTS:  # of a request that many workers have refused
+            del self.placements[MAX_PLACEMENTS // 2]
         return record
 
     def as_dict(self, max_candidates: int = MAX_CANDIDATES) -> dict[str, Any]:
@@ -129,6 +154,7 @@ class Decision:
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
             "duration_s": None if self.ended is None else round(self.ended - self.began, 6),
             "placements": [placement.as_dict(max_candidates) for placement in self.placements],
+            "migrations": [migration.as_dict() for migration in self.migrations],
         }  # fmt: skip
 
     def header(self) -> bytes:

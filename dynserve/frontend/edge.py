@@ -111,13 +111,6 @@ class Edge:
             raise ModelNotFound(f"The model {name[:200]!r} does not exist here; {known}", param="model")
         return model
 
-    def serving_model(self, name: str) -> Model:
-        """Returns a model that can be used. Raises NoWorker if no worker serves it now, and the errors of `model`."""
-        model = self.model(name)
-        if not self._frontend.fleet.serves(name):
-            raise NoWorker(f"no worker serves {name} at the moment")
-        return model
-
     async def generate(self, request: Request, route: Route) -> Response:
         """Processes a generating request up to its response, which owns the charged call from then on."""
         exchange = exchange_of(request.scope)
@@ -143,7 +136,7 @@ class Edge:
     ) -> Response:
         call.charge(len(content) // BYTES_PER_TOKEN)
         body, (request, kind, frame) = await self.parse(content, route.form, lambda body: (body, route.convert(body)))
-        model = self.serving_model(request.model)
+        model = self.model(request.model)
         work = partial(normalize, request, model.preprocessor, model.card, call.cache_owner, kind, frame)
         size = request.size() if len(content) <= INLINE_PREPARED else len(content)
         normalized = await self.threads.run(size, work)

@@ -42,7 +42,7 @@ class FanOut(TokenResponse):
 
     async def _answer(self, receive: Receive, send: Send) -> None:
         at_once = self._call.acquire_slots(min(MAX_AT_ONCE, len(self._requests)))
-        deadline = asyncio.get_running_loop().time() + self._pipeline.timeout_s
+        deadline = asyncio.get_running_loop().time() + self._pipeline.limits.timeout_s
         async with ClientWatch(self._exchange, receive, deadline, self._runs) as client:
             numbers = iter(range(len(self._requests)))  # shared by all tasks
             async with _first_error(), asyncio.TaskGroup() as group:

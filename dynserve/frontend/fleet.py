@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
-from dynserve.errors import WorkerLost, from_wire
+from dynserve.errors import WorkerLeft, WorkerLost, from_wire
 from dynserve.frontend.kv_feed import KvFeeds
 from dynserve.frontend.models import Model, Models, unpaired
 from dynserve.frontend.reply import Peer, deliver_steps
+from dynserve.frontend.roles import Lineup, RoleWatch
 from dynserve.log_limit import LimitedLog
 from dynserve.routing.router import Router, RoutingTarget
-from dynserve.tasks import OwnedTasks
+from dynserve.tasks import OwnedTasks, Signal
 from dynserve.transport.base import Change, FetchFile, Link, Put
 from dynserve.wire import decoded, discovery, events
 from dynserve.wire.discovery import WorkerInstance
+from dynserve.wire.events import LoadReport
 from dynserve.wire.link import (
     VERSION,
     Cancel,
+    EventsByLink,
     Failed,
     Finished,
     FromWorker,
     HandoffDeclined,
     Hello,
+    Leaving,
+    LinkKvEvents,
+    LinkLoad,
     Snapshot,
     SnapshotRequest,
     StepTokens,
@@ -39,12 +47,23 @@ from dynserve.wire.requests import Accepted, Ack
 log = logging.getLogger(__name__)
 limited = LimitedLog(log)
 
+STALE_LOAD = 5.0  # seconds after which a load report is not believed any more; workers send one every half second
+
+
+class Patience(NamedTuple):
+    """How long workers may be silent or away, in seconds: until nothing is placed on them, until they are lost, and until
+    workers of the other role stand in for a role without any."""
+
+    suspect_s: float
+    silence_s: float
+    role_grace_s: float
+
 
 class Fleet:
     """Workers by id, and the handler of all links.
 
-    `on_ack` gets the acknowledgements of requests, by stream. `on_placeable` is called when a worker
-    becomes a routing target.
+    `on_ack` gets the acknowledgements of requests, by stream. `on_change` is called when workers become, or cease to be,
+    routing targets, `on_suspicion` with `returned`, `lost` or `relinked` when the suspicion of a silent worker ends.
     """
 
     def __init__(
@@ -55,10 +74,18 @@ class Fleet:
         tasks: OwnedTasks,
         *,
         on_ack: Callable[[int, Ack], None],
-        on_placeable: Callable[[], None],
+        on_change: Callable[[], None],
+        on_suspicion: Callable[[str], None],
+        patience: Patience,
     ) -> None:
         self._id, self._router = frontend_id, router
-        self._on_ack, self._on_placeable = on_ack, on_placeable
+        self._on_ack, self._on_change, self._on_suspicion = on_ack, on_change, on_suspicion
+        self._patience = patience
+        self._by_link = False  # events are wanted over the links
+        self.changed = Signal()  # notified with `on_change`
+        self._roles = RoleWatch(patience.role_grace_s, self._membership_changed)
+        self._lineups: dict[str, Lineup] = {}  # valid as long as `_pools`
+        self._update_due = False
         self.peers: dict[str, Peer] = {}
         self._peer_of: dict[Link, Peer] = {}
         self._models = Models(fetch_file, tasks, self._model_loaded)
@@ -80,7 +107,7 @@ class Fleet:
             ]
         return found
 
-    def paired(self, targets: list[RoutingTarget], worker: str) -> list[RoutingTarget]:
+    def paired(self, targets: Sequence[RoutingTarget], worker: str) -> Sequence[RoutingTarget]:
         """Returns the targets that can fetch a hand-off of `worker`; all targets if none can: they compute the prompt."""
         peer = self.peers.get(worker)
         if peer is None or peer.instance is None or not peer.instance.card.pairing:
@@ -89,15 +116,40 @@ class Fleet:
         found = [t for t in targets if (p := self.peers[t.worker].instance) is not None and p.card.pairing == pairing]
         return found or targets
 
-    def has_room(self, model: str) -> bool:
-        """Whether a request could be placed on workers that are under their thresholds. True without workers, because then
-        load is not the cause."""
-        has_room = self._router.has_room
+    def lineup(self, model: str) -> Lineup:
+        """The workers that answer requests of the model now."""
+        found = self._lineups.get(model)
+        if found is None:
+            found = self._lineups[model] = self._line_up(model)
+        return found
+
+    def _line_up(self, model: str) -> Lineup:
         prefill, decode = self.targets(model, "prefill"), self.targets(model, "decode")
         if prefill and decode:
-            return any(has_room(t, "prefill") for t in prefill) and any(has_room(t, "decode") for t in decode)
-        both = self.targets(model, "aggregated")
-        return not both or any(has_room(t, "aggregated") for t in both)
+            return Lineup(prefill, decode)
+        if both := self.targets(model, "aggregated"):
+            return Lineup(alone=both, alone_role="aggregated")
+        base = self._base(model)
+        for role, missing, targets in (("decode", "prefill", decode), ("prefill", "decode", prefill)):
+            if self._roles.overdue(base, missing) and (able := [t for t in targets if self._aggregates(t.worker)]):
+                return Lineup(alone=able, alone_role=role)
+        return Lineup()
+
+    def _aggregates(self, worker: str) -> bool:
+        instance = self.peers[worker].instance
+        return instance is not None and instance.card.aggregates
+
+    def has_room(self, model: str, unplaced: int, undecoded: int) -> bool:
+        """Whether a request could run at once (see `admission.Capacity`)."""
+        has_room, lineup = self._router.has_room, self.lineup(model)
+        if lineup.alone:
+            return has_room(lineup.alone, "aggregated", unplaced)
+        return has_room(lineup.prefill, "prefill", unplaced) and has_room(lineup.decode, "decode", undecoded)
+
+    def slots(self, model: str) -> int:
+        """The number of answers that the model's workers generate at once."""
+        lineup = self.lineup(model)
+        return sum(t.slots for t in lineup.alone or lineup.decode)
 
     # models, by their names and those of their adapters
 
@@ -114,12 +166,21 @@ class Fleet:
         return "" if name in self.models or self._base(name) == name else name
 
     def serves(self, model: str) -> bool:
-        """Whether there are usable workers for every role that the model needs."""
-        if self.model(model) is None:
-            return False
-        if self.targets(model, "aggregated"):
-            return True
-        return bool(self.targets(model, "prefill") and self.targets(model, "decode"))
+        """Whether there are usable workers that answer requests of the model."""
+        return self.model(model) is not None and self.lineup(model).anyone
+
+    def warnings(self) -> list[str]:
+        """Returns what works only in part, as sentences."""
+        return [
+            f"{model} has had no {role} worker for {seconds:.0f} s; "
+            + ("its other workers answer alone" if self.serves(model) else "nobody answers its requests")
+            for (model, role), seconds in self._roles.overdue_roles().items()
+            if not self.targets(model, "aggregated")
+        ]
+
+    def missing_roles(self) -> list[tuple[str, str]]:
+        """Returns roles that have had no worker for longer than the grace time, as model and role."""
+        return list(self._roles.overdue_roles())
 
     def _base(self, name: str) -> str:
         cards = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
@@ -136,7 +197,6 @@ class Fleet:
     def discovered(self, change: Change) -> None:
         """Handles a worker's discovery entry that was added, changed or removed."""
         id_ = change.key.rsplit("/", 1)[-1]
-        self._pools.clear()
         if isinstance(change, Put):
             instance = discovery.parse(change.key, change.value)
             if isinstance(instance, WorkerInstance):
@@ -148,14 +208,37 @@ class Fleet:
             if gone.link is None:
                 self._forget(gone)
             self._recheck_refused(gone)
+        self._membership_changed()
 
     def load_reported(self, payload: bytes) -> None:
         report = decoded(events.decode_load, payload, "a load report")
-        if report is not None and (peer := self.peers.get(report.instance_id)) is not None:
-            peer.load = report.load
+        if report is not None:
+            self._loaded(report)
+
+    def _loaded(self, report: LoadReport) -> None:
+        if (peer := self.peers.get(report.instance_id)) is not None:
+            peer.load, peer.loaded_at = report.load, self._clock()
             self.feeds.reported(peer.id, report.epoch, report.event_id)
             if peer.target is not None:
                 self._router.ledger.reported(peer.id, report.load, peer.target.block_size)
+
+    def expire_loads(self) -> None:
+        """Forgets load reports that no other has followed. Call it every few seconds."""
+        for peer in self.peers.values():
+            if peer.load is not None and self._clock() - peer.loaded_at > STALE_LOAD:
+                peer.load = None
+                self._router.ledger.forget_report(peer.id)
+
+    def age_of_load(self, peer: Peer) -> float:
+        """The time since the worker's last load report, in seconds."""
+        return self._clock() - peer.loaded_at
+
+    def request_events_by_link(self, wanted: bool) -> None:
+        """Asks all workers to send load reports and KV events over their links, too, or not any more."""
+        self._by_link = wanted
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(EventsByLink(wanted))
 
     def kv_changed(self, payload: bytes) -> None:
         batch = decoded(events.decode_kv, payload, "KV events")
@@ -198,7 +281,8 @@ class Fleet:
 
     def _lost(self, peer: Peer, reason: str) -> None:
         log.info("worker %s was lost: %s", peer.id, reason)
-        self._pools.clear()
+        if peer.suspected:
+            self._on_suspicion("lost")
         peer.link, peer.load, peer.target = None, None, None
         self.feeds.departed(peer.id)
         for reply in list(peer.replies.values()):
@@ -206,6 +290,7 @@ class Fleet:
         if peer.instance is None or peer.leaving:
             self._forget(peer)
         self._recheck_refused(peer)
+        self._membership_changed()
 
     def _received_other(self, peer: Peer, message: FromWorker) -> None:
         match message:
@@ -224,8 +309,33 @@ class Fleet:
                     reply.handoff_declined = True
             case Snapshot():
                 self.feeds.snapshot(peer.id, message)
+            case LinkLoad(report=report):
+                self._loaded(report)
+            case LinkKvEvents(batch=batch):
+                self.feeds.events(batch)
+            case Leaving(move=move):
+                self._stopping(peer, move)
             case _:
                 pass  # a ping: its arrival is enough
+
+    def _stopping(self, peer: Peer, move: bool) -> None:
+        """Handles a worker that stops: nothing is placed on it, and with `move` its answers continue elsewhere."""
+        peer.stopping = True
+        for reply in list(peer.replies.values()) if move else ():
+            if reply.answering:
+                reply.fail(WorkerLeft(f"worker {peer.id} stops"))
+        self._membership_changed()
+
+    def _suspicion(self, peer: Peer, suspected: bool) -> None:
+        """Handles a worker that is silent for long, or is heard again."""
+        peer.suspected = suspected
+        if suspected:
+            log.warning(
+                "worker %s has been silent for %.1f s: it gets no new requests", peer.id, self._patience.suspect_s
+            )
+        else:
+            self._on_suspicion("returned")
+        self._membership_changed()
 
     def _greet(self, link: Link, messages: list[FromWorker]) -> None:
         """Handles the first messages of a link. Aborts the link unless they begin with a valid Hello."""
@@ -244,9 +354,14 @@ class Fleet:
             self._lost(known, "replaced by a newer link")  # the worker has cancelled the streams of the old one
             old.abort("replaced by a newer link")
         peer = self._peer(hello.instance_id)
-        peer.link = link
+        if peer.suspected and peer.epoch == hello.epoch:
+            self._on_suspicion("relinked")  # it was taken for lost, and had only been silent
+        peer.link, peer.epoch, peer.suspected, peer.stopping = link, hello.epoch, False, False
         self._peer_of[link] = peer
-        link.send(Welcome(self._id))
+        suspect_s, silence_s, _ = self._patience
+        link.send(Welcome(self._id, ping_s=link.watch(suspect_s, silence_s, partial(self._suspicion, peer))))
+        if self._by_link:
+            link.send(EventsByLink(True))
         self.feeds.joined(peer.id, hello.epoch)
         if peer.instance is not None:
             self._check(peer)  # against the workers that are linked by now
@@ -260,6 +375,24 @@ class Fleet:
 
     # membership
 
+    def _membership_changed(self) -> None:
+        """Forgets everything that was derived from the peers, and soon wakes those that wait for one."""
+        self._pools.clear()
+        self._lineups.clear()
+        if not self._update_due:  # many workers may change in one turn of the loop
+            self._update_due = True
+            asyncio.get_running_loop().call_soon(self._update_roles)
+
+    def _update_roles(self) -> None:
+        self._update_due = False
+        present: dict[str, set[str]] = {}
+        for peer in self.peers.values():
+            if peer.usable and peer.instance is not None:
+                present.setdefault(peer.instance.card.model, set()).add(peer.instance.role)
+        self._roles.update(present)
+        self.changed.notify()
+        self._on_change()
+
     def _peer(self, id_: str) -> Peer:
         peer = self.peers.get(id_)
         if peer is None:
@@ -267,10 +400,10 @@ class Fleet:
         return peer
 
     def _forget(self, peer: Peer) -> None:
-        """Removes a worker, and its model if it was the last worker that serves it."""
+        """Removes a worker. A model without workers stays known for a while: its requests wait for one."""
         self.peers.pop(peer.id, None)
         if peer.instance is not None and not self._serving(peer.instance.card.model):
-            self._models.forget(peer.instance.card.model)
+            self._models.retire(peer.instance.card.model, self._clock())
 
     def _serving(self, model: str) -> list[WorkerInstance]:
         return [p.instance for p in self.peers.values() if p.instance is not None and p.instance.card.model == model]
@@ -279,7 +412,7 @@ class Fleet:
         """Compares a worker with its model and with the model's other workers, and admits it if it fits."""
         assert peer.instance is not None
         card = peer.instance.card
-        if card.model not in self.models:
+        if not self._models.restore(card):
             peer.problem = "loading"
             self._models.load(card.model, lambda: self._serving(card.model))
             return
@@ -288,6 +421,11 @@ class Fleet:
         if cause:
             log.error("worker %s %s", peer.id, peer.problem)
         self._admit(peer)
+
+    def expire_models(self) -> None:
+        """Forgets models that have had no worker for long. Call it every few seconds."""
+        for name in self._models.expire(self._clock()):
+            self._roles.forget(name)
 
     def _model_loaded(self, name: str) -> None:
         for peer in list(self.peers.values()):
@@ -304,9 +442,11 @@ class Fleet:
 
     def _admit(self, peer: Peer) -> None:
         """Makes the peer a target once it is linked, described and without a problem."""
-        self._pools.clear()
         if peer.target is None and peer.instance is not None and peer.linked and not peer.problem:
             card, now = peer.instance.card, self._clock()
-            peer.target = self._router.join(peer.id, card.block_size, card.num_blocks, now, events=card.kv_events)
+            peer.target = self._router.join(
+                peer.id, card.block_size, card.num_blocks, now, events=card.kv_events,
+                slots=card.max_batch_size, max_num_tokens=card.max_num_tokens,
+            )  # fmt: skip
             self.feeds.placeable(peer.target)
-            self._on_placeable()
+        self._membership_changed()

@@ -16,12 +16,12 @@ from typing import Any, get_args
 
 from dynserve.addresses import advertised
 from dynserve.config import FrontendConfig, Role, mode_of
-from dynserve.frontend.admission import Admission
-from dynserve.frontend.fleet import Fleet
+from dynserve.frontend.admission import Admission, QueueLimits
+from dynserve.frontend.fleet import Fleet, Patience
 from dynserve.frontend.gate import Gate
 from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.objective import FirstTokenObjective
-from dynserve.frontend.pipeline import Pipeline
+from dynserve.frontend.pipeline import Pipeline, PipelineLimits
 from dynserve.frontend.reply import Peer
 from dynserve.frontend.scaling import ScalingCollector
 from dynserve.frontend.sharing import Sharing
@@ -79,16 +79,24 @@ class Frontend:
         self.threads = TokenizerThreads(pool)
         self.router = Router(router_options(config), rng)
         self.sharing = Sharing(id_, config.namespace, planes.bus, self.router.ledger)
-        self.admission = Admission(config.max_queued, config.max_queued_s)
-        self.router.ledger.listeners.append(lambda _: self.admission.recheck())
-        self.submissions = Submissions(config.namespace, planes.bus, self.metrics)
+        self.submissions = Submissions(
+            config.namespace, id_, planes.bus, self.metrics, lambda works: self.fleet.request_events_by_link(not works)
+        )
         self.fleet = Fleet(
             id_, self.router, planes.fetch_file, tasks,
-            on_ack=self.submissions.acknowledged, on_placeable=self.admission.recheck,
+            on_ack=self.submissions.acknowledged, on_change=lambda: self.admission.recheck(),
+            on_suspicion=lambda how: self.metrics.suspicions.labels(how).inc(),
+            patience=Patience(config.suspect_s, config.silence_s, config.role_grace_s),
         )  # fmt: skip
+        self.admission = Admission(
+            QueueLimits(config.max_queued, config.max_queued_s, config.ttft_slo_ms / 1000), self.fleet
+        )
+        self.router.ledger.listeners.append(lambda _: self.admission.recheck())
         self.pipeline = Pipeline(
             id_, self.fleet, self.router, self.submissions, self.metrics, self.admission,
-            timeout_s=config.request_timeout_s, max_stream_bytes=config.max_stream_bytes,
+            PipelineLimits(
+                config.request_timeout_s, config.max_stream_bytes, config.max_migrations, config.max_queued_s
+            ),
         )  # fmt: skip
         self.metrics.add(ScalingCollector(
             config.namespace, self.fleet.peers.values,
@@ -117,6 +125,7 @@ class Frontend:
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._housekeeping())
                 tasks.create_task(frontend._watch_lag())
+                tasks.create_task(frontend.submissions.watch_bus())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
                     frontend.submissions.listening(),
@@ -161,6 +170,8 @@ class Frontend:
             self.gate.refresh()
             self.router.expire(loop.time())
             self.fleet.feeds.resync_degraded()
+            self.fleet.expire_models()
+            self.fleet.expire_loads()
             self.admission.recheck()
             for worker in [w for w in self.pipeline.predictions.ratios() if w not in self.fleet.peers]:
                 self.pipeline.predictions.forget(worker)
@@ -182,7 +193,8 @@ class Frontend:
             "pid": os.getpid(),
             "models": models,
             "router_mode": self.config.router_mode,
-            "planes": {"nats": self._planes.bus.connected, "registered": registered},
+            "planes": {"nats": self._planes.bus.connected and self.submissions.bus_works, "registered": registered},
+            "warnings": self.fleet.warnings(),
             "queued": {model: len(queue) for model, queue in self.admission.queues.items()},
             "instances": [
                 self._instance(peer) for peer in self.fleet.peers.values() if peer.instance is not None and peer.linked
@@ -203,6 +215,7 @@ class Frontend:
             "index": peer.target.index if peer.target is not None else IndexState.DEGRADED,
             "cached_blocks": self.router.index.blocks(peer.id),
             "warnings": ["CACHE_PREDICTION_DRIFT"] if self.pipeline.predictions.drifting(peer.id) else [],
+            "load_age_s": None if load is None else round(self.fleet.age_of_load(peer), 1),
             "load": None if load is None else {name: getattr(load, name) for name in load.__struct_fields__},
             "placed": {
                 "requests": account.requests,
@@ -225,6 +238,9 @@ class Frontend:
         for name, served in self.fleet.models.items():
             metrics.tokenised.labels(name, "remembered").set(served.preprocessor.segments.hits)
             metrics.tokenised.labels(name, "new").set(served.preprocessor.segments.misses)
+        metrics.roles_missing.clear()
+        for model, role in self.fleet.missing_roles():
+            metrics.roles_missing.labels(model, role).set(1)
         for gauge in (metrics.index_state, metrics.prediction_ratio, metrics.queue_length):
             gauge.clear()
         for target in router.targets.values():

@@ -32,6 +32,17 @@ class FrontendMetrics:
         self.replaced = Counter(
             "dynserve_requests_replaced", "Phases placed again after a worker was lost or full", registry=ours
         )
+        self.migrated = Counter(
+            "dynserve_requests_migrated", "Answers that another worker has continued, by the error that interrupted them",
+            ["cause"], registry=ours,
+        )  # fmt: skip
+        self.suspicions = Counter(
+            "dynserve_worker_suspicions", "Silences of workers over --suspect-s, by their end: returned (a false alarm), "
+            "lost, relinked (a false alarm after it counted as lost)", ["end"], registry=ours,
+        )  # fmt: skip
+        self.poison = Counter(
+            "dynserve_poison_requests", "Requests that ended because engines died while they ran them", registry=ours
+        )
         self.slow_clients = Counter(
             "dynserve_slow_clients_cut", "Requests cut because their client did not read", registry=ours
         )
@@ -39,6 +50,10 @@ class FrontendMetrics:
             "dynserve_requests_by_link", "Requests sent over the link, instead of NATS or after it", registry=ours
         )
         self.instances = Gauge("dynserve_instances", "Workers that can be routed to", ["role"], registry=ours)
+        self.roles_missing = Gauge(
+            "dynserve_role_missing", "1 for a role without workers for longer than --role-grace-s", ["model", "role"],
+            registry=ours,
+        )  # fmt: skip
         self.local_prefills = Counter(
             "dynserve_local_prefills", "Requests prefilled on the decode worker, without a hand-off", registry=ours
         )

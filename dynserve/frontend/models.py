@@ -18,6 +18,7 @@ from dynserve.wire.discovery import Card, WorkerInstance, unlike
 log = logging.getLogger(__name__)
 
 _HANDING_OVER = ("prefill", "decode")
+KEEP_RETIRED = 600.0  # seconds that a model without workers stays known
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Models:
         self._fetch_file, self._tasks, self._on_loaded = fetch_file, tasks, on_loaded
         self.by_name: dict[str, Model] = {}
         self._loading: set[str] = set()
+        self._retired: dict[str, float] = {}  # models without workers, and since when
 
     def load(self, name: str, workers: Callable[[], Sequence[WorkerInstance]]) -> None:
         """Begins to load a model, unless that is under way. `workers()` returns those that serve it now."""
@@ -47,9 +49,30 @@ class Models:
             self._loading.add(name)
             self._tasks.create_task(self._load(name, workers))
 
-    def forget(self, name: str) -> None:
-        """Removes a model without workers: its next worker may have another template."""
-        self.by_name.pop(name, None)
+    def retire(self, name: str, now: float) -> None:
+        """Notes that a model has no workers. It stays known, so that requests can be prepared while they wait for one."""
+        if name in self.by_name:
+            self._retired[name] = now
+
+    def restore(self, card: Card) -> bool:
+        """Whether the model of a worker's card is loaded. The first worker of a retired model may have other files: then it
+        is not, and has to be loaded again."""
+        model = self.by_name.get(card.model)
+        if model is not None and self._retired.pop(card.model, None) is not None:
+            if card.files == model.card.files:
+                model.card = card
+            else:
+                model = None
+                del self.by_name[card.model]
+        return model is not None
+
+    def expire(self, now: float) -> list[str]:
+        """Removes the models that were retired long ago, and returns their names."""
+        gone = [name for name, since in self._retired.items() if now - since > KEEP_RETIRED]
+        for name in gone:
+            del self._retired[name]
+            self.by_name.pop(name, None)
+        return gone
 
     def mismatch(self, card: Card) -> str | None:
         """Returns the reason why a worker with this card does not fit the loaded model, as a sentence; None if it fits."""

@@ -1,11 +1,12 @@
 """The pipeline: a request goes to the workers, records come back.
 
-    placed on an aggregated worker, or on a decode worker that lacks little of the prompt ──▶ records
+    placed on a worker that answers alone, or on a decode worker that lacks little of the prompt ──▶ records
     placed on a prefill worker ──▶ first record and hand-off ──placed on a decode worker──▶ the other records
 
 Each arrow is a phase. A record is a message with some tokens of the answer, or with its end. A phase is placed again, on
-another worker, until a record of it has come (`Attempt`). A worker that is lost after that ends the request with an error,
-since its client may have read a part of the answer.
+another worker, until a record of it has come (`Attempt`). A worker that is lost after that interrupts the answer. It then
+migrates: the prompt and all tokens so far are placed like a new prompt, and the next worker continues with the very next
+token.
 
 Ending is synchronous: cancels are queued on links, reservations are given back. So it cannot be interrupted halfway.
 """
@@ -16,25 +17,44 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from itertools import count
+from typing import NamedTuple
 
-from dynserve.errors import ClusterError, DynserveError, NoWorker
-from dynserve.frontend.admission import Admission, QueuedRequest
-from dynserve.frontend.attempt import Attempt, PhaseInput, RecordSink, TryAnother
-from dynserve.frontend.decisions import Decision, DecisionLog, Predictions
+from dynserve.errors import ClusterError, DynserveError, EngineLost, NoWorker, Overloaded, PoisonRequest
+from dynserve.frontend.admission import Admission, Admitted, QueuedRequest
+from dynserve.frontend.attempt import Attempt, Interrupted, PhaseInput, RecordSink, TryAnother
+from dynserve.frontend.decisions import Decision, DecisionLog, Migration, Predictions
 from dynserve.frontend.fleet import Fleet
 from dynserve.frontend.inference import InferenceRequest
 from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.reply import Reply
 from dynserve.frontend.submissions import Submissions
 from dynserve.routing.router import Overlaps, PlacementQuery, Router, RoutingTarget
-from dynserve.tasks import Limit
+from dynserve.tasks import Backoff, Limit
 from dynserve.wire.hashing import adapter_salt
 from dynserve.wire.link import Finished
-from dynserve.wire.requests import GenerateRequest, PriorOutput, fields_of
+from dynserve.wire.requests import GenerateRequest, PriorOutput, fields_of, pack_tokens
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 4  # placements of one phase; a local prefill that fails is not one of them
+ATTEMPTS = 4  # placements of one phase that fail; those that a busy worker refuses are not counted
+MAX_ENGINE_DEATHS = 2  # during one request, which may have caused them
+RETRY_AFTER = (
+    0.05,
+    1.0,
+)  # seconds, the shortest and the longest, until workers that have refused a phase are tried again
+
+
+class RolesChanged(Exception):
+    """No worker can run the phase any more, but others can answer the request in another way."""
+
+
+class PipelineLimits(NamedTuple):
+    """The limits of every request. `max_wait_s`: how long a request waits for a worker, in seconds."""
+
+    timeout_s: float
+    max_stream_bytes: int
+    max_migrations: int
+    max_wait_s: float
 
 
 class Pipeline:
@@ -42,17 +62,16 @@ class Pipeline:
 
     def __init__(
         self, frontend_id: str, fleet: Fleet, router: Router, submissions: Submissions, metrics: FrontendMetrics,
-        admission: Admission, *, timeout_s: float, max_stream_bytes: int,
+        admission: Admission, limits: PipelineLimits,
     ) -> None:  # fmt: skip
         self.frontend_id, self.fleet, self.router, self.submissions = frontend_id, fleet, router, submissions
-        self.metrics, self.admission = metrics, admission
-        self.timeout_s, self.max_stream_bytes = timeout_s, max_stream_bytes
+        self.metrics, self.admission, self.limits = metrics, admission, limits
         self.decisions, self.predictions = DecisionLog(), Predictions()
         self.streams = count(1)
 
     def run(self, request: InferenceRequest, deadline: float | None = None) -> Run:
         """Returns the run of a request, for a `with` block: `deliver` runs it, and leaving the block early cancels it at
-        every worker. `deadline` (a time of the event loop) is shared by the answers of one response; None: `timeout_s`
+        every worker. `deadline` (a time of the event loop) is shared by the answers of one response; None: the time limit
         from now."""
         return Run(self, request, deadline)
 
@@ -61,8 +80,8 @@ class Run:
     """One request's way through the workers."""
 
     __slots__ = (
-        "_adapter", "_attempts", "_cancelled", "_clock", "_pipeline", "_query", "_queued", "_request", "_send_limit",
-        "began", "deadline", "decision", "metrics", "outcome",
+        "_adapter", "_admitted", "_attempts", "_cancelled", "_clock", "_engine_deaths", "_pipeline", "_prior", "_query",
+        "_queued", "_request", "_send_limit", "began", "deadline", "decision", "metrics", "outcome",
     )  # fmt: skip
 
     def __init__(self, pipeline: Pipeline, request: InferenceRequest, deadline: float | None = None) -> None:
@@ -71,20 +90,17 @@ class Run:
         self.metrics = pipeline.metrics.of(request.model)
         self._clock = asyncio.get_running_loop().time
         self.began = self._clock()
-        self.deadline = self.began + pipeline.timeout_s if deadline is None else deadline
+        self.deadline = self.began + pipeline.limits.timeout_s if deadline is None else deadline
         self.decision = Decision(request.id, request.model, generation.num_tokens, self.began, hints.owner)
         self._adapter = pipeline.fleet.adapter(request.model)
-        self._query = PlacementQuery(
-            generation.prompt,
-            adapter_salt(self._adapter, hints.cache_salt),
-            model=request.model,
-            session=hints.session,
-            instances=hints.instances,
-        )
+        self._prior: PriorOutput | None = None  # what the client had when the answer was interrupted
+        self._query = self._new_query(generation.prompt)
         self._queued: QueuedRequest | None = None
+        self._admitted: Admitted | None = None
         self._attempts: list[Attempt] = []
         self._cancelled: DynserveError | None = None
         self._send_limit: Limit | None = None
+        self._engine_deaths = 0
         self.outcome = "finished"
 
     def __enter__(self) -> Run:
@@ -103,47 +119,61 @@ class Run:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens received, of all phases."""
+        """All tokens received, of all phases and workers."""
         return [token_id for attempt in self._attempts for token_id in attempt.reply.tokens]
 
     @property
     def was_placed(self) -> bool:
         """Whether the request was placed on a worker."""
-        return bool(self._attempts)
+        return bool(self.decision.placements)
 
     async def deliver(self, sink: RecordSink) -> None:
         """Runs the request. `sink` gets bursts of records, in order; the last one ends with a `Finished` that is no
         hand-off. (A callable, and not an iterator: iterators of coroutines cost as much as the placement.)"""
-        pipeline, model = self._pipeline, self._request.model
         await self._wait_for_room()
-        pipeline.decisions.add(self.decision)  # a request that the queue refuses has none
-        prefillers, decoders = pipeline.fleet.targets(model, "prefill"), pipeline.fleet.targets(model, "decode")
-        if not decoders or not prefillers:
-            await self._phase(PhaseInput("aggregated", "aggregated"), sink)
+        self._pipeline.decisions.add(self.decision)  # a request that the queue refuses has none
+        while True:
+            try:
+                await self._answer(sink)
+                return
+            except Interrupted as lost:
+                self._note_migration(lost)
+            except RolesChanged:
+                log.info("request %s: its phase has no workers left, and others answer it", self._request.id)
+            self._continue_from_here()
+
+    async def _answer(self, sink: RecordSink) -> None:
+        """Runs all phases, or, after an interruption, those that are still needed. Raises Interrupted and RolesChanged."""
+        pipeline, model, prior = self._pipeline, self._request.model, self._prior
+        lineup = pipeline.fleet.lineup(model)
+        if lineup.alone:
+            await self._phase(PhaseInput("aggregated", lineup.alone_role, prior), sink)
             return
         overlaps: Overlaps | None = None
-        if not self._request.generation.needs_whole_prompt:
-            local, overlaps = pipeline.router.local(self._query, decoders, prefillers)
+        if prior is not None or not self._request.generation.needs_whole_prompt:
+            local, overlaps = pipeline.router.local(self._query, lineup.decode, lineup.prefill)
             if local:
                 if await self._try_local_prefill(local, overlaps, sink):
                     return
                 overlaps = None  # stale by now
-        last = await self._phase(PhaseInput("prefill", "prefill"), sink, overlaps)
+        last = await self._phase(PhaseInput("prefill", "prefill", prior), sink, overlaps)
         if last.handoff is not None:
-            prior = PriorOutput(self.tokens, last.logprobs or [], last.usage.cached_tokens)
             prefill = self._attempts[-1].reply
-            await self._phase(PhaseInput("decode", "decode", prior, last.handoff, prefill), sink)
+            await self._phase(PhaseInput("decode", "decode", self._output(), last.handoff, prefill), sink)
 
     async def _wait_for_room(self) -> None:
-        """Waits for the request's turn while all workers are over their thresholds."""
+        """Waits for the request's turn while all workers are over their thresholds, or none is there."""
         pipeline, model = self._pipeline, self._request.model
-        queue = pipeline.admission.queue(model, pipeline.fleet.has_room)
-        self._queued = queue.enter(self._request.hints.priority)
-        if self._queued is not None:
-            began = self._clock()
+        queue = pipeline.admission.queue(model)
+        entry = queue.enter(self._request.hints.priority)
+        if isinstance(entry, Admitted):
+            self._admitted = entry
+        else:
+            self._queued, began = entry, self._clock()
             try:
-                await queue.wait(self._queued, self.deadline)
+                self._admitted = await queue.wait(entry, self.deadline)
             finally:
+                del entry  # its error refers to this frame: a reference cycle
                 self._queued = None
                 self.decision.queued_s = self._clock() - began
                 pipeline.metrics.queued.labels(model).observe(self.decision.queued_s)
@@ -153,30 +183,32 @@ class Run:
     ) -> bool:
         """Runs the whole request on one of these decode workers. Returns False if the worker sent no record."""
         self._pipeline.metrics.local_prefills.inc()
-        phase = PhaseInput("aggregated", "decode", reason="local prefill")
+        phase = PhaseInput("aggregated", "decode", self._prior, reason="local prefill")
         try:
             await self._attempt(phase, targets, sink, overlaps)
         except TryAnother as failed:
-            self._pipeline.metrics.replaced.inc()
+            self._note_retry(phase, failed)
             if self._clock() >= self.deadline:
                 raise failed.cause from None
             # another decode worker would have to compute all of it: continue as for any prompt
-            log.info("request %s: its local prefill sent no record: %s", self._request.id, failed.cause)
             return False
         return True
 
     async def _phase(self, phase: PhaseInput, sink: RecordSink, overlaps: Overlaps | None = None) -> Finished:
         """Runs one phase, on one worker after the other until one sends a record; returns its last record."""
-        pipeline, model = self._pipeline, self._request.model
-        error: ClusterError = NoWorker(f"no {phase.role} worker serves {model} at the moment")
+        pipeline = self._pipeline
+        nobody = f"no worker serves {self._request.model} at the moment"
+        error: ClusterError = NoWorker(nobody)
         excluded: set[str] = set()
+        failures, until = 0, min(self.deadline, self._clock() + pipeline.limits.max_wait_s)
+        backoff = Backoff(*RETRY_AFTER)
         try:
-            for _ in range(ATTEMPTS):
-                targets = [t for t in pipeline.fleet.targets(model, phase.role) if t.worker not in excluded]
-                if not targets:
-                    break
-                if phase.handoff is not None:
-                    targets = pipeline.fleet.paired(targets, phase.handoff.owner)
+            while True:
+                while not (targets := self._targets(phase, excluded)):
+                    again = self._clock() + backoff.next()
+                    if not await pipeline.fleet.changed.wait(min(until, again)) and again >= until:
+                        raise error if excluded else NoWorker(nobody)
+                    excluded.clear()
                 try:
                     return await self._attempt(phase, targets, sink, overlaps)
                 except TryAnother as failed:
@@ -184,13 +216,28 @@ class Run:
                     excluded.add(failed.worker)
                     if not failed.handoff_intact:
                         phase = phase._replace(handoff=None)
-                    pipeline.metrics.replaced.inc()
-                    log.info(
-                        "request %s: %s on %s sent no record: %s", self._request.id, phase.phase, failed.worker, error
-                    )
-            raise error
+                    self._note_retry(phase, failed)
+                    failures += not isinstance(error, Overloaded)
+                    if failures == ATTEMPTS:
+                        raise error from None
         finally:
             del error  # its traceback refers to this frame: a reference cycle
+
+    def _targets(self, phase: PhaseInput, excluded: set[str]) -> Sequence[RoutingTarget]:
+        """Returns the workers that can run the phase now.
+
+        Raises:
+            RolesChanged: there are none, but the request can be answered in another way.
+        """
+        if self._cancelled is not None:
+            raise self._cancelled
+        fleet, model = self._pipeline.fleet, self._request.model
+        lineup = fleet.lineup(model)
+        found = lineup.alone if phase.phase == "aggregated" else fleet.targets(model, phase.role)
+        if not found and lineup.anyone:
+            raise RolesChanged
+        targets = [t for t in found if t.worker not in excluded] if excluded else found
+        return fleet.paired(targets, phase.handoff.owner) if phase.handoff is not None else targets
 
     async def _attempt(
         self, phase: PhaseInput, targets: Sequence[RoutingTarget], sink: RecordSink, overlaps: Overlaps | None
@@ -202,11 +249,13 @@ class Run:
         reservation = pipeline.router.place(
             self._query, phase.phase, targets, self._clock(), why=phase.reason, overlaps=overlaps
         )
+        if self._admitted is not None:
+            self._admitted.placed(decoding=phase.phase != "prefill")
         peer = pipeline.fleet.peers[reservation.worker]
         reply = Reply(
             peer,
             next(pipeline.streams),
-            pipeline.max_stream_bytes,
+            pipeline.limits.max_stream_bytes,
             self.deadline,
             self._end_slow_client,
             reservation.add_tokens,
@@ -242,11 +291,68 @@ class Run:
             handoff=phase.handoff,
         )
 
+    def _new_query(self, prompt: bytes) -> PlacementQuery:
+        hints = self._request.hints
+        return PlacementQuery(
+            prompt,
+            adapter_salt(self._adapter, hints.cache_salt),
+            model=self._request.model,
+            session=hints.session,
+            instances=hints.instances,
+        )
+
     def _note_prediction(self, worker: str, predicted: int | None, last: Finished) -> None:
-        """Compares the cached tokens that the router predicted with those that the worker found."""
+        """Compares the cached tokens that the router predicted with those that the worker found. A continued answer reports
+        those of its first prefill."""
         request = self._request
-        if predicted is not None and not request.generation.needs_whole_prompt and not request.in_flight_duplicate:
+        if predicted is None or self._prior is not None or request.in_flight_duplicate:
+            return
+        if not request.generation.needs_whole_prompt:
             self._pipeline.predictions.note(worker, predicted, last.usage.cached_tokens)
+
+    # interruptions
+
+    def _output(self) -> PriorOutput | None:
+        """Returns all output that the client has; None if it has none."""
+        if not (tokens := self.tokens):
+            return None
+        replies = [attempt.reply for attempt in self._attempts]
+        cached = next((reply.cached_tokens for reply in replies if reply.tokens), 0)
+        return PriorOutput(tokens, [entry for reply in replies for entry in reply.logprobs], cached)
+
+    def _continue_from_here(self) -> None:
+        """Prepares the request to be placed with all output so far. Nothing of it stays at the earlier workers."""
+        for attempt in self._attempts:
+            attempt.close()
+        self._prior = self._output()
+        if self._prior is not None:
+            self._query = self._new_query(self._request.generation.prompt + pack_tokens(self._prior.token_ids))
+
+    def _note_migration(self, lost: Interrupted) -> None:
+        """Records that the answer migrates. Raises the error that ends it if it may not."""
+        pipeline, sampling, migrations = self._pipeline, self._request.generation.sampling, self.decision.migrations
+        self._note_engine_death(lost.cause)
+        if len(migrations) >= pipeline.limits.max_migrations or self._clock() >= self.deadline:
+            raise lost.cause from None
+        exact = sampling.greedy or self._attempts[-1].draws_by_position
+        migrations.append(Migration(lost.worker, lost.cause.code, len(self.tokens), exact, self._clock() - self.began))
+        pipeline.metrics.migrated.labels(lost.cause.code).inc()
+        log.info("request %s: continued elsewhere after %d tokens: %s", self._request.id, len(self.tokens), lost.cause)
+
+    def _note_retry(self, phase: PhaseInput, failed: TryAnother) -> None:
+        self._pipeline.metrics.replaced.inc()
+        self._attempts.pop().close()  # without a record nothing of it is needed
+        log.info("request %s: %s on %s sent no record: %s", self._request.id, phase.phase, failed.worker, failed.cause)
+        self._note_engine_death(failed.cause)
+
+    def _note_engine_death(self, cause: ClusterError) -> None:
+        """Counts engines that died during the request. Raises PoisonRequest for one too many: it may have killed them."""
+        self._engine_deaths += isinstance(cause, EngineLost)
+        if self._engine_deaths >= MAX_ENGINE_DEATHS:
+            self._pipeline.metrics.poison.inc()
+            raise PoisonRequest(
+                f"{self._engine_deaths} engines died while they ran this request; it is not tried again"
+            )
 
     # the client, and the end
 
@@ -258,6 +364,12 @@ class Run:
             self._queued.fail(error)
         for attempt in self._attempts:
             attempt.reply.fail(error)
+        self._pipeline.fleet.changed.notify()  # it may wait for a worker
+
+    def note_first_token(self) -> None:
+        """Notes that the first token has arrived."""
+        if self._admitted is not None:
+            self._admitted.answering()
 
     def limit_sending(self, limit: Limit | None) -> None:
         """`limit` ends the sending to a client that does not read; None when nothing is sent any more."""
@@ -272,6 +384,9 @@ class Run:
         """Ends the request at every worker, and gives all reserved load back. Safe to repeat."""
         for attempt in self._attempts:
             attempt.close()
+        if self._admitted is not None:
+            self._admitted.close(finished=self.outcome == "finished")
+            self._admitted = None
         # errors refer to the frames that they came through: reference cycles
         self._cancelled = self._send_limit = self._queued = None
         if self.decision.ended is None or self.outcome != "finished":

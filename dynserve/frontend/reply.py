@@ -18,6 +18,7 @@ from dynserve.transport.base import Link
 from dynserve.wire.discovery import WorkerInstance
 from dynserve.wire.events import Load
 from dynserve.wire.link import Cancel, Finished, HandoffDone, StepTokens, Tokens
+from dynserve.wire.requests import TokenLogprob
 
 Record = Tokens | Finished
 COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
@@ -32,14 +33,19 @@ class Peer:
     instance: WorkerInstance | None = None
     link: Link | None = None
     leaving: bool = False  # removed from discovery, link still up: it finishes its requests
+    stopping: bool = False  # it has said so over the link
+    suspected: bool = False  # silent for longer than --suspect-s
+    epoch: int = 0  # of the process
     load: Load | None = None
+    loaded_at: float = 0.0  # when `load` was reported
     problem: str = ""  # why it is not a target although it is linked
     target: RoutingTarget | None = None
     replies: dict[int, Reply] = field(default_factory=dict)  # by stream
 
     @property
     def usable(self) -> bool:
-        return self.target is not None and self.linked and not self.leaving and not self.problem
+        away = self.leaving or self.stopping or self.suspected
+        return self.target is not None and self.linked and not away and not self.problem
 
     @property
     def linked(self) -> bool:
@@ -47,7 +53,9 @@ class Peer:
 
     @property
     def state(self) -> str:
-        return "draining" if self.leaving else self.problem or "ready"
+        if self.leaving or self.stopping:
+            return "draining"
+        return self.problem or ("suspected" if self.suspected else "ready")
 
 
 class Reply:
@@ -58,8 +66,8 @@ class Reply:
     """
 
     __slots__ = (
-        "_counted", "_on_slow", "_on_tokens", "_timer", "channel", "handoff_declined", "peer", "refused", "stream",
-        "tokens", "write",
+        "_counted", "_on_slow", "_on_tokens", "_timer", "cached_tokens", "channel", "handoff_declined", "logprobs", "peer",
+        "refused", "stream", "tokens", "write",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +81,8 @@ class Reply:
     ) -> None:
         self.peer, self.stream, self._on_slow, self._on_tokens = peer, stream, on_slow, on_tokens
         self.tokens: list[int] = []  # all tokens received
+        self.logprobs: list[TokenLogprob] = []  # all log-probabilities received
+        self.cached_tokens = 0  # of the prompt, as the worker has reported
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
         self.refused = False  # the worker has refused the request
@@ -86,6 +96,10 @@ class Reply:
         """Writes the record to the client at once; or queues it for the reader, and from then on all records until the
         reader has caught up."""
         self.tokens += record.token_ids
+        if record.logprobs is not None:
+            self.logprobs += record.logprobs
+        if record.cached_tokens:
+            self.cached_tokens = record.cached_tokens
         self.count()
         write = self.write
         if write is None or (record.data and not write(record.data)):
@@ -95,6 +109,9 @@ class Reply:
     def finish(self, record: Finished) -> None:
         """The stream's last record. Without a hand-off nothing of the stream stays at the worker."""
         self.tokens += record.token_ids
+        if record.logprobs is not None:
+            self.logprobs += record.logprobs
+        self.cached_tokens = record.usage.cached_tokens
         if record.handoff is None:
             del self.peer.replies[self.stream]
         self.queue(record, 0)
@@ -122,6 +139,11 @@ class Reply:
         """Ends the stream of a worker that has not begun it, and will not if another copy of the request reaches it."""
         self.refused = True
         self.fail(error)
+
+    @property
+    def answering(self) -> bool:
+        """Whether tokens are still expected: it is not the stream of a prefill whose hand-off is open."""
+        return not self.channel.closed
 
     @property
     def open(self) -> bool:

@@ -117,6 +117,7 @@ class TokenResponse(Response):
         if decision.ttft_s is None:
             decision.ttft_s = self._clock() - self._began
             run.metrics.ttft.observe(decision.ttft_s)
+            run.note_first_token()
             if run.metrics.objective is not None:
                 run.metrics.objective.observe(decision.ttft_s)
         if not isinstance(last, Finished) or last.handoff is not None:

@@ -3,18 +3,21 @@
 A request is sent over NATS. The worker acknowledges it over the link, before the answer's first token and often in one
 frame with it, so that no task is woken for it. The link is the request's fallback if NATS is down, does not accept its
 size, or brings no acknowledgement. A worker accepts a request only once.
+
+NATS may also be silent: connected, but nothing arrives. One request without an acknowledgement, or one probe without a
+reply, shows that. From then on all requests go over the links, until a probe is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
 
-from dynserve.errors import ClusterError, DynserveError, NoAck, Overloaded, TimedOut, WorkerLost, from_wire
+from dynserve.errors import ClusterError, DynserveError, NoAck, Overloaded, TimedOut, WorkerLeft, WorkerLost, from_wire
 from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.reply import Reply
 from dynserve.tasks import Limit
@@ -26,6 +29,8 @@ from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateReques
 log = logging.getLogger(__name__)
 
 ACK_TIMEOUT = 1.0  # seconds, on each transport
+PROBE_EVERY = 1.0  # seconds between probes of NATS, and for the reply to one
+PROBE = 0  # number of a probe's reply; streams are numbered from 1
 
 
 class _OpenSubmission(msgspec.Struct):
@@ -40,8 +45,14 @@ class _OpenSubmission(msgspec.Struct):
 class Submissions:
     """The submissions of one frontend that no worker has acknowledged yet."""
 
-    def __init__(self, namespace: str, bus: Bus, metrics: FrontendMetrics) -> None:
-        self._namespace, self._bus, self._metrics = namespace, bus, metrics
+    def __init__(
+        self, namespace: str, frontend_id: str, bus: Bus, metrics: FrontendMetrics, on_bus: Callable[[bool], None]
+    ) -> None:
+        """`on_bus` is called with False when NATS is down or silent, and with True when it works again."""
+        self._namespace, self._bus, self._metrics, self._on_bus = namespace, bus, metrics, on_bus
+        self._probed = events.probe_subject(namespace, frontend_id)
+        self._probe_replied = asyncio.Event()
+        self.bus_works = True
         self._loop = asyncio.get_running_loop()
         self._open: dict[int, _OpenSubmission] = {}  # by stream, in the order in which they are due
         self._timer: asyncio.TimerHandle | None = None
@@ -51,7 +62,10 @@ class Submissions:
     async def listening(self) -> AsyncIterator[None]:
         """Receives replies over NATS while the block is open: of NATS, or of workers without a link to this frontend."""
         try:
-            async with self._bus.mailbox(self._replied) as self._mailbox:
+            async with (
+                self._bus.mailbox(self._replied) as self._mailbox,
+                self._bus.serve(self._probed, lambda _: b"alive"),
+            ):
                 yield
         finally:
             self._mailbox = None
@@ -59,13 +73,46 @@ class Submissions:
                 self._timer.cancel()
                 self._timer = None
 
+    async def watch_bus(self) -> None:
+        """Probes NATS once a second."""
+        while True:
+            due = self._loop.time() + PROBE_EVERY
+            self._note_bus(await self._probe(due))
+            await asyncio.sleep(max(0.0, due - self._loop.time()))
+
+    async def _probe(self, due: float) -> bool:
+        """Whether a request to this frontend itself is answered over NATS in time."""
+        mailbox, bus = self._mailbox, self._bus
+        if mailbox is None or not bus.connected:
+            return False
+        self._probe_replied.clear()
+        try:
+            async with asyncio.timeout_at(due):
+                await mailbox.post(self._probed, b"", PROBE)
+                await self._probe_replied.wait()
+        except (ClusterError, TimeoutError):
+            return False
+        return True
+
+    def _note_bus(self, works: bool) -> None:
+        if works == self.bus_works:
+            return
+        self.bus_works = works
+        if works:
+            log.warning("NATS answers again")
+        else:
+            log.warning("NATS does not answer: requests, load reports and KV events go over the links until it does")
+            for stream in [stream for stream, submission in self._open.items() if submission.by_bus]:
+                self._send_by_link(stream)
+        self._on_bus(works)
+
     async def submit(self, reply: Reply, request: GenerateRequest) -> None:
         """Sends a request, and returns once it is on its way. A failure is reported to `reply`."""
         peer, bus, mailbox = reply.peer, self._bus, self._mailbox
         assert peer.instance is not None
         self._expect(submission := _OpenSubmission(reply, request, self._loop.time() + ACK_TIMEOUT))
         payload = requests.encode(request)
-        if mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
+        if self.bus_works and mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
             submission.by_bus = True
             try:
@@ -93,7 +140,10 @@ class Submissions:
 
     def _replied(self, stream: int, payload: bytes | None) -> None:
         """Handles a reply over NATS: None if no worker received the request, or a worker without a link refuses it."""
-        if payload is None:
+        if stream == PROBE:
+            if payload is not None:
+                self._probe_replied.set()
+        elif payload is None:
             if (submission := self._open.get(stream)) is not None:
                 submission.by_bus = False
             self._send_by_link(stream)
@@ -125,8 +175,8 @@ class Submissions:
         """Handles submissions without a timely acknowledgement. One timer serves all: most are acknowledged long before."""
         now = self._loop.time()
         for stream, submission in list(self._open.items()):
-            if submission.due > now:
-                break
+            if self._open.get(stream) is not submission or submission.due > now:
+                continue  # others of them may have been sent by link, or have ended
             reply = submission.reply
             if submission.posting is not None:
                 submission.posting.expire()
@@ -138,6 +188,8 @@ class Submissions:
             else:
                 log.info("request %s: no acknowledgement over NATS; trying the link", submission.request.id)
                 self._send_by_link(stream)
+                if not reply.peer.suspected:  # otherwise it is the worker that does not answer
+                    self._note_bus(False)
         first = next(iter(self._open.values()), None)
         self._timer = None if first is None else self._loop.call_at(first.due, self._expire_due)
 
@@ -149,6 +201,6 @@ def _refusal(worker: str, ack: Ack) -> DynserveError | None:
         case Busy(waiting=waiting):
             return Overloaded(f"worker {worker} has {waiting} requests waiting")
         case Draining():
-            return WorkerLost(f"worker {worker} is draining")
+            return WorkerLeft(f"worker {worker} is draining")
         case Refused(code=code, message=message, param=param):
             return from_wire(code, message, param)

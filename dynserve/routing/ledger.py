@@ -169,6 +169,13 @@ class Ledger:
         account.sum_up()
         account.held_tokens, account.then_tokens = held, account.decode_tokens
 
+    def forget_report(self, worker: str) -> None:
+        """Removes what a worker has reported: its reports have stopped, and the charges are all that is known."""
+        account = self.account(worker)
+        account.begun_tokens = account.unseen_tokens = 0
+        account.held_tokens, account.suspected = None, False
+        account.sum_up()
+
     def check(self) -> None:
         """Raises AssertionError if more was subtracted than was charged."""
         for worker, account in self._accounts.items():

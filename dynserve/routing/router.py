@@ -33,6 +33,10 @@ from dynserve.wire.requests import Phase, num_tokens
 
 Overlaps = dict[str, int]  # worker -> leading blocks of a prompt that it holds, or will hold when it starts the prompt
 
+PREFILL_STEPS = 16  # full steps of waiting prefill tokens that a worker may have by default
+UNKNOWN_SLOTS = 1 << 20  # of a worker that does not say how many requests it runs at once
+SPARE = 8  # one in so many requests may wait in a worker, so that its engine never waits for one
+
 SLOWEST = 0.1  # share of its full load that a worker gets right after it joined
 
 
@@ -48,7 +52,7 @@ class RouterOptions(NamedTuple):
     index_bytes: int = 1 << 30
     local_prefill_tokens: int = 1024  # a decode worker prefills at most so many uncached tokens; 0: never
     local_prefill_toll: int = 1024  # a prefill worker is preferred unless it is slower by more tokens than this
-    busy_prefill_tokens: int = 1 << 20  # a worker with more waiting prefill tokens is over its threshold
+    busy_prefill_tokens: int = 0  # a worker with more waiting prefill tokens is over its threshold; 0: `PREFILL_STEPS`
     busy_kv_fraction: float = 1.0  # so is a worker whose answers fill more than this part of its KV blocks
 
 
@@ -63,6 +67,8 @@ class RoutingTarget:
     account: Account
     index: IndexState
     confirmed_at: float  # when `index` was last confirmed to be exact
+    slots: int = UNKNOWN_SLOTS  # requests that it runs at once, with some that wait for the next step
+    max_prefill: float = math.inf  # prefill tokens that may wait there
     capacity: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
@@ -161,10 +167,18 @@ class Router:
 
     # workers
 
-    def join(self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True) -> RoutingTarget:
-        """Makes the worker a routing target. `events`: it publishes KV events of its cache."""
+    def join(
+        self, worker: str, block_size: int, num_blocks: int, now: float, *, events: bool = True, slots: int = 0,
+        max_num_tokens: int = 0,
+    ) -> RoutingTarget:  # fmt: skip
+        """Makes the worker a routing target. `events`: it publishes KV events of its cache. `slots` and `max_num_tokens`
+        are the requests and the tokens of one step; 0: not known."""
         state = IndexState.DEGRADED if events else IndexState.APPROX
-        target = RoutingTarget(worker, block_size, num_blocks, now, self.ledger.account(worker), state, now)
+        target = RoutingTarget(
+            worker, block_size, num_blocks, now, self.ledger.account(worker), state, now,
+            slots + slots // SPARE or UNKNOWN_SLOTS,
+            self.options.busy_prefill_tokens or PREFILL_STEPS * max_num_tokens or math.inf,
+        )  # fmt: skip
         self.targets[worker] = target
         self._oldest = min(t.since for t in self.targets.values())
         return target
@@ -195,10 +209,19 @@ class Router:
 
     # requests
 
-    def has_room(self, target: RoutingTarget, phase: Phase) -> bool:
-        """Whether the worker is under the thresholds of this phase."""
+    def has_room(self, targets: Sequence[RoutingTarget], phase: Phase, expected: int = 0) -> bool:
+        """Whether these workers can run one more request at once, and `expected` ones that are about to be placed."""
+        free = -expected
+        for target in targets:
+            if self._under_thresholds(target, phase):
+                free += max(0, target.slots - target.account.requests)
+                if free > 0:
+                    return True
+        return False
+
+    def _under_thresholds(self, target: RoutingTarget, phase: Phase) -> bool:
         account = target.account
-        if phase != "decode" and account.prefill_tokens > self.options.busy_prefill_tokens:
+        if phase != "decode" and account.prefill_tokens > target.max_prefill:
             return False
         if phase == "prefill":
             return True
@@ -226,7 +249,7 @@ class Router:
         def delay(target: RoutingTarget) -> int:
             return target.account.prefill_tokens + tokens - overlaps.get(target.worker, 0) * size
 
-        near = [t for t in decoders if delay(t) <= limit and self.has_room(t, "decode")]
+        near = [t for t in decoders if delay(t) <= limit and self.has_room((t,), "decode")]
         if near:
             max_delay = min(map(delay, prefillers), default=limit + toll) - toll
             near = [t for t in near if delay(t) <= max_delay]
@@ -293,7 +316,7 @@ class Router:
         options, size, get = self.options, targets[0].block_size, overlaps.get
         # no slow start while all workers are new: no older worker could carry their load
         slow = options.slow_start_s if now - self._oldest >= options.slow_start_s else 0.0
-        max_prefill = math.inf if phase == "decode" else options.busy_prefill_tokens
+        prefills = phase != "decode"
         max_decode = math.inf if phase == "prefill" else options.busy_kv_fraction
         roomy: list[Candidate] = []
         busy: list[Candidate] = []
@@ -312,7 +335,8 @@ class Router:
             )
             bound = max_decode * t.capacity
             full = decoding > bound and account.full_tokens > bound
-            (busy if waiting > max_prefill or full else roomy).append(candidate)
+            full |= account.requests >= t.slots or (prefills and waiting > t.max_prefill)
+            (busy if full else roomy).append(candidate)
         return roomy or busy
 
     def _choose(

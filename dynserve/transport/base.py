@@ -98,6 +98,15 @@ class Link(Protocol):
         """Queues a worker's most frequent message: one `StepTokens` for all tokens of a turn. Otherwise like `send`."""
         ...
 
+    def watch(self, suspect_s: float, silence_s: float, on_suspicion: Callable[[bool], None]) -> float:
+        """Watches the peer. `on_suspicion` gets True once it has been silent for `suspect_s` seconds, and False when it is
+        heard again; after `silence_s` the link ends. Returns how often the peer should ping, in seconds."""
+        ...
+
+    def ping_every(self, seconds: float) -> None:
+        """Pings so often when there is nothing else to send."""
+        ...
+
     def close(self) -> None:
         """Sends the queued messages, then closes."""
         ...

@@ -2,11 +2,11 @@
 
     frame   = u32 little-endian length, then a msgpack array of messages (wire/link.py)
 
-A worker that sends nothing for `SILENCE` seconds is lost. A frontend may be silent for longer: it has one event loop for
-all its clients, and a worker that closes its link ends every answer on it. TCP itself detects that a frontend's machine
-is down. A peer that reads so slowly that `MAX_UNSENT` bytes wait is disconnected: one stuck process must not use up
-another's memory. A connection that has not said hello may send `MAX_HELLO` bytes. Addresses of frontends with mutual TLS
-begin with `tls://`.
+A worker pings from its event loop as often as its frontend asks for. One that sends nothing is first suspected, then lost
+(`watch`). A frontend may be silent for longer: it has one event loop for all its clients, and a worker that closes its link
+interrupts every answer on it. TCP itself detects that a frontend's machine is down. A peer that reads so slowly that
+`MAX_UNSENT` bytes wait is disconnected: one stuck process must not use up another's memory. A connection that has not said
+hello may send `MAX_HELLO` bytes. Addresses of frontends with mutual TLS begin with `tls://`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from dynserve.wire import link as wire
 from dynserve.wire.link import FromFrontend, FromWorker
 
 HEARTBEAT = 0.5  # seconds between pings, and between checks of the time since the peer's last bytes
-SILENCE = 3.0  # seconds without a byte after which a worker is lost
+CHECKS = 4  # of a worker's silence, in the time after which it is suspected
+PINGS = 2.5  # of a worker in that time
+SILENCE = 3.0  # seconds without a byte after which a worker is lost, unless the frontend's `watch` sets another time
 FRONTEND_SILENCE = 30.0  # the same for a frontend, and for bytes that TCP does not acknowledge
 MAX_HELLO = 64 << 10  # bytes of the first frame, which identifies the worker
 HELLO_TIMEOUT = 3.0  # seconds from the connection to that frame
@@ -59,7 +61,11 @@ class FramedLink:
         self._handler: LinkHandler | None = None
         self._reason = ""
         self._closed = False
-        self._received_at = self._due = self._loop.time()
+        self._received_at = self._due = self._ping_due = self._loop.time()
+        self._beat_s = self._ping_s = HEARTBEAT
+        self._suspect_s = float("inf")
+        self._on_suspicion: Callable[[bool], None] | None = None
+        self._suspected = self._has_sent = False
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, frame: bytes | bytearray) -> None:
@@ -93,6 +99,20 @@ class FramedLink:
         step.token_ids.append(token_id)
         step.data.append(data)
 
+    def watch(self, suspect_s: float, silence_s: float, on_suspicion: Callable[[bool], None]) -> float:
+        self._suspect_s, self._silence, self._on_suspicion = suspect_s, silence_s, on_suspicion
+        self._beat_s = min(HEARTBEAT, suspect_s / CHECKS)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._beat_in()
+        return suspect_s / PINGS
+
+    def ping_every(self, seconds: float) -> None:
+        self._beat_s = self._ping_s = min(HEARTBEAT, seconds)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._beat_in()
+
     def close(self) -> None:
         if not self._closed:
             self._flush()
@@ -111,6 +131,8 @@ class FramedLink:
         """Handles the messages of whole frames (without their lengths) in one call, so that a slow handler catches up.
         Returns the number of messages."""
         self._received_at = self._loop.time()
+        if self._suspected:
+            self._suspect(False)
         messages: list[Any] = []
         try:
             for payload in payloads:
@@ -135,7 +157,7 @@ class FramedLink:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        handler, self._handler = self._handler, None
+        handler, self._handler, self._on_suspicion = self._handler, None, None
         if handler is not None:
             handler.lost(cast(Link, self), self._reason or reason)
 
@@ -144,22 +166,33 @@ class FramedLink:
             frame = bytearray(4)
             wire.encode_into(self._outbox, frame, 4)
             self._outbox.clear()
+            self._has_sent = True
             _length.pack_into(frame, 0, len(frame) - 4)
             self.write(frame)
 
     def _beat_in(self) -> None:
-        self._due = self._loop.time() + HEARTBEAT
+        self._due = self._loop.time() + self._beat_s
         self._timer = self._loop.call_at(self._due, self._beat)
 
     def _beat(self) -> None:
         now = self._loop.time()
         # When this process was stalled, the peer's bytes may be unread in the socket: check at the next beat.
-        stalled = now - self._due > HEARTBEAT
-        if not stalled and now - self._received_at > self._silence:
-            self.abort(f"silent for {now - self._received_at:.1f} s")
+        stalled, silent = now - self._due > self._beat_s, now - self._received_at
+        if not stalled and silent > self._silence:
+            self.abort(f"silent for {silent:.1f} s")
             return
-        self.send(self._ping)
+        if not stalled and silent > self._suspect_s and not self._suspected:
+            self._suspect(True)
+        if now >= self._ping_due:
+            if not self._has_sent:  # any bytes are a sign of life
+                self.send(self._ping)
+            self._has_sent, self._ping_due = False, now + self._ping_s
         self._beat_in()
+
+    def _suspect(self, suspected: bool) -> None:
+        self._suspected = suspected
+        if self._on_suspicion is not None:
+            self._on_suspicion(suspected)
 
 
 class TcpLink(FramedLink, asyncio.Protocol):

@@ -98,10 +98,13 @@ class MemoryBus:
     async def publish(self, subject: str, payload: bytes) -> None:
         if not self.connected or len(payload) > self.max_payload:
             return
-        loop = asyncio.get_running_loop()
         for pattern, callback in list(self._subscribers.values()):
             if matches(pattern, subject):
-                loop.call_soon(callback, payload)
+                self.carry(callback, payload)
+
+    def carry(self, deliver: Callable[..., object], *args: object) -> None:
+        """Delivers one message, a turn of the loop later. Tests of losses and delays override it."""
+        asyncio.get_running_loop().call_soon(deliver, *args)
 
     @asynccontextmanager
     async def subscribe(self, subject: str, callback: Callback) -> AsyncIterator[None]:
@@ -124,9 +127,9 @@ class _MemoryMailbox:
             raise Unavailable("the bus is down")
         if len(payload) > bus.max_payload:
             raise Unavailable(f"{len(payload)} bytes are over the bus's limit of {bus.max_payload}")
-        asyncio.get_running_loop().call_soon(self._carry, bus.handlers.get(subject), payload, number)
+        bus.carry(self._deliver, bus.handlers.get(subject), payload, number)
 
-    def _carry(self, handler: Handler | None, payload: bytes, number: int) -> None:
+    def _deliver(self, handler: Handler | None, payload: bytes, number: int) -> None:
         reply = None if handler is None else handler(payload)
         if self.open and (handler is None or reply is not None):
             self._on_reply(number, reply)
@@ -211,8 +214,12 @@ class MemoryRegistry:
         finally:
             if registration in self._waiting:
                 self._waiting.remove(registration)
-            self.entries.pop(key, None)
-            self._changed(key)
+            self.remove(key)
+
+    def remove(self, key: str) -> None:
+        """Removes the entry of an owner that has ended. Tests in which a lease outlives its owner override it."""
+        self.entries.pop(key, None)
+        self._changed(key)
 
     @asynccontextmanager
     async def watch(self, prefix: str, on_change: Callable[[Change], None]) -> AsyncIterator[None]:

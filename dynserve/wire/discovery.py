@@ -37,6 +37,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[str] = []  # names of the LoRA adapters, which clients use as model names
     pairing: dict[str, str] = {}  # must be equal on prefill and decode workers that hand over KV caches
     single_use_handoffs: bool = False  # a hand-off that a decode worker may have begun to fetch cannot be used again
+    draws_by_position: bool = False  # sampled tokens depend on seed and position only, on each worker of this kind
+    aggregates: bool = True  # it can answer requests alone, whichever its role
+    max_num_tokens: Count = 0  # tokens of one step; 0: not known
 
     def serves(self, name: str) -> bool:
         """Whether `name` is the model, or one of its adapters."""

@@ -99,5 +99,9 @@ def placed_subject(namespace: str, frontend_id: str) -> str:
     return f"dyn.{namespace}.frontend.{frontend_id}.placed"
 
 
+def probe_subject(namespace: str, frontend_id: str) -> str:
+    return f"dyn.{namespace}.frontend.{frontend_id}.probe"
+
+
 def generate_subject(namespace: str, role: str, instance_id: str) -> str:
     return f"dyn.{namespace}.{role}.{instance_id}.generate"

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import msgspec
 
+from dynserve.wire.events import KvEvents, LoadReport
 from dynserve.wire.numbers import BlockHash, Count, Seconds, StreamId, TokenId
 from dynserve.wire.requests import Ack, GenerateRequest, Handoff, TokenLogprob
 
-VERSION = 3  # of the messages below; a new field at the end of a struct does not change it
+VERSION = 4  # of the messages below; a new field at the end of a struct does not change it
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +49,7 @@ class Tokens(msgspec.Struct, array_like=True, tag=2, gc=False):
     data: bytes
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] | None = None
+    cached_tokens: Count = 0  # of the prompt, in the first message of an answer
 
 
 class StepTokens(msgspec.Struct, array_like=True, tag=9, gc=False):
@@ -106,6 +108,25 @@ class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
     stream: StreamId
 
 
+class Leaving(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """A report that the worker is stopping and accepts no requests. With `move`, it does not finish its streams: other
+    workers are to continue them."""
+
+    move: bool = False
+
+
+class LinkLoad(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """A load report for a frontend that NATS does not reach."""
+
+    report: LoadReport
+
+
+class LinkKvEvents(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """KV events for a frontend that NATS does not reach. Their ids are those of the events over NATS."""
+
+    batch: KvEvents
+
+
 # frontend to worker
 
 
@@ -114,6 +135,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=21):
 
     frontend_id: str
     version: int = VERSION
+    ping_s: Seconds = 0.0  # a worker with nothing to send pings so often; 0: as often as it likes
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=22):
@@ -138,12 +160,21 @@ class HandoffDone(msgspec.Struct, frozen=True, array_like=True, tag=26):
     stream: StreamId
 
 
+class EventsByLink(msgspec.Struct, frozen=True, array_like=True, tag=27):
+    """A request to send load reports and KV events over the link, too, because NATS is down or silent; or to stop that."""
+
+    wanted: bool
+
+
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
-FromWorker = Hello | Tokens | StepTokens | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing
-FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | FrontendPing
+FromWorker = (
+    Hello | Tokens | StepTokens | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing | Leaving
+    | LinkLoad | LinkKvEvents
+)  # fmt: skip
+FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | EventsByLink | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into
 decode_from_worker = msgspec.msgpack.Decoder(list[FromWorker]).decode

@@ -147,7 +147,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The output that earlier phases of the same request have already sent to the client."""
+    """The output of the same request that the client has already: of its prefill, or of workers that were lost."""
 
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] = []
@@ -164,8 +164,8 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     id: BlockHash
     owner: str  # instance id of the prefill worker
     request_id: str
-    sequence_hash: BlockHash  # rolling hash over the whole prompt, salt included
-    num_tokens: Count
+    sequence_hash: BlockHash  # rolling hash over all `num_tokens`, salt included
+    num_tokens: Count  # of the prompt, and of the output that the prefill computed with it
     num_bytes: Count
     ttl_s: Seconds  # time to live, from the creation of this message; clocks are not shared
     state: bytes
@@ -215,6 +215,16 @@ class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True,
     trace_headers: dict[str, str] = {}  # of W3C trace context, for the engine's own spans
     prior: PriorOutput | None = None
     handoff: Handoff | None = None
+
+    @property
+    def prior_tokens(self) -> list[TokenId]:
+        """The output that the client has already."""
+        return self.prior.token_ids if self.prior is not None else []
+
+    def computed(self, num_tokens: int) -> bytes:
+        """The first tokens of the prompt and its prior output, as little-endian u32."""
+        more = num_tokens - self.num_tokens
+        return self.prompt + pack_tokens(self.prior_tokens[:more]) if more > 0 else self.prompt
 
 
 # Returns the fields of a `Generation`, from which a `GenerateRequest` is made.

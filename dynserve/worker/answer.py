@@ -67,20 +67,22 @@ class Answer:
         if output.embedding:
             self._embedded(output)
             return
+        cached = 0
         if self._first is None:
             self._first = output
             if output.handoff_declined:
                 self.link.send(HandoffDeclined(self.request.stream))
+            cached = output.cached_tokens if self.request.prior is None else 0
         data = self._renderer.push(output.token_ids, output.logprobs)
         if self._renderer.stopped:
             self._executor.abort(self.ticket)
             self._finish(output, data, "stop")
         elif output.reason is None:
             ids = output.token_ids
-            if len(ids) == 1 and output.logprobs is None:
+            if len(ids) == 1 and output.logprobs is None and not cached:
                 self.link.send_token(self.request.stream, ids[0], data)
             else:
-                self.link.send(Tokens(self.request.stream, data, ids, output.logprobs))
+                self.link.send(Tokens(self.request.stream, data, ids, output.logprobs, cached))
         elif output.reason == "handoff":
             self._hand_off(output, data)
         else:

@@ -38,7 +38,7 @@ async def serving_worker(
                     await registration.registered.wait()
                     worker.ready = True
                     yield worker
-                    worker.draining = True
+                    worker.leave()
                 worker.ready = False
                 await worker.drain()
 

@@ -25,9 +25,13 @@ from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.link import (
     VERSION,
     Cancel,
+    EventsByLink,
     FromFrontend,
     HandoffDone,
     Hello,
+    Leaving,
+    LinkKvEvents,
+    LinkLoad,
     SnapshotRequest,
     Submit,
     SubmitReply,
@@ -46,6 +50,8 @@ log = logging.getLogger(__name__)
 EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
+PUBLISH_TIMEOUT = 0.5  # seconds
+MOVE_TIMEOUT = 5.0  # seconds for frontends to continue answers elsewhere, and for open hand-offs to end
 MAX_DONE = 20_000  # ended requests that are remembered, so that a late copy of one is not run
 
 
@@ -74,6 +80,8 @@ class Worker:
         self._handed_off: dict[tuple[str, int], Answer] = {}  # until the frontend sends HandoffDone or Cancel
         self._done: dict[tuple[str, int], None] = {}  # the last `MAX_DONE`, oldest first
         self._links: dict[str, Link] = {}
+        self._by_link: set[str] = set()  # frontends that want load reports and KV events over the link, too
+        self._leaving = Leaving()
         self._new_events = asyncio.Event()
         self._journal = KvJournal(instance_id, self.epoch, self._new_events.set)
         if config.kv_events:
@@ -100,6 +108,9 @@ class Worker:
             adapters=list(limits.adapters),
             pairing=dict(limits.pairing),
             single_use_handoffs=limits.single_use_handoffs,
+            draws_by_position=limits.draws_by_position,
+            max_num_tokens=limits.max_num_tokens,
+            aggregates=self.config.stand_in,
         )
         return WorkerInstance(
             id=self.id,
@@ -152,7 +163,7 @@ class Worker:
         if request.model != self.config.model_name:
             return Refused(Unavailable.code, f"this worker serves {self.config.model_name}, not {request.model}")
         waiting = self.executor.load().waiting
-        if waiting >= self.config.max_queue or len(self._answers) >= self._max_answers:
+        if waiting >= self._max_queue or len(self._answers) >= self._max_queue + self.executor.limits.max_batch_size:
             return Busy(waiting)
         try:
             answer = Answer(request, link, self._vocabulary, self._ended)
@@ -169,8 +180,8 @@ class Worker:
         return Accepted()
 
     @property
-    def _max_answers(self) -> int:
-        return self.config.max_queue + self.executor.limits.max_batch_size
+    def _max_queue(self) -> int:
+        return self.config.max_queue or self.executor.limits.max_batch_size
 
     def _cancel(self, key: tuple[str, int]) -> None:
         if (answer := self._answers.pop(key, None)) is not None:
@@ -205,6 +216,8 @@ class Worker:
         """Called when a link to the frontend is connected: its requests can be answered from now on."""
         self._links[frontend_id] = link
         link.send(Hello(self.id, self.epoch, frontend_id))
+        if self.draining:
+            link.send(self._leaving)
 
     def received(self, frontend_id: str, link: Link, messages: list[FromFrontend]) -> None:
         for message in messages:
@@ -218,18 +231,24 @@ class Worker:
                 case SnapshotRequest(request=number):
                     for part in self._journal.snapshot(number):
                         link.send(part)
-                case Welcome(version=version) if version != VERSION:
+                case EventsByLink(wanted=wanted):
+                    (self._by_link.add if wanted else self._by_link.discard)(frontend_id)
+                case Welcome(version=version, ping_s=ping_s) if version == VERSION:
+                    if ping_s:
+                        link.ping_every(ping_s)
+                case Welcome(version=version):
                     log.error(
                         "frontend %s speaks version %s of the link, this worker %s", frontend_id, version, VERSION
                     )
                     link.abort("speaks another version of the link")
                 case _:
-                    pass  # pings and the welcome of this version need no action
+                    pass  # pings need no action
 
     def unlinked(self, frontend_id: str, link: Link, reason: str) -> None:
         """Called when the link has ended. Cancels the requests that are answered over it, and their hand-offs."""
         if self._links.get(frontend_id) is link:
             del self._links[frontend_id]
+            self._by_link.discard(frontend_id)
             log.info("link to frontend %s ended: %s", frontend_id, reason)
             for key in [key for key in (*self._answers, *self._handed_off) if key[0] == frontend_id]:
                 self._cancel(key)
@@ -243,6 +262,7 @@ class Worker:
             await self._new_events.wait()
             self._new_events.clear()
             while (batch := self._journal.next_batch()) is not None:
+                self._send_by_link(LinkKvEvents(batch))
                 await self._publish(subject, events.encode(batch))  # frontends notice lost events by their ids
             await asyncio.sleep(EVENTS_EVERY)
 
@@ -256,13 +276,21 @@ class Worker:
             if load != sent or loop.time() >= due:
                 sent, due = load, loop.time() + LOAD_AT_LEAST_EVERY
                 report = events.LoadReport(self.id, load, self.epoch, self._journal.published)
+                self._send_by_link(LinkLoad(report))
                 await self._publish(subject, events.encode(report))
             await asyncio.sleep(LOAD_EVERY)
 
+    def _send_by_link(self, message: LinkLoad | LinkKvEvents) -> None:
+        """Sends to the frontends that NATS does not reach: those that have said so, or all if it is down here."""
+        for frontend_id in self._by_link if self._planes.bus.connected else self._links:
+            if (link := self._links.get(frontend_id)) is not None:
+                link.send(message)
+
     async def _publish(self, subject: str, payload: bytes) -> None:
         try:
-            await self._planes.bus.publish(subject, payload)
-        except DynserveError as error:
+            async with asyncio.timeout(PUBLISH_TIMEOUT):  # a silent server does not read what is sent to it
+                await self._planes.bus.publish(subject, payload)
+        except (DynserveError, TimeoutError) as error:
             log.debug("%s: nothing was published to %s: %s", self.id, subject, error)
 
     async def watch_engine(self) -> None:
@@ -299,19 +327,32 @@ class Worker:
             del self._links[link.name]
             self.counts.clear()
 
+    def leave(self, *, move: bool = False) -> None:
+        """Refuses new requests from now on, and tells all frontends. With `move`, they continue its answers elsewhere."""
+        self.draining, self._leaving = True, Leaving(move)
+        for link in self._links.values():
+            link.send(self._leaving)
+
     async def drain(self) -> None:
-        """Refuses new requests and waits until the open ones have finished, up to the deadline."""
-        self.draining = True
-        deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
-        while self.busy and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        """Waits until the open requests have finished, up to the deadline or, in the mode `migrate`, not at all. Then the
+        frontends continue the others elsewhere."""
+        if self.config.drain_mode == "finish":
+            await self._idle(self.config.drain_timeout_s)
+        if self._answers:
+            log.info("%d answers migrate to other workers", len(self._answers))
+            self.leave(move=True)
+        await self._idle(MOVE_TIMEOUT)
         if self.busy:
             log.warning(
-                "%d requests and %d hand-offs did not end within --drain-timeout-s %.0f",
-                len(self._answers),
+                "%d requests and %d hand-offs did not end in time; they are dropped", len(self._answers),
                 self.executor.load().open_handoffs,
-                self.config.drain_timeout_s,
-            )
+            )  # fmt: skip
+
+    async def _idle(self, timeout_s: float) -> None:
+        """Returns when no request and no hand-off is open, at the latest after `timeout_s` seconds."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.busy and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
 
 
 def _warn_of_surplus_ids(preprocessor: Preprocessor, vocab_size: int) -> None:

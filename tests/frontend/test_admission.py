@@ -5,34 +5,49 @@ import asyncio
 import pytest
 
 from dynserve import clock
-from dynserve.errors import Cancelled, Overloaded
-from dynserve.frontend.admission import Queue, QueuedRequest
+from dynserve.errors import Cancelled, NoWorker, Overloaded
+from dynserve.frontend.admission import Admitted, Queue, QueuedRequest, QueueLimits
 from tests.conftest import reference_cycles
 
 
 class Pool:
     """Workers with `slots` free slots behind a queue; an admitted request occupies one while it runs."""
 
-    def __init__(self, slots: int, most: int = 10, most_s: float = 30.0) -> None:
-        self.slots = slots
-        self.queue = Queue("m", most, most_s, lambda: self.slots > 0)
+    def __init__(self, slots: int, most: int = 10, most_s: float = 30.0, slo_s: float = 0.0) -> None:
+        self.free = self.total = slots
+        self.present = True  # there are workers
+        self.queue = Queue("m", QueueLimits(most, most_s, slo_s), self)
         self.order: list[str] = []
 
+    def has_room(self, model: str, unplaced: int, undecoded: int) -> bool:
+        return self.present and self.free > unplaced
+
+    def serves(self, model: str) -> bool:
+        return self.present
+
+    def slots(self, model: str) -> int:
+        return self.total
+
     async def request(self, name: str, priority: int = 0, seconds: float = 1.0) -> None:
-        waiting = self.queue.enter(priority)
-        if waiting is not None:
-            await self.queue.wait(waiting, 1e9)
-        self.slots -= 1
+        entry = self.queue.enter(priority)
+        admitted = entry if isinstance(entry, Admitted) else await self.queue.wait(entry, 1e9)
+        await asyncio.sleep(0)  # preparing a request takes some turns of the loop
+        self.free -= 1
+        admitted.placed(decoding=True)
         self.order.append(name)
-        assert self.slots >= 0, "more were let in than there was room for"
+        assert self.free >= 0, "more were let in than there was room for"
+        admitted.answering()
         await asyncio.sleep(seconds)
-        self.slots += 1
+        self.free += 1
         self.queue.recheck()
+        admitted.close(finished=True)
 
 
 def test_requests_are_admitted_at_once_while_slots_are_free() -> None:
     async def main() -> None:
-        assert Pool(1).queue.enter(0) is None
+        pool = Pool(1)
+        assert isinstance(pool.queue.enter(0), Admitted)
+        assert isinstance(pool.queue.enter(0), QueuedRequest)  # the first one will occupy the slot
 
     clock.run(main())
 
@@ -130,11 +145,11 @@ def test_idle_times_do_not_raise_the_estimated_wait() -> None:
 
 
 async def test_a_cancelled_request_in_the_queue_leaves_no_reference_cycle() -> None:
-    queue = Queue("m", 10, 30.0, lambda: False)
+    queue = Pool(0).queue
 
     async def request() -> None:
         waiting = queue.enter(0)
-        assert waiting is not None
+        assert isinstance(waiting, QueuedRequest)
         asyncio.get_running_loop().call_soon(waiting.fail, Cancelled("the client has left"))
         try:
             await queue.wait(waiting, 1e9)
@@ -146,3 +161,79 @@ async def test_a_cancelled_request_in_the_queue_leaves_no_reference_cycle() -> N
             await asyncio.create_task(request())
         await asyncio.sleep(0)
     assert cyclic == [] and len(queue) == 0
+
+
+def test_a_request_that_would_wait_too_long_is_refused_at_once() -> None:
+    async def main() -> None:
+        pool = Pool(2, most=100, most_s=7.0)
+        await pool.request("warm", seconds=4.0)  # the mean duration: two slots admit one in two seconds
+        asking = [asyncio.create_task(pool.request("first", seconds=4.0))]
+        await asyncio.sleep(2)
+        asking += [asyncio.create_task(pool.request(str(i), seconds=4.0)) for i in range(4)]
+        await asyncio.sleep(0)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Overloaded, match="it would wait for 8.0 s, and --max-queued-s is 7") as refused:
+            await pool.request("hopeless")
+        assert asyncio.get_running_loop().time() == began and refused.value.retry_after == 8
+        asking.append(asyncio.create_task(pool.request("urgent", priority=1, seconds=4.0)))  # nobody is ahead of it
+        await asyncio.gather(*asking, return_exceptions=True)
+        assert pool.order[:4] == ["warm", "first", "0", "urgent"]
+
+    clock.run(main())
+
+
+def test_a_request_that_would_miss_the_objective_of_its_first_token_is_refused() -> None:
+    async def main() -> None:
+        pool = Pool(1, most=100, most_s=100.0, slo_s=3.0)
+        await pool.request("warm", seconds=2.0)
+        pool.queue.first_token.value = 0.5
+        asking = []
+        for name in ("running", "waiting"):  # the latter for 2 s
+            asking.append(asyncio.create_task(pool.request(name, seconds=2.0)))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="its first token would come after 4.5 s, and --ttft-slo-ms is 3000"):
+            await pool.request("too late")
+        await asyncio.gather(*asking)
+
+    clock.run(main())
+
+
+def test_requests_wait_for_a_first_worker_and_fail_without_one() -> None:
+    async def main() -> None:
+        pool = Pool(2, most=2, most_s=5.0)
+        pool.present = False
+        early = asyncio.create_task(pool.request("early"))
+        late = asyncio.create_task(pool.request("late"))
+        await asyncio.sleep(0)
+        with pytest.raises(NoWorker, match="no worker serves m at the moment"):
+            await pool.request("no place in the queue")
+        await asyncio.sleep(4)
+        pool.present = True
+        pool.queue.recheck()
+        await asyncio.gather(early, late)
+        pool.present = False
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(NoWorker):
+            await pool.request("for nothing")
+        assert asyncio.get_running_loop().time() == began + 5.0
+
+    clock.run(main())
+
+
+def test_a_request_cancelled_in_the_turn_of_its_admission_gives_its_place_back() -> None:
+    async def main() -> None:
+        pool = Pool(1)
+        running = asyncio.create_task(pool.request("running"))
+        await asyncio.sleep(0.5)
+        waiting = asyncio.create_task(pool.request("cancelled"))
+        await asyncio.sleep(0)
+        pool.free = 2
+        pool.queue._recheck_due = True
+        pool.queue._admit()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        pool.free = 0
+        await running
+        assert (pool.queue.unplaced, pool.queue.undecoded, len(pool.queue)) == (0, 0, 0)
+
+    clock.run(main())

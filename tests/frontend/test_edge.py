@@ -95,7 +95,7 @@ async def test_decisions_of_several_answers_are_found_by_the_request_id() -> Non
 
 
 async def test_a_lost_worker_fails_a_request_of_several_answers_and_frees_its_blocks() -> None:
-    async with cluster({"step_ms": 20}) as c, c.client() as client:
+    async with cluster({"step_ms": 20}, max_migrations=0) as c, c.client() as client:
         body = ASK | {"n": 6, "max_tokens": 300, "ignore_eos": True, "stream": True}
         asking = asyncio.create_task(client.post("/v1/chat/completions", json=body))
         await until(lambda: sum(w.executor.load().running for w in c.workers) == 6)

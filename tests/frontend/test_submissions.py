@@ -20,8 +20,8 @@ from tests.conftest import MODEL, until
 ASK: dict[str, Any] = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
 
 
-def simulated(workers: int = 1, speed: float = 0) -> Cluster:
-    return Cluster(aggregated=workers, executor="simulated", engine={"speed": speed})
+def simulated(workers: int = 1, speed: float = 0, **options: Any) -> Cluster:
+    return Cluster(aggregated=workers, executor="simulated", engine={"speed": speed}, options=options)
 
 
 def handlers(c: Cluster) -> dict[str, Handler]:
@@ -130,7 +130,7 @@ async def test_an_invalid_or_unknown_acknowledgement_is_ignored() -> None:
 async def test_a_late_copy_of_a_refused_request_is_not_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with simulated() as c, c.client() as client:
+    async with simulated(max_queued_s=0.05) as c, c.client() as client:
         worker, held = c.workers[0], hold(c)
         with monkeypatch.context() as patch:
             patch.setattr(worker, "start", lambda request: Busy(7))
@@ -143,7 +143,7 @@ async def test_a_late_copy_of_a_refused_request_is_not_computed(
 
 
 async def test_a_late_copy_that_arrives_after_a_reconnect_is_cancelled() -> None:
-    async with simulated(speed=1) as c, c.client() as client:
+    async with simulated(speed=1, max_queued_s=0.01) as c, c.client() as client:
         worker, held = c.workers[0], hold(c)
         pending = asyncio.create_task(client.post("/v1/completions", json=ASK | {"max_tokens": 1500}))
         await until(lambda: bool(held))
@@ -160,7 +160,7 @@ async def test_a_late_copy_that_arrives_after_a_reconnect_is_cancelled() -> None
 async def test_a_reply_counts_as_refused_only_if_no_other_copy_is_in_flight(
     silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with simulated() as c, c.client() as client:
+    async with simulated(max_queued_s=0.05) as c, c.client() as client:
         replies: list[Reply] = []
         submit = c.frontend.pipeline.submissions.submit
 
@@ -175,7 +175,7 @@ async def test_a_reply_counts_as_refused_only_if_no_other_copy_is_in_flight(
         else:
             handlers(c).clear()  # the bus reports no subscriber: there is one copy
         assert (await client.post("/v1/completions", json=ASK)).status_code == 429
-        assert [reply.refused for reply in replies] == [not silent]
+        assert replies[0].refused is not silent
 
 
 def hold(c: Cluster) -> list[Callable[[], Any]]:

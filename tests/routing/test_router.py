@@ -234,9 +234,9 @@ def test_a_load_report_corrects_the_charges_of_a_prefix_shared_by_many_requests(
     (target,) = router.targets.values()
     for _ in range(40):
         router.ledger.charge("a", decode_tokens=3200)
-    assert not router.has_room(target, "decode")
+    assert not router.has_room((target,), "decode")
     router.ledger.reported("a", Load(running=40, free_blocks=800, total_blocks=1000), 32)
-    assert router.has_room(target, "decode")
+    assert router.has_room((target,), "decode")
     for _ in range(10):
         router.ledger.charge("a", decode_tokens=3200)  # since that report: it is not known yet which blocks they share
-    assert not router.has_room(target, "decode")
+    assert not router.has_room((target,), "decode")

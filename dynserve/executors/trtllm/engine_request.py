@@ -49,7 +49,7 @@ class EngineRequest:
         self.sink: OutputSink | None = sink
         self.progress = Progress.SUBMITTED
         # tokens that the client had before
-        self.known = len(request.prior.token_ids) if request.prior is not None else 0
+        self.known = len(request.prior_tokens)
         self.generated = self.known  # tokens that the client has now
         self.handoff_id = 0  # id of the hand-off that a context phase opens
         self.handed_over = False  # a hand-off was opened for its blocks

@@ -23,12 +23,12 @@ from dynserve.errors import (
     BadRequest,
     ContextTooLong,
     DynserveError,
+    EngineLost,
     HandoffBroken,
     HandoffError,
     HandoffMismatch,
     InternalError,
     Unavailable,
-    WorkerLost,
 )
 from dynserve.executors.base import Executor, ExecutorLimits, KvListener, Output, OutputSink, check_request
 from dynserve.executors.handoff import HandoffEnd, HandoffTable, belongs
@@ -99,6 +99,7 @@ class TrtllmExecutor:
             engine.block_size, blocks, self.max_seq_len, args.max_batch_size, self._terms.vocab_size,
             grammars=not self._no_grammars, no_grammars=self._no_grammars, adapters=tuple(self._terms.adapters),
             kv_events=engine.has_kv_events, pairing=engine.pairing, single_use_handoffs=True,
+            max_num_tokens=args.max_num_tokens or 0,
         )  # fmt: skip
 
     @property
@@ -165,7 +166,7 @@ class TrtllmExecutor:
             self._start(ticket, call, params)
             limit = request.handoff.ttl_s + TRANSFER_GRACE
             call.timer = self._loop.call_later(limit, self._transfer_overdue, ticket, call, limit)
-        elif request.phase == "prefill" and request.stop.max_tokens > 1:
+        elif request.phase == "prefill" and self._can_hand_over(request):
             call = EngineRequest(request, Kind.CONTEXT, sink, began)
             context = self._params(state.CONTEXT)
             call.handoff_id = context.disagg_request_id
@@ -184,8 +185,8 @@ class TrtllmExecutor:
         self._handoffs.deliver(ticket)
 
     def engine_died(self, *, crashed: bool) -> None:
-        """Fails all requests with WorkerLost, so that other workers can run those that have no token yet. `crashed`: an
-        exception has ended the engine's loop. A grammar that was about to begin may be its cause, and is not sent on."""
+        """Fails all requests with EngineLost, so that other workers continue them. `crashed`: an exception has ended the
+        engine's loop. A grammar that was about to begin may be its cause, and is not sent on."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.stop_timer()
@@ -193,7 +194,7 @@ class TrtllmExecutor:
             suspected = crashed and call.request.grammar is not None and call.progress is Progress.SUBMITTED
             error = InternalError("the engine crashed at this grammar, or beside it") if suspected else None
             if sink is not None:
-                sink(Output([], error=error or WorkerLost("the worker's engine died")))
+                sink(Output([], error=error or EngineLost("the worker's engine died")))
         self._handoffs.cancel_all()  # a dead engine cannot send their KV blocks
 
     def close(self) -> None:
@@ -206,6 +207,12 @@ class TrtllmExecutor:
         """Returns the upper bound of a prompt, in tokens, where prompts are not computed in chunks."""
         args = self._engine.llm.args
         return None if args.enable_chunked_prefill else args.max_num_tokens
+
+    @staticmethod
+    def _can_hand_over(request: GenerateRequest) -> bool:
+        """Whether a context phase suffices: more than one token is missing, and no grammar must see the prior output."""
+        prior = len(request.prior_tokens)
+        return request.stop.max_tokens - prior > 1 and not (prior and request.grammar is not None)
 
     def _adopt_handoff(self, request: GenerateRequest) -> Any:
         """Returns the context phase's params, or None when they cannot be used and the prompt is computed here."""
@@ -238,17 +245,13 @@ class TrtllmExecutor:
             InternalError: the engine failed in another way.
         """
         request = call.request
-        prior = request.prior.token_ids if request.prior is not None else []
-        # Prior tokens are appended to the prompt. After a transfer, or with a grammar (which must see the answer from its
-        # start), the engine generates them again instead: then they are compared with the client's, and skipped.
-        again = bool(prior) and (call.kind is not Kind.WHOLE or request.grammar is not None)
-        done = 0 if again else len(prior)
-        prompt = prompt_of(request, prior=not again)
+        prior, done = request.prior_tokens, self._appended(call)
+        prompt, again = prompt_of(request, prior=done), prior[done:]
         max_tokens = max(1, min(request.stop.max_tokens - done, self.max_seq_len - len(prompt)))
         if call.declines_handoff and len(prompt) > (self._max_prompt() or len(prompt)):
             raise Unavailable("the hand-off was declined, and the prompt is too long to be prefilled here")
         end, others = ends_of(request, self._eos)
-        call.cursor = Cursor(request, [end, *others] if end >= 0 else others, prior if again else ())
+        call.cursor = Cursor(request, [end, *others] if end >= 0 else others, again)
         min_tokens = max(0, request.stop.min_tokens - done)
         self._note_unusual(call)
         try:
@@ -260,6 +263,16 @@ class TrtllmExecutor:
         self._calls[ticket] = call
         self._in_flight.started(call)
         call.task = self._engine.tasks.create_task(self._consume(ticket, call))
+
+    @staticmethod
+    def _appended(call: EngineRequest) -> int:
+        """Returns how many prior tokens are appended to the prompt. The engine generates the others again, and they are
+        compared with the client's and skipped: the token after a hand-off, and with a grammar, which must see the answer
+        from its start, all of them."""
+        request = call.request
+        if call.kind is Kind.GENERATION and request.handoff is not None:
+            return request.handoff.num_tokens - request.num_tokens
+        return 0 if call.kind is Kind.WHOLE and request.grammar is not None else len(request.prior_tokens)
 
     def _generate(self, prompt: list[int], params: Any, call: EngineRequest, max_tokens: int, min_tokens: int) -> Any:
         engine, request = self._engine, call.request

@@ -122,10 +122,9 @@ def lora_request(api: Api, name: str, adapter: Adapter) -> Any:
     return api.lora(name, adapter.number, adapter.path, adapter.source)
 
 
-def prompt_of(request: GenerateRequest, *, prior: bool = False) -> list[int]:
-    """Returns the prompt's token ids; with `prior`, followed by the tokens generated already."""
-    tokens = unpack_tokens(request.prompt)
-    return tokens + request.prior.token_ids if prior and request.prior is not None else tokens
+def prompt_of(request: GenerateRequest, *, prior: int = 0) -> list[int]:
+    """Returns the prompt's token ids, followed by the first `prior` tokens that were generated already."""
+    return unpack_tokens(request.prompt) + request.prior_tokens[:prior]
 
 
 def salt_of(request: GenerateRequest) -> str:
