@@ -11,7 +11,8 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 from drill_cluster import BATCH, HOST
@@ -89,12 +90,30 @@ class RetryingClient(Client):
             await asyncio.sleep(PAUSE)
 
 
-def completion(prompt: str, *, stream: bool = True) -> bytes:
+class ResumableClient(Client):
+    """A client that comes back for the rest of its answer when its connection breaks."""
+
+    async def ask(self, prompt: Prompt, answer: Answer) -> Attempt:
+        deadline, whole, name = time.monotonic() + REQUEST, Attempt(), token_hex(8)
+        while True:
+            headers = {"x-request-id": name, "x-dynserve-resumable": "1"}
+            if whole.body:  # the ids of the events that have arrived completely
+                headers["last-event-id"] = whole.body.rpartition(b"id: ")[2].partition(b"\n")[0].decode()
+            attempt = await exchange(self._port, completion(prompt.text, headers=headers), answer.times)
+            complete = attempt.body[: attempt.body.rfind(b"\n\n") + 2] if attempt.status == 200 else b""
+            if attempt.fault not in ("refused", "broken") or time.monotonic() > deadline:
+                return replace(attempt, body=whole.body + attempt.body) if attempt.status == 200 else attempt
+            whole.body += complete
+            await asyncio.sleep(PAUSE)
+
+
+def completion(prompt: str, *, stream: bool = True, headers: Mapping[str, str] | None = None) -> bytes:
     """The HTTP request for an answer of `TOKENS` tokens."""
     body: dict[str, Any] = {"model": TINY_MODEL.name, "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True}
     body |= {"temperature": 0, "stream": stream} | ({"stream_options": {"include_usage": True}} if stream else {})
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 

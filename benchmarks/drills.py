@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import uvloop
 from budget import machine
-from drill_clients import Answer, Client, Load, Prompt, RetryingClient, make_prompts
+from drill_clients import Answer, Client, Load, Prompt, ResumableClient, RetryingClient, make_prompts
 from drill_cluster import BATCH, START, Cluster, Process, Server, Setup, until, worker_help
 from load import at
 from plane import resident
@@ -346,6 +346,7 @@ DRILLS = (
     Drill("engine", "decode worker's engine dies", None, skip=no_engine_death),
     Drill("link-reset", "decode worker's link reset", link_reset, PROXIED),
     Drill("link-stalled", "decode worker's link stalled for 8 s", link_stalled, PROXIED),
+    Drill("frontend-resume", "frontend killed, clients resume", frontend_killed, client=ResumableClient),
     Drill("frontend-kill", "frontend killed, clients retry", frontend_killed, client=RetryingClient),
     Drill("frontend-term", "frontend restarted, clients retry", frontend_stopped, client=RetryingClient),
     Drill("frontend-hup", "two frontends replaced by SIGHUP", frontends_rolled, Setup(2), skip=no_rolling_restart),

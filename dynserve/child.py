@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dynserve.errors import ConfigError, InternalError
@@ -31,6 +31,7 @@ class ChildSpec(NamedTuple):
     environment: Mapping[str, str] = {}
     folder: str | None = None  # to run in; None: this process's own
     grace_s: float = TERMINATE_TIMEOUT  # between SIGTERM and SIGKILL
+    fds: tuple[int, ...] = ()  # descriptors that it inherits
     whole_group: bool = False
 
 
@@ -41,16 +42,19 @@ class Group(NamedTuple):
     restart: bool = True
 
 
+Renewed = Callable[[str], ChildSpec]
 OnLine = Callable[[str, str], None]  # a child's name and a line of its output
 
 
 class Child:
-    """One child process. Calls `died(child, code)` for each exit that `stop` did not cause, before a restart."""
+    """One child process. Calls `died(child, code)` for each exit that `stop` did not cause, before a restart. `renewed`
+    returns the spec for a restart, by the child's name; None: the same one."""
 
     def __init__(
         self, spec: ChildSpec, *, restart: bool, died: Callable[[Child, int], None], width: int, tasks: OwnedTasks,
-        on_line: OnLine | None = None,
+        on_line: OnLine | None = None, renewed: Renewed | None = None,
     ) -> None:  # fmt: skip
+        self._renewed = renewed
         self.name, self.spec, self.restarts = spec.name, spec, restart
         self._died, self._width, self._tasks, self._on_line = died, width, tasks, on_line
         self._process: asyncio.subprocess.Process | None = None
@@ -102,6 +106,7 @@ class Child:
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
                 preexec_fn=_die_with_parent,
+                pass_fds=self.spec.fds,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.spec.environment),
             )
         except OSError as error:
@@ -130,6 +135,8 @@ class Child:
             await asyncio.sleep(wait)
             if self._stopping:
                 return
+            if self._renewed is not None:
+                self.spec = self._renewed(self.name)
             await self._spawn()
             if self._stopping and self._process is not None:  # `stop` was called during the start
                 self._signal(self._process, signal.SIGTERM)
@@ -145,10 +152,15 @@ class Supervisor:
     """Groups of children that run together. They are started in the order of the groups, and stopped in reverse.
 
     `broken` gets the error that ends all of them: a child reported a wrong configuration, or a child without restarts
-    died. `on_line` gets each child's lines, with its name.
+    died. `on_line` gets each child's lines, with its name; `on_death` the name of a child that has died. `renewed`: see
+    `Child`.
     """
 
-    def __init__(self, groups: Sequence[Group], tasks: OwnedTasks, on_line: OnLine | None = None) -> None:
+    def __init__(
+        self, groups: Sequence[Group], tasks: OwnedTasks, on_line: OnLine | None = None, *,
+        on_death: Callable[[str], None] | None = None, renewed: Renewed | None = None,
+    ) -> None:  # fmt: skip
+        self._on_death, self._renewed = on_death, renewed
         self._width = max(len(spec.name) for group in groups for spec in group.specs)
         self._tasks, self._on_line = tasks, on_line
         self.groups = [[self._child(spec, group.restart) for spec in group.specs] for group in groups]
@@ -165,6 +177,24 @@ class Supervisor:
         await child.start()
         group.append(child)
 
+    async def replace(
+        self, child: Child, group: list[Child], spec: ChildSpec, ready: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """Starts another child in the place of one. If it gets `ready`, the old one is stopped, in the background;
+        otherwise the new one.
+
+        Raises:
+            InternalError: the new child did not become ready.
+        """
+        new = self._child(spec, True)
+        new.starts = 1  # this configuration has worked before
+        await new.start()
+        if not await ready():
+            await new.stop()
+            raise InternalError(f"the new {spec.name} did not become ready; the old one goes on")
+        group[group.index(child)] = new
+        self._tasks.create_task(child.stop())
+
     async def remove(self, child: Child, group: list[Child]) -> None:
         """Stops one child of a group for good."""
         await child.stop()
@@ -172,14 +202,17 @@ class Supervisor:
 
     def _child(self, spec: ChildSpec, restart: bool) -> Child:
         return Child(
-            spec, restart=restart, died=self._died, width=self._width, tasks=self._tasks, on_line=self._on_line
-        )
+            spec, restart=restart, died=self._died, width=self._width, tasks=self._tasks, on_line=self._on_line,
+            renewed=self._renewed,
+        )  # fmt: skip
 
     async def stop(self) -> None:
         for group in reversed(self.groups):
             await asyncio.gather(*(child.stop() for child in group))
 
     def _died(self, child: Child, code: int) -> None:
+        if self._on_death is not None:
+            self._on_death(child.name)
         if self.broken.done():
             return
         # a child that has run before has a valid configuration: this error is temporary (its port is not free yet, say)

@@ -126,6 +126,8 @@ class FrontendConfig(PlanesConfig):
     reuse_port: bool = option(
         False, "let other frontends of this user listen on the same port, as those of --workers do", "DYN_REUSE_PORT"
     )
+    http_fd: NotNegative | None = option(None, "listen on this inherited socket; for supervisors, as that of --workers")
+    ready_fd: NotNegative | None = option(None, "write a line to this descriptor when requests are accepted")
     link_port: Port = option(0, "port that workers connect to; 0 picks a free one", "DYN_LINK_PORT")
     system_host: str = option("127.0.0.1", "address of --system-port", "DYN_SYSTEM_HOST")
     system_port: Port = option(
@@ -188,6 +190,10 @@ class FrontendConfig(PlanesConfig):
     max_migrations: NotNegative = option(
         3, "how often an answer is continued on another worker after its own was lost; 0: never", "DYN_MAX_MIGRATIONS"
     )
+    resume_s: PositiveFloat = option(
+        30.0, "how long the rest of a stream with x-dynserve-resumable is kept for a client that comes back",
+        "DYN_RESUME_S",
+    )  # fmt: skip
     role_grace_s: NotNegativeFloat = option(
         2.0, "after so long without a prefill (or decode) worker, workers of the other role answer alone",
         "DYN_ROLE_GRACE_S",
@@ -198,6 +204,9 @@ class FrontendConfig(PlanesConfig):
     )
     request_timeout_s: PositiveFloat = option(
         600.0, "longest time of a request before it fails", "DYN_REQUEST_TIMEOUT_S"
+    )
+    drain_timeout_s: PositiveFloat = option(
+        30.0, "how long open requests may take to end after SIGTERM", "DYN_DRAIN_TIMEOUT_S"
     )
     keep_alive_s: PositiveFloat = option(
         75.0,
@@ -302,6 +311,9 @@ class WorkerConfig(PlanesConfig):
         None, "trtllm: LoRA adapters, as name=folder,name=folder; clients use the names as models", "DYN_LORA_ADAPTERS"
     )
     pooling: Pooling = option("auto", "embeddings: auto, mean, last or none", "DYN_POOLING")
+    resume_bytes: NotNegative = option(
+        64 << 20, "bytes of resumable answers that are kept for clients that come back", "DYN_RESUME_BYTES"
+    )
     stand_in: bool = option(
         True, "answer requests alone while the other role (prefill or decode) has no workers", "DYN_STAND_IN"
     )

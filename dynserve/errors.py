@@ -6,7 +6,8 @@ DynserveError
 │   ├── ContextTooLong      400  prompt and answer do not fit the model's context
 │   ├── ModelNotFound       404  the model is not served here
 │   ├── NotFound            404  the resource does not exist
-│   │   └── RequestNotFound      no record of the request is kept
+│   │   ├── RequestNotFound      no record of the request is kept
+│   │   └── NothingToResume 410  the rest of the stream is not kept, or not any more
 │   ├── SlowBody            408  the body did not arrive in time
 │   ├── BodyTooLarge        413  the body is over the limit
 │   ├── UnsupportedMediaType 415 the body is not JSON, or has an unknown compression
@@ -82,6 +83,10 @@ class NotFound(CallerError):
 
 class RequestNotFound(NotFound):
     code = "request_not_found"
+
+
+class NothingToResume(NotFound):
+    code, status = "nothing_to_resume", 410
 
 
 class SlowBody(CallerError):

@@ -33,6 +33,10 @@ class StopSignal:
     def requested(self) -> bool:
         return self._requested.is_set()
 
+    def on_hangup(self, callback: Callable[[], None]) -> None:
+        """Calls back for each SIGHUP, which otherwise ends the process."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, callback)
+
     async def wait(self, *also: asyncio.Future[None]) -> None:
         """Marks the process as serving. Returns at the first signal, or raises the error of one of `also`."""
         self._serving = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -17,10 +18,10 @@ from dynserve.frontend.group import run_group
 from dynserve.frontend.keys import check_keys
 from dynserve.process import StopSignal, run_role, settle_memory
 from dynserve.server.heads import HttpLimits, allowed_hosts
-from dynserve.server.serving import allowed_connections, bind, serving, tls_of, url_of
+from dynserve.server.serving import allowed_connections, bind, inherited, serving, tls_of, url_of
 from dynserve.transport.planes import open_planes
 
-SETTLE = 10.0  # seconds
+SETTLE = 5.0  # seconds that a new frontend waits for links to the workers in discovery, some of which may be dead
 SWITCH_INTERVAL = 0.001  # seconds
 
 log = logging.getLogger("dynserve.frontend")
@@ -36,16 +37,21 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         await run_group(config, argv, stop)
         return
     async with AsyncExitStack() as stack:
-        sock = bind(config.http_host, config.http_port, "--http-port", shared=config.reuse_port)
+        if config.http_fd is None:
+            sock = bind(config.http_host, config.http_port, "--http-port", shared=config.reuse_port)
+        else:
+            sock = inherited(config.http_fd, "--http-fd")
         url = url_of(sock, "https" if tls else "http", config.advertise_host)
-        own = bind(config.system_host, config.system_port, "--system-port") if config.system_port else None
+        own = None
+        if config.system_port:
+            own = bind(config.system_host, config.system_port, "--system-port", shared=config.reuse_port)
         _check_link_port(config)
-        planes = await stack.enter_async_context(open_planes(config, "frontend"))
+        planes = await stack.enter_async_context(open_planes(config, "frontend", shared=config.reuse_port))
         frontend = await stack.enter_async_context(Frontend.open(config, planes, url))
         apps = make_apps(frontend)
-        if config.reuse_port:  # the kernel must not assign connections here before workers are known
-            await frontend.settled(SETTLE)
-        await stack.enter_async_context(serving(apps.served, sock, ours, tls, keep_alive_s=config.keep_alive_s))
+        await frontend.settled(SETTLE)  # the first request must find the workers that are there
+        served = serving(apps.served, sock, ours, tls, keep_alive_s=config.keep_alive_s, drain_s=config.drain_timeout_s)
+        await stack.enter_async_context(served)
         if own is not None:
             system = limits._replace(hosts=allowed_hosts(config.allowed_hosts, config.system_host))
             await stack.enter_async_context(serving(apps.system, own, system))
@@ -54,6 +60,10 @@ async def run(argv: Sequence[str], config: FrontendConfig, stop: StopSignal) -> 
         sys.setswitchinterval(SWITCH_INTERVAL)
         log.info("%s serves at %s, router mode %s", frontend.id, url, config.router_mode)
         _compare_limits(config, allowed_connections(tls is not None))
+        if config.ready_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(config.ready_fd, b"ready\n")
+                os.close(config.ready_fd)
         await stop.wait()
         log.info("stopping")
 
@@ -76,7 +86,7 @@ def _check_link_port(config: FrontendConfig) -> None:
         return
     with contextlib.suppress(ValueError):
         ip_address(config.link_host)
-        bind(config.link_host, config.link_port, "--link-port").close()
+        bind(config.link_host, config.link_port, "--link-port", shared=config.reuse_port).close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

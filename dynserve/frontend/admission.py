@@ -20,6 +20,7 @@ from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded
 MAX_GAPS = 128  # between admissions; their mean is the pace, so it should cover several batches
 MIN_GAPS = 8  # below that, the pace comes from the duration of answers
 MEMORY = 0.9  # weight of the past in mean durations
+MARGIN = 1.15  # by which a wait may exceed its prediction: a late refusal is worse than an early one
 MAX_RETRY_AFTER = 60  # seconds
 
 
@@ -203,12 +204,12 @@ class Queue:
             return
         ahead = sum(number for other, number in self._by_priority.items() if other >= priority)
         wait = (ahead + 1) * pace
-        if wait > limits.max_wait_s:
+        if wait * MARGIN > limits.max_wait_s:
             raise self._refusal(
                 f"are busy: it would wait for {wait:.1f} s, and --max-queued-s is {limits.max_wait_s:g}"
             )
         ttft = wait + (self.first_token.value or 0.0)
-        if 0 < limits.ttft_slo_s < ttft:
+        if 0 < limits.ttft_slo_s < ttft * MARGIN:
             raise self._refusal(
                 f"are busy: its first token would come after {ttft:.1f} s, and --ttft-slo-ms is "
                 f"{limits.ttft_slo_s * 1000:g}"

@@ -33,6 +33,7 @@ from dynserve.frontend.inference import InferenceRequest, RoutingHints
 from dynserve.frontend.models import Model
 from dynserve.frontend.rate_limits import ChargedCall
 from dynserve.frontend.response import TokenResponse
+from dynserve.frontend.resumption import wants_resumption
 from dynserve.server.exchange import Exchange, exchange_of
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ class Edge:
         hints = routing_hints(exchange.headers, call, request)
         normalized = _charged(call, normalized, bounded=request.bounds_answer())
         requests = inference_requests(exchange.request_id, request.model, normalized, hints)
+        if wants_resumption(exchange.headers):
+            requests = [await self._frontend.resumption.prepare(requests[0], exchange.headers, call.name)]
         headers = call.headers() + unknown_fields_header(body.unknown + normalized.dropped)
         if not normalized.render.part:
             return TokenResponse(self._frontend.pipeline, requests[0], call, headers)

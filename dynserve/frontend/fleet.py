@@ -25,6 +25,7 @@ from dynserve.wire.discovery import WorkerInstance
 from dynserve.wire.events import LoadReport
 from dynserve.wire.link import (
     VERSION,
+    Adopted,
     Cancel,
     EventsByLink,
     Failed,
@@ -42,7 +43,7 @@ from dynserve.wire.link import (
     Tokens,
     Welcome,
 )  # fmt: skip
-from dynserve.wire.requests import Accepted, Ack
+from dynserve.wire.requests import Accepted, Ack, GenerateRequest
 
 log = logging.getLogger(__name__)
 limited = LimitedLog(log)
@@ -63,7 +64,8 @@ class Fleet:
     """Workers by id, and the handler of all links.
 
     `on_ack` gets the acknowledgements of requests, by stream. `on_change` is called when workers become, or cease to be,
-    routing targets, `on_suspicion` with `returned`, `lost` or `relinked` when the suspicion of a silent worker ends.
+    routing targets; `on_suspicion` with `returned`, `lost` or `relinked` when the suspicion of a silent worker ends.
+    `on_adopted` gets workers' replies about resumable answers.
     """
 
     def __init__(
@@ -76,11 +78,12 @@ class Fleet:
         on_ack: Callable[[int, Ack], None],
         on_change: Callable[[], None],
         on_suspicion: Callable[[str], None],
+        on_adopted: Callable[[int, GenerateRequest | None], None],
         patience: Patience,
     ) -> None:
         self._id, self._router = frontend_id, router
         self._on_ack, self._on_change, self._on_suspicion = on_ack, on_change, on_suspicion
-        self._patience = patience
+        self._patience, self._on_adopted = patience, on_adopted
         self._by_link = False  # events are wanted over the links
         self.changed = Signal()  # notified with `on_change`
         self._roles = RoleWatch(patience.role_grace_s, self._membership_changed)
@@ -313,6 +316,8 @@ class Fleet:
                 self._loaded(report)
             case LinkKvEvents(batch=batch):
                 self.feeds.events(batch)
+            case Adopted(number=number, request=request):
+                self._on_adopted(number, request)
             case Leaving(move=move):
                 self._stopping(peer, move)
             case _:

@@ -23,6 +23,7 @@ from dynserve.frontend.metrics import FrontendMetrics
 from dynserve.frontend.objective import FirstTokenObjective
 from dynserve.frontend.pipeline import Pipeline, PipelineLimits
 from dynserve.frontend.reply import Peer
+from dynserve.frontend.resumption import Resumption
 from dynserve.frontend.scaling import ScalingCollector
 from dynserve.frontend.sharing import Sharing
 from dynserve.frontend.submissions import Submissions
@@ -86,8 +87,10 @@ class Frontend:
             id_, self.router, planes.fetch_file, tasks,
             on_ack=self.submissions.acknowledged, on_change=lambda: self.admission.recheck(),
             on_suspicion=lambda how: self.metrics.suspicions.labels(how).inc(),
+            on_adopted=lambda number, kept: self.resumption.adopted(number, kept),
             patience=Patience(config.suspect_s, config.silence_s, config.role_grace_s),
         )  # fmt: skip
+        self.resumption = Resumption(self.fleet.peers.values, config.resume_s)
         self.admission = Admission(
             QueueLimits(config.max_queued, config.max_queued_s, config.ttft_slo_ms / 1000), self.fleet
         )

@@ -1,23 +1,33 @@
 """Several frontends on one port, each in its own process; the kernel spreads connections over them (SO_REUSEPORT).
 
 Each is a complete frontend with its own links, and shares its load with the others like a frontend on another machine. The
-parent serves no requests: it holds the port, starts the children, restarts those that die, and stops them.
+parent serves no requests: it holds the sockets, starts the children, restarts those that die, and stops them. SIGHUP
+replaces the children one by one. A new child inherits the socket of the old one, so that no connection is refused, and the
+old one answers its open requests to the end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from dynserve.child import ChildSpec, Group, Supervisor
+from dynserve.child import Child, ChildSpec, Group, Supervisor
 from dynserve.config import FrontendConfig
+from dynserve.errors import DynserveError
 from dynserve.process import StopSignal
 from dynserve.server.serving import bind, url_of
 from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)
+
+BACKLOG = 2048  # connections that wait for a child
+READY_TIMEOUT = 60.0  # seconds for a new child to serve
+GRACE = 5.0  # seconds beyond its drain time for a child to end
 
 
 async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSignal) -> None:
@@ -27,22 +37,91 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
         ConfigError: the port is in use, or a child reports that its configuration is invalid.
     """
     with _hold(config) as held:
-        port = held.getsockname()[1]
-        planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
-        specs = [ChildSpec(f"frontend-{n + 1}", _command(config, argv, port, n), planes) for n in range(config.workers)]
+        slots = _Slots(config, argv, held.getsockname()[1])
+        url = url_of(held, "https" if config.tls_key else "http", config.advertise_host)
         async with task_group() as tasks:
-            supervisor = Supervisor([Group(specs)], tasks)
+            supervisor = Supervisor(
+                [Group([slots.spec(name) for name in slots.names])], tasks, on_death=slots.close, renewed=slots.spec
+            )
+            rolling = asyncio.Event()
+            stop.on_hangup(rolling.set)
+            tasks.create_task(_roll(supervisor, slots, rolling))
             try:
                 await supervisor.start()
-                log.info(
-                    "%d frontends start at %s",
-                    len(specs),
-                    url_of(held, "https" if config.tls_key else "http", config.advertise_host),
-                )
+                log.info("%d frontends start at %s", len(slots.names), url)
                 await stop.wait(supervisor.broken)
                 log.info("stopping")
             finally:
                 await supervisor.stop()
+                for name in slots.names:
+                    slots.close(name)
+
+
+class _Slots:
+    """The places of the children, by their names. Each has a listening socket, which outlives a child that is replaced."""
+
+    def __init__(self, config: FrontendConfig, argv: Sequence[str], port: int) -> None:
+        self._config, self._argv, self._port = config, argv, port
+        self.names = [f"frontend-{number + 1}" for number in range(config.workers)]
+        self._sockets: dict[str, socket.socket] = {}
+
+    def spec(self, name: str, ready_fd: int | None = None) -> ChildSpec:
+        """Returns how to start a child. Addresses of planes may contain passwords: they are passed in the environment."""
+        config, sock = self._config, self._sockets.get(name)
+        if sock is None:
+            sock = self._sockets[name] = bind(config.http_host, self._port, "--http-port", shared=True)
+            sock.listen(BACKLOG)
+        fds = (sock.fileno(),) if ready_fd is None else (sock.fileno(), ready_fd)
+        command = _command(config, self._argv, self._port, self.names.index(name), *fds)
+        planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
+        return ChildSpec(name, command, planes, fds=fds, grace_s=config.drain_timeout_s + GRACE)
+
+    def close(self, name: str) -> None:
+        """Closes a socket, so that the kernel assigns no connections to a child that has died."""
+        if (sock := self._sockets.pop(name, None)) is not None:
+            sock.close()
+
+
+async def _roll(supervisor: Supervisor, slots: _Slots, rolling: asyncio.Event) -> None:
+    """Replaces all children, one by one, whenever `rolling` is set. Stops at one whose successor does not serve."""
+    (children,) = supervisor.groups
+    while True:
+        await rolling.wait()
+        rolling.clear()
+        log.info("SIGHUP: %d frontends are replaced, one by one", len(children))
+        try:
+            for child in list(children):
+                await _replace(supervisor, child, children, slots)
+        except DynserveError as error:
+            log.error("%s", error)
+        else:
+            log.info("all frontends are replaced; the old ones answer their open requests")
+
+
+async def _replace(supervisor: Supervisor, child: Child, children: list[Child], slots: _Slots) -> None:
+    """Replaces one child. Raises InternalError if its successor does not serve."""
+    reading, writing = os.pipe()
+
+    async def ready() -> bool:
+        os.close(writing)  # the child has it; the end of the pipe is then the end of the child
+        return await _line_of(reading)
+
+    await supervisor.replace(child, children, slots.spec(child.name, writing), ready)
+
+
+async def _line_of(reading: int) -> bool:
+    """Whether a line arrives through a pipe in time. Closes it."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(reading, arrived.set)
+    try:
+        async with asyncio.timeout(READY_TIMEOUT):
+            await arrived.wait()
+        return bool(os.read(reading, 64))
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(reading)
+        os.close(reading)
 
 
 def _hold(config: FrontendConfig) -> socket.socket:
@@ -55,13 +134,16 @@ def _hold(config: FrontendConfig) -> socket.socket:
     return held
 
 
-def _command(config: FrontendConfig, argv: Sequence[str], port: int, number: int) -> list[str]:
-    """The command line of a child. Its own flags are the last ones, which count. Addresses of planes may contain passwords:
-    they are passed in the environment."""
-    own = {"workers": 1, "reuse-port": "true", "http-port": port}
+def _command(
+    config: FrontendConfig, argv: Sequence[str], port: int, number: int, http_fd: int, ready_fd: int | None = None
+) -> list[str]:
+    """The command line of a child. Its own flags are the last ones, which count."""
+    own: dict[str, Any] = {"workers": 1, "reuse-port": "true", "http-port": port, "http-fd": http_fd}
     for name, first in (("link-port", config.link_port), ("system-port", config.system_port)):
         if first:
             own[name] = first + number
+    if ready_fd is not None:
+        own["ready-fd"] = ready_fd
     flags = [f"--{name}={value}" for name, value in own.items()]
     return [sys.executable, "-m", "dynserve.frontend", *_without_planes(argv), *flags]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dynserve.wire.requests import Generation
+from dynserve.wire.requests import Generation, PriorOutput, Resumable
 
 
 class RoutingHints(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,3 +28,5 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     generation: Generation
     hints: RoutingHints = RoutingHints()
     in_flight_duplicate: bool = False  # the same prompt is in flight: its cached tokens cannot be predicted
+    resumable: Resumable | None = None  # the client may come back for the rest of the stream
+    prior: PriorOutput | None = None  # of a resumed answer: all output so far

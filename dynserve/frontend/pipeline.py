@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
-from dynserve.errors import ClusterError, DynserveError, EngineLost, NoWorker, Overloaded, PoisonRequest
+import msgspec
+
+from dynserve.errors import Cancelled, ClusterError, DynserveError, EngineLost, NoWorker, Overloaded, PoisonRequest
 from dynserve.frontend.admission import Admission, Admitted, QueuedRequest
 from dynserve.frontend.attempt import Attempt, Interrupted, PhaseInput, RecordSink, TryAnother
 from dynserve.frontend.decisions import Decision, DecisionLog, Migration, Predictions
@@ -31,8 +33,8 @@ from dynserve.frontend.submissions import Submissions
 from dynserve.routing.router import Overlaps, PlacementQuery, Router, RoutingTarget
 from dynserve.tasks import Backoff, Limit
 from dynserve.wire.hashing import adapter_salt
-from dynserve.wire.link import Finished
-from dynserve.wire.requests import GenerateRequest, PriorOutput, fields_of, pack_tokens
+from dynserve.wire.link import Finished, Keep
+from dynserve.wire.requests import GenerateRequest, PriorOutput, Resumable, fields_of, pack_tokens
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,8 @@ class Run:
         self.deadline = self.began + pipeline.limits.timeout_s if deadline is None else deadline
         self.decision = Decision(request.id, request.model, generation.num_tokens, self.began, hints.owner)
         self._adapter = pipeline.fleet.adapter(request.model)
-        self._prior: PriorOutput | None = None  # what the client had when the answer was interrupted
-        self._query = self._new_query(generation.prompt)
+        self._prior = request.prior  # the output when the answer was interrupted
+        self._query = self._new_query()
         self._queued: QueuedRequest | None = None
         self._admitted: Admitted | None = None
         self._attempts: list[Attempt] = []
@@ -109,17 +111,20 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, asyncio.CancelledError):
+        resumed_elsewhere = isinstance(error, Cancelled) and self.outcome != "cancelled"
+        if isinstance(error, asyncio.CancelledError) or resumed_elsewhere:
             self.outcome = "cancelled"
         elif isinstance(error, Exception) and self.outcome != "cancelled":
             self.outcome = "failed"
+        if not resumed_elsewhere:
+            self._keep_unfinished()
         self.close()
         self.metrics.in_flight -= 1
         self.metrics.ended[self.outcome] += 1
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens received, of all phases and workers."""
+        """All tokens received, of all phases and workers; of a resumed answer those since it was."""
         return [token_id for attempt in self._attempts for token_id in attempt.reply.tokens]
 
     @property
@@ -130,7 +135,8 @@ class Run:
     async def deliver(self, sink: RecordSink) -> None:
         """Runs the request. `sink` gets bursts of records, in order; the last one ends with a `Finished` that is no
         hand-off. (A callable, and not an iterator: iterators of coroutines cost as much as the placement.)"""
-        await self._wait_for_room()
+        if self._prior is None:  # a resumed answer continues at once, like an interrupted one
+            await self._wait_for_room()
         self._pipeline.decisions.add(self.decision)  # a request that the queue refuses has none
         while True:
             try:
@@ -146,7 +152,7 @@ class Run:
         """Runs all phases, or, after an interruption, those that are still needed. Raises Interrupted and RolesChanged."""
         pipeline, model, prior = self._pipeline, self._request.model, self._prior
         lineup = pipeline.fleet.lineup(model)
-        if lineup.alone:
+        if lineup.alone or self._only_events:
             await self._phase(PhaseInput("aggregated", lineup.alone_role, prior), sink)
             return
         overlaps: Overlaps | None = None
@@ -234,6 +240,8 @@ class Run:
         fleet, model = self._pipeline.fleet, self._request.model
         lineup = fleet.lineup(model)
         found = lineup.alone if phase.phase == "aggregated" else fleet.targets(model, phase.role)
+        if self._only_events:
+            found = lineup.alone or lineup.decode
         if not found and lineup.anyone:
             raise RolesChanged
         targets = [t for t in found if t.worker not in excluded] if excluded else found
@@ -289,12 +297,26 @@ class Run:
             trace_headers=request.hints.trace_headers,
             prior=phase.prior,
             handoff=phase.handoff,
+            resumable=self._resumable(),
         )
 
-    def _new_query(self, prompt: bytes) -> PlacementQuery:
-        hints = self._request.hints
+    def _resumable(self) -> Resumable | None:
+        """Returns the terms of a resumable stream. The events that the client lacks are sent again only once."""
+        resumable = self._request.resumable
+        if resumable is None or resumable.after is None or not any(a.has_record for a in self._attempts):
+            return resumable
+        return msgspec.structs.replace(resumable, after=None)
+
+    @property
+    def _only_events(self) -> bool:
+        """Whether nothing of a resumed answer is missing but events."""
+        resumable = self._request.resumable
+        return resumable is not None and resumable.ending is not None
+
+    def _new_query(self) -> PlacementQuery:
+        hints, prompt = self._request.hints, self._request.generation.prompt
         return PlacementQuery(
-            prompt,
+            prompt if self._prior is None else prompt + pack_tokens(self._prior.token_ids),
             adapter_salt(self._adapter, hints.cache_salt),
             model=self._request.model,
             session=hints.session,
@@ -313,20 +335,22 @@ class Run:
     # interruptions
 
     def _output(self) -> PriorOutput | None:
-        """Returns all output that the client has; None if it has none."""
-        if not (tokens := self.tokens):
-            return None
+        """Returns all output so far; None if there is none."""
         replies = [attempt.reply for attempt in self._attempts]
-        cached = next((reply.cached_tokens for reply in replies if reply.tokens), 0)
-        return PriorOutput(tokens, [entry for reply in replies for entry in reply.logprobs], cached)
+        before = self._request.prior
+        if before is None:
+            cached = next((reply.cached_tokens for reply in replies if reply.tokens), 0)
+            before = PriorOutput([], [], cached)
+        tokens = [*before.token_ids, *self.tokens]
+        logprobs = [*before.logprobs, *(entry for reply in replies for entry in reply.logprobs)]
+        return PriorOutput(tokens, logprobs, before.cached_tokens) if tokens else None
 
     def _continue_from_here(self) -> None:
         """Prepares the request to be placed with all output so far. Nothing of it stays at the earlier workers."""
         for attempt in self._attempts:
             attempt.close()
         self._prior = self._output()
-        if self._prior is not None:
-            self._query = self._new_query(self._request.generation.prompt + pack_tokens(self._prior.token_ids))
+        self._query = self._new_query()
 
     def _note_migration(self, lost: Interrupted) -> None:
         """Records that the answer migrates. Raises the error that ends it if it may not."""
@@ -353,6 +377,16 @@ class Run:
             raise PoisonRequest(
                 f"{self._engine_deaths} engines died while they ran this request; it is not tried again"
             )
+
+    def _keep_unfinished(self) -> None:
+        """Has a worker keep a resumable answer that ends before its last event was sent."""
+        if self._request.resumable is None or self.outcome == "finished" or (output := self._output()) is None:
+            return
+        peers = [attempt.reply.peer for attempt in reversed(self._attempts)]
+        link = next((p.link for p in (*peers, *self._pipeline.fleet.peers.values()) if p.usable), None)
+        if link is not None and self._attempts:
+            phase = PhaseInput("aggregated", "", output)
+            link.send(Keep(self._generate_request(phase, self._attempts[-1].reply)))
 
     # the client, and the end
 

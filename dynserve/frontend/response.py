@@ -126,7 +126,7 @@ class TokenResponse(Response):
         run.metrics.prompt_tokens += last.usage.prompt_tokens
         run.metrics.output_tokens += last.usage.completion_tokens
         run.metrics.cached_tokens += last.usage.cached_tokens
-        self._generated[run] = last.usage.completion_tokens
+        self._generated[run] = last.usage.completion_tokens - self._resumed_tokens
         return last
 
     def _settle(self) -> None:
@@ -140,8 +140,14 @@ class TokenResponse(Response):
         self._call.close()
 
     def _computed_prompt_tokens(self) -> int:
-        """Tokens of the prompts that were computed, each prompt once."""
+        """Tokens of the prompts that were computed, each prompt once. A resumed answer's prompt is charged already."""
+        if self._resumed_tokens:
+            return 0
         return self._request.generation.num_tokens if any(map(self._was_computed, self._runs)) else 0
+
+    @property
+    def _resumed_tokens(self) -> int:
+        return len(self._request.prior.token_ids) if self._request.prior is not None else 0
 
     def _was_computed(self, run: Run) -> bool:
         return bool(run.tokens) or (run.was_placed and not self._refused)

@@ -16,7 +16,15 @@ from dynserve.render.formats import make_format
 from dynserve.render.formats.base import AnswerEnd, Transcript
 from dynserve.text.detokenize import CONTEXT, Vocabulary
 from dynserve.wire.link import Usage
-from dynserve.wire.requests import PriorOutput, RenderOptions, StopConditions, TokenLogprob, num_tokens, unpack_tokens
+from dynserve.wire.requests import (
+    EventId,
+    PriorOutput,
+    RenderOptions,
+    StopConditions,
+    TokenLogprob,
+    num_tokens,
+    unpack_tokens,
+)
 
 
 class Renderer:
@@ -44,28 +52,56 @@ class Renderer:
         self.stopped = False  # a stop string was found: no more output follows, and the engine can stop
         # where nothing inspects the text, the bytes around a token's text are constant
         plain = render.stream and self._stops is None and self._parser is None
-        self._around = self._format.around() if plain else None
+        self._around = self._format.around() if plain and not render.event_ids else None
+        self._last_id = (0, -1)  # of an event, where events are numbered
+        self._after: EventId | None = None  # events up to this one are not sent again
         self._head = self._tail = b""  # of a chunk, while the detokenizer holds back no bytes
         self._note_usage()
 
-    def replay(self, prior: PriorOutput) -> None:
+    def replay(self, prior: PriorOutput, after: EventId | None = None) -> bytes:
         """Repeats the tokens that an earlier worker has rendered, one at a time as it did, so that the same text is held
-        back."""
-        self.cached_tokens = prior.cached_tokens
+        back. Returns the events after the one with the id `after`, if that is given."""
+        self.cached_tokens, self._after, events = prior.cached_tokens, after, b""
         # log-probabilities of the prompt, if any, come with the first token
         ahead = max(0, len(prior.logprobs) - len(prior.token_ids))
         for i, token_id in enumerate(prior.token_ids):
             entries = prior.logprobs[ahead + i if i else 0 : ahead + i + 1]
-            self.push([token_id], entries or None)
+            events += self.push([token_id], entries or None)
+        return b"" if after is None else events
 
     def push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
         if self._head and len(token_ids) == 1 and (json := self._vocabulary.token_json(token_ids[0])):
             self.tokens += 1
             return self._head + json + self._tail
+        if self._render.event_ids:
+            return self._push_numbered(token_ids, logprobs)
         data = self._push(token_ids, logprobs)
         if self._around is not None:
             self._head, self._tail = self._around if self._opened and self._detokenizer.whole else (b"", b"")
         return data
+
+    def _push_numbered(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
+        """Pushes tokens one at a time, so that the ids of events do not depend on how many came together."""
+        if len(token_ids) < 2:
+            return self._numbered(self._push(token_ids, logprobs))
+        ahead = max(0, len(logprobs or ()) - len(token_ids))
+        data = b""
+        for i, token_id in enumerate(token_ids):
+            entries = logprobs and logprobs[ahead + i if i else 0 : ahead + i + 1]
+            data += self._numbered(self._push([token_id], entries))
+        return data
+
+    def _numbered(self, data: bytes) -> bytes:
+        """Gives each event an id, and drops those that the client has."""
+        if not self._render.stream:
+            return data
+        numbered = b""
+        for event in data.split(b"\n\n")[:-1]:
+            tokens, number = self._last_id
+            self._last_id = (tokens, number + 1) if tokens == self.tokens else (self.tokens, 0)
+            if self._after is None or self._last_id > self._after:
+                numbered += b"id: %d.%d\n%b\n\n" % (*self._last_id, event)
+        return numbered
 
     def _push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
         if self.stopped:
@@ -84,6 +120,10 @@ class Renderer:
 
     def finish(self, reason: str, stop_token: int | None = None) -> tuple[bytes, Usage]:
         """Returns the last bytes (held text, finish reason, usage) and the usage. A `stop_token` counts as generated."""
+        data, usage = self._finish(reason, stop_token)
+        return self._numbered(data) if self._render.event_ids else data, usage
+
+    def _finish(self, reason: str, stop_token: int | None) -> tuple[bytes, Usage]:
         if stop_token is not None:
             self._count(1)
         data = b"" if self.stopped else self._emit(self._held_text(stop_token))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +24,7 @@ OWN_FILES = 256  # of a process, at most: links, planes, libraries, pipes
 TLS_TIMEOUT = 10.0  # seconds of a handshake
 MAX_HANDSHAKES = 512  # that are not done; with more, the oldest is closed
 KEEP_ALIVE = 75.0  # seconds; load balancers keep idle connections for 60, and must be the ones that close them
-GOODBYE = 5  # seconds that open connections get when the server stops
+GOODBYE = 5.0  # seconds that open requests get when the server stops, unless it is told otherwise
 
 
 def allowed_connections(tls: bool) -> int:
@@ -57,6 +58,12 @@ def bind(host: str, port: int, flag: str, *, shared: bool = False) -> socket.soc
             sock.close()
             raise
     return sock
+
+
+def inherited(fd: int, flag: str) -> socket.socket:
+    """Returns a listening socket that this process has inherited. Raises ConfigError that names the flag if it has not."""
+    with translate({OSError: ConfigError}, f"{flag}: {fd} is not a socket of this process"):
+        return socket.socket(fileno=fd)
 
 
 def url_of(sock: socket.socket, scheme: str = "http", advertise_host: str | None = None) -> str:
@@ -109,9 +116,10 @@ async def serving(
     tls: Tls | None = None,
     *,
     keep_alive_s: float = KEEP_ALIVE,
+    drain_s: float = GOODBYE,
 ) -> AsyncIterator[None]:
-    """Serves `app` on `sock` while the block is open. At its end open connections get `GOODBYE` seconds. A connection
-    without requests is closed after `keep_alive_s` seconds.
+    """Serves `app` on `sock` while the block is open. At its end open requests get `drain_s` seconds. A connection without
+    requests is closed after `keep_alive_s` seconds.
 
     Raises:
         ConfigError: the certificate or its key cannot be used.
@@ -119,7 +127,8 @@ async def serving(
     bounds = limits or HttpLimits(hosts=allowed_hosts(None, sock.getsockname()[0]))
     bounds = bounds._replace(connections=min(bounds.connections, allowed_connections(tls is not None)))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GOODBYE, server_header=False,
+        app, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=math.ceil(drain_s),
         proxy_headers=False, timeout_keep_alive=cast(int, keep_alive_s),  # which uvicorn only passes to `call_later`
         http=type("_Bounded", (BoundedProtocol,), {"limits": bounds}), ws="none",
         ssl_certfile=tls.certificate if tls else None, ssl_keyfile=tls.key if tls else None,

@@ -292,8 +292,9 @@ def _watch_peer(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, number, int(FRONTEND_SILENCE * 1000))
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+def _listener(host: str, port: int, *, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, reuse_port=shared)
 
 
 @asynccontextmanager
@@ -323,10 +324,11 @@ async def _listening_with_tls(
 
 
 class TcpLinks:
-    """`Links` over TCP, with mutual TLS if `tls` is given. `advertise_host`: see `addresses.advertised`."""
+    """`Links` over TCP, with mutual TLS if `tls` is given. `advertise_host`: see `addresses.advertised`. `shared`: other
+    processes may listen on the same port, such as the one that this one replaces."""
 
-    def __init__(self, advertise_host: str | None = None, tls: PlaneTls | None = None) -> None:
-        self._advertise_host, self._tls = advertise_host, tls
+    def __init__(self, advertise_host: str | None = None, tls: PlaneTls | None = None, *, shared: bool = False) -> None:
+        self._advertise_host, self._tls, self._shared = advertise_host, tls, shared
 
     @asynccontextmanager
     async def listen(self, host: str, port: int, accept: Callable[[Link], LinkHandler]) -> AsyncIterator[str]:
@@ -351,9 +353,9 @@ class TcpLinks:
 
         with translate({OSError: ConfigError}, f"cannot listen for links on {host}:{port}"):
             if self._tls is None:
-                listening = _listening(await loop.create_server(connected, host, port))
+                listening = _listening(await loop.create_server(connected, host, port, reuse_port=self._shared or None))
             else:
-                listening = _listening_with_tls(_listener(host, port), connected, self._tls)
+                listening = _listening_with_tls(_listener(host, port, shared=self._shared), connected, self._tls)
         async with listening as bound:
             try:
                 scheme = "" if self._tls is None else TLS_SCHEME

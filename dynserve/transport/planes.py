@@ -22,8 +22,9 @@ MAX_FILE = 256 << 20  # bytes; the largest tokenizer files have 20 MB
 
 
 @asynccontextmanager
-async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
-    """Opens the planes. Waits for NATS, but not for etcd: `register` and `watch` retry until it answers."""
+async def open_planes(config: PlanesConfig, name: str, *, shared: bool = False) -> AsyncIterator[Planes]:
+    """Opens the planes. Waits for NATS, but not for etcd: `register` and `watch` retry until it answers. With `shared`,
+    other processes may listen on the same port for links."""
     async with AsyncExitStack() as stack:
         # first, so that a wrong URL or file is an error before the wait for NATS
         tls, registry = plane_tls(config), EtcdRegistry(config.etcd_url, etcd_credentials(config))
@@ -38,7 +39,7 @@ async def open_planes(config: PlanesConfig, name: str) -> AsyncIterator[Planes]:
                 )
             return await fetch_model_file(client, system_url, digest)
 
-        yield Planes(bus, registry, TcpLinks(config.advertise_host, tls), fetch)
+        yield Planes(bus, registry, TcpLinks(config.advertise_host, tls, shared=shared), fetch)
 
 
 async def fetch_model_file(client: httpx.AsyncClient, system_url: str, digest: str) -> bytes:

@@ -127,6 +127,13 @@ class LinkKvEvents(msgspec.Struct, frozen=True, array_like=True, tag=12):
     batch: KvEvents
 
 
+class Adopted(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """The reply to `Adopt`: the answer that was kept, as a request with all its output, or None. The worker drops it."""
+
+    number: Count
+    request: GenerateRequest | None = None
+
+
 # frontend to worker
 
 
@@ -166,15 +173,29 @@ class EventsByLink(msgspec.Struct, frozen=True, array_like=True, tag=27):
     wanted: bool
 
 
+class Keep(msgspec.Struct, frozen=True, array_like=True, tag=28):
+    """A resumable answer whose client has lost its connection, with all its output so far."""
+
+    request: GenerateRequest
+
+
+class Adopt(msgspec.Struct, frozen=True, array_like=True, tag=29):
+    """A request for a resumable answer, whose client has come back."""
+
+    number: Count
+    owner: str
+    request_id: str
+
+
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):
     pass
 
 
 FromWorker = (
     Hello | Tokens | StepTokens | Finished | Failed | SubmitReply | Snapshot | HandoffDeclined | WorkerPing | Leaving
-    | LinkLoad | LinkKvEvents
+    | LinkLoad | LinkKvEvents | Adopted
 )  # fmt: skip
-FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | EventsByLink | FrontendPing
+FromFrontend = Welcome | Cancel | Submit | SnapshotRequest | HandoffDone | EventsByLink | Keep | Adopt | FrontendPing
 
 encode_into = msgspec.msgpack.Encoder().encode_into
 decode_from_worker = msgspec.msgpack.Decoder(list[FromWorker]).decode

@@ -126,6 +126,7 @@ class RenderOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     reasoning: ReasoningParsing | None = None
     tools: ToolParsing | None = None
     frame: str = ""  # JSON object: constant fields of a Responses answer
+    event_ids: bool = False  # number the events of a stream
     dimensions: Count = 0  # of an embedding; 0: all
     base64: bool = False  # an embedding as base64 of little-endian float32
 
@@ -152,6 +153,26 @@ class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids: list[TokenId]
     logprobs: list[TokenLogprob] = []
     cached_tokens: Count = 0
+
+
+class AnswerEnding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The end of an answer whose tokens are all known."""
+
+    reason: str
+    stop_token: TokenId | None = None
+
+
+EventId = tuple[Count, Count]  # tokens of the answer up to an event of its stream, and the event's number among theirs
+
+
+class Resumable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an answer needs so that its client can lose the connection and come back for the rest. The answer is kept under
+    `owner` and the request's id, for `keep_s` seconds."""
+
+    keep_s: Seconds
+    owner: str = ""
+    after: EventId | None = None  # the client's last event: those after it are sent again
+    ending: AnswerEnding | None = None  # nothing is missing but events
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,6 +236,7 @@ class GenerateRequest(Generation, frozen=True, kw_only=True, omit_defaults=True,
     trace_headers: dict[str, str] = {}  # of W3C trace context, for the engine's own spans
     prior: PriorOutput | None = None
     handoff: Handoff | None = None
+    resumable: Resumable | None = None
 
     @property
     def prior_tokens(self) -> list[TokenId]:

@@ -15,7 +15,7 @@ from dynserve.render.renderer import Renderer
 from dynserve.text.detokenize import Vocabulary
 from dynserve.transport.base import Link
 from dynserve.wire.link import Failed, Finished, HandoffDeclined, Tokens, Usage
-from dynserve.wire.requests import GenerateRequest
+from dynserve.wire.requests import AnswerEnding, GenerateRequest, PriorOutput, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,37 @@ class Answer:
         self._closed = False
         self._first: Output | None = None  # has the cached tokens and times of the prompt
         self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
+        self._tokens, self._logprobs = list[int](), list[TokenLogprob]()  # of a resumable answer: what was sent here
+        self._ending: AnswerEnding | None = None
+        self._missed = b""
         if request.prior is not None:
-            self._renderer.replay(request.prior)
+            after = None if request.resumable is None else request.resumable.after
+            self._missed = self._renderer.replay(request.prior, after)
 
     def start(self, executor: Executor) -> None:
         """Submits the request. Raises CallerError for a request that cannot run."""
-        self._executor = executor
-        self.ticket = executor.submit(self.request, self._deliver)
-        self._timer = asyncio.get_running_loop().call_later(self.request.timeout_s, self._overdue)
+        self._executor, loop = executor, asyncio.get_running_loop()
+        resumable = self.request.resumable
+        if resumable is not None and resumable.ending is not None:
+            loop.call_soon(self._end_resumed, resumable.ending)
+        else:
+            self.ticket = executor.submit(self.request, self._deliver)
+            if self._missed:
+                self.link.send(Tokens(self.request.stream, self._missed, []))
+        self._timer = loop.call_later(self.request.timeout_s, self._overdue)
+
+    def kept(self) -> GenerateRequest:
+        """Returns a resumable answer as a request with all output so far."""
+        request, prior = self.request, self.request.prior or PriorOutput([])
+        assert request.resumable is not None
+        cached = self._renderer.cached_tokens if self._first is None else self._first.cached_tokens
+        output = PriorOutput(
+            [*prior.token_ids, *self._tokens], [*prior.logprobs, *self._logprobs], prior.cached_tokens or cached
+        )
+        return msgspec.structs.replace(
+            request, prior=output if output.token_ids else None, handoff=None,
+            resumable=msgspec.structs.replace(request.resumable, after=None, ending=self._ending),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Stops sending. The executor drops the request and its hand-off, if there is one."""
@@ -74,6 +97,9 @@ class Answer:
                 self.link.send(HandoffDeclined(self.request.stream))
             cached = output.cached_tokens if self.request.prior is None else 0
         data = self._renderer.push(output.token_ids, output.logprobs)
+        if self.request.resumable is not None:
+            self._tokens += output.token_ids
+            self._logprobs += output.logprobs or ()
         if self._renderer.stopped:
             self._executor.abort(self.ticket)
             self._finish(output, data, "stop")
@@ -88,7 +114,17 @@ class Answer:
         else:
             self._finish(output, data, output.reason)
 
+    def _end_resumed(self, ending: AnswerEnding) -> None:
+        """Sends what is missing of an answer whose tokens are all known."""
+        if self._closed:
+            return
+        self._ending = ending
+        last, usage = self._renderer.finish(ending.reason, ending.stop_token)
+        self.link.send(Finished(self.request.stream, self._missed + last, [], ending.reason, usage))
+        self._end("finished")
+
     def _finish(self, output: Output, data: bytes, reason: str) -> None:
+        self._ending = AnswerEnding(reason, output.stop_token)
         accounted = output if output.reason is not None or self._first is None else self._first
         if not self.request.prior:
             self._renderer.cached_tokens = accounted.cached_tokens

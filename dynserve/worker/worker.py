@@ -13,7 +13,7 @@ from typing import cast
 
 from dynserve.addresses import advertised
 from dynserve.config import WorkerConfig
-from dynserve.errors import CallerError, ClusterError, DynserveError, InternalError, Unavailable
+from dynserve.errors import CallerError, Cancelled, ClusterError, DynserveError, InternalError, Unavailable
 from dynserve.executors.base import Executor
 from dynserve.model_files import digest, eos_token_ids
 from dynserve.text.detokenize import Vocabulary
@@ -24,11 +24,15 @@ from dynserve.wire import MALFORMED, events, requests
 from dynserve.wire.discovery import Card, WorkerInstance
 from dynserve.wire.link import (
     VERSION,
+    Adopt,
+    Adopted,
     Cancel,
     EventsByLink,
+    Failed,
     FromFrontend,
     HandoffDone,
     Hello,
+    Keep,
     Leaving,
     LinkKvEvents,
     LinkLoad,
@@ -42,6 +46,7 @@ from dynserve.worker import loopback
 from dynserve.worker.answer import Answer
 from dynserve.worker.card import answer_parsers, pooling
 from dynserve.worker.journal import KvJournal
+from dynserve.worker.kept_answers import KeptAnswers
 from dynserve.worker.loopback import Loopback
 from dynserve.worker.model_text import ModelText
 
@@ -82,6 +87,7 @@ class Worker:
         self._links: dict[str, Link] = {}
         self._by_link: set[str] = set()  # frontends that want load reports and KV events over the link, too
         self._leaving = Leaving()
+        self._kept = KeptAnswers(config.resume_bytes)
         self._new_events = asyncio.Event()
         self._journal = KvJournal(instance_id, self.epoch, self._new_events.set)
         if config.kv_events:
@@ -200,6 +206,8 @@ class Worker:
         key = (answer.request.reply_to, answer.request.stream)
         if self._answers.pop(key, None) is not None:
             self.counts["finished" if outcome == "handed off" else outcome] += 1
+        if outcome == "finished" and answer.request.resumable is not None:
+            self._kept.keep(answer.kept())  # its last events may not have reached the client
         if outcome == "handed off":
             self._handed_off[key] = answer
         else:
@@ -209,6 +217,21 @@ class Worker:
         self._done[key] = None
         if len(self._done) > MAX_DONE:
             del self._done[next(iter(self._done))]
+
+    # resumable answers
+
+    def _adopt(self, owner: str, request_id: str) -> GenerateRequest | None:
+        """Returns an answer for a client that has come back. If it is still being generated, that ends here: it continues
+        like one whose worker was lost."""
+        for key, answer in (*self._answers.items(), *self._handed_off.items()):
+            resumable = answer.request.resumable
+            if resumable is not None and (resumable.owner, answer.request.id) == (owner, request_id):
+                kept = answer.kept()
+                text = "its client has come back for the rest over another connection"
+                answer.link.send(Failed(answer.request.stream, Cancelled.code, text))
+                self._cancel(key)
+                return kept
+        return self._kept.take((owner, request_id))
 
     # links; `FrontendLink` dials them
 
@@ -226,6 +249,10 @@ class Worker:
                     self._cancel((frontend_id, stream))
                 case HandoffDone(stream=stream):
                     self._handoff_done((frontend_id, stream))
+                case Keep(request=request):
+                    self._kept.keep(request)
+                case Adopt(number=number, owner=owner, request_id=request_id):
+                    link.send(Adopted(number, self._adopt(owner, request_id)))
                 case Submit(request=request):
                     link.send(SubmitReply(request.stream, self.start(request)))
                 case SnapshotRequest(request=number):
@@ -250,8 +277,11 @@ class Worker:
             del self._links[frontend_id]
             self._by_link.discard(frontend_id)
             log.info("link to frontend %s ended: %s", frontend_id, reason)
-            for key in [key for key in (*self._answers, *self._handed_off) if key[0] == frontend_id]:
-                self._cancel(key)
+            for key, answer in (*self._answers.items(), *self._handed_off.items()):
+                if key[0] == frontend_id:
+                    if answer.request.resumable is not None:
+                        self._kept.keep(answer.kept())
+                    self._cancel(key)
 
     # loops
 

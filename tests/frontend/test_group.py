@@ -83,6 +83,40 @@ def test_two_processes_serve_one_port_and_a_dead_one_is_restarted(deploy: Any) -
             os.kill(pid, 0)
 
 
+def test_a_hangup_replaces_the_processes_without_a_refused_connection_or_a_cut_stream(deploy: Any) -> None:
+    deployment = deploy()
+    first, _ = two_ports()
+    group = deployment.frontend("--workers", "2", "--system-port", str(first))
+    deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})
+    deployment.wait_for(1)
+    old = pids(deployment.base, 2)
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{deployment.base}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        group.kill(signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while "all frontends are replaced" not in group.output():
+            assert time.monotonic() < deadline and group.alive(), group.output()
+            assert completion(deployment.base) == 3  # each is a new connection
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    new = pids(deployment.base, 2)
+    assert not new & old
+    while any(alive(pid) for pid in old):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    group.kill(signal.SIGTERM)
+    assert group.wait() == 0, group.output()
+    assert not any(alive(pid) for pid in new)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
 def test_a_group_ends_with_the_error_of_its_processes(deploy: Any) -> None:
     deployment = deploy()
     with bind("127.0.0.1", 0, "--system-port") as occupied:
