@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import ctypes
 import json
-import os
 import signal
 import socket
 import struct
@@ -112,6 +111,7 @@ class Setup(NamedTuple):
     worker_flags: tuple[str, ...] = ()
     num_blocks: int = 4096
     proxied: bool = False  # the workers' links go through a `LinkProxy`
+    mortal_engines: bool = False  # SIGUSR1 ends a worker's engine (`drill_worker.py`)
 
 
 class Cluster:
@@ -152,7 +152,10 @@ class Cluster:
             await self.proxy.close()
 
     def _command(self, module: str) -> list[str]:
-        return [sys.executable, "-m", f"dynserve.{module}", "--etcd-url", self.etcd.url, "--nats-url", self.nats.url]
+        what = ["-m", f"dynserve.{module}"]
+        if module == "worker" and self.setup.mortal_engines:
+            what = [str(Path(__file__).parent / "drill_worker.py")]
+        return [sys.executable, *what, "--etcd-url", self.etcd.url, "--nats-url", self.nats.url]
 
     def _log(self, name: str) -> Path:
         self._started += 1
@@ -198,6 +201,12 @@ class Cluster:
         """The `/health` of each frontend that answers."""
         found = await asyncio.gather(*(_get(port, "/health") for port in self._system_ports))
         return [json.loads(body) for body in found if body]
+
+    async def prediction_ratios(self) -> list[float]:
+        """Cached tokens of prompts, predicted by reported, as the frontends see it for each worker."""
+        pages = await asyncio.gather(*(_get(port, "/metrics") for port in self._system_ports))
+        lines = [line for page in pages for line in page.decode().splitlines()]
+        return [float(line.split()[-1]) for line in lines if line.startswith("dynserve_cached_tokens_predicted_ratio{")]
 
     async def ready(self, seconds: float = START) -> None:
         """Returns when every frontend can place requests on all workers, and on no other."""
@@ -384,10 +393,3 @@ class LinkProxy:
     async def _passable(self, hello: bytes) -> None:
         while self._stalled and self._stalled in hello:
             await self._flowing.wait()
-
-
-def worker_help() -> str:
-    """The output of the worker's `--help`."""
-    environment = os.environ | {"COLUMNS": "120"}
-    command = [sys.executable, "-m", "dynserve.worker", "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout

@@ -27,18 +27,15 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import uvloop
 from budget import machine
 from drill_clients import Answer, Client, Load, Prompt, ResumableClient, RetryingClient, make_prompts
-from drill_cluster import BATCH, START, Cluster, Process, Server, Setup, until, worker_help
+from drill_cluster import BATCH, START, Cluster, Process, Server, Setup, until
 from load import at
 from plane import resident
-
-from dynserve.frontend import group
 
 CLIENTS = 24
 PROMPTS = 192
@@ -50,6 +47,7 @@ ABSENT = 13.0  # seconds: longer than entries survive that an emptied etcd lacks
 CROWD = 600  # clients of the overload
 CROWDED = 30.0  # seconds of it
 MAX_QUEUED_S = 2  # of its frontend
+DEAD = 600  # seconds for which etcd and NATS are dead
 FLAT = 10.0  # percent by which memory may grow between the second and the last quarter of an overload
 
 
@@ -177,21 +175,13 @@ async def frontends_rolled(cluster: Cluster) -> str:
     return ""
 
 
-# reasons to skip a drill
-
-
-@cache
-def no_migration() -> str:
-    return "" if "--drain-mode" in worker_help() else "the worker has no --drain-mode"
-
-
-@cache
-def no_rolling_restart() -> str:
-    return "" if "SIGHUP" in Path(str(group.__file__)).read_text() else "the frontend group does not handle SIGHUP"
-
-
-def no_engine_death() -> str:
-    return "nothing kills only the engine of a simulated worker yet"
+async def engine_dies(cluster: Cluster) -> str:
+    """A decode worker's engine dies. The process reports that to the frontend, and exits with 3."""
+    worker = cluster.of("decode")[0]
+    worker.signal(signal.SIGUSR1)
+    found = await worker.ended(10.0)
+    await cluster.replace(worker)
+    return "" if found == 3 else f"exit code {found} instead of 3"
 
 
 # the table
@@ -293,6 +283,28 @@ async def overload(drill: Drill, cluster: Cluster, prompts: Sequence[Prompt]) ->
     return result._replace(lines=tuple(lines))
 
 
+async def planes_dead(drill: Drill, cluster: Cluster, prompts: Sequence[Prompt]) -> Result:
+    """Kills etcd and NATS for long. The router must know the caches as well as before: predicted by reported cached tokens."""
+    async with Load(cluster.port, prompts, CLIENTS) as load:
+        await asyncio.sleep(30)
+        before, fault_at = await cluster.prediction_ratios(), time.monotonic()
+        await cluster.etcd.kill()
+        await cluster.nats.kill()
+        await asyncio.sleep(DEAD)
+        during, states = await cluster.prediction_ratios(), await cluster.frontend_healths()
+        await cluster.etcd.start()
+        await cluster.nats.start()
+        await asyncio.sleep(AFTER)
+    inexact = [i["id"] for health in states for i in health["instances"] if i["index"] != "exact"]
+    complaint = f"index not exact: {', '.join(inexact)}" if inexact else ""
+    lines = [
+        f"cached tokens, predicted by reported, {name}: " + ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        for name, ratios in (("before", before), (f"after {DEAD // 60} min", during))
+    ]
+    result = _result(drill, load.answers, fault_at, await cluster.held(), complaint)
+    return result._replace(lines=tuple(lines))
+
+
 async def _waiting(cluster: Cluster) -> Counter[str]:
     """The requests that wait in the frontend's queue, in prefill workers and in decode workers."""
     found: Counter[str] = Counter()
@@ -320,14 +332,15 @@ class Drill(NamedTuple):
     fault: Fault | None
     setup: Setup = Setup()
     client: type[Client] = Client
-    skip: Callable[[], str] = str  # returns the reason to skip the drill, or an empty text
     measure: Measure = under_load
+    long: bool = False  # runs only when it is named
 
 
 PROXIED = Setup(proxied=True)
 MIGRATING = Setup(worker_flags=("--drain-mode", "migrate"))
 # The frontend's queue counts KV blocks: with the blocks of `BATCH` sequences, it is the workers' room for sequences that fills.
 SEQUENCE_BLOCKS = 7
+CHANGING = Setup(num_blocks=400)  # which hold a third of the prompts: caches and loads change all the time
 FULL = Setup(frontend_flags=("--max-queued-s", str(MAX_QUEUED_S)), num_blocks=BATCH * SEQUENCE_BLOCKS)
 DRILLS = (
     Drill("etcd", "etcd killed, back after 5 s", lambda c: outage(c.etcd, seconds=5)),
@@ -340,17 +353,18 @@ DRILLS = (
     Drill("decodes-kill", "both decode workers killed, back after 1 s", lambda c: workers_killed(c, "decode", 2, 1)),
     Drill("decode-frozen", "decode worker frozen for 8 s", decode_frozen),
     Drill("decode-term", "decode worker stopped", decode_stopped),
-    Drill("decode-migrate", "decode worker stopped, migrating", decode_stopped, MIGRATING, skip=no_migration),
+    Drill("decode-migrate", "decode worker stopped, migrating", decode_stopped, MIGRATING),
     Drill("rolling", "all workers replaced, one by one", all_workers_replaced),
     Drill("decode-term-2", "decode worker stopped twice", decode_stopped_twice),
-    Drill("engine", "decode worker's engine dies", None, skip=no_engine_death),
+    Drill("engine", "decode worker's engine dies", engine_dies, Setup(mortal_engines=True)),
     Drill("link-reset", "decode worker's link reset", link_reset, PROXIED),
     Drill("link-stalled", "decode worker's link stalled for 8 s", link_stalled, PROXIED),
     Drill("frontend-resume", "frontend killed, clients resume", frontend_killed, client=ResumableClient),
     Drill("frontend-kill", "frontend killed, clients retry", frontend_killed, client=RetryingClient),
     Drill("frontend-term", "frontend restarted, clients retry", frontend_stopped, client=RetryingClient),
-    Drill("frontend-hup", "two frontends replaced by SIGHUP", frontends_rolled, Setup(2), skip=no_rolling_restart),
+    Drill("frontend-hup", "two frontends replaced by SIGHUP", frontends_rolled, Setup(2)),
     Drill("overload", "600 clients, room for 32", None, FULL, measure=overload),
+    Drill("planes-dead", f"etcd and NATS dead for {DEAD // 60} min", None, CHANGING, measure=planes_dead, long=True),
 )  # fmt: skip
 HEADER = f"{'drill':<44}{'requests':>9}{'failed':>7}{'wrong':>6}{'pause p50':>11}{'max':>7}{'later':>7}{'first':>7} ms  errors; held"
 
@@ -421,9 +435,6 @@ async def run_all(drills: Sequence[Drill], runs: int, folder: Path) -> list[Resu
     async with Runner(folder) as runner:
         for _ in range(runs):
             for drill in drills:
-                if reason := drill.skip():
-                    print(f"{drill.what:<44}  skipped: {reason}")
-                    continue
                 results.append(result := await runner.run(drill))
                 print("\n    ".join([line(result), *result.lines]), flush=True)
     if runs > 1:
@@ -447,7 +458,7 @@ def summed(results: Sequence[Result]) -> Result:
 
 def _chosen(names: str) -> list[Drill]:
     known = {drill.name: drill for drill in DRILLS}
-    wanted = names.split(",") if names else list(known)
+    wanted = names.split(",") if names else [drill.name for drill in DRILLS if not drill.long]
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"no drill {', '.join(unknown)}; there are {', '.join(known)}")
     return [known[name] for name in wanted]
@@ -455,7 +466,7 @@ def _chosen(names: str) -> list[Drill]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rows", default="", help="names of drills, with commas; default: all")
+    parser.add_argument("--rows", default="", help="names of drills, with commas; default: all that are not long")
     parser.add_argument("--runs", type=int, default=1, help="how often each drill runs")
     parser.add_argument("--list", action="store_true", help="print the drills' names")
     parser.add_argument("--json", type=Path, help="write the results to this file")
