@@ -74,7 +74,9 @@ def counted(role: str) -> dict[str, float]:
     """Thousands of instructions: of one more token of a stream, of a streamed request besides, of a short unary one."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
-        with cluster(["prefill_and_decode"], ENGINE, under={role: command}, patience=300.0) as setup:
+        flags = ("--suspect-s", "60", "--silence-s", "120")  # of a process that runs fifty times slower
+        cluster_ = cluster(["prefill_and_decode"], ENGINE, under={role: command}, frontend_flags=flags, patience=300.0)
+        with cluster_ as setup:
             (pid,) = setup.pids[role]
             probe = Probe(setup.port, pid, Path(folder))
             idle = probe.idle(2.0)

@@ -18,6 +18,7 @@ from dynserve.config import TINY_MODEL, WorkerConfig
 from dynserve.errors import ConfigError, ContextTooLong, EngineDied, Unavailable, WorkerLost
 from dynserve.executors.base import Executor, Output, generate, open_executor
 from dynserve.executors.engine import EngineSteps
+from dynserve.executors.handoff import belongs
 from dynserve.executors.torch.attention import KvCache
 from dynserve.executors.torch.model_config import ModelConfig
 from dynserve.executors.transceiver import MemoryTransceivers
@@ -116,6 +117,30 @@ async def test_prefill_and_decode_on_two_executors_give_the_answer_of_one(opened
         await until(lambda: prefill.load().open_handoffs == 0)
     assert decode.counters()["kv_transfers_done_total"] == 6
     await until(lambda: prefill.load().free_blocks == decode.load().free_blocks == 200)
+
+
+@pytest.mark.parametrize("length", [20, 63, 64])
+@pytest.mark.parametrize("known", [1, 2, 34])
+async def test_an_interrupted_answer_continues_alone_or_through_a_hand_off(
+    opened: Opener, length: int, known: int
+) -> None:
+    stop = StopConditions(max_tokens=48, ignore_eos=True)
+    request = make_request(list(range(300, 300 + length)), stop=stop)
+    whole, _ = await answer(await opened(), request)
+    prefill, decode = await opened(), await opened()
+    interrupted = msgspec.structs.replace(request, prior=PriorOutput(whole[:known], cached_tokens=7))
+    alone, last = await answer(await opened(), interrupted)
+    assert whole[:known] + alone == whole and last.reason == "length"
+    first, handed = await answer(prefill, msgspec.structs.replace(interrupted, phase="prefill"))
+    assert handed.handoff is not None and handed.handoff.num_tokens == length + known
+    prior = PriorOutput(whole[:known] + first)
+    moved = msgspec.structs.replace(request, phase="decode", prior=prior, handoff=handed.handoff)
+    rest, last = await answer(decode, moved)
+    assert whole[:known] + first + rest == whole and last.reason == "length"
+    assert decode.counters()["kv_transfers_done_total"] == 1
+    assert decode.counters().get("kv_transfers_failed_total", 0) == 0
+    forged = msgspec.structs.replace(moved, id="another", prior=PriorOutput([5] * (known + 1)))
+    assert not belongs(handed.handoff, msgspec.structs.replace(forged, id=moved.id))
 
 
 @pytest.mark.parametrize("change", [{"request_id": "other"}, {"sequence_hash": 1}, {"id": 12345}, {"state": b"junk"}])

@@ -85,6 +85,23 @@ async def test_a_grammar_continues_after_a_hand_off(opened: Opener) -> None:
     assert first + rest == expected and last.reason == "stop"
 
 
+async def test_a_grammar_continues_an_interrupted_answer(opened: Opener) -> None:
+    prefill, decode = await opened(), await opened()
+    request = constrained(NUMBERS)
+    expected, _ = await answer(decode, request)
+    for known in range(1, len(expected)):
+        interrupted = msgspec.structs.replace(request, prior=PriorOutput(expected[:known]))
+        alone, last = await answer(decode, interrupted)
+        assert expected[:known] + alone == expected and last.reason == "stop"
+        tokens, last = await answer(prefill, msgspec.structs.replace(interrupted, phase="prefill"))
+        if last.handoff is not None:
+            prior = PriorOutput(expected[:known] + tokens)
+            moved = msgspec.structs.replace(request, phase="decode", prior=prior, handoff=last.handoff)
+            rest, last = await answer(decode, moved)
+            tokens += rest
+        assert expected[:known] + tokens == expected and last.reason == "stop"
+
+
 @pytest.mark.parametrize("open_", [True, False])
 async def test_a_grammar_applies_only_after_the_reasoning_has_ended(opened: Opener, open_: bool) -> None:
     executor = await opened()

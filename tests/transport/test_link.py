@@ -132,6 +132,31 @@ async def test_a_silent_peer_is_disconnected(monkeypatch: pytest.MonkeyPatch) ->
         assert "silent" in frontend.reasons[0]
 
 
+async def test_a_watched_peer_is_suspected_heard_again_and_lost(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontend, worker = End(), End()
+    suspicions: list[bool] = []
+    async with links.listen("127.0.0.1", 0, frontend.accept) as address:
+        link: Any = await links.dial(address, worker)
+        link.send(Hello("w", 1))
+        await until(lambda: bool(frontend.bursts))
+        ping_s = frontend.links[0].watch(0.2, 1.0, suspicions.append)
+        assert 0 < ping_s < 0.1
+        link.ping_every(ping_s)
+        await asyncio.sleep(0.5)
+        assert suspicions == []  # its pings are enough
+        with monkeypatch.context() as frozen:
+            frozen.setattr(link, "_beat", link._beat_in)  # it neither pings nor sends
+            link._timer.cancel()
+            await until(lambda: suspicions == [True])
+            assert not frontend.reasons
+        link.send(Cancel(3))
+        link._beat_in()
+        await until(lambda: suspicions == [True, False])
+        link._timer.cancel()
+        await until(lambda: bool(frontend.reasons))
+        assert suspicions == [True, False, True] and "silent for 1." in frontend.reasons[0]
+
+
 async def test_an_idle_peer_that_sends_heartbeats_stays_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HEARTBEAT", 0.02)
     monkeypatch.setattr(link_module, "SILENCE", 0.1)
