@@ -149,7 +149,7 @@ async def test_a_watched_peer_is_suspected_heard_again_and_lost(links: Links, mo
             link._timer.cancel()
             await until(lambda: suspicions == [True])
             assert not frontend.reasons
-        link.send(Cancel(3))
+        link.send(HandoffDeclined(3))
         link._beat_in()
         await until(lambda: suspicions == [True, False])
         link._timer.cancel()
