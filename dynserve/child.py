@@ -15,7 +15,7 @@ from typing import NamedTuple
 from dynserve.errors import ConfigError, InternalError
 from dynserve.tasks import Backoff, OwnedTasks
 
-TERMINATE_TIMEOUT = 35.0  # seconds between SIGTERM and SIGKILL: more than a worker's drain_timeout_s
+TERMINATE_TIMEOUT = 45.0  # seconds between SIGTERM and SIGKILL: more than the drain of a worker or a frontend
 STEADY = 30.0  # seconds of running after which the back-off starts again
 _PR_SET_PDEATHSIG = 1
 

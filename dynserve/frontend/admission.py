@@ -2,8 +2,9 @@
 
 Workers run as many requests as their cards say (slots, tokens of a step, KV blocks), and their own queues stay short: a
 request that waits here can still be placed on any worker, be overtaken by a more urgent one, or be refused in time. One
-that would wait too long is refused at once, with a `retry-after`. The prediction is the number of requests ahead of it
-times the pace of admissions, as it was while the queue was not empty, or as the mean duration of answers predicts it.
+that would wait too long is refused at once, with a `retry-after`. The prediction is the longest time that so many
+admissions in a row have taken lately: answers that began together end together, and then many are admitted at once. Before
+there were any, it is the pace that the mean duration of answers suggests.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import asyncio
 import heapq
 import math
 from collections import Counter, deque
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
 from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded
 
-MAX_GAPS = 128  # between admissions; their mean is the pace, so it should cover several batches
-MIN_GAPS = 8  # below that, the pace comes from the duration of answers
+MAX_GAPS = 256  # between admissions, which are remembered: those of several batches
+MIN_GAPS = 8  # below that, predictions come from the duration of answers
 MEMORY = 0.9  # weight of the past in mean durations
 MARGIN = 1.15  # by which a wait may exceed its prediction: a late refusal is worse than an early one
 MAX_RETRY_AFTER = 60  # seconds
@@ -203,7 +204,7 @@ class Queue:
         if pace is None or not self._capacity.serves(self._model):
             return
         ahead = sum(number for other, number in self._by_priority.items() if other >= priority)
-        wait = (ahead + 1) * pace
+        wait = self._longest(ahead + 1) or (ahead + 1) * pace
         if wait * MARGIN > limits.max_wait_s:
             raise self._refusal(
                 f"are busy: it would wait for {wait:.1f} s, and --max-queued-s is {limits.max_wait_s:g}"
@@ -227,6 +228,14 @@ class Queue:
         if len(self._heap) > 2 * self._limits.max_queued + 16:
             self._heap = [w for w in self._heap if not w.future.done()]
             heapq.heapify(self._heap)
+
+    def _longest(self, admissions: int) -> float:
+        """Returns the longest time that so many admissions in a row have taken lately; 0 if there were too few."""
+        gaps, count = self._gaps, len(self._gaps)
+        if count < max(MIN_GAPS, admissions):
+            return 0.0
+        sums = list(accumulate(gaps, initial=0.0))
+        return max(sums[i + admissions] - sums[i] for i in range(count - admissions + 1))
 
     def _pace(self) -> float | None:
         """Returns the predicted seconds between two admissions; None if nothing is known."""

@@ -112,7 +112,7 @@ async def test_litellm_works_for_chat_streams_tools_and_embeddings(target: Targe
 @pytest.mark.tiny_model
 async def test_an_error_in_the_middle_of_a_stream_reaches_the_sdk_as_an_error(deploy: Any) -> None:
     deployment = deploy()
-    deployment.frontend()
+    deployment.frontend("--max-migrations", "0")
     worker = deployment.worker("prefill_and_decode", "--executor", "simulated", engine={"step_ms": 20})
     deployment.wait_for(1)
     async with Client(base_url=f"{deployment.base}/v1", api_key="none", max_retries=0) as client:

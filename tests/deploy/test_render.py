@@ -211,7 +211,7 @@ def test_workers_are_scaled_by_what_the_frontends_publish_of_their_role(tmp_path
         rendered(services(command=prefill + "}"), tmp_path, max_replicas="w=5"), "HorizontalPodAutoscaler", "g-w"
     )
     selectors = [metric["external"]["metric"]["selector"]["matchLabels"] for metric in plain["spec"]["metrics"]]
-    assert selectors == [{"cluster": "g", "role": "prefill"}] * 2
+    assert selectors == [{"cluster": "g", "role": "prefill"}] * 3
     scaled = one(
         rendered(services(command=prefill + "}"), tmp_path, max_replicas="w=5", keda_prometheus="http://p"), "ScaledObject", "g-w"
     )  # fmt: skip

@@ -209,7 +209,7 @@ async def test_a_request_during_which_two_engines_died_is_not_placed_again() -> 
     async with slow(aggregated=3) as c, c.client() as client:
         body = {"model": MODEL, "prompt": "x"} | LONG | {"max_tokens": 200}
         asking = asyncio.create_task(client.post("/v1/completions", json=body, headers={"x-request-id": "mine"}))
-        for _ in range(2):
+        for deaths in (1, 2):
             await until(lambda: running(c) is not None and bool(running(c)._answers))
             await asyncio.sleep(0.1)
             worker = running(c)
@@ -217,7 +217,9 @@ async def test_a_request_during_which_two_engines_died_is_not_placed_again() -> 
                 answer.link.send(Failed(answer.request.stream, "engine_lost", "the worker's engine died"))
                 answer.close()
             worker._answers.clear()
-            await until(lambda w=worker: not w.executor.load().running)  # type: ignore[misc]
+            decision = c.frontend.pipeline.decisions.get("mine")
+            assert decision is not None
+            await until(lambda n=deaths, d=decision: asking.done() or len(d.migrations) == n)  # type: ignore[misc]
         answer = await asking
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "poison_request"
         assert [m["cause"] for m in (await why(c))["migrations"]] == ["engine_lost"]
