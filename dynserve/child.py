@@ -60,7 +60,15 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
         self._stopping = False
+        self._ending: asyncio.Future[None] | None = None
+        self.replaced = False  # another child is taking its place: it is not started again
         self._watcher: asyncio.Task[None] | None = None
+
+    def kill(self) -> None:
+        """Ends the process at once, for an owner that cannot wait."""
+        self._stopping = True
+        if self._process is not None and self._process.returncode is None:
+            self._signal(self._process, signal.SIGKILL)
 
     @property
     def pid(self) -> int | None:
@@ -71,7 +79,12 @@ class Child:
         self._watcher = self._tasks.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Sends SIGTERM, and SIGKILL to a child that still runs after its `grace_s`."""
+        """Sends SIGTERM, and SIGKILL to a child that still runs after its `grace_s`. A second call waits for the first."""
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._stop())
+        await asyncio.shield(self._ending)
+
+    async def _stop(self) -> None:
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
@@ -83,9 +96,6 @@ class Child:
                 self._say(f"did not stop within {self.spec.grace_s:.0f} s; killed")
                 self._signal(process, signal.SIGKILL)
                 await process.wait()
-            except asyncio.CancelledError:
-                self._signal(process, signal.SIGKILL)
-                raise
         if self._watcher is not None:
             await asyncio.wait([self._watcher], timeout=1.0)
 
@@ -126,7 +136,7 @@ class Child:
                 return
             self._say(f"died with exit code {code}")
             self._died(self, code)
-            if not self.restarts:
+            if not self.restarts or self.replaced:
                 return
             if time.monotonic() - began > STEADY:
                 backoff.reset()
@@ -152,8 +162,8 @@ class Supervisor:
     """Groups of children that run together. They are started in the order of the groups, and stopped in reverse.
 
     `broken` gets the error that ends all of them: a child reported a wrong configuration, or a child without restarts
-    died. `on_line` gets each child's lines, with its name; `on_death` the name of a child that has died. `renewed`: see
-    `Child`.
+    died. `on_line` gets each child's lines, with its name; `on_death` the name of a child of a group that has died.
+    `renewed`: see `Child`.
     """
 
     def __init__(
@@ -161,6 +171,8 @@ class Supervisor:
         on_death: Callable[[str], None] | None = None, renewed: Renewed | None = None,
     ) -> None:  # fmt: skip
         self._on_death, self._renewed = on_death, renewed
+        self._changing: set[Child] = set()  # children that are to join a group, or have left one and still run
+        self._stopping = False
         self._width = max(len(spec.name) for group in groups for spec in group.specs)
         self._tasks, self._on_line = tasks, on_line
         self.groups = [[self._child(spec, group.restart) for spec in group.specs] for group in groups]
@@ -188,12 +200,27 @@ class Supervisor:
         """
         new = self._child(spec, True)
         new.starts = 1  # this configuration has worked before
-        await new.start()
-        if not await ready():
-            await new.stop()
-            raise InternalError(f"the new {spec.name} did not become ready; the old one goes on")
-        group[group.index(child)] = new
-        self._tasks.create_task(child.stop())
+        self._changing.add(new)
+        leaving, child.replaced = new, True
+        try:
+            await new.start()
+            if not await ready() or self._stopping or child not in group:
+                raise InternalError(f"the new {spec.name} did not become ready; the old one goes on")
+            group[group.index(child)] = new
+            self._changing.discard(new)
+            leaving = child
+        finally:
+            self._tasks.create_task(self._retire(leaving))
+            if leaving is new:
+                child.replaced = False
+                if child.pid is None and not self._stopping:  # it died meanwhile
+                    child.spec = child.spec if self._renewed is None else self._renewed(child.name)
+                    await child.start()
+
+    async def _retire(self, child: Child) -> None:
+        self._changing.add(child)
+        await child.stop()
+        self._changing.discard(child)
 
     async def remove(self, child: Child, group: list[Child]) -> None:
         """Stops one child of a group for good."""
@@ -207,10 +234,19 @@ class Supervisor:
         )  # fmt: skip
 
     async def stop(self) -> None:
-        for group in reversed(self.groups):
-            await asyncio.gather(*(child.stop() for child in group))
+        self._stopping = True
+        try:
+            for group in reversed(self.groups):
+                await asyncio.gather(*(child.stop() for child in group))
+            await asyncio.gather(*(child.stop() for child in self._changing))
+        except asyncio.CancelledError:
+            for child in (*self._changing, *(child for group in self.groups for child in group)):
+                child.kill()
+            raise
 
     def _died(self, child: Child, code: int) -> None:
+        if child in self._changing:
+            return
         if self._on_death is not None:
             self._on_death(child.name)
         if self.broken.done():
@@ -218,7 +254,7 @@ class Supervisor:
         # a child that has run before has a valid configuration: this error is temporary (its port is not free yet, say)
         if code == ConfigError.exit_code and child.starts == 1:
             self.broken.set_exception(ConfigError(f"{child.name} could not start; see its last log lines above"))
-        elif not child.restarts:
+        elif not child.restarts and not child.replaced:
             self.broken.set_exception(InternalError(f"{child.name} died with exit code {code}"))
         if self.broken.done():
             self.broken.exception()  # marks it as retrieved: it is not always awaited

@@ -198,7 +198,9 @@ class FrontendConfig(PlanesConfig):
         2.0, "after so long without a prefill (or decode) worker, workers of the other role answer alone",
         "DYN_ROLE_GRACE_S",
     )  # fmt: skip
-    suspect_s: PositiveFloat = option(0.5, "a worker that is silent for so long gets no new requests", "DYN_SUSPECT_S")
+    suspect_s: Annotated[float, Meta(ge=0.05)] = option(
+        0.5, "a worker that is silent for so long gets no new requests", "DYN_SUSPECT_S"
+    )
     silence_s: PositiveFloat = option(
         2.0, "a worker that is silent for so long is lost, and its answers are continued on others", "DYN_SILENCE_S"
     )

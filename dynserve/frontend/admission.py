@@ -16,9 +16,10 @@ from collections import Counter, deque
 from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
-from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded
+from dynserve.errors import ClusterError, DynserveError, NoWorker, Overloaded, TimedOut
 
 MAX_GAPS = 256  # between admissions, which are remembered: those of several batches
+GAPS_AGE = 60.0  # seconds
 MIN_GAPS = 8  # below that, predictions come from the duration of answers
 MEMORY = 0.9  # weight of the past in mean durations
 MARGIN = 1.15  # by which a wait may exceed its prediction: a late refusal is worse than an early one
@@ -126,8 +127,9 @@ class Queue:
         self._heap: list[QueuedRequest] = []
         self._by_priority: Counter[int] = Counter()  # of the waiting requests
         self._numbers = count()
-        self._gaps: deque[float] = deque(maxlen=MAX_GAPS)  # seconds between admissions from the queue
+        self._gaps: deque[tuple[float, float]] = deque(maxlen=MAX_GAPS)  # admissions: when, and seconds since the last
         self._last = 0.0
+        self._nobody = False  # there were no workers at the last look
         self._recheck_due = False
         self.unplaced = self.undecoded = 0  # see `Capacity`
         self.service, self.first_token = Mean(), Mean()  # after the admission
@@ -152,21 +154,26 @@ class Queue:
         if not self._by_priority:
             self._last = self.clock()  # the time of an empty queue is not part of the pace
         self._by_priority[priority] += 1
+        self._nobody = self._nobody or not self._capacity.serves(self._model)
         return waiting
 
     async def wait(self, waiting: QueuedRequest, deadline: float) -> Admitted:
         """Returns when it is this request's turn.
 
         Raises:
+            TimedOut: the deadline has come.
             Overloaded: the request waited too long, or one of higher priority replaced it.
             NoWorker: no worker came in time.
         """
         admitted: Admitted | None = None
+        until = self.clock() + self._limits.max_wait_s
         try:
-            async with asyncio.timeout_at(min(deadline, self.clock() + self._limits.max_wait_s)):
+            async with asyncio.timeout_at(min(deadline, until)):
                 admitted = await waiting.future
                 return admitted
         except TimeoutError:
+            if deadline < until:
+                raise TimedOut("the request's time limit was over before a worker could take it") from None
             raise self._refusal(f"stayed busy for {self._limits.max_wait_s:.0f} s") from None
         finally:
             future = waiting.future
@@ -188,10 +195,13 @@ class Queue:
     def _admit(self) -> None:
         self._recheck_due = False
         self._tidy()
+        now, nobody = self.clock(), not self._capacity.serves(self._model)
+        if self._nobody and not nobody:
+            self._last = now  # the time without workers is not part of the pace
+        self._nobody = nobody
         while self._heap and self._has_room():
             heapq.heappop(self._heap).future.set_result(Admitted(self))
-            now = self.clock()
-            self._gaps.append(now - self._last)
+            self._gaps.append((now, now - self._last))
             self._last = now
             self._tidy()
 
@@ -199,11 +209,12 @@ class Queue:
         return self._capacity.has_room(self._model, self.unplaced, self.undecoded)
 
     def _refuse_hopeless(self, priority: int) -> None:
-        """Raises Overloaded for a request that would wait too long. Without workers nothing can be predicted."""
-        pace, limits = self._pace(), self._limits
-        if pace is None or not self._capacity.serves(self._model):
-            return
+        """Raises Overloaded for a request that would wait too long. Without workers nothing can be predicted. With nobody
+        ahead it waits in any case, so that predictions are corrected by what happens."""
         ahead = sum(number for other, number in self._by_priority.items() if other >= priority)
+        pace, limits = self._pace(), self._limits
+        if pace is None or not ahead or not self._capacity.serves(self._model):
+            return
         wait = self._longest(ahead + 1) or (ahead + 1) * pace
         if wait * MARGIN > limits.max_wait_s:
             raise self._refusal(
@@ -231,7 +242,7 @@ class Queue:
 
     def _longest(self, admissions: int) -> float:
         """Returns the longest time that so many admissions in a row have taken lately; 0 if there were too few."""
-        gaps, count = self._gaps, len(self._gaps)
+        gaps, count = [gap for _, gap in self._gaps], len(self._gaps)
         if count < max(MIN_GAPS, admissions):
             return 0.0
         sums = list(accumulate(gaps, initial=0.0))
@@ -239,12 +250,14 @@ class Queue:
 
     def _pace(self) -> float | None:
         """Returns the predicted seconds between two admissions; None if nothing is known."""
-        if len(self._gaps) >= MIN_GAPS:
-            return sum(self._gaps) / len(self._gaps)
+        gaps, oldest = self._gaps, self.clock() - GAPS_AGE
+        while gaps and gaps[0][0] < oldest:
+            gaps.popleft()
+        mean = sum(gap for _, gap in gaps) / len(gaps) if gaps else None
         slots = self._capacity.slots(self._model)
-        if self.service.value is not None and slots:
+        if len(gaps) < MIN_GAPS and self.service.value is not None and slots:
             return self.service.value / slots
-        return sum(self._gaps) / len(self._gaps) if self._gaps else None
+        return mean
 
     def _refusal(self, state: str) -> ClusterError:
         """Makes the error of a refused request. `state`: what the workers are or did, after "all workers of M"."""

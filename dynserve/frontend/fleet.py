@@ -132,7 +132,7 @@ class Fleet:
             return Lineup(prefill, decode)
         if both := self.targets(model, "aggregated"):
             return Lineup(alone=both, alone_role="aggregated")
-        base = self._base(model)
+        base = self.base(model)
         for role, missing, targets in (("decode", "prefill", decode), ("prefill", "decode", prefill)):
             if self._roles.overdue(base, missing) and (able := [t for t in targets if self._aggregates(t.worker)]):
                 return Lineup(alone=able, alone_role=role)
@@ -162,11 +162,11 @@ class Fleet:
 
     def model(self, name: str) -> Model | None:
         """The model of that name, or the one that an adapter of that name belongs to."""
-        return self.models.get(name) or self.models.get(self._base(name))
+        return self.models.get(name) or self.models.get(self.base(name))
 
     def adapter(self, name: str) -> str:
         """Returns `name` if it is an adapter's, and an empty string if it is a model's."""
-        return "" if name in self.models or self._base(name) == name else name
+        return "" if name in self.models or self.base(name) == name else name
 
     def serves(self, model: str) -> bool:
         """Whether there are usable workers that answer requests of the model."""
@@ -178,14 +178,16 @@ class Fleet:
             f"{model} has had no {role} worker for {seconds:.0f} s; "
             + ("its other workers answer alone" if self.serves(model) else "nobody answers its requests")
             for (model, role), seconds in self._roles.overdue_roles().items()
-            if not self.targets(model, "aggregated")
+            if (model, role) in self.missing_roles()
         ]
 
     def missing_roles(self) -> list[tuple[str, str]]:
-        """Returns roles that have had no worker for longer than the grace time, as model and role."""
-        return list(self._roles.overdue_roles())
+        """Returns roles that have had no worker for longer than the grace time, as model and role, unless the model has
+        workers that do not need them."""
+        return [(model, role) for model, role in self._roles.overdue_roles() if not self.targets(model, "aggregated")]
 
-    def _base(self, name: str) -> str:
+    def base(self, name: str) -> str:
+        """Returns the model that an adapter belongs to; the name itself if it is no adapter's."""
         cards = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
         return next((card.model for card in cards if name in card.adapters), name)
 
@@ -219,11 +221,12 @@ class Fleet:
             self._loaded(report)
 
     def _loaded(self, report: LoadReport) -> None:
-        if (peer := self.peers.get(report.instance_id)) is not None:
+        if (peer := self.peers.get(report.instance_id)) is not None and peer.linked:
             peer.load, peer.loaded_at = report.load, self._clock()
             self.feeds.reported(peer.id, report.epoch, report.event_id)
             if peer.target is not None:
                 self._router.ledger.reported(peer.id, report.load, peer.target.block_size)
+            self._on_change()  # other frontends' requests may have ended there
 
     def expire_loads(self) -> None:
         """Forgets load reports that no other has followed. Call it every few seconds."""

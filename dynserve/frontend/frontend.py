@@ -128,13 +128,12 @@ class Frontend:
                 tasks.create_task(frontend.sharing.publish())
                 tasks.create_task(frontend._housekeeping())
                 tasks.create_task(frontend._watch_lag())
-                tasks.create_task(frontend.submissions.watch_bus())
                 async with (
                     planes.links.listen(config.link_host, config.link_port, fleet.accept) as address,
                     frontend.submissions.listening(),
                     planes.bus.subscribe(events.kv_subject(*every), fleet.kv_changed),
                     planes.bus.subscribe(events.load_subject(*every), fleet.load_reported),
-                    planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend.sharing.received),
+                    planes.bus.subscribe(events.placed_subject(namespace, "*"), frontend._placed),
                     planes.registry.watch(discovery.prefix(namespace), frontend._discovered),
                 ):
                     instance = FrontendInstance(
@@ -144,6 +143,7 @@ class Frontend:
                         link_address=address,
                         http_url=http_url,
                     )
+                    tasks.create_task(frontend.submissions.watch_bus())
                     key = discovery.key(namespace, instance)
                     async with planes.registry.register(key, discovery.encode(instance)) as registration:
                         frontend._registration = registration
@@ -157,6 +157,11 @@ class Frontend:
             self.sharing.discovered(change)
         else:
             self.fleet.discovered(change)
+
+    def _placed(self, payload: bytes) -> None:
+        """Handles the placements of another frontend, which may have released room."""
+        self.sharing.received(payload)
+        self.admission.recheck()
 
     async def settled(self, timeout_s: float) -> None:
         """Returns when all listed workers can be placed on, at the latest after `timeout_s` seconds."""

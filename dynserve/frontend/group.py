@@ -25,9 +25,8 @@ from dynserve.tasks import task_group
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that wait for a child
 READY_TIMEOUT = 60.0  # seconds for a new child to serve
-GRACE = 5.0  # seconds beyond its drain time for a child to end
+GRACE = 15.0  # seconds beyond its drain time for a child to end
 
 
 async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSignal) -> None:
@@ -45,13 +44,14 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
             )
             rolling = asyncio.Event()
             stop.on_hangup(rolling.set)
-            tasks.create_task(_roll(supervisor, slots, rolling))
+            roll = tasks.create_task(_roll(supervisor, slots, rolling))
             try:
                 await supervisor.start()
                 log.info("%d frontends start at %s", len(slots.names), url)
                 await stop.wait(supervisor.broken)
                 log.info("stopping")
             finally:
+                roll.cancel()
                 await supervisor.stop()
                 for name in slots.names:
                     slots.close(name)
@@ -69,8 +69,8 @@ class _Slots:
         """Returns how to start a child. Addresses of planes may contain passwords: they are passed in the environment."""
         config, sock = self._config, self._sockets.get(name)
         if sock is None:
+            # it does not listen yet: the kernel must assign no connections to it before the child accepts them
             sock = self._sockets[name] = bind(config.http_host, self._port, "--http-port", shared=True)
-            sock.listen(BACKLOG)
         fds = (sock.fileno(),) if ready_fd is None else (sock.fileno(), ready_fd)
         command = _command(config, self._argv, self._port, self.names.index(name), *fds)
         planes = {"NATS_URL": config.nats_url, "ETCD_URL": config.etcd_url}
@@ -92,25 +92,26 @@ async def _roll(supervisor: Supervisor, slots: _Slots, rolling: asyncio.Event) -
         try:
             for child in list(children):
                 await _replace(supervisor, child, children, slots)
-        except DynserveError as error:
-            log.error("%s", error)
+        except (DynserveError, OSError) as error:
+            log.error("the frontends are not replaced: %s", error)
         else:
             log.info("all frontends are replaced; the old ones answer their open requests")
 
 
 async def _replace(supervisor: Supervisor, child: Child, children: list[Child], slots: _Slots) -> None:
     """Replaces one child. Raises InternalError if its successor does not serve."""
-    reading, writing = os.pipe()
+    reading, writing = map(os.fdopen, os.pipe(), ("rb", "wb"))
 
     async def ready() -> bool:
-        os.close(writing)  # the child has it; the end of the pipe is then the end of the child
-        return await _line_of(reading)
+        writing.close()  # the child has it; the end of the pipe is then the end of the child
+        return await _has_line(reading.fileno())
 
-    await supervisor.replace(child, children, slots.spec(child.name, writing), ready)
+    with reading, writing:
+        await supervisor.replace(child, children, slots.spec(child.name, writing.fileno()), ready)
 
 
-async def _line_of(reading: int) -> bool:
-    """Whether a line arrives through a pipe in time. Closes it."""
+async def _has_line(reading: int) -> bool:
+    """Returns True once a line has arrived through a pipe; False at its end, or when none came in time."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(reading, arrived.set)
     try:
@@ -121,7 +122,6 @@ async def _line_of(reading: int) -> bool:
         return False
     finally:
         loop.remove_reader(reading)
-        os.close(reading)
 
 
 def _hold(config: FrontendConfig) -> socket.socket:

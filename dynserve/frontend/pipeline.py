@@ -21,7 +21,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from dynserve.errors import Cancelled, ClusterError, DynserveError, EngineLost, NoWorker, Overloaded, PoisonRequest
+from dynserve.errors import (
+    Cancelled,
+    ClusterError,
+    DynserveError,
+    EngineLost,
+    NoWorker,
+    Overloaded,
+    PoisonRequest,
+    TimedOut,
+    WorkerLost,
+)
 from dynserve.frontend.admission import Admission, Admitted, QueuedRequest
 from dynserve.frontend.attempt import Attempt, Interrupted, PhaseInput, RecordSink, TryAnother
 from dynserve.frontend.decisions import Decision, DecisionLog, Migration, Predictions
@@ -32,6 +42,7 @@ from dynserve.frontend.reply import Reply
 from dynserve.frontend.submissions import Submissions
 from dynserve.routing.router import Overlaps, PlacementQuery, Router, RoutingTarget
 from dynserve.tasks import Backoff, Limit
+from dynserve.wire.discovery import WorkerInstance
 from dynserve.wire.hashing import adapter_salt
 from dynserve.wire.link import Finished, Keep
 from dynserve.wire.requests import GenerateRequest, PriorOutput, Resumable, fields_of, pack_tokens
@@ -139,13 +150,19 @@ class Run:
             await self._wait_for_room()
         self._pipeline.decisions.add(self.decision)  # a request that the queue refuses has none
         while True:
+            worker, cause = "", None
             try:
                 await self._answer(sink)
                 return
             except Interrupted as lost:
-                self._note_migration(lost)
+                worker, cause = lost.worker, lost.cause
             except RolesChanged:
                 log.info("request %s: its phase has no workers left, and others answer it", self._request.id)
+            try:
+                if cause is not None:
+                    self._note_migration(worker, cause)
+            finally:
+                del cause  # its traceback refers to this frame: a reference cycle
             self._continue_from_here()
 
     async def _answer(self, sink: RecordSink) -> None:
@@ -170,7 +187,7 @@ class Run:
     async def _wait_for_room(self) -> None:
         """Waits for the request's turn while all workers are over their thresholds, or none is there."""
         pipeline, model = self._pipeline, self._request.model
-        queue = pipeline.admission.queue(model)
+        queue = pipeline.admission.queue(pipeline.fleet.base(model))
         entry = queue.enter(self._request.hints.priority)
         if isinstance(entry, Admitted):
             self._admitted = entry
@@ -194,11 +211,12 @@ class Run:
             await self._attempt(phase, targets, sink, overlaps)
         except TryAnother as failed:
             self._note_retry(phase, failed)
-            if self._clock() >= self.deadline:
-                raise failed.cause from None
-            # another decode worker would have to compute all of it: continue as for any prompt
-            return False
-        return True
+        else:
+            return True
+        if self._clock() >= self.deadline:
+            raise TimedOut("the request took longer than its time limit")
+        # another decode worker would have to compute all of it: continue as for any prompt
+        return False
 
     async def _phase(self, phase: PhaseInput, sink: RecordSink, overlaps: Overlaps | None = None) -> Finished:
         """Runs one phase, on one worker after the other until one sends a record; returns its last record."""
@@ -224,8 +242,8 @@ class Run:
                         phase = phase._replace(handoff=None)
                     self._note_retry(phase, failed)
                     failures += not isinstance(error, Overloaded)
-                    if failures == ATTEMPTS:
-                        raise error from None
+                if failures == ATTEMPTS:  # not within `except`: the error would refer to what was caught
+                    raise error
         finally:
             del error  # its traceback refers to this frame: a reference cycle
 
@@ -271,7 +289,8 @@ class Run:
         attempt = Attempt(phase, reservation, self.decision.placed(reservation), reply)
         self._attempts.append(attempt)
         try:
-            await pipeline.submissions.submit(reply, self._generate_request(phase, reply))
+            request = self._generate_request(phase, reply.stream, peer.instance)
+            await pipeline.submissions.submit(reply, request)
             last = await attempt.deliver(sink)
             self._note_prediction(reservation.worker, reservation.cached_tokens, last)
             return last
@@ -280,12 +299,12 @@ class Run:
         finally:
             attempt.release()
 
-    def _generate_request(self, phase: PhaseInput, reply: Reply) -> GenerateRequest:
-        request, instance = self._request, reply.peer.instance
+    def _generate_request(self, phase: PhaseInput, stream: int, instance: WorkerInstance | None) -> GenerateRequest:
+        request = self._request
         return GenerateRequest(
             **fields_of(request.generation),
             id=request.id,
-            stream=reply.stream,
+            stream=stream,
             reply_to=self._pipeline.frontend_id,
             model=instance.card.model if instance is not None else request.model,
             phase=phase.phase,
@@ -352,16 +371,20 @@ class Run:
         self._prior = self._output()
         self._query = self._new_query()
 
-    def _note_migration(self, lost: Interrupted) -> None:
-        """Records that the answer migrates. Raises the error that ends it if it may not."""
+    def _note_migration(self, worker: str, cause: WorkerLost) -> None:
+        """Records that the answer migrates from a lost worker. Raises `cause` if it may not."""
         pipeline, sampling, migrations = self._pipeline, self._request.generation.sampling, self.decision.migrations
-        self._note_engine_death(lost.cause)
-        if len(migrations) >= pipeline.limits.max_migrations or self._clock() >= self.deadline:
-            raise lost.cause from None
+        self._note_engine_death(cause)
+        too_large = any(attempt.reply.logprobs_dropped for attempt in self._attempts)
+        if len(migrations) >= pipeline.limits.max_migrations or self._clock() >= self.deadline or too_large:
+            try:
+                raise cause
+            finally:
+                del cause  # its traceback refers to this frame: a reference cycle
         exact = sampling.greedy or self._attempts[-1].draws_by_position
-        migrations.append(Migration(lost.worker, lost.cause.code, len(self.tokens), exact, self._clock() - self.began))
-        pipeline.metrics.migrated.labels(lost.cause.code).inc()
-        log.info("request %s: continued elsewhere after %d tokens: %s", self._request.id, len(self.tokens), lost.cause)
+        migrations.append(Migration(worker, cause.code, len(self.tokens), exact, self._clock() - self.began))
+        pipeline.metrics.migrated.labels(cause.code).inc()
+        log.info("request %s: continued elsewhere after %d tokens: %s", self._request.id, len(self.tokens), cause)
 
     def _note_retry(self, phase: PhaseInput, failed: TryAnother) -> None:
         self._pipeline.metrics.replaced.inc()
@@ -382,11 +405,10 @@ class Run:
         """Has a worker keep a resumable answer that ends before its last event was sent."""
         if self._request.resumable is None or self.outcome == "finished" or (output := self._output()) is None:
             return
-        peers = [attempt.reply.peer for attempt in reversed(self._attempts)]
-        link = next((p.link for p in (*peers, *self._pipeline.fleet.peers.values()) if p.usable), None)
-        if link is not None and self._attempts:
-            phase = PhaseInput("aggregated", "", output)
-            link.send(Keep(self._generate_request(phase, self._attempts[-1].reply)))
+        peers = (*(attempt.reply.peer for attempt in reversed(self._attempts)), *self._pipeline.fleet.peers.values())
+        peer = next((peer for peer in peers if peer.usable), None)
+        if peer is not None and peer.link is not None:
+            peer.link.send(Keep(self._generate_request(PhaseInput("aggregated", "", output), 0, peer.instance)))
 
     # the client, and the end
 
@@ -398,7 +420,6 @@ class Run:
             self._queued.fail(error)
         for attempt in self._attempts:
             attempt.reply.fail(error)
-        self._pipeline.fleet.changed.notify()  # it may wait for a worker
 
     def note_first_token(self) -> None:
         """Notes that the first token has arrived."""

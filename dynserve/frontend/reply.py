@@ -22,6 +22,7 @@ from dynserve.wire.requests import TokenLogprob
 
 Record = Tokens | Finished
 COUNT_EVERY = 16  # tokens of one answer: how far the ledger may be behind
+MAX_LOGPROBS = 50_000  # values of one answer that are kept: 5 MB
 RECORD_BYTES = 32  # of a record in a channel, beside its data
 
 
@@ -36,6 +37,7 @@ class Peer:
     stopping: bool = False  # it has said so over the link
     suspected: bool = False  # silent for longer than --suspect-s
     epoch: int = 0  # of the process
+    avoid_bus_until: float = 0.0  # requests to it go over the link until then
     load: Load | None = None
     loaded_at: float = 0.0  # when `load` was reported
     problem: str = ""  # why it is not a target although it is linked
@@ -66,8 +68,8 @@ class Reply:
     """
 
     __slots__ = (
-        "_counted", "_on_slow", "_on_tokens", "_timer", "cached_tokens", "channel", "handoff_declined", "logprobs", "peer",
-        "refused", "stream", "tokens", "write",
+        "_counted", "_on_slow", "_on_tokens", "_timer", "_values", "cached_tokens", "channel", "handoff_declined",
+        "logprobs", "logprobs_dropped", "peer", "refused", "stream", "tokens", "write",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +84,7 @@ class Reply:
         self.peer, self.stream, self._on_slow, self._on_tokens = peer, stream, on_slow, on_tokens
         self.tokens: list[int] = []  # all tokens received
         self.logprobs: list[TokenLogprob] = []  # all log-probabilities received
+        self._values, self.logprobs_dropped = 0, False  # how many they are; too many to continue the answer elsewhere
         self.cached_tokens = 0  # of the prompt, as the worker has reported
         self._counted = 0
         self.channel: Channel[Record] = Channel(bound)
@@ -97,7 +100,7 @@ class Reply:
         reader has caught up."""
         self.tokens += record.token_ids
         if record.logprobs is not None:
-            self.logprobs += record.logprobs
+            self._keep_logprobs(record.logprobs)
         if record.cached_tokens:
             self.cached_tokens = record.cached_tokens
         self.count()
@@ -106,11 +109,20 @@ class Reply:
             self.write = None
             self.queue(record, len(record.data) + RECORD_BYTES)
 
+    def _keep_logprobs(self, entries: list[TokenLogprob]) -> None:
+        """Keeps log-probabilities for workers that continue the answer: as many as memory and a frame may hold."""
+        self._values += sum(1 + len(entry.top) for entry in entries)
+        if self._values > MAX_LOGPROBS:
+            self.logprobs_dropped = True
+            self.logprobs.clear()
+        else:
+            self.logprobs += entries
+
     def finish(self, record: Finished) -> None:
         """The stream's last record. Without a hand-off nothing of the stream stays at the worker."""
         self.tokens += record.token_ids
         if record.logprobs is not None:
-            self.logprobs += record.logprobs
+            self._keep_logprobs(record.logprobs)
         self.cached_tokens = record.usage.cached_tokens
         if record.handoff is None:
             del self.peer.replies[self.stream]

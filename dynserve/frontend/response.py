@@ -114,7 +114,7 @@ class TokenResponse(Response):
     def _note(self, run: Run, burst: list[Record]) -> Finished | None:
         """Records the request's times and counts. Returns the answer's last record, if it is in the burst."""
         decision, last = run.decision, burst[-1]
-        if decision.ttft_s is None:
+        if decision.ttft_s is None and not self._resumed_tokens:
             decision.ttft_s = self._clock() - self._began
             run.metrics.ttft.observe(decision.ttft_s)
             run.note_first_token()

@@ -20,15 +20,16 @@ from dynserve.wire.link import Adopt
 from dynserve.wire.requests import EventId, GenerateRequest, Resumable
 
 REPLY_TIMEOUT = 1.0  # seconds for all workers to reply
-_EVENT_ID = re.compile(r"(\d{1,9})\.(\d{1,9})")
+_EVENT_ID = re.compile(r"(\d{1,9})\.(\d{1,9})\.(\w{1,12})")
 
 
 def wants_resumption(headers: Mapping[str, str]) -> bool:
+    """Returns True for a request with `x-dynserve-resumable`."""
     return headers.get("x-dynserve-resumable", "") in ("1", "true")
 
 
 class Resumption:
-    """One frontend's side of it. `peers` returns the workers, `keep_s` is how long their answers are kept."""
+    """Prepares resumable requests. `peers` returns the workers, `keep_s` is how long they keep answers, in seconds."""
 
     def __init__(self, peers: Callable[[], Iterable[Peer]], keep_s: float) -> None:
         self._peers, self._keep_s = peers, keep_s
@@ -51,13 +52,15 @@ class Resumption:
             )
             resumable = Resumable(owner=owner, keep_s=self._keep_s)
             return msgspec.structs.replace(request, generation=generation, resumable=resumable)
-        after = _event_id(given)
-        kept = await self._adopt(owner, request.id)
+        after, tag = _event_id(given)
+        kept = await self._adopt(owner, request.id, tag)
         known = 0 if kept is None else len(kept.prior_tokens)
-        if kept is None or kept.resumable is None or kept.render.kind != render.kind or after[0] > known + 1:
+        if kept is not None and (kept.render.kind, kept.render.model) != (render.kind, render.model):
+            raise BadRequest(f"the stream {request.id!r} is another API's or model's")
+        if kept is None or kept.resumable is None or after[0] > known + 1:
             raise NothingToResume(
                 f"nothing is kept of the stream {request.id!r}: it was never resumable, or its rest was kept for "
-                f"{self._keep_s:g} s, or has been fetched"
+                f"{self._keep_s:g} s"
             )
         fields = {name: getattr(kept, name) for name in request.generation.__struct_fields__}
         generation = msgspec.structs.replace(request.generation, **fields)
@@ -69,13 +72,13 @@ class Resumption:
         if (search := self._open.get(number)) is not None:
             search.note(kept)
 
-    async def _adopt(self, owner: str, request_id: str) -> GenerateRequest | None:
+    async def _adopt(self, owner: str, request_id: str, tag: str) -> GenerateRequest | None:
         links = [peer.link for peer in self._peers() if peer.link is not None and peer.linked]
         number = next(self._numbers)
         search = self._open[number] = _Search(len(links))
         try:
             for link in links:
-                link.send(Adopt(number, owner, request_id))
+                link.send(Adopt(number, owner, request_id, tag))
             return await search.result(REPLY_TIMEOUT)
         finally:
             del self._open[number]
@@ -110,8 +113,9 @@ def _length(kept: GenerateRequest) -> tuple[int, bool]:
     return len(kept.prior_tokens), kept.resumable is not None and kept.resumable.ending is not None
 
 
-def _event_id(text: str) -> EventId:
+def _event_id(text: str) -> tuple[EventId, str]:
+    """Returns an event's number, and the tag of its answer. Raises BadRequest."""
     found = _EVENT_ID.fullmatch(text)
     if found is None:
         raise BadRequest(f"Last-Event-ID: {text[:40]!r} is not the id of an event of this server")
-    return int(found[1]), int(found[2])
+    return (int(found[1]), int(found[2])), found[3]

@@ -26,21 +26,20 @@ class Lineup(NamedTuple):
 
 
 class RoleWatch:
-    """Notes since when a model lacks a role that it had. `on_overdue` is called when a role has been missing for `grace_s`
-    seconds: from then on workers of the other role may stand in."""
+    """Notes since when a model lacks one of the two roles of a pair. `on_overdue` is called when a role has been missing
+    for `grace_s` seconds: from then on workers of the other role may stand in."""
 
     def __init__(self, grace_s: float, on_overdue: Callable[[], None]) -> None:
         self._grace_s, self._on_overdue = grace_s, on_overdue
         self._loop = asyncio.get_running_loop()
-        self._seen: dict[str, set[str]] = {}  # by model
+        self._paired: set[str] = set()  # models that have had workers of a pair
         self._missing: dict[tuple[str, str], float] = {}  # since when
 
     def update(self, present: Mapping[str, set[str]]) -> None:
         """Notes the roles that have usable workers now, by model."""
-        for model, roles in present.items():
-            self._seen.setdefault(model, set()).update(roles)
-        for model, seen in self._seen.items():
-            for role in seen.intersection(PAIR):
+        self._paired.update(model for model, roles in present.items() if not roles.isdisjoint(PAIR))
+        for model in self._paired:
+            for role in PAIR:
                 if role in present.get(model, ()):
                     self._missing.pop((model, role), None)
                 elif (model, role) not in self._missing:
@@ -49,7 +48,8 @@ class RoleWatch:
 
     def forget(self, model: str) -> None:
         """Removes a model that is not served any more."""
-        for role in self._seen.pop(model, ()):
+        self._paired.discard(model)
+        for role in PAIR:
             self._missing.pop((model, role), None)
 
     def overdue(self, model: str, role: str) -> bool:

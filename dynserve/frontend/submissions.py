@@ -19,7 +19,7 @@ import msgspec
 
 from dynserve.errors import ClusterError, DynserveError, NoAck, Overloaded, TimedOut, WorkerLeft, WorkerLost, from_wire
 from dynserve.frontend.metrics import FrontendMetrics
-from dynserve.frontend.reply import Reply
+from dynserve.frontend.reply import Peer, Reply
 from dynserve.tasks import Limit
 from dynserve.transport.base import Bus, Mailbox
 from dynserve.wire import decoded, events, requests
@@ -29,6 +29,8 @@ from dynserve.wire.requests import Accepted, Ack, Busy, Draining, GenerateReques
 log = logging.getLogger(__name__)
 
 ACK_TIMEOUT = 1.0  # seconds, on each transport
+STALLED = 0.25  # seconds by which a timer may be late before acknowledgements are looked for first
+AVOID = 30.0  # seconds for which requests to a worker that has not acknowledged one go over its link
 PROBE_EVERY = 1.0  # seconds between probes of NATS, and for the reply to one
 PROBE = 0  # number of a probe's reply; streams are numbered from 1
 
@@ -53,9 +55,11 @@ class Submissions:
         self._probed = events.probe_subject(namespace, frontend_id)
         self._probe_replied = asyncio.Event()
         self.bus_works = True
+        self._avoided: list[Peer] = []  # workers that requests do not reach over NATS
         self._loop = asyncio.get_running_loop()
         self._open: dict[int, _OpenSubmission] = {}  # by stream, in the order in which they are due
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._mailbox: Mailbox | None = None
 
     @asynccontextmanager
@@ -77,7 +81,12 @@ class Submissions:
         """Probes NATS once a second."""
         while True:
             due = self._loop.time() + PROBE_EVERY
-            self._note_bus(await self._probe(due))
+            works = await self._probe(due)
+            if not works:  # so it was NATS, and not the workers that did not acknowledge requests
+                for peer in self._avoided:
+                    peer.avoid_bus_until = 0.0
+                self._avoided.clear()
+            self._note_bus(works)
             await asyncio.sleep(max(0.0, due - self._loop.time()))
 
     async def _probe(self, due: float) -> bool:
@@ -112,7 +121,8 @@ class Submissions:
         assert peer.instance is not None
         self._expect(submission := _OpenSubmission(reply, request, self._loop.time() + ACK_TIMEOUT))
         payload = requests.encode(request)
-        if self.bus_works and mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
+        by_bus = self.bus_works and peer.avoid_bus_until <= self._loop.time()
+        if by_bus and mailbox is not None and bus.connected and len(payload) <= bus.max_payload:
             subject = events.generate_subject(self._namespace, peer.instance.role, peer.id)
             submission.by_bus = True
             try:
@@ -169,11 +179,14 @@ class Submissions:
     def _expect(self, submission: _OpenSubmission) -> None:
         self._open[submission.reply.stream] = submission
         if self._timer is None:
-            self._timer = self._loop.call_at(submission.due, self._expire_due)
+            self._expect_until(submission.due)
 
     def _expire_due(self) -> None:
         """Handles submissions without a timely acknowledgement. One timer serves all: most are acknowledged long before."""
         now = self._loop.time()
+        if now - self._timer_due > STALLED:  # this process was stalled: acknowledgements may be unread in the sockets
+            self._expect_until(now + STALLED)
+            return
         for stream, submission in list(self._open.items()):
             if self._open.get(stream) is not submission or submission.due > now:
                 continue  # others of them may have been sent by link, or have ended
@@ -189,9 +202,16 @@ class Submissions:
                 log.info("request %s: no acknowledgement over NATS; trying the link", submission.request.id)
                 self._send_by_link(stream)
                 if not reply.peer.suspected:  # otherwise it is the worker that does not answer
+                    reply.peer.avoid_bus_until = now + AVOID  # it may be this worker's connection alone
+                    self._avoided.append(reply.peer)
                     self._note_bus(False)
         first = next(iter(self._open.values()), None)
-        self._timer = None if first is None else self._loop.call_at(first.due, self._expire_due)
+        self._timer = None
+        if first is not None:
+            self._expect_until(first.due)
+
+    def _expect_until(self, due: float) -> None:
+        self._timer_due, self._timer = due, self._loop.call_at(due, self._expire_due)
 
 
 def _refusal(worker: str, ack: Ack) -> DynserveError | None:

@@ -8,6 +8,7 @@ string. `replay` restores the state at any point of an answer, so that another w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from dynserve.dialects import chain, markers
@@ -22,9 +23,12 @@ from dynserve.wire.requests import (
     RenderOptions,
     StopConditions,
     TokenLogprob,
+    answer_tag,
     num_tokens,
     unpack_tokens,
 )
+
+REPLAYED = 128  # tokens of a step of `replay_in_steps`
 
 
 class Renderer:
@@ -53,7 +57,7 @@ class Renderer:
         # where nothing inspects the text, the bytes around a token's text are constant
         plain = render.stream and self._stops is None and self._parser is None
         self._around = self._format.around() if plain and not render.event_ids else None
-        self._last_id = (0, -1)  # of an event, where events are numbered
+        self._last_id, self._tag = (0, -1), answer_tag(render.response_id).encode()  # of events that have ids
         self._after: EventId | None = None  # events up to this one are not sent again
         self._head = self._tail = b""  # of a chunk, while the detokenizer holds back no bytes
         self._note_usage()
@@ -61,13 +65,23 @@ class Renderer:
     def replay(self, prior: PriorOutput, after: EventId | None = None) -> bytes:
         """Repeats the tokens that an earlier worker has rendered, one at a time as it did, so that the same text is held
         back. Returns the events after the one with the id `after`, if that is given."""
-        self.cached_tokens, self._after, events = prior.cached_tokens, after, b""
+        return b"".join(self.replay_in_steps(prior, after))
+
+    def replay_in_steps(self, prior: PriorOutput, after: EventId | None = None) -> Iterator[bytes]:
+        """Like `replay`, for callers that have other work: each step takes about a millisecond. All must be taken."""
+        self.cached_tokens, self._after = prior.cached_tokens, after
+        events: list[bytes] = []
         # log-probabilities of the prompt, if any, come with the first token
         ahead = max(0, len(prior.logprobs) - len(prior.token_ids))
         for i, token_id in enumerate(prior.token_ids):
             entries = prior.logprobs[ahead + i if i else 0 : ahead + i + 1]
-            events += self.push([token_id], entries or None)
-        return b"" if after is None else events
+            data = self.push([token_id], entries or None)
+            if after is not None:
+                events.append(data)
+            if i % REPLAYED == REPLAYED - 1:
+                yield b"".join(events)
+                events.clear()
+        yield b"".join(events)
 
     def push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:
         if self._head and len(token_ids) == 1 and (json := self._vocabulary.token_json(token_ids[0])):
@@ -100,7 +114,7 @@ class Renderer:
             tokens, number = self._last_id
             self._last_id = (tokens, number + 1) if tokens == self.tokens else (self.tokens, 0)
             if self._after is None or self._last_id > self._after:
-                numbered += b"id: %d.%d\n%b\n\n" % (*self._last_id, event)
+                numbered += b"id: %d.%d.%b\n%b\n\n" % (*self._last_id, self._tag, event)
         return numbered
 
     def _push(self, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> bytes:

@@ -31,7 +31,7 @@ from dynserve.wire.link import FromFrontend, FromWorker
 
 HEARTBEAT = 0.5  # seconds between pings, and between checks of the time since the peer's last bytes
 CHECKS = 4  # of a worker's silence, in the time after which it is suspected
-PINGS = 2.5  # of a worker in that time
+PINGS = 4  # of a worker in that time
 SILENCE = 3.0  # seconds without a byte after which a worker is lost, unless the frontend's `watch` sets another time
 FRONTEND_SILENCE = 30.0  # the same for a frontend, and for bytes that TCP does not acknowledge
 MAX_HELLO = 64 << 10  # bytes of the first frame, which identifies the worker
@@ -61,11 +61,11 @@ class FramedLink:
         self._handler: LinkHandler | None = None
         self._reason = ""
         self._closed = False
-        self._received_at = self._due = self._ping_due = self._loop.time()
+        self._received_at = self._written_at = self._due = self._loop.time()
         self._beat_s = self._ping_s = HEARTBEAT
         self._suspect_s = float("inf")
         self._on_suspicion: Callable[[bool], None] | None = None
-        self._suspected = self._has_sent = False
+        self._suspected = False
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, frame: bytes | bytearray) -> None:
@@ -166,7 +166,7 @@ class FramedLink:
             frame = bytearray(4)
             wire.encode_into(self._outbox, frame, 4)
             self._outbox.clear()
-            self._has_sent = True
+            self._written_at = self._loop.time()
             _length.pack_into(frame, 0, len(frame) - 4)
             self.write(frame)
 
@@ -183,10 +183,8 @@ class FramedLink:
             return
         if not stalled and silent > self._suspect_s and not self._suspected:
             self._suspect(True)
-        if now >= self._ping_due:
-            if not self._has_sent:  # any bytes are a sign of life
-                self.send(self._ping)
-            self._has_sent, self._ping_due = False, now + self._ping_s
+        if now - self._written_at >= self._ping_s / 2:  # any bytes are a sign of life
+            self.send(self._ping)
         self._beat_in()
 
     def _suspect(self, suspected: bool) -> None:

@@ -128,7 +128,7 @@ class LinkKvEvents(msgspec.Struct, frozen=True, array_like=True, tag=12):
 
 
 class Adopted(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """The reply to `Adopt`: the answer that was kept, as a request with all its output, or None. The worker drops it."""
+    """The reply to `Adopt`: the answer that is kept, as a request with all its output, or None. It stays kept, too."""
 
     number: Count
     request: GenerateRequest | None = None
@@ -185,6 +185,7 @@ class Adopt(msgspec.Struct, frozen=True, array_like=True, tag=29):
     number: Count
     owner: str
     request_id: str
+    tag: str  # of the answer: see `answer_tag`
 
 
 class FrontendPing(msgspec.Struct, frozen=True, array_like=True, tag=25):

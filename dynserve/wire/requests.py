@@ -165,6 +165,11 @@ class AnswerEnding(msgspec.Struct, frozen=True, omit_defaults=True):
 EventId = tuple[Count, Count]  # tokens of the answer up to an event of its stream, and the event's number among theirs
 
 
+def answer_tag(response_id: str) -> str:
+    """A name that tells answers apart which were asked for under one request id."""
+    return response_id[-12:]
+
+
 class Resumable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an answer needs so that its client can lose the connection and come back for the rest. The answer is kept under
     `owner` and the request's id, for `keep_s` seconds."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from dynserve.errors import DynserveError, InternalError, TimedOut
 from dynserve.executors.base import Executor, Output
 from dynserve.render.formats.embedding import embedding_item
-from dynserve.render.renderer import Renderer
+from dynserve.render.renderer import REPLAYED, Renderer
 from dynserve.text.detokenize import Vocabulary
 from dynserve.transport.base import Link
 from dynserve.wire.link import Failed, Finished, HandoffDeclined, Tokens, Usage
 from dynserve.wire.requests import AnswerEnding, GenerateRequest, PriorOutput, TokenLogprob
 
 log = logging.getLogger(__name__)
+
+MISSED_AT_ONCE = 64 << 10  # bytes of missed events in one message
 
 
 class Answer:
@@ -35,22 +37,54 @@ class Answer:
         self._renderer = Renderer(request.render, request.stop, request.prompt, vocabulary)
         self._tokens, self._logprobs = list[int](), list[TokenLogprob]()  # of a resumable answer: what was sent here
         self._ending: AnswerEnding | None = None
-        self._missed = b""
-        if request.prior is not None:
-            after = None if request.resumable is None else request.resumable.after
-            self._missed = self._renderer.replay(request.prior, after)
+        self._replay: Iterator[bytes] | None = None  # of output that the client has, or lacks
+        self._held: list[Output] = []  # until the replay is done
+        self._missed = b""  # events that the client lacks
+        after = None if request.resumable is None else request.resumable.after
+        if request.prior is not None or after is not None:
+            self._replay = self._renderer.replay_in_steps(request.prior or PriorOutput([]), after)
 
     def start(self, executor: Executor) -> None:
         """Submits the request. Raises CallerError for a request that cannot run."""
         self._executor, loop = executor, asyncio.get_running_loop()
-        resumable = self.request.resumable
-        if resumable is not None and resumable.ending is not None:
-            loop.call_soon(self._end_resumed, resumable.ending)
-        else:
+        if self._known_ending is None:
             self.ticket = executor.submit(self.request, self._deliver)
-            if self._missed:
-                self.link.send(Tokens(self.request.stream, self._missed, []))
         self._timer = loop.call_later(self.request.timeout_s, self._overdue)
+        if self._replay is not None:
+            self._replay_next()
+
+    @property
+    def _known_ending(self) -> AnswerEnding | None:
+        """The end of a resumed answer of which nothing is missing but events."""
+        return None if self.request.resumable is None else self.request.resumable.ending
+
+    def _replay_next(self) -> None:
+        """Replays some tokens, and the others later: a worker that continues many long answers must still answer pings."""
+        if self._closed or self._replay is None:
+            return
+        events = next(self._replay, None)
+        if events is not None:
+            self._missed += events
+            if len(self._missed) > MISSED_AT_ONCE:
+                self._send_missed()
+            if len(self.request.prior_tokens) < REPLAYED:  # it was the only step
+                self._replay_next()
+            else:
+                asyncio.get_running_loop().call_soon(self._replay_next)
+            return
+        self._replay = None
+        if self._known_ending is not None:
+            asyncio.get_running_loop().call_soon(self._end_resumed, self._known_ending)
+            return
+        self._send_missed()
+        held, self._held = self._held, []
+        for output in held:
+            self._deliver(output)
+
+    def _send_missed(self) -> None:
+        if self._missed:
+            self.link.send(Tokens(self.request.stream, self._missed, []))
+            self._missed = b""
 
     def kept(self) -> GenerateRequest:
         """Returns a resumable answer as a request with all output so far."""
@@ -76,6 +110,9 @@ class Answer:
 
     def _deliver(self, output: Output) -> None:
         if self._closed:
+            return
+        if self._replay is not None:
+            self._held.append(output)
             return
         try:
             self._send(output)
@@ -119,6 +156,8 @@ class Answer:
         if self._closed:
             return
         self._ending = ending
+        if not self.request.prior_tokens:
+            self._missed += self._renderer.push([], None)  # as its first and only output was
         last, usage = self._renderer.finish(ending.reason, ending.stop_token)
         self.link.send(Finished(self.request.stream, self._missed + last, [], ending.reason, usage))
         self._end("finished")

@@ -41,6 +41,7 @@ async def serving_worker(
                     worker.leave()
                 worker.ready = False
                 await worker.drain()
+                worker.close()
 
 
 def new_instance_id(role: str) -> str:

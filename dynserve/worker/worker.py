@@ -46,7 +46,7 @@ from dynserve.worker import loopback
 from dynserve.worker.answer import Answer
 from dynserve.worker.card import answer_parsers, pooling
 from dynserve.worker.journal import KvJournal
-from dynserve.worker.kept_answers import KeptAnswers
+from dynserve.worker.kept_answers import KeptAnswers, Key, key_of
 from dynserve.worker.loopback import Loopback
 from dynserve.worker.model_text import ModelText
 
@@ -191,6 +191,8 @@ class Worker:
 
     def _cancel(self, key: tuple[str, int]) -> None:
         if (answer := self._answers.pop(key, None)) is not None:
+            if answer.request.resumable is not None:  # its client may have lost the connection
+                self._kept.keep(answer.kept())
             answer.close()
             self.counts["cancelled"] += 1
         elif (answer := self._handed_off.pop(key, None)) is not None:
@@ -220,18 +222,16 @@ class Worker:
 
     # resumable answers
 
-    def _adopt(self, owner: str, request_id: str) -> GenerateRequest | None:
+    def _adopt(self, wanted: Key) -> GenerateRequest | None:
         """Returns an answer for a client that has come back. If it is still being generated, that ends here: it continues
         like one whose worker was lost."""
         for key, answer in (*self._answers.items(), *self._handed_off.items()):
-            resumable = answer.request.resumable
-            if resumable is not None and (resumable.owner, answer.request.id) == (owner, request_id):
-                kept = answer.kept()
+            if key_of(answer.request) == wanted:
                 text = "its client has come back for the rest over another connection"
                 answer.link.send(Failed(answer.request.stream, Cancelled.code, text))
+                self._kept.keep(answer.kept())
                 self._cancel(key)
-                return kept
-        return self._kept.take((owner, request_id))
+        return self._kept.copy(wanted)
 
     # links; `FrontendLink` dials them
 
@@ -251,8 +251,8 @@ class Worker:
                     self._handoff_done((frontend_id, stream))
                 case Keep(request=request):
                     self._kept.keep(request)
-                case Adopt(number=number, owner=owner, request_id=request_id):
-                    link.send(Adopted(number, self._adopt(owner, request_id)))
+                case Adopt(number=number, owner=owner, request_id=request_id, tag=tag):
+                    link.send(Adopted(number, self._adopt((owner, request_id, tag))))
                 case Submit(request=request):
                     link.send(SubmitReply(request.stream, self.start(request)))
                 case SnapshotRequest(request=number):
@@ -280,7 +280,7 @@ class Worker:
             for key, answer in (*self._answers.items(), *self._handed_off.items()):
                 if key[0] == frontend_id:
                     if answer.request.resumable is not None:
-                        self._kept.keep(answer.kept())
+                        self._kept.keep(answer.kept())  # also that of a prefill whose decode has not begun
                     self._cancel(key)
 
     # loops
@@ -377,6 +377,10 @@ class Worker:
                 "%d requests and %d hand-offs did not end in time; they are dropped", len(self._answers),
                 self.executor.load().open_handoffs,
             )  # fmt: skip
+
+    def close(self) -> None:
+        """Drops what is kept for clients that may come back."""
+        self._kept.clear()
 
     async def _idle(self, timeout_s: float) -> None:
         """Returns when no request and no hand-off is open, at the latest after `timeout_s` seconds."""

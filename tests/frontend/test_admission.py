@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from dynserve import clock
-from dynserve.errors import Cancelled, NoWorker, Overloaded
+from dynserve.errors import Cancelled, NoWorker, Overloaded, TimedOut
 from dynserve.frontend.admission import Admitted, Queue, QueuedRequest, QueueLimits
 from tests.conftest import reference_cycles
 
@@ -235,5 +235,41 @@ def test_a_request_cancelled_in_the_turn_of_its_admission_gives_its_place_back()
         pool.free = 0
         await running
         assert (pool.queue.unplaced, pool.queue.undecoded, len(pool.queue)) == (0, 0, 0)
+
+    clock.run(main())
+
+
+def test_an_outage_does_not_spoil_the_predictions_for_ever() -> None:
+    async def main() -> None:
+        pool = Pool(1, most=100, most_s=10.0)
+        for _ in range(10):
+            await asyncio.gather(pool.request("a"), pool.request("b"))
+        pool.present = False
+        early = asyncio.create_task(pool.request("early"))
+        await asyncio.sleep(9)
+        pool.present = True
+        pool.queue.recheck()
+        await early
+        asking = [asyncio.create_task(pool.request(str(i))) for i in range(6)]
+        await asyncio.gather(*asking)  # five of them wait, the last for 5 s
+        pool.queue._gaps.extend((asyncio.get_running_loop().time(), 100.0) for _ in range(20))  # whatever spoilt them
+        running = asyncio.create_task(pool.request("running"))
+        await asyncio.sleep(0)
+        await pool.request("with nobody ahead it waits in any case")
+        await running
+        await asyncio.sleep(61)
+        asking = [asyncio.create_task(pool.request(str(i))) for i in range(6)]
+        await asyncio.gather(*asking)  # what is a minute old is forgotten
+
+    clock.run(main())
+
+
+def test_a_request_whose_time_is_up_in_the_queue_has_timed_out() -> None:
+    async def main() -> None:
+        pool = Pool(0, most_s=5.0)
+        entry = pool.queue.enter(0)
+        assert isinstance(entry, QueuedRequest)
+        with pytest.raises(TimedOut):
+            await pool.queue.wait(entry, 2.0)
 
     clock.run(main())

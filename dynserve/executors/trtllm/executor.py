@@ -409,13 +409,13 @@ class TrtllmExecutor:
         request = call.request
         packed = state.pack(params, call.handoff_id, self._engine.pairing, self._engine.api)
         output.handoff = self._handoffs.open(ticket, request, [], 0, packed, id_=call.handoff_id)
-        self._in_flight.hold(ticket, request.num_tokens)
+        self._in_flight.hold(ticket, output.handoff.num_tokens)
         call.handed_over = True
 
     def _note_unfetched(self, ticket: int, call: EngineRequest) -> None:
         """Counts the blocks of a context phase that has ended in the engine after it was aborted here."""
         if call.kind is Kind.CONTEXT and not call.handed_over and has_context(call.result):
-            self._in_flight.hold(ticket, call.request.num_tokens)
+            self._in_flight.hold(ticket, call.request.num_tokens + len(call.request.prior_tokens))
             self._in_flight.release(ticket, fetched=False)
 
     def _handoff_ended(self, ticket: int, how: HandoffEnd) -> None:
