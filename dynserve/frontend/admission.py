@@ -115,6 +115,7 @@ class Mean:
         self.value: float | None = None
 
     def note(self, seconds: float) -> None:
+        """Adds a duration."""
         self.value = seconds if self.value is None else MEMORY * self.value + (1 - MEMORY) * seconds
 
 

@@ -30,7 +30,7 @@ class TryAnother(Exception):
 
 
 class Interrupted(Exception):
-    """A worker was lost after it had sent records of an answer, which other workers can continue."""
+    """Raised when a worker was lost after it had sent records of an answer, which other workers can continue."""
 
     def __init__(self, worker: str, cause: WorkerLost) -> None:
         super().__init__(worker, cause)
@@ -98,7 +98,7 @@ class Attempt:
 
     @property
     def draws_by_position(self) -> bool:
-        """Whether another worker continues a sampled answer with the tokens that this one would have drawn."""
+        """True if another worker continues a sampled answer with the tokens that this one would have drawn."""
         instance = self.reply.peer.instance
         return instance is not None and instance.card.draws_by_position
 

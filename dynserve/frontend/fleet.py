@@ -321,15 +321,15 @@ class Fleet:
                 self.feeds.events(batch)
             case Adopted(number=number, request=request):
                 self._on_adopted(number, request)
-            case Leaving(move=move):
-                self._stopping(peer, move)
+            case Leaving(migrate=migrate):
+                self._stopping(peer, migrate)
             case _:
                 pass  # a ping: its arrival is enough
 
-    def _stopping(self, peer: Peer, move: bool) -> None:
-        """Handles a worker that stops: nothing is placed on it, and with `move` its answers continue elsewhere."""
+    def _stopping(self, peer: Peer, migrate: bool) -> None:
+        """Handles a worker that stops: nothing is placed on it, and with `migrate` its answers continue elsewhere."""
         peer.stopping = True
-        for reply in list(peer.replies.values()) if move else ():
+        for reply in list(peer.replies.values()) if migrate else ():
             if reply.answering:
                 reply.fail(WorkerLeft(f"worker {peer.id} stops"))
         self._membership_changed()

@@ -58,7 +58,7 @@ async def run_group(config: FrontendConfig, argv: Sequence[str], stop: StopSigna
 
 
 class _Slots:
-    """The places of the children, by their names. Each has a listening socket, which outlives a child that is replaced."""
+    """The sockets and the commands of the children, by their names. A socket outlives a child that is replaced."""
 
     def __init__(self, config: FrontendConfig, argv: Sequence[str], port: int) -> None:
         self._config, self._argv, self._port = config, argv, port

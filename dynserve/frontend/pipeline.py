@@ -58,7 +58,7 @@ RETRY_AFTER = (
 
 
 class RolesChanged(Exception):
-    """No worker can run the phase any more, but others can answer the request in another way."""
+    """Raised when no worker can run the phase any more, but others can answer the request in another way."""
 
 
 class PipelineLimits(NamedTuple):
@@ -328,7 +328,7 @@ class Run:
 
     @property
     def _only_events(self) -> bool:
-        """Whether nothing of a resumed answer is missing but events."""
+        """True if nothing of a resumed answer is missing but events."""
         resumable = self._request.resumable
         return resumable is not None and resumable.ending is not None
 

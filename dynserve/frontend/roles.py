@@ -22,6 +22,7 @@ class Lineup(NamedTuple):
 
     @property
     def anyone(self) -> bool:
+        """True if requests of the model are answered at all."""
         return bool(self.alone or self.prefill)
 
 
@@ -53,6 +54,7 @@ class RoleWatch:
             self._missing.pop((model, role), None)
 
     def overdue(self, model: str, role: str) -> bool:
+        """Returns True if the role has been missing for longer than the grace time."""
         since = self._missing.get((model, role))
         return since is not None and self._loop.time() >= since + self._grace_s
 

@@ -109,10 +109,10 @@ class HandoffDeclined(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Leaving(msgspec.Struct, frozen=True, array_like=True, tag=10):
-    """A report that the worker is stopping and accepts no requests. With `move`, it does not finish its streams: other
+    """A report that the worker is stopping and accepts no requests. With `migrate`, it does not finish its streams: other
     workers are to continue them."""
 
-    move: bool = False
+    migrate: bool = False
 
 
 class LinkLoad(msgspec.Struct, frozen=True, array_like=True, tag=11):

@@ -171,8 +171,8 @@ def answer_tag(response_id: str) -> str:
 
 
 class Resumable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an answer needs so that its client can lose the connection and come back for the rest. The answer is kept under
-    `owner` and the request's id, for `keep_s` seconds."""
+    """The terms of an answer whose client may lose its connection and come back for the rest. It is kept for `keep_s`
+    seconds, for requests of the same `owner` only."""
 
     keep_s: Seconds
     owner: str = ""

@@ -56,7 +56,7 @@ EVENTS_EVERY = 0.01  # seconds between published batches of KV events
 LOAD_EVERY = 0.1  # seconds between load reports while the load changes
 LOAD_AT_LEAST_EVERY = 0.5  # seconds
 PUBLISH_TIMEOUT = 0.5  # seconds
-MOVE_TIMEOUT = 5.0  # seconds for frontends to continue answers elsewhere, and for open hand-offs to end
+MIGRATE_TIMEOUT = 5.0  # seconds for frontends to continue answers elsewhere, and for open hand-offs to end
 MAX_DONE = 20_000  # ended requests that are remembered, so that a late copy of one is not run
 
 
@@ -357,9 +357,9 @@ class Worker:
             del self._links[link.name]
             self.counts.clear()
 
-    def leave(self, *, move: bool = False) -> None:
-        """Refuses new requests from now on, and tells all frontends. With `move`, they continue its answers elsewhere."""
-        self.draining, self._leaving = True, Leaving(move)
+    def leave(self, *, migrate: bool = False) -> None:
+        """Refuses new requests from now on, and tells all frontends. With `migrate`, its answers continue elsewhere."""
+        self.draining, self._leaving = True, Leaving(migrate)
         for link in self._links.values():
             link.send(self._leaving)
 
@@ -370,8 +370,8 @@ class Worker:
             await self._idle(self.config.drain_timeout_s)
         if self._answers:
             log.info("%d answers migrate to other workers", len(self._answers))
-            self.leave(move=True)
-        await self._idle(MOVE_TIMEOUT)
+            self.leave(migrate=True)
+        await self._idle(MIGRATE_TIMEOUT)
         if self.busy:
             log.warning(
                 "%d requests and %d hand-offs did not end in time; they are dropped", len(self._answers),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from dynserve.config import FrontendConfig
@@ -108,6 +109,42 @@ def test_a_hangup_replaces_the_processes_without_a_refused_connection_or_a_cut_s
     group.kill(signal.SIGTERM)
     assert group.wait() == 0, group.output()
     assert not any(alive(pid) for pid in new)
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.7, 2.0])
+def test_a_group_that_is_stopped_while_it_replaces_its_processes_leaves_none(deploy: Any, wait: float) -> None:
+    deployment = deploy()
+    group = deployment.frontend("--workers", "2")
+    deployment.worker("prefill_and_decode", "--executor", "simulated")
+    deployment.wait_for(1)
+    pids(deployment.base, 2)
+    seen = {child.pid for child in psutil.Process(group.pid).children()}
+    group.kill(signal.SIGHUP)
+    time.sleep(wait)  # the start of a process takes about a second
+    seen |= {child.pid for child in psutil.Process(group.pid).children()}
+    group.kill(signal.SIGTERM)
+    assert group.wait() == 0, group.output()
+    assert not any(alive(pid) for pid in seen)
+
+
+def test_a_process_that_cannot_replace_another_leaves_that_one_serving(deploy: Any) -> None:
+    deployment = deploy()
+    group = deployment.frontend("--workers", "2")
+    deployment.worker("prefill_and_decode", "--executor", "simulated")
+    deployment.wait_for(1)
+    old = pids(deployment.base, 2)
+    group.kill(signal.SIGHUP)
+    deadline = time.monotonic() + 30
+    while not (new := {child.pid for child in psutil.Process(group.pid).children()} - old):
+        assert time.monotonic() < deadline
+    for pid in new:
+        os.kill(pid, signal.SIGKILL)
+    while "the frontends are not replaced" not in group.output():
+        assert time.monotonic() < deadline, group.output()
+        assert completion(deployment.base) == 3
+    assert pids(deployment.base, 2) == old
+    group.kill(signal.SIGTERM)
+    assert group.wait() == 0, group.output()
 
 
 def alive(pid: int) -> bool:
