@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from dynserve import Cluster
@@ -305,6 +306,8 @@ async def test_a_model_without_workers_stays_known_for_a_while() -> None:
             fleet.lost(peer.link, "test")
         assert fleet.peers == {} and not fleet.serves(MODEL)
         assert fleet.model(MODEL) is model  # its requests can be prepared
+        model.card = msgspec.structs.replace(model.card, adapters=["french"])
+        assert fleet.model("french") is model and fleet.adapter("french") == "french"
         fleet._models.expire(asyncio.get_running_loop().time() + KEEP_RETIRED + 1)
         assert fleet.models == {}
 

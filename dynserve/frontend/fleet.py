@@ -188,7 +188,10 @@ class Fleet:
 
     def base(self, name: str) -> str:
         """Returns the model that an adapter belongs to; the name itself if it is no adapter's."""
-        cards = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
+        if name in self.models:  # as of nearly all requests
+            return name
+        workers = (peer.instance.card for peer in self.peers.values() if peer.instance is not None)
+        cards = (*workers, *(model.card for model in self.models.values()))  # of models without workers, too
         return next((card.model for card in cards if name in card.adapters), name)
 
     # discovery and events
