@@ -222,7 +222,7 @@ async def test_a_request_during_which_two_engines_died_is_not_placed_again() -> 
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "poison_request"
         assert [m["cause"] for m in (await why(c))["migrations"]] == ["engine_lost"]
         assert "dynserve_poison_requests_total 1.0" in c.frontend.metrics_page().decode()
-        assert sum(w.executor.load().running for w in c.workers) == 0
+        await until(lambda: sum(w.executor.load().running for w in c.workers) == 0)
 
 
 def drop(c: Cluster, role: str) -> Callable[[], None]:
