@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from chaos_cluster import EOS, MODEL, REQUEST, VOCAB_SIZE, VOCABULARY, ChaosCluster, FrontendProcess
 from chaos_plan import PlannedRequest
 
-from dynserve.errors import Cancelled, DynserveError, NoAck, Overloaded, PoisonRequest, SlowClient, TimedOut, WorkerLost
+from dynserve.errors import Cancelled, DynserveError, NoAck, Overloaded, PoisonRequest, SlowClient, TimedOut
 from dynserve.executors.scheduler import Sequence
 from dynserve.executors.simulated import SimulatedStepper
 from dynserve.frontend.inference import InferenceRequest, RoutingHints
@@ -31,8 +31,6 @@ from dynserve.wire.requests import (
     fields_of,
     unpack_tokens,
 )
-
-MIGRATES = True  # whether a stream continues at another worker when its own is lost after the first token
 
 
 class Expected(NamedTuple):
@@ -132,7 +130,6 @@ class Client:
         self._run: Run
         self._process: FrontendProcess
         self._disconnected = self._cancelled = self._finished = False
-        self._answered = 0  # the placements up to the last one that has sent a record
         self.outcome = ""  # `finished`, the name of an error's class, or who ended the request
 
     async def run(self, began: float) -> None:
@@ -194,7 +191,6 @@ class Client:
     async def _sink(self, burst: list[Record]) -> ChunkWriter | None:
         last, planned = burst[-1], self._planned
         tokens = sum(len(record.token_ids) for record in burst)
-        self._answered = len(self._run.decision.placements)
         self._log.add(self.name, "receives", len(burst), "records of", tokens, "tokens")
         if self._finished or self.outcome:
             self._complain("received a record after its end")
@@ -265,19 +261,14 @@ class Client:
             case PoisonRequest():
                 return self._cluster.injected["engine death"] > 1
             case _:
-                return self._by_lost_worker(error)
+                return self._by_touched_workers()
 
     @property
     def _small_queues(self) -> bool:
         return bool(self._cluster.plan.worker_options["max_queue"] < 9)
 
-    def _by_lost_worker(self, error: DynserveError) -> bool:
-        """Whether the request failed with workers that faults have touched. One of untouched workers had to be tried, except
-        after the first token of a worker that was lost."""
-        placements = self._run.decision.placements
-        if placements and self._answered == len(placements) and placements[-1].usage is None and not MIGRATES:
-            worker = next(w for w in self._cluster.workers if w.name == placements[-1].worker)
-            return isinstance(error, WorkerLost) and worker.touched
+    def _by_touched_workers(self) -> bool:
+        """Whether the request failed with workers that faults have touched: one of untouched workers had to be tried."""
         if self._small_queues:
             return True  # an untouched worker may have been busy
         needed = {"prefill", "decode"} & set(self._cluster.plan.roles) or {"aggregated"}

@@ -151,8 +151,7 @@ class Fleet:
 
     def slots(self, model: str) -> int:
         """The number of answers that the model's workers generate at once."""
-        lineup = self.lineup(model)
-        return sum(t.slots for t in lineup.alone or lineup.decode)
+        return sum(t.slots for t in self.lineup(model).generating)
 
     # models, by their names and those of their adapters
 
@@ -177,14 +176,14 @@ class Fleet:
         return [
             f"{model} has had no {role} worker for {seconds:.0f} s; "
             + ("its other workers answer alone" if self.serves(model) else "nobody answers its requests")
-            for (model, role), seconds in self._roles.overdue_roles().items()
-            if (model, role) in self.missing_roles()
+            for (model, role), seconds in self.missing_roles().items()
         ]
 
-    def missing_roles(self) -> list[tuple[str, str]]:
-        """Returns roles that have had no worker for longer than the grace time, as model and role, unless the model has
-        workers that do not need them."""
-        return [(model, role) for model, role in self._roles.overdue_roles() if not self.targets(model, "aggregated")]
+    def missing_roles(self) -> dict[tuple[str, str], float]:
+        """Returns for how long roles have had no worker, in seconds, by model and role: those that are missing for longer
+        than the grace time, of models without workers that do not need them."""
+        overdue = self._roles.overdue_roles()
+        return {key: seconds for key, seconds in overdue.items() if not self.targets(key[0], "aggregated")}
 
     def base(self, name: str) -> str:
         """Returns the model that an adapter belongs to; the name itself if it is no adapter's."""

@@ -259,7 +259,7 @@ class Run:
         lineup = fleet.lineup(model)
         found = lineup.alone if phase.phase == "aggregated" else fleet.targets(model, phase.role)
         if self._only_events:
-            found = lineup.alone or lineup.decode
+            found = lineup.generating
         if not found and lineup.anyone:
             raise RolesChanged
         targets = [t for t in found if t.worker not in excluded] if excluded else found
@@ -360,9 +360,8 @@ class Run:
         if before is None:
             cached = next((reply.cached_tokens for reply in replies if reply.tokens), 0)
             before = PriorOutput([], [], cached)
-        tokens = [*before.token_ids, *self.tokens]
-        logprobs = [*before.logprobs, *(entry for reply in replies for entry in reply.logprobs)]
-        return PriorOutput(tokens, logprobs, before.cached_tokens) if tokens else None
+        output = before.followed_by(self.tokens, [entry for reply in replies for entry in reply.logprobs])
+        return output if output.token_ids else None
 
     def _continue_from_here(self) -> None:
         """Prepares the request to be placed with all output so far. Nothing of it stays at the earlier workers."""

@@ -21,6 +21,11 @@ class Lineup(NamedTuple):
     alone_role: str = ""
 
     @property
+    def generating(self) -> Sequence[RoutingTarget]:
+        """The workers that generate answers, after a prefill here or elsewhere."""
+        return self.alone or self.decode
+
+    @property
     def anyone(self) -> bool:
         """True if requests of the model are answered at all."""
         return bool(self.alone or self.prefill)

@@ -71,11 +71,8 @@ class Renderer:
         """Like `replay`, for callers that have other work: each step takes about a millisecond. All must be taken."""
         self.cached_tokens, self._after = prior.cached_tokens, after
         events: list[bytes] = []
-        # log-probabilities of the prompt, if any, come with the first token
-        ahead = max(0, len(prior.logprobs) - len(prior.token_ids))
-        for i, token_id in enumerate(prior.token_ids):
-            entries = prior.logprobs[ahead + i if i else 0 : ahead + i + 1]
-            data = self.push([token_id], entries or None)
+        for i, (token, entries) in enumerate(_one_by_one(prior.token_ids, prior.logprobs)):
+            data = self.push(token, entries)
             if after is not None:
                 events.append(data)
             if i % REPLAYED == REPLAYED - 1:
@@ -98,12 +95,8 @@ class Renderer:
         """Pushes tokens one at a time, so that the ids of events do not depend on how many came together."""
         if len(token_ids) < 2:
             return self._numbered(self._push(token_ids, logprobs))
-        ahead = max(0, len(logprobs or ()) - len(token_ids))
-        data = b""
-        for i, token_id in enumerate(token_ids):
-            entries = logprobs and logprobs[ahead + i if i else 0 : ahead + i + 1]
-            data += self._numbered(self._push([token_id], entries))
-        return data
+        pieces = _one_by_one(token_ids, logprobs or [])
+        return b"".join([self._numbered(self._push(token, entries)) for token, entries in pieces])
 
     def _numbered(self, data: bytes) -> bytes:
         """Gives each event an id, and drops those that the client has."""
@@ -221,6 +214,15 @@ class Renderer:
             return None
         logprobs, self._logprobs = self._logprobs, []
         return logprobs
+
+
+def _one_by_one(
+    token_ids: list[int], logprobs: list[TokenLogprob]
+) -> Iterator[tuple[list[int], list[TokenLogprob] | None]]:
+    """Splits an output into its tokens. Log-probabilities of the prompt, if any, come with the first of them."""
+    ahead = max(0, len(logprobs) - len(token_ids))
+    for i, token_id in enumerate(token_ids):
+        yield [token_id], logprobs[ahead + i if i else 0 : ahead + i + 1] or None
 
 
 class StopStrings:

@@ -101,14 +101,15 @@ class FramedLink:
 
     def watch(self, suspect_s: float, silence_s: float, on_suspicion: Callable[[bool], None]) -> float:
         self._suspect_s, self._silence, self._on_suspicion = suspect_s, silence_s, on_suspicion
-        self._beat_s = min(HEARTBEAT, suspect_s / CHECKS)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._beat_in()
+        self._beat_every(suspect_s / CHECKS)
         return suspect_s / PINGS
 
     def ping_every(self, seconds: float) -> None:
-        self._beat_s = self._ping_s = min(HEARTBEAT, seconds)
+        self._ping_s = min(HEARTBEAT, seconds)
+        self._beat_every(seconds)
+
+    def _beat_every(self, seconds: float) -> None:
+        self._beat_s = min(HEARTBEAT, seconds)
         if self._timer is not None:
             self._timer.cancel()
             self._beat_in()

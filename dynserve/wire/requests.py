@@ -154,6 +154,10 @@ class PriorOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprob] = []
     cached_tokens: Count = 0
 
+    def followed_by(self, token_ids: list[TokenId], logprobs: list[TokenLogprob]) -> PriorOutput:
+        """Returns this output and what has come after it."""
+        return PriorOutput([*self.token_ids, *token_ids], [*self.logprobs, *logprobs], self.cached_tokens)
+
 
 class AnswerEnding(msgspec.Struct, frozen=True, omit_defaults=True):
     """The end of an answer whose tokens are all known."""

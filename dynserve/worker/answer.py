@@ -91,9 +91,8 @@ class Answer:
         request, prior = self.request, self.request.prior or PriorOutput([])
         assert request.resumable is not None
         cached = self._renderer.cached_tokens if self._first is None else self._first.cached_tokens
-        output = PriorOutput(
-            [*prior.token_ids, *self._tokens], [*prior.logprobs, *self._logprobs], prior.cached_tokens or cached
-        )
+        before = PriorOutput(prior.token_ids, prior.logprobs, prior.cached_tokens or cached)
+        output = before.followed_by(self._tokens, self._logprobs)
         return msgspec.structs.replace(
             request, prior=output if output.token_ids else None, handoff=None,
             resumable=msgspec.structs.replace(request.resumable, after=None, ending=self._ending),
@@ -163,7 +162,8 @@ class Answer:
         self._end("finished")
 
     def _finish(self, output: Output, data: bytes, reason: str) -> None:
-        self._ending = AnswerEnding(reason, output.stop_token)
+        if self.request.resumable is not None:
+            self._ending = AnswerEnding(reason, output.stop_token)
         accounted = output if output.reason is not None or self._first is None else self._first
         if not self.request.prior:
             self._renderer.cached_tokens = accounted.cached_tokens

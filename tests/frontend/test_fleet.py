@@ -50,6 +50,13 @@ def freeze(c: Cluster, worker: Worker) -> Any:
     return thaw
 
 
+async def answering(client: Any) -> asyncio.Task[Any]:
+    """Asks for an answer, and returns in the middle of it."""
+    asking = asyncio.create_task(client.post("/v1/completions", json=BODY))
+    await asyncio.sleep(0.5)
+    return asking
+
+
 async def now() -> float:
     return asyncio.get_running_loop().time()
 
@@ -61,8 +68,7 @@ def suspicions(c: Cluster, end: str) -> float:
 def test_a_worker_that_is_silent_for_a_moment_gets_nothing_new_and_keeps_its_answers() -> None:
     async def main() -> None:
         async with cluster() as (c, client, expected):
-            asking = asyncio.create_task(client.post("/v1/completions", json=BODY))
-            await asyncio.sleep(0.5)
+            asking = await answering(client)
             silent, began = busy(c), await now()
             accepted = silent.counts["accepted"]
             thaw = freeze(c, silent)
@@ -137,9 +143,7 @@ def test_times_of_silence_are_options_and_workers_ping_as_often_as_these_need() 
 def test_a_stopping_worker_finishes_its_answers_or_has_them_continued(mode: Any) -> None:
     async def main() -> None:
         async with cluster(aggregated=1) as (c, client, expected):
-            asking = asyncio.create_task(client.post("/v1/completions", json=BODY))
-            await asyncio.sleep(0.5)
-            leaving = c.workers[0]
+            asking, leaving = await answering(client), c.workers[0]
             await c.add_worker("aggregated")
             await until(lambda: peer_of(c, c.workers[1]).usable)
             object.__setattr__(leaving.config, "drain_mode", mode)
@@ -167,9 +171,7 @@ def test_a_stopping_worker_finishes_its_answers_or_has_them_continued(mode: Any)
 def test_answers_that_outlast_the_drain_time_migrate() -> None:
     async def main() -> None:
         async with cluster(aggregated=1) as (c, client, expected):
-            asking = asyncio.create_task(client.post("/v1/completions", json=BODY))
-            await asyncio.sleep(0.5)
-            leaving = c.workers[0]
+            asking, leaving = await answering(client), c.workers[0]
             await c.add_worker("aggregated")
             await until(lambda: peer_of(c, c.workers[1]).usable)
             object.__setattr__(leaving.config, "drain_timeout_s", 1.0)
